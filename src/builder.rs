@@ -1,0 +1,215 @@
+//! The knobs.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Response, StatusCode};
+
+use crate::{
+    handle::Graceful,
+    plan::{ConfigError, Knobs},
+    policy::Policy,
+    rejection::{Rejection, RejectionFn},
+    timeline::Lifecycle,
+};
+
+impl Graceful {
+    /// A lifecycle with a plan of your own. See [`GracefulBuilder`].
+    pub fn builder() -> GracefulBuilder {
+        GracefulBuilder::default()
+    }
+}
+
+/// Sets up a [`Graceful`]. Made by [`Graceful::builder`].
+///
+/// # The budget
+///
+/// [`grace_period`](Self::grace_period) is the one number that must agree with whoever would kill
+/// the process: `terminationGracePeriodSeconds` in Kubernetes, `TimeoutStopSec` in systemd. Delay,
+/// drain and cleanup are shares of it, laid end to end from the trigger:
+///
+/// ```text
+/// trigger                                                          SIGKILL
+///    |-- drain_delay --|-- drain_timeout --|-- cleanup_timeout --|-- margin --|
+///    |------------------------------ grace_period ---------------------------|
+/// ```
+///
+/// Time that a share does not use is left to the next. What is not set is derived from the grace
+/// period:
+///
+/// | share | default | of 30 s |
+/// |---|---|---|
+/// | `drain_delay` | a sixth, at most 5 s | 5 s |
+/// | `drain_timeout` | all the rest | 19 s |
+/// | `cleanup_timeout` | a sixth, at most 5 s; less where what you set leaves less | 5 s |
+/// | margin | a thirtieth, at most 1 s | 1 s |
+///
+/// Nothing is planned into the margin, so that the process can report and exit before it is
+/// killed. Shares that fill the grace period to the end are accepted, and their last deadlines
+/// fall on the margin's start. Shares that do not fit are an error:
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_graceful::Graceful;
+///
+/// let error = Graceful::builder()
+///     .grace_period(Duration::from_secs(10))
+///     .drain_delay(Duration::from_secs(5))
+///     .drain_timeout(Duration::from_secs(15))
+///     .build()
+///     .unwrap_err();
+/// assert!(error.to_string().contains("drain_timeout 15s"));
+/// ```
+#[derive(Clone, Debug, Default)]
+#[must_use = "a builder does nothing until `build` is called"]
+pub struct GracefulBuilder {
+    knobs: Knobs,
+    max_in_flight: Option<usize>,
+    policy: Policy,
+}
+
+impl GracefulBuilder {
+    /// The time from the trigger to the moment the process would be killed. Everything fits inside
+    /// it. Default: 30 s, [Kubernetes' own][k8s]. `Duration::MAX` means no end.
+    ///
+    /// [k8s]: https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#pod-termination
+    pub fn grace_period(mut self, duration: Duration) -> Self {
+        self.knobs.grace_period = Some(duration);
+        self
+    }
+
+    /// How long the service goes on serving after SIGTERM or
+    /// [`shutdown`](Graceful::shutdown), so that balancers see the failing readiness and look
+    /// away. Zero starts draining at once.
+    ///
+    /// Default: 5 s, or a sixth of a grace period below 30 s. Set it to what your balancer needs:
+    /// the probe's interval times the number of failures it waits for, or, in Kubernetes, the time
+    /// an endpoint's removal takes to reach every node.
+    pub fn drain_delay(mut self, duration: Duration) -> Self {
+        self.knobs.drain_delay = Some(duration);
+        self
+    }
+
+    /// The delay when the trigger is SIGINT (Ctrl-C). Default: zero, because a person at a
+    /// terminal is not a load balancer.
+    pub fn interrupt_delay(mut self, duration: Duration) -> Self {
+        self.knobs.interrupt_delay = Some(duration);
+        self
+    }
+
+    /// How long requests in flight may take to finish, counted from the end of the delay; time
+    /// that the delay did not use is added. What is in flight after that is cut, and the outcome
+    /// is [`Forced`](crate::Outcome::Forced). Default: what the other shares leave, 19 s of 30 s.
+    pub fn drain_timeout(mut self, duration: Duration) -> Self {
+        self.knobs.drain_timeout = Some(duration);
+        self
+    }
+
+    /// The share that is kept for what comes after the drain. The drain cannot use it up.
+    pub fn cleanup_timeout(mut self, duration: Duration) -> Self {
+        self.knobs.cleanup_timeout = Some(duration);
+        self
+    }
+
+    /// The most requests that may be in flight at once; the next one is refused with 429. A
+    /// request counts until its response body has ended. One limit for everything behind this
+    /// lifecycle's layers, however many routes and clones there are. Default: no limit.
+    ///
+    /// Probes and [exempt](Self::exempt) paths are served above the limit too.
+    pub fn max_in_flight(mut self, requests: usize) -> Self {
+        self.max_in_flight = Some(requests);
+        self
+    }
+
+    /// What [`drain`](Graceful::drain) and [`drain_on`](Graceful::drain_on) wait for.
+    ///
+    /// True, the default: until nothing is in flight, at the drain deadline at the latest. The
+    /// listener stays open while draining, and who connects is told 503 with `Retry-After`.
+    ///
+    /// False: until draining starts. The listener closes then, and who connects is refused by the
+    /// operating system, which most balancers retry elsewhere while few retry a 503.
+    pub fn keep_listening(mut self, keep: bool) -> Self {
+        self.policy.keep_listening = keep;
+        self
+    }
+
+    /// What refused clients are told in `Retry-After`
+    /// ([RFC 9110 §10.2.3](https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3)): whole
+    /// seconds, rounded up. Default: 1 s.
+    pub fn retry_after(mut self, duration: Duration) -> Self {
+        self.policy.retry_after = duration;
+        self
+    }
+
+    /// The status with which the readiness route says no. Default: 503.
+    ///
+    /// HAProxy's `http-check disable-on-404` wants a 404. Kubernetes takes 200 to 399 as success.
+    pub fn unready_status(mut self, status: StatusCode) -> Self {
+        self.policy.unready_status = status;
+        self
+    }
+
+    /// A path that is never refused, neither while draining nor above
+    /// [`max_in_flight`](Self::max_in_flight): metrics, a status page. May be called repeatedly.
+    ///
+    /// The path is compared as a whole, without the query, with the one the layer sees; inside
+    /// axum's `nest` also with the original one. While it would have been refused such a request
+    /// is let pass uncounted, so it cannot prolong a drain. At other times it is in flight like
+    /// any other.
+    pub fn exempt(mut self, path: impl Into<String>) -> Self {
+        self.policy.exempt.push(path.into());
+        self
+    }
+
+    /// The answer to refused requests, instead of a line of text. `Retry-After` and, on HTTP/1,
+    /// `Connection: close` are added unless the answer sets them; gRPC calls are answered
+    /// `UNAVAILABLE` all the same, because they cannot read anything else.
+    ///
+    /// ```
+    /// use http::Response;
+    /// use tower_graceful::{ConfigError, Graceful, Rejection};
+    ///
+    /// let graceful = Graceful::builder()
+    ///     .rejection(|rejection: &Rejection| {
+    ///         let mut response = Response::new(r#"{"error":"try again"}"#.into());
+    ///         *response.status_mut() = rejection.status();
+    ///         response
+    ///     })
+    ///     .build()?;
+    /// # Ok::<(), ConfigError>(())
+    /// ```
+    pub fn rejection<F>(mut self, respond: F) -> Self
+    where
+        F: Fn(&Rejection) -> Response<Bytes> + Send + Sync + 'static,
+    {
+        self.policy.rejection = Some(RejectionFn::new(respond));
+        self
+    }
+
+    /// Checks the plan and makes the lifecycle.
+    ///
+    /// # Errors
+    ///
+    /// When the shares do not fit the grace period or leave no time to drain, when
+    /// `max_in_flight` is zero, when `unready_status` is informational, and when an exempt path
+    /// does not begin with a slash. The message names the numbers.
+    pub fn build(self) -> Result<Graceful, ConfigError> {
+        let plan = self.knobs.plan()?;
+        if self.max_in_flight == Some(0) {
+            return Err(ConfigError::NothingInFlight);
+        }
+        if self.policy.unready_status.is_informational() {
+            return Err(ConfigError::UnreadyStatus(self.policy.unready_status));
+        }
+        if let Some(path) = self
+            .policy
+            .exempt
+            .iter()
+            .find(|path| !path.starts_with('/'))
+        {
+            return Err(ConfigError::ExemptPath(path.clone()));
+        }
+        let lifecycle = Lifecycle::new(plan, self.policy);
+        Ok(Graceful::from_parts(self.max_in_flight, lifecycle))
+    }
+}

@@ -1,0 +1,19 @@
+//! Connections: counted while they are open, cut when the time is over.
+//!
+//! A layer sees requests. What keeps a process from ending is often not one: half a request head,
+//! a peer that reads nothing of its response, a WebSocket. [`Graceful::track`] wraps the IO of a
+//! connection, and [`Graceful::listener`] wraps that of every connection that axum's server
+//! accepts, so that the service knows how many there are, waits for them, and can end them.
+//!
+//! [`Graceful::track`]: crate::Graceful::track
+//! [`Graceful::listener`]: crate::Graceful::listener
+
+mod io;
+#[cfg(feature = "axum")]
+mod listener;
+#[cfg(all(feature = "axum", feature = "signal"))]
+mod serve;
+
+pub use self::io::GracefulIo;
+#[cfg(feature = "axum")]
+pub use self::listener::{GracefulListener, TrackedListener};

@@ -1,0 +1,200 @@
+//! The word, the limit and the waiter's slot: the operations the module header argues about.
+
+use std::task::{Context, Poll, Waker};
+
+use super::word::Word;
+use crate::{
+    phase::Phase,
+    sync::{AtomicUsize, Mutex, Ordering, lock},
+};
+
+/// Why a request was not let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// Draining has begun.
+    Draining,
+    /// As many requests as the limit allows are in flight.
+    Full,
+}
+
+/// On a cache line of its own, so that admissions do not evict what everybody only reads.
+#[derive(Debug)]
+#[repr(align(64))]
+pub(super) struct Core {
+    word: AtomicUsize,
+    limit: usize,
+    waiter: Mutex<Option<Waker>>,
+}
+
+impl Core {
+    pub(super) fn new(limit: Option<usize>) -> Self {
+        Self {
+            word: AtomicUsize::new(Word::SERVING.0),
+            limit: limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT),
+            waiter: Mutex::new(None),
+        }
+    }
+
+    /// A snapshot for headers, probes and figures. `Relaxed`: point 5 of the module header.
+    #[inline]
+    pub(super) fn word(&self) -> Word {
+        Word(self.word.load(Ordering::Relaxed))
+    }
+
+    /// Lets one in, or says why not. Whoever is let in calls [`release`](Self::release) once.
+    #[inline]
+    pub(super) fn admit(&self) -> Result<(), Refused> {
+        let mut word = self.word();
+        loop {
+            if word.refuses() {
+                return Err(Refused::Draining);
+            }
+            if word.count() >= self.limit {
+                return Err(Refused::Full);
+            }
+            // Relaxed: points 1 and 2 of the module header.
+            match self.word.compare_exchange_weak(
+                word.0,
+                word.plus_one().0,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return Ok(()),
+                Err(current) => word = Word(current),
+            }
+        }
+    }
+
+    /// Lets one out.
+    #[inline]
+    pub(super) fn release(&self) {
+        // Release: partner of the Acquire load in `poll_idle`.
+        let before = Word(self.word.fetch_sub(1, Ordering::Release));
+        debug_assert!(before.count() > 0, "released more than was admitted");
+        if before.refuses() && before.count() == 1 {
+            self.last_one_out();
+        }
+    }
+
+    #[cold]
+    fn last_one_out(&self) {
+        let waker = lock!(self.waiter).take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Ready once draining has begun and nothing is in flight. One task waits at a time.
+    pub(super) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut slot = lock!(self.waiter);
+        // Acquire: partner of the Release in `release`. Under the lock: point 4.
+        if Word(self.word.load(Ordering::Acquire)).is_idle() {
+            *slot = None;
+            return Poll::Ready(());
+        }
+        match &mut *slot {
+            Some(waker) => waker.clone_from(cx.waker()),
+            empty => *empty = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+
+    /// A snapshot by which to decide that all is over: what the requests did happens before it.
+    pub(super) fn settled_word(&self) -> Word {
+        // Acquire: partner of the Release in `release`.
+        Word(self.word.load(Ordering::Acquire))
+    }
+
+    /// Moves on to `phase`, unless that phase or a later one has been reached. Says whether it
+    /// moved.
+    pub(super) fn advance(&self, phase: Phase) -> bool {
+        self.update(|word| (word.phase() < phase).then(|| word.with_phase(phase)))
+    }
+
+    pub(super) fn set_ready(&self, ready: bool) {
+        self.update(|word| Some(word.with_ready(ready)));
+    }
+
+    fn update(&self, change: impl Fn(Word) -> Option<Word>) -> bool {
+        // Relaxed: points 1 and 5 of the module header.
+        self.word
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |word| {
+                change(Word(word)).map(|word| word.0)
+            })
+            .is_ok()
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use tokio_test::{assert_pending, assert_ready, task};
+
+    use super::*;
+
+    fn idle(core: &Core) -> impl Future<Output = ()> + '_ {
+        std::future::poll_fn(|cx| core.poll_idle(cx))
+    }
+
+    #[test]
+    fn the_limit_refuses_the_next_one_and_no_earlier() {
+        let core = Core::new(Some(2));
+        assert_eq!(core.admit(), Ok(()));
+        assert_eq!(core.admit(), Ok(()));
+        assert_eq!(core.admit(), Err(Refused::Full));
+        assert_eq!(core.word().count(), 2);
+        core.release();
+        assert_eq!(core.admit(), Ok(()));
+    }
+
+    #[test]
+    fn draining_refuses_before_full_does() {
+        let core = Core::new(Some(1));
+        core.admit().unwrap();
+        core.advance(Phase::Draining);
+        assert_eq!(core.admit(), Err(Refused::Draining));
+    }
+
+    #[test]
+    fn a_lame_duck_still_admits() {
+        let core = Core::new(None);
+        core.advance(Phase::LameDuck);
+        assert_eq!(core.admit(), Ok(()));
+    }
+
+    #[test]
+    fn a_phase_never_goes_back() {
+        let core = Core::new(None);
+        assert!(core.advance(Phase::Closing));
+        assert!(!core.advance(Phase::Draining));
+        assert!(!core.advance(Phase::Closing));
+        assert_eq!(core.word().phase(), Phase::Closing);
+    }
+
+    #[test]
+    fn idle_waits_for_draining_and_for_the_last_one() {
+        let core = Core::new(None);
+        let mut waiting = task::spawn(idle(&core));
+        core.admit().unwrap();
+        core.admit().unwrap();
+        assert_pending!(waiting.poll());
+        core.release();
+        core.admit().unwrap();
+        core.advance(Phase::Draining);
+        assert_pending!(waiting.poll());
+        core.release();
+        assert!(!waiting.is_woken(), "one is still in flight");
+        core.release();
+        assert!(waiting.is_woken(), "the last one out wakes the waiter");
+        assert_ready!(waiting.poll());
+    }
+
+    #[test]
+    fn releases_before_draining_wake_nobody() {
+        let core = Core::new(None);
+        let mut waiting = task::spawn(idle(&core));
+        core.admit().unwrap();
+        assert_pending!(waiting.poll());
+        core.release();
+        assert!(!waiting.is_woken());
+    }
+}

@@ -1,0 +1,179 @@
+//! Loom models of the gate:
+//! `RUSTFLAGS="--cfg tower_graceful_loom" cargo test --lib --release models`
+//!
+//! What a request does while it is inside is a `Relaxed` store, and what the drain sees of it a
+//! `Relaxed` load: only the gate orders the two, so if the gate did not, loom would show the
+//! execution in which the drain reads the old value.
+
+use std::{future::poll_fn, sync::Arc};
+
+use loom::{
+    future::{AtomicWaker, block_on},
+    model,
+    model::Builder,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    thread,
+};
+
+use super::core::{Core, Refused};
+use crate::phase::Phase;
+
+/// As `model`, with at most three involuntary switches in an execution. Three threads have too
+/// many executions for every run of the tests; without the bound these models take minutes.
+fn bounded(check: impl Fn() + Send + Sync + 'static) {
+    let mut builder = Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.check(check);
+}
+
+async fn idle(core: &Core) {
+    poll_fn(|cx| core.poll_idle(cx)).await;
+}
+
+fn shared<T>(value: T) -> (Arc<T>, Arc<T>) {
+    let first = Arc::new(value);
+    (first.clone(), first)
+}
+
+/// Admission against drain: whoever is let in is waited for, whoever comes later is refused, and
+/// what the admitted did is seen after the wait.
+#[test]
+fn whoever_is_admitted_is_waited_for() {
+    bounded(|| {
+        let core = Arc::new(Core::new(None));
+        let requests: Vec<_> = (0..2)
+            .map(|_| {
+                let core = core.clone();
+                let (work, seen) = shared(AtomicUsize::new(0));
+                let request = thread::spawn(move || {
+                    let admitted = core.admit();
+                    if admitted.is_ok() {
+                        work.store(1, Relaxed);
+                        core.release();
+                    }
+                    admitted
+                });
+                (request, seen)
+            })
+            .collect();
+        core.advance(Phase::Draining);
+        block_on(idle(&core));
+        let seen: Vec<_> = requests
+            .iter()
+            .map(|(_, work)| work.load(Relaxed))
+            .collect();
+        for ((request, _), seen) in requests.into_iter().zip(seen) {
+            match request.join().unwrap() {
+                Ok(()) => assert_eq!(seen, 1, "the drain ended before this request did"),
+                Err(refused) => assert_eq!((refused, seen), (Refused::Draining, 0)),
+            }
+        }
+        assert_eq!(core.word().count(), 0);
+    });
+}
+
+/// Last release against wait, the drain begun and two inside: the waiter is woken, whichever of
+/// them is last. A lost wake-up is a deadlock, which loom reports.
+#[test]
+fn the_last_one_out_wakes_the_waiter() {
+    model(|| {
+        let core = Arc::new(Core::new(None));
+        core.admit().unwrap();
+        core.admit().unwrap();
+        core.advance(Phase::Draining);
+        let requests: Vec<_> = (0..2)
+            .map(|_| {
+                let core = core.clone();
+                thread::spawn(move || core.release())
+            })
+            .collect();
+        block_on(idle(&core));
+        assert!(core.settled_word().is_idle());
+        for request in requests {
+            request.join().unwrap();
+        }
+    });
+}
+
+/// The waiter is there first, draining begins on another thread, and the last request leaves on a
+/// third. Whoever advances rings a bell that the waiter listens to as well (the timeline's, here
+/// loom's own); between the bell and the last one out no wake-up is lost.
+#[test]
+fn a_wake_up_is_not_lost_between_advance_and_release() {
+    bounded(|| {
+        let core = Arc::new(Core::new(None));
+        let bell = Arc::new(AtomicWaker::new());
+        core.admit().unwrap();
+        let request = {
+            let core = core.clone();
+            thread::spawn(move || core.release())
+        };
+        let trigger = {
+            let (core, bell) = (core.clone(), bell.clone());
+            thread::spawn(move || {
+                core.advance(Phase::Draining);
+                bell.wake();
+            })
+        };
+        block_on(poll_fn(|cx| {
+            bell.register_by_ref(cx.waker());
+            core.poll_idle(cx)
+        }));
+        assert!(core.settled_word().is_idle());
+        request.join().unwrap();
+        trigger.join().unwrap();
+    });
+}
+
+/// The limit: two compete for the last place. One gets it, the count never passes the limit, and
+/// the place is free again afterwards.
+#[test]
+fn the_limit_is_exact() {
+    model(|| {
+        let core = Arc::new(Core::new(Some(1)));
+        let (inside, most) = shared(AtomicUsize::new(0));
+        let other = {
+            let (core, inside) = (core.clone(), inside);
+            thread::spawn(move || enter(&core, &inside))
+        };
+        let mine = enter(&core, &most);
+        let others = other.join().unwrap();
+        assert!(mine || others, "there was room for one");
+        assert_eq!(core.word().count(), 0);
+        assert_eq!(core.admit(), Ok(()), "the place is free again");
+    });
+
+    fn enter(core: &Core, inside: &AtomicUsize) -> bool {
+        if core.admit().is_err() {
+            return false;
+        }
+        assert_eq!(inside.fetch_add(1, Relaxed), 0, "two were let in");
+        inside.fetch_sub(1, Relaxed);
+        core.release();
+        true
+    }
+}
+
+/// Phase, readiness and count are changed by three threads at once, and none of the changes is
+/// lost.
+#[test]
+fn changes_of_the_word_do_not_overwrite_one_another() {
+    model(|| {
+        let core = Arc::new(Core::new(None));
+        let request = {
+            let core = core.clone();
+            thread::spawn(move || core.admit().is_ok())
+        };
+        let readiness = {
+            let core = core.clone();
+            thread::spawn(move || core.set_ready(false))
+        };
+        core.advance(Phase::LameDuck);
+        assert!(request.join().unwrap());
+        readiness.join().unwrap();
+        let word = core.word();
+        assert_eq!(word.phase(), Phase::LameDuck);
+        assert!(!word.is_marked_ready());
+        assert_eq!(word.count(), 1);
+    });
+}

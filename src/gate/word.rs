@@ -1,0 +1,108 @@
+//! The packed word: phase, readiness and count. Plain data; the bits are known here and nowhere
+//! else.
+
+use std::fmt;
+
+use crate::phase::Phase;
+
+const PHASE_SHIFT: u32 = usize::BITS - 3;
+const NOT_READY: usize = 1 << (PHASE_SHIFT - 1);
+const COUNT: usize = NOT_READY - 1;
+const DRAINING: usize = (Phase::Draining as usize) << PHASE_SHIFT;
+
+/// A snapshot of the gate.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Word(pub(super) usize);
+
+impl Word {
+    /// The most requests that can be in flight at once: 2^60 - 1, or 2^28 - 1 where a word has
+    /// 32 bits. Admission refuses the next one, so the count cannot spill into the flags.
+    pub(super) const MAX_COUNT: usize = COUNT;
+
+    pub(super) const SERVING: Self = Self((Phase::Serving as usize) << PHASE_SHIFT);
+
+    pub(crate) const fn phase(self) -> Phase {
+        match self.0 >> PHASE_SHIFT {
+            0 => Phase::Serving,
+            1 => Phase::LameDuck,
+            2 => Phase::Draining,
+            3 => Phase::Closing,
+            _ => Phase::Stopped,
+        }
+    }
+
+    pub(crate) const fn count(self) -> usize {
+        self.0 & COUNT
+    }
+
+    /// What `set_ready` last said, whatever the phase.
+    pub(crate) const fn is_marked_ready(self) -> bool {
+        self.0 & NOT_READY == 0
+    }
+
+    /// Draining or later.
+    pub(super) const fn refuses(self) -> bool {
+        self.0 >= DRAINING
+    }
+
+    /// Draining or later, with nothing in flight. Once true it stays true.
+    pub(crate) const fn is_idle(self) -> bool {
+        self.refuses() && self.count() == 0
+    }
+
+    pub(super) const fn with_phase(self, phase: Phase) -> Self {
+        Self((self.0 & (NOT_READY | COUNT)) | ((phase as usize) << PHASE_SHIFT))
+    }
+
+    pub(super) const fn with_ready(self, ready: bool) -> Self {
+        if ready {
+            Self(self.0 & !NOT_READY)
+        } else {
+            Self(self.0 | NOT_READY)
+        }
+    }
+
+    pub(super) const fn plus_one(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+impl fmt::Debug for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Word")
+            .field("phase", &self.phase())
+            .field("marked_ready", &self.is_marked_ready())
+            .field("count", &self.count())
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phase_readiness_and_count_do_not_disturb_one_another() {
+        let phases = [
+            Phase::Serving,
+            Phase::LameDuck,
+            Phase::Draining,
+            Phase::Closing,
+            Phase::Stopped,
+        ];
+        for phase in phases {
+            for ready in [true, false] {
+                for count in [0, 1, 7, Word::MAX_COUNT] {
+                    let word = Word(Word::SERVING.0 + count)
+                        .with_ready(ready)
+                        .with_phase(phase);
+                    assert_eq!(word.phase(), phase);
+                    assert_eq!(word.is_marked_ready(), ready);
+                    assert_eq!(word.count(), count);
+                    assert_eq!(word.refuses(), phase >= Phase::Draining);
+                    assert_eq!(word.is_idle(), phase >= Phase::Draining && count == 0);
+                }
+            }
+        }
+    }
+}

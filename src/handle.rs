@@ -1,0 +1,297 @@
+//! `Graceful`: the handle through which a service is observed and stopped.
+
+use std::{
+    fmt,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    gate::{Refused, Ticket},
+    phase::Phase,
+    plan::Knobs,
+    policy::Policy,
+    report::Trigger,
+    timeline::{Lifecycle, Shared},
+};
+
+/// A request's permission to be in flight.
+pub(crate) type Pass = Ticket<Lifecycle>;
+
+/// The handle on one service's lifecycle: what stops it, and what tells how far it has come.
+///
+/// It is cheap to clone, and clones share one lifecycle: give one to whatever needs it. The layer,
+/// the probes and every future it hands out keep the lifecycle alive, so a handle may be dropped
+/// as soon as they have been made; dropping never stops a service.
+///
+/// Nothing happens until something asks for a stop: a signal, once [`drain`](Self::drain),
+/// [`handle_signals`](Self::handle_signals) or [`serve`](Self::serve) listens for them;
+/// [`shutdown`](Self::shutdown); or the future given to [`drain_on`](Self::drain_on). The first of
+/// them wins, and from there the phases follow each other on a timetable laid down by the
+/// [builder](Self::builder).
+///
+/// # Runtime
+///
+/// The timetable is kept by a task on tokio's runtime, started by the first call made inside one.
+/// Every method may be called outside a runtime too; where one needs a runtime later, its page
+/// says so. The clock is tokio's, so tests can pause it. A `Graceful` belongs to the runtime it
+/// is first used in.
+///
+/// # Example
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_graceful::{Graceful, Phase};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> Result<(), tower_graceful::ConfigError> {
+/// let graceful = Graceful::builder().drain_delay(Duration::from_secs(3)).build()?;
+/// assert_eq!(graceful.phase(), Phase::Serving);
+///
+/// graceful.shutdown();
+/// assert_eq!(graceful.phase(), Phase::LameDuck);
+///
+/// graceful.stopped().await; // nothing is in flight, so three seconds later
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Graceful {
+    shared: Shared,
+}
+
+impl Graceful {
+    /// A lifecycle with the default plan: a grace period of 30 s, of which 5 s delay on SIGTERM,
+    /// and no limit on requests in flight.
+    #[must_use]
+    pub fn new() -> Self {
+        match Knobs::default().plan() {
+            Ok(plan) => Self::from_parts(None, Lifecycle::new(plan, Policy::default())),
+            Err(error) => unreachable!("the default plan fits: {error}"),
+        }
+    }
+
+    pub(crate) fn from_parts(max_in_flight: Option<usize>, lifecycle: Lifecycle) -> Self {
+        let shared = Shared::new(max_in_flight, lifecycle);
+        shared.drive();
+        Self { shared }
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    #[inline]
+    pub(crate) fn admit(&self) -> Result<Pass, Refused> {
+        self.shared.admit()
+    }
+
+    pub(crate) fn policy(&self) -> &Policy {
+        &self.shared.policy
+    }
+
+    /// Asks the service to stop, now. Takes effect before it returns: readiness says no and
+    /// responses say `Connection: close`.
+    ///
+    /// Any number of calls, from any number of tasks and threads, before or after serving began,
+    /// are one trigger; it never skips a phase that is under way, as a further signal does. The
+    /// delay is the one of SIGTERM, [`drain_delay`](crate::GracefulBuilder::drain_delay).
+    ///
+    /// May be called outside a runtime, from a thread of its own for example. Time then passes as
+    /// soon as something uses this lifecycle inside a runtime.
+    pub fn shutdown(&self) {
+        self.shared.trigger(Trigger::Shutdown);
+    }
+
+    /// Whether the readiness route says yes while the service is [serving](Phase::Serving): true
+    /// from the start, until this says otherwise. From the lame-duck phase on readiness is no, and
+    /// this changes nothing.
+    ///
+    /// For a service that is up before it is warm, or that has lost what it depends on. Liveness
+    /// is not affected.
+    pub fn set_ready(&self, ready: bool) {
+        self.shared.set_ready(ready);
+    }
+
+    /// Whether the readiness route says yes: serving, and not marked unready.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        let word = self.shared.word();
+        word.phase() == Phase::Serving && word.is_marked_ready()
+    }
+
+    /// The present phase.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.shared.word().phase()
+    }
+
+    /// The number of requests in flight: let in by the [layer](Self::layer), and their response
+    /// body neither ended nor dropped.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.shared.word().count()
+    }
+
+    /// The number of open connections that are tracked: those accepted through
+    /// [`listener`](Self::listener), or given to [`track`](Self::track). Upgraded ones, such as
+    /// WebSockets, count until they close.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shared.connections.len()
+    }
+
+    /// Phase, readiness, counts and the time left, for a status page or a metric.
+    ///
+    /// ```
+    /// # use tower_graceful::{Graceful, Phase};
+    /// let graceful = Graceful::new();
+    /// let snapshot = graceful.snapshot();
+    /// assert_eq!(snapshot.phase, Phase::Serving);
+    /// assert_eq!(snapshot.in_flight, 0);
+    /// ```
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let word = self.shared.word();
+        Snapshot {
+            phase: word.phase(),
+            ready: word.phase() == Phase::Serving && word.is_marked_ready(),
+            in_flight: word.count(),
+            connections: self.connections(),
+            time_left: self.shared.time_left(word.phase()),
+        }
+    }
+
+    /// Follows the phase. A receiver that looks rarely sees the latest phase, not each one.
+    ///
+    /// ```
+    /// # use tower_graceful::{Graceful, Phase};
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() {
+    /// let graceful = Graceful::new();
+    /// let mut phases = graceful.subscribe();
+    /// graceful.shutdown();
+    /// phases.changed().await.unwrap();
+    /// assert_eq!(*phases.borrow_and_update(), Phase::LameDuck);
+    /// # }
+    /// ```
+    ///
+    /// The receiver does not keep the lifecycle alive: when every handle, layer and future of it
+    /// is gone, `changed` returns an error.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Phase> {
+        self.shared.subscribe()
+    }
+
+    /// Resolves when draining starts: the moment for long-lived work, a WebSocket or an event
+    /// stream, to come to an end. Resolves at once if draining has started already.
+    ///
+    /// The future owns what it needs, can be sent to any task, and may be polled again after it
+    /// is ready: it stays ready. Dropping it has no effect.
+    pub fn draining(&self) -> PhaseReached {
+        PhaseReached::new(self, Phase::Draining)
+    }
+
+    /// Resolves when all is over: nothing is in flight, every tracked connection is closed, every
+    /// server given to [`run`](Self::run) has ended, or what did not end in time was given up.
+    ///
+    /// Behaves like [`draining`](Self::draining) otherwise.
+    pub fn stopped(&self) -> PhaseReached {
+        PhaseReached::new(self, Phase::Stopped)
+    }
+}
+
+impl Default for Graceful {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Graceful {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let snapshot = self.snapshot();
+        f.debug_struct("Graceful")
+            .field("phase", &snapshot.phase)
+            .field("ready", &snapshot.ready)
+            .field("in_flight", &snapshot.in_flight)
+            .field("connections", &snapshot.connections)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A service's state at one moment. Made by [`Graceful::snapshot`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// The phase.
+    pub phase: Phase,
+    /// Whether the readiness route says yes.
+    pub ready: bool,
+    /// Requests in flight.
+    pub in_flight: usize,
+    /// Tracked connections that are open.
+    pub connections: usize,
+    /// Until the present phase ends at the latest; for [`Phase::Closing`], until what is still
+    /// open is cut. `None` while serving and once stopped.
+    pub time_left: Option<Duration>,
+}
+
+/// Resolves when a phase, or a later one, has been reached. Made by [`Graceful::draining`] and
+/// [`Graceful::stopped`].
+#[must_use = "futures do nothing unless polled"]
+pub struct PhaseReached {
+    graceful: Graceful,
+    phase: Phase,
+    waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+}
+
+impl PhaseReached {
+    pub(crate) fn new(graceful: &Graceful, phase: Phase) -> Self {
+        graceful.shared.drive();
+        Self {
+            graceful: graceful.clone(),
+            phase,
+            waiting: None,
+        }
+    }
+}
+
+impl Future for PhaseReached {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        let mut phases = match &mut this.waiting {
+            Some(waiting) => {
+                ready!(waiting.as_mut().poll(cx));
+                this.waiting = None;
+                return Poll::Ready(());
+            }
+            None => this.graceful.subscribe(),
+        };
+        let phase = this.phase;
+        if *phases.borrow() >= phase {
+            return Poll::Ready(());
+        }
+        this.graceful.shared.drive();
+        let waiting = this.waiting.insert(Box::pin(async move {
+            // An error means that the lifecycle is gone, and this future keeps it alive.
+            let _ = phases.wait_for(|reached| *reached >= phase).await;
+        }));
+        ready!(waiting.as_mut().poll(cx));
+        this.waiting = None;
+        Poll::Ready(())
+    }
+}
+
+impl fmt::Debug for PhaseReached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PhaseReached")
+            .field("awaited", &self.phase)
+            .field("present", &self.graceful.phase())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,89 @@
+use tower_layer::Layer;
+
+use super::service::GracefulService;
+use crate::handle::Graceful;
+
+/// Counts requests in flight and refuses new ones once draining has begun.
+///
+/// Cheap to clone; every service it makes shares one lifecycle, one count and one limit, however
+/// many routes, clones and connections there are. [`handle`](Self::handle) gives the [`Graceful`]
+/// through which that lifecycle is observed and stopped.
+///
+/// # What it does
+///
+/// | phase | a request | its response |
+/// |---|---|---|
+/// | serving | is served | is left alone |
+/// | lame duck | is served | HTTP/1: `Connection: close` |
+/// | draining and later | is refused: 503, `Retry-After`, HTTP/1: `Connection: close` | begun earlier: HTTP/1: `Connection: close` |
+/// | any, above [`max_in_flight`](crate::GracefulBuilder::max_in_flight) | is refused: 429, likewise | |
+///
+/// A request is in flight from the call to the end of its response *body*: a stream counts to its
+/// last frame. A panic, a timeout or a client that goes away releases it at once.
+///
+/// Before a refusal the request's body is read, 16 MiB and two seconds at most, so that a client
+/// still sending sees the answer and not a broken connection; the body of a client that waits for
+/// `100 Continue` is not. gRPC calls are refused with `UNAVAILABLE` as headers alone.
+///
+/// # Where to put it
+///
+/// Outermost, so that what it counts includes everything: in axum the last `.layer(…)` of the
+/// router. The layer works with any request and response body, with and without axum.
+///
+/// Applied twice, it counts each request twice, halves the limit, and may refuse at the inner
+/// place what the outer one has let in just before draining began. Apply it once.
+///
+/// # Example
+///
+/// ```
+/// # #[cfg(feature = "axum")]
+/// # fn main() {
+/// use axum::{Router, routing::get};
+/// use tower_graceful::GracefulLayer;
+///
+/// let layer = GracefulLayer::new();
+/// let graceful = layer.handle();
+/// let app: Router = Router::new()
+///     .route("/", get(|| async { "hello" }))
+///     .layer(layer);
+/// assert_eq!(graceful.in_flight(), 0);
+/// # }
+/// # #[cfg(not(feature = "axum"))]
+/// # fn main() {}
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct GracefulLayer {
+    graceful: Graceful,
+}
+
+impl GracefulLayer {
+    /// A layer with a lifecycle of its own, [`Graceful::new`].
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The lifecycle this layer belongs to.
+    #[must_use]
+    pub fn handle(&self) -> Graceful {
+        self.graceful.clone()
+    }
+}
+
+impl<S> Layer<S> for GracefulLayer {
+    type Service = GracefulService<S>;
+
+    fn layer(&self, inner: S) -> GracefulService<S> {
+        GracefulService::new(inner, self.graceful.clone())
+    }
+}
+
+impl Graceful {
+    /// The layer of this lifecycle. All layers of one lifecycle are the same.
+    #[must_use]
+    pub fn layer(&self) -> GracefulLayer {
+        GracefulLayer {
+            graceful: self.clone(),
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! The middleware: a request is in flight from the call to the end of its response body.
+//!
+//! A request takes its ticket in `call` and keeps it through the response future and then the
+//! response body. It gives it up when the body has ended (a last frame, the end of the stream, or
+//! an error) or when whichever of the two holds it is dropped: a panic, a timeout, a client that
+//! went away. A body that is empty from the start gives it up with the response's head.
+//!
+//! When draining has begun, or the limit is reached, `call` does not reach the inner service.
+//! The refusal first reads the request's body, within bounds, because a client that is still
+//! sending would see a broken connection instead of the answer.
+
+mod body;
+mod future;
+mod layer;
+mod refusal;
+mod service;
+
+pub use self::{
+    body::GracefulBody, future::GracefulFuture, layer::GracefulLayer, service::GracefulService,
+};

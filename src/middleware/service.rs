@@ -1,0 +1,84 @@
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use tower_service::Service;
+
+use super::{body::GracefulBody, future::GracefulFuture, refusal};
+use crate::{gate::Refused, handle::Graceful};
+
+/// The service a [`GracefulLayer`](super::GracefulLayer) makes. See there for what it does.
+#[derive(Clone, Debug)]
+pub struct GracefulService<S> {
+    inner: S,
+    graceful: Graceful,
+}
+
+impl<S> GracefulService<S> {
+    pub(super) fn new(inner: S, graceful: Graceful) -> Self {
+        Self { inner, graceful }
+    }
+
+    /// The service inside.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
+    /// The service inside. What is called on it directly is not counted.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// Takes the service inside out.
+    pub fn into_inner(self) -> S {
+        self.inner
+    }
+}
+
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for GracefulService<S>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    ReqBody: Body,
+    ResBody: Body<Data: From<Bytes>>,
+{
+    type Response = Response<GracefulBody<ResBody>>;
+    type Error = S::Error;
+    type Future = GracefulFuture<S::Future, ReqBody>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    #[inline]
+    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+        match self.graceful.admit() {
+            Ok(pass) => {
+                let version = request.version();
+                GracefulFuture::admitted(self.inner.call(request), pass, version)
+            }
+            Err(refused) => self.turn_away(request, refused),
+        }
+    }
+}
+
+impl<S> GracefulService<S> {
+    #[cold]
+    fn turn_away<ReqBody>(
+        &mut self,
+        request: Request<ReqBody>,
+        refused: Refused,
+    ) -> GracefulFuture<S::Future, ReqBody>
+    where
+        S: Service<Request<ReqBody>>,
+    {
+        if refusal::is_exempt(&self.graceful, &request) {
+            let version = request.version();
+            let graceful = self.graceful.clone();
+            GracefulFuture::exempt(self.inner.call(request), graceful, version)
+        } else {
+            GracefulFuture::refused(refusal::refuse(&self.graceful, request, refused))
+        }
+    }
+}

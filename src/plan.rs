@@ -1,0 +1,459 @@
+//! The budget: how one grace period is shared between delay, drain and cleanup. Pure.
+//!
+//! All shares are laid end to end from the trigger, so each ends at an absolute instant, and a
+//! phase that ends early leaves its time to the next. What nobody set is derived:
+//!
+//! | share | when it is not set |
+//! |---|---|
+//! | `drain_delay` | 5 s, or a sixth of the grace period where that is less |
+//! | `cleanup_timeout` | 5 s, or a sixth of the grace period, or what the shares that were set leave, whichever is least |
+//! | `drain_timeout` | all the rest |
+//!
+//! The last second of the grace period (a thirtieth, where that is less) is the *margin*: every
+//! deadline falls before it, so that the process has time to report and exit before it is killed.
+
+use std::{fmt, time::Duration};
+
+use tokio::time::Instant;
+
+const GRACE_PERIOD: Duration = Duration::from_secs(30);
+const MOST_DELAY: Duration = Duration::from_secs(5);
+const MOST_CLEANUP: Duration = Duration::from_secs(5);
+const MOST_MARGIN: Duration = Duration::from_secs(1);
+
+/// What the builder was told about time.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Knobs {
+    pub(crate) grace_period: Option<Duration>,
+    pub(crate) drain_delay: Option<Duration>,
+    pub(crate) interrupt_delay: Option<Duration>,
+    pub(crate) drain_timeout: Option<Duration>,
+    pub(crate) cleanup_timeout: Option<Duration>,
+}
+
+/// A plan that fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    grace_period: Duration,
+    margin: Duration,
+    drain_delay: Duration,
+    interrupt_delay: Duration,
+    /// `None`: all that delay, cleanup and margin leave.
+    drain_timeout: Option<Duration>,
+    cleanup_timeout: Duration,
+}
+
+/// When each phase ends at the latest, in time since the trigger. Never decreasing, and never
+/// later than the grace period.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Deadlines {
+    /// The end of the lame-duck phase.
+    pub(crate) delay: Duration,
+    /// The drain deadline.
+    pub(crate) drain: Duration,
+    /// The end of cleanup.
+    pub(crate) cleanup: Duration,
+}
+
+impl Knobs {
+    pub(crate) fn plan(self) -> Result<Plan, ConfigError> {
+        let grace_period = self.grace_period.unwrap_or(GRACE_PERIOD);
+        let sixth = grace_period / 6;
+        let margin = MOST_MARGIN.min(grace_period / 30);
+        let drain_delay = self.drain_delay.unwrap_or(MOST_DELAY.min(sixth));
+        let interrupt_delay = self.interrupt_delay.unwrap_or(Duration::ZERO);
+        let longest_delay = drain_delay.max(interrupt_delay);
+        let asked = longest_delay.saturating_add(self.drain_timeout.unwrap_or(Duration::ZERO));
+        let cleanup_timeout = self.cleanup_timeout.unwrap_or_else(|| {
+            MOST_CLEANUP
+                .min(sixth)
+                .min(grace_period.saturating_sub(margin).saturating_sub(asked))
+        });
+        let plan = Plan {
+            grace_period,
+            margin,
+            drain_delay,
+            interrupt_delay,
+            drain_timeout: self.drain_timeout,
+            cleanup_timeout,
+        };
+        // Sums past Duration::MAX saturate: they fit a grace period without end, and no other.
+        let fits = asked.saturating_add(cleanup_timeout) <= grace_period;
+        let drains = self.drain_timeout.is_some()
+            || plan.deadlines(longest_delay).drain > longest_delay
+            || grace_period.is_zero();
+        if fits && drains {
+            Ok(plan)
+        } else {
+            Err(ConfigError::DoesNotFit(Misfit { knobs: self, plan }))
+        }
+    }
+}
+
+impl Plan {
+    pub(crate) fn drain_delay(&self) -> Duration {
+        self.drain_delay
+    }
+
+    pub(crate) fn interrupt_delay(&self) -> Duration {
+        self.interrupt_delay
+    }
+
+    /// The deadlines of a shutdown that begins with this `delay`.
+    pub(crate) fn deadlines(&self, delay: Duration) -> Deadlines {
+        let end = self.grace_period.saturating_sub(self.margin);
+        let delay = delay.min(end);
+        let drain = match self.drain_timeout {
+            Some(timeout) => delay.saturating_add(timeout).min(end),
+            None => end.saturating_sub(self.cleanup_timeout).max(delay),
+        };
+        let cleanup = drain.saturating_add(self.cleanup_timeout).min(end);
+        Deadlines {
+            delay,
+            drain,
+            cleanup,
+        }
+    }
+}
+
+/// `start` plus `after`, or thirty years on where that is more than an `Instant` can hold.
+///
+/// Thirty years is what tokio itself takes for "never": later instants overflow its timer on some
+/// platforms.
+pub(crate) fn instant_after(start: Instant, after: Duration) -> Instant {
+    const NEVER: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
+    start
+        .checked_add(after.min(NEVER))
+        .unwrap_or_else(|| start + NEVER)
+}
+
+/// A configuration that cannot work, refused by
+/// [`GracefulBuilder::build`](crate::GracefulBuilder::build).
+///
+/// Its `Display` names the numbers and says what to change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// Delay, drain and cleanup together are longer than the grace period, or leave no time to
+    /// drain.
+    DoesNotFit(Misfit),
+    /// `max_in_flight(0)` would refuse every request.
+    NothingInFlight,
+    /// A status that cannot answer a probe, because it is informational (1xx).
+    UnreadyStatus(http::StatusCode),
+    /// An exempt path that no request can have, because it does not begin with a slash.
+    ExemptPath(String),
+}
+
+/// The numbers of a plan that does not fit. Part of [`ConfigError::DoesNotFit`].
+#[derive(Clone, Copy)]
+pub struct Misfit {
+    knobs: Knobs,
+    plan: Plan,
+}
+
+impl PartialEq for Misfit {
+    fn eq(&self, other: &Self) -> bool {
+        self.plan == other.plan
+    }
+}
+
+impl Eq for Misfit {}
+
+impl fmt::Debug for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.plan.fmt(f)
+    }
+}
+
+impl fmt::Display for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { knobs, plan } = self;
+        let default = |knob: Option<Duration>| if knob.is_none() { " (default)" } else { "" };
+        // The longer of the two delays is the one that does not fit.
+        let (name, delay, knob) = if plan.interrupt_delay > plan.drain_delay {
+            (
+                "interrupt_delay",
+                plan.interrupt_delay,
+                knobs.interrupt_delay,
+            )
+        } else {
+            ("drain_delay", plan.drain_delay, knobs.drain_delay)
+        };
+        write!(f, "{name} {delay:?}{}", default(knob))?;
+        if let Some(timeout) = plan.drain_timeout {
+            write!(f, " + drain_timeout {timeout:?}")?;
+        }
+        write!(
+            f,
+            " + cleanup_timeout {:?}{}",
+            plan.cleanup_timeout,
+            default(knobs.cleanup_timeout)
+        )?;
+        let sum = delay
+            .saturating_add(plan.drain_timeout.unwrap_or(Duration::ZERO))
+            .saturating_add(plan.cleanup_timeout);
+        if sum > plan.grace_period {
+            write!(f, " = {sum:?}, which is longer than")?;
+        } else {
+            write!(f, " = {sum:?}, which leaves no time to drain within")?;
+        }
+        write!(
+            f,
+            " grace_period {:?}{}",
+            plan.grace_period,
+            default(knobs.grace_period)
+        )
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DoesNotFit(misfit) => write!(
+                f,
+                "the shutdown does not fit its grace period: {misfit}; shorten a share, or raise \
+                 grace_period together with the supervisor's (terminationGracePeriodSeconds, \
+                 TimeoutStopSec)"
+            ),
+            Self::NothingInFlight => f.write_str(
+                "max_in_flight is 0, which would refuse every request; leave it out for no limit",
+            ),
+            Self::UnreadyStatus(status) => write!(
+                f,
+                "unready_status is {}, an informational status, which cannot be a final answer",
+                status.as_u16()
+            ),
+            Self::ExemptPath(path) => write!(
+                f,
+                "exempt path {path:?} does not begin with a slash, so no request can have it"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn refusal(knobs: Knobs) -> String {
+        knobs.plan().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_default_plan_is_kubernetes_thirty_seconds() {
+        let plan = Knobs::default().plan().unwrap();
+        assert_eq!(
+            plan.deadlines(plan.drain_delay()),
+            Deadlines {
+                delay: s(5),
+                drain: s(24),
+                cleanup: s(29),
+            }
+        );
+    }
+
+    #[test]
+    fn a_shorter_grace_period_scales_what_nobody_set() {
+        let plan = Knobs {
+            grace_period: Some(s(6)),
+            ..Knobs::default()
+        }
+        .plan()
+        .unwrap();
+        let deadlines = plan.deadlines(plan.drain_delay());
+        assert_eq!(deadlines.delay, s(1));
+        assert_eq!(deadlines.drain, Duration::from_millis(4800));
+        assert_eq!(deadlines.cleanup, Duration::from_millis(5800));
+    }
+
+    #[test]
+    fn without_a_delay_the_drain_has_its_time() {
+        let plan = Knobs::default().plan().unwrap();
+        assert_eq!(plan.deadlines(Duration::ZERO).drain, s(24));
+        let plan = Knobs {
+            drain_delay: Some(s(1)),
+            drain_timeout: Some(s(3)),
+            ..Knobs::default()
+        }
+        .plan()
+        .unwrap();
+        assert_eq!(plan.deadlines(Duration::ZERO).drain, s(3));
+        assert_eq!(plan.deadlines(s(1)).drain, s(4));
+    }
+
+    #[test]
+    fn a_plan_that_fills_the_grace_period_fits_and_still_ends_before_the_margin() {
+        let plan = Knobs {
+            grace_period: Some(s(30)),
+            drain_delay: Some(s(5)),
+            drain_timeout: Some(s(15)),
+            cleanup_timeout: Some(s(10)),
+            ..Knobs::default()
+        }
+        .plan()
+        .unwrap();
+        assert_eq!(plan.deadlines(s(5)).drain, s(20));
+        assert_eq!(plan.deadlines(s(5)).cleanup, s(29));
+    }
+
+    #[test]
+    fn a_plan_that_does_not_fit_is_refused_with_its_numbers() {
+        let message = refusal(Knobs {
+            drain_delay: Some(s(10)),
+            drain_timeout: Some(s(25)),
+            cleanup_timeout: Some(Duration::from_millis(1500)),
+            ..Knobs::default()
+        });
+        assert!(
+            message.contains(
+                "drain_delay 10s + drain_timeout 25s + cleanup_timeout 1.5s = 36.5s, which is \
+                 longer than grace_period 30s (default)"
+            ),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_plan_without_time_to_drain_is_refused() {
+        let message = refusal(Knobs {
+            grace_period: Some(s(10)),
+            drain_delay: Some(s(6)),
+            cleanup_timeout: Some(s(4)),
+            ..Knobs::default()
+        });
+        assert!(message.contains("no time to drain"), "{message}");
+        assert!(message.contains("grace_period 10s;"), "{message}");
+    }
+
+    #[test]
+    fn the_delay_of_an_interrupt_must_fit_too() {
+        let message = refusal(Knobs {
+            interrupt_delay: Some(s(31)),
+            ..Knobs::default()
+        });
+        assert!(message.contains("interrupt_delay 31s"), "{message}");
+    }
+
+    #[test]
+    fn sums_past_the_largest_duration_do_not_overflow() {
+        let endless = Knobs {
+            drain_timeout: Some(Duration::MAX),
+            cleanup_timeout: Some(Duration::MAX),
+            ..Knobs::default()
+        };
+        let message = refusal(endless);
+        assert!(
+            message.contains("longer than grace_period 30s"),
+            "{message}"
+        );
+        let grace_period = Some(Duration::MAX);
+        assert!(
+            Knobs {
+                grace_period,
+                ..endless
+            }
+            .plan()
+            .is_ok()
+        );
+    }
+
+    #[test]
+    fn a_grace_period_of_zero_or_for_ever_is_a_plan() {
+        let nothing = Knobs {
+            grace_period: Some(Duration::ZERO),
+            ..Knobs::default()
+        }
+        .plan()
+        .unwrap();
+        assert_eq!(nothing.deadlines(Duration::ZERO).cleanup, Duration::ZERO);
+        let for_ever = Knobs {
+            grace_period: Some(Duration::MAX),
+            ..Knobs::default()
+        }
+        .plan()
+        .unwrap();
+        let now = Instant::now();
+        assert!(instant_after(now, for_ever.deadlines(s(5)).drain) > now + s(1_000_000));
+    }
+
+    fn any_duration() -> impl Strategy<Value = Duration> {
+        prop_oneof![
+            Just(Duration::ZERO),
+            Just(Duration::MAX),
+            Just(Duration::from_nanos(1)),
+            (0..120_000_u64).prop_map(Duration::from_millis),
+            (any::<u64>(), 0..1_000_000_000_u32).prop_map(|(s, n)| Duration::new(s, n)),
+        ]
+    }
+
+    fn any_knobs() -> impl Strategy<Value = Knobs> {
+        let knob = || proptest::option::of(any_duration());
+        (knob(), knob(), knob(), knob(), knob()).prop_map(|(g, d, i, t, c)| Knobs {
+            grace_period: g,
+            drain_delay: d,
+            interrupt_delay: i,
+            drain_timeout: t,
+            cleanup_timeout: c,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_durations_make_an_ordered_plan_within_the_grace_period_or_an_error(
+            knobs in any_knobs(),
+        ) {
+            let grace = knobs.grace_period.unwrap_or(GRACE_PERIOD);
+            match knobs.plan() {
+                Ok(plan) => for delay in [plan.drain_delay, plan.interrupt_delay, Duration::ZERO] {
+                    let deadlines = plan.deadlines(delay);
+                    prop_assert!(deadlines.delay <= deadlines.drain);
+                    prop_assert!(deadlines.drain <= deadlines.cleanup);
+                    prop_assert!(deadlines.cleanup <= grace - plan.margin);
+                    // Whatever was asked for is given, but for the margin.
+                    prop_assert!(deadlines.delay >= delay.min(grace - plan.margin));
+                    if let Some(timeout) = knobs.drain_timeout {
+                        let asked = delay.saturating_add(timeout);
+                        prop_assert!(deadlines.drain.saturating_add(plan.margin) >= asked);
+                    }
+                    let now = Instant::now();
+                    prop_assert!(instant_after(now, deadlines.drain) >= now);
+                },
+                Err(error) => {
+                    let named = format!("grace_period {grace:?}");
+                    prop_assert!(error.to_string().contains(&named), "{}", error);
+                }
+            }
+        }
+
+        #[test]
+        fn what_was_set_and_fits_is_never_refused(
+            delay in 0..10_000_u64, drain in 0..10_000_u64, cleanup in 0..10_000_u64,
+        ) {
+            let ms = Duration::from_millis;
+            let knobs = Knobs {
+                grace_period: Some(ms(delay + drain + cleanup)),
+                drain_delay: Some(ms(delay)),
+                interrupt_delay: None,
+                drain_timeout: Some(ms(drain)),
+                cleanup_timeout: Some(ms(cleanup)),
+            };
+            prop_assert!(knobs.plan().is_ok());
+            let derived = Knobs { cleanup_timeout: None, ..knobs };
+            prop_assert!(derived.plan().is_ok());
+            let shorter = ms((delay + drain + cleanup).saturating_sub(1));
+            prop_assert_eq!(
+                Knobs { grace_period: Some(shorter), ..knobs }.plan().is_ok(),
+                delay + drain + cleanup == 0
+            );
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Running a server to its end, and the report of it.
+
+use std::{error::Error, future::poll_fn, pin::pin, task::Poll};
+
+use crate::{handle::Graceful, phase::Phase, report::Report};
+
+impl Graceful {
+    /// Runs `server` until the service has stopped, and reports.
+    ///
+    /// `server` is any future that ends once it has been told to: axum's `serve` or hyper or tonic
+    /// with [`drain`](Self::drain) or [`drain_on`](Self::drain_on) as its shutdown signal. `run`
+    /// itself stops nothing and listens for nothing. It adds three things to awaiting the server:
+    ///
+    /// - the service counts as [stopped](Self::stopped) only when the server has ended, with all
+    ///   its bytes sent;
+    /// - a server that does not end is dropped shortly after the drain deadline, or when further
+    ///   signals say so, and the report says [`Forced`](crate::Outcome::Forced);
+    /// - a server that ends although nothing asked it to, with an error or without, stops the
+    ///   service, and the report says why.
+    ///
+    /// Several servers may run on one `Graceful`: each `run` waits for all of them and returns the
+    /// same report. A `run` that is first polled when the service is already closing or stopped
+    /// drops its server unpolled. Dropping the future of `run` drops the server and triggers
+    /// nothing.
+    ///
+    /// ```no_run
+    /// # #[cfg(all(feature = "axum", feature = "signal"))]
+    /// # async fn main(app: axum::Router) -> std::io::Result<std::process::ExitCode> {
+    /// use tower_graceful::Graceful;
+    ///
+    /// let graceful = Graceful::new();
+    /// let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
+    /// let server = axum::serve(graceful.listener(listener), app.layer(graceful.layer()))
+    ///     .with_graceful_shutdown(graceful.drain());
+    /// let report = graceful.run(server).await;
+    /// println!("{report}");
+    /// Ok(report.into())
+    /// # }
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// The future panics when it is polled outside a tokio runtime, as the server would.
+    pub fn run<S>(&self, server: S) -> impl Future<Output = Report> + use<S>
+    where
+        S: IntoFuture,
+        S::Output: ServerOutput,
+    {
+        let graceful = self.clone();
+        let server = server.into_future();
+        async move {
+            if graceful.phase() < Phase::Closing {
+                graceful.watch(server).await;
+            } else {
+                drop(server);
+            }
+            graceful.stopped().await;
+            graceful.shared().report().unwrap_or_else(|| {
+                unreachable!("the report is written before the phase becomes Stopped")
+            })
+        }
+    }
+
+    /// Polls the server until it ends or the service stops waiting for it.
+    async fn watch(&self, server: impl Future<Output: ServerOutput>) {
+        let mut seat = Seat::take(self);
+        let mut stopped = self.stopped();
+        let mut server = pin!(server);
+        let ended = poll_fn(|cx| {
+            if let Poll::Ready(output) = server.as_mut().poll(cx) {
+                return Poll::Ready(Some(sealed::Sealed::error(output)));
+            }
+            pin!(&mut stopped).poll(cx).map(|()| None)
+        })
+        .await;
+        seat.ended = ended;
+    }
+}
+
+/// A server that is running. Dropping it says that it no longer is.
+struct Seat {
+    graceful: Graceful,
+    ended: Option<Option<String>>,
+}
+
+impl Seat {
+    fn take(graceful: &Graceful) -> Self {
+        graceful.shared().server_began();
+        Self {
+            graceful: graceful.clone(),
+            ended: None,
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.graceful.shared().server_ended(self.ended.take());
+    }
+}
+
+/// What a server's future may resolve to: `()`, or a `Result<(), E>` whose error is reported.
+///
+/// Sealed: implemented here for those two.
+pub trait ServerOutput: sealed::Sealed {}
+
+impl ServerOutput for () {}
+impl<E: Into<Box<dyn Error + Send + Sync>>> ServerOutput for Result<(), E> {}
+
+mod sealed {
+    use std::error::Error;
+
+    pub trait Sealed {
+        fn error(self) -> Option<String>;
+    }
+
+    impl Sealed for () {
+        fn error(self) -> Option<String> {
+            None
+        }
+    }
+
+    impl<E: Into<Box<dyn Error + Send + Sync>>> Sealed for Result<(), E> {
+        fn error(self) -> Option<String> {
+            self.err().map(|error| error.into().to_string())
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! The signals that ask a service to stop, as the operating system delivers them.
+
+use std::io;
+
+use crate::report::Trigger;
+
+/// Installed handlers. The operating system's default action, to end the process, is off from
+/// the moment this exists and stays off when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Signals(os::Signals);
+
+impl Signals {
+    /// Installs the handlers now. Panics outside a tokio runtime, and in one without IO.
+    pub(crate) fn install() -> io::Result<Self> {
+        os::Signals::install().map(Self)
+    }
+
+    /// The next signal. Cancel safe.
+    pub(crate) async fn next(&mut self) -> Trigger {
+        self.0.next().await
+    }
+}
+
+#[cfg(unix)]
+mod os {
+    use std::io;
+
+    use tokio::signal::unix::{Signal, SignalKind, signal};
+
+    use crate::report::Trigger;
+
+    #[derive(Debug)]
+    pub(super) struct Signals {
+        terminate: Signal,
+        interrupt: Signal,
+    }
+
+    impl Signals {
+        pub(super) fn install() -> io::Result<Self> {
+            Ok(Self {
+                terminate: signal(SignalKind::terminate())?,
+                interrupt: signal(SignalKind::interrupt())?,
+            })
+        }
+
+        pub(super) async fn next(&mut self) -> Trigger {
+            tokio::select! {
+                Some(()) = self.terminate.recv() => Trigger::Terminate,
+                Some(()) = self.interrupt.recv() => Trigger::Interrupt,
+                else => std::future::pending().await,
+            }
+        }
+    }
+}
+
+#[cfg(windows)]
+mod os {
+    use std::io;
+
+    use tokio::signal::windows::{
+        CtrlBreak, CtrlC, CtrlClose, CtrlLogoff, CtrlShutdown, ctrl_break, ctrl_c, ctrl_close,
+        ctrl_logoff, ctrl_shutdown,
+    };
+
+    use crate::report::Trigger;
+
+    #[derive(Debug)]
+    pub(super) struct Signals {
+        ctrl_c: CtrlC,
+        ctrl_break: CtrlBreak,
+        close: CtrlClose,
+        logoff: CtrlLogoff,
+        shutdown: CtrlShutdown,
+    }
+
+    impl Signals {
+        pub(super) fn install() -> io::Result<Self> {
+            Ok(Self {
+                ctrl_c: ctrl_c()?,
+                ctrl_break: ctrl_break()?,
+                close: ctrl_close()?,
+                logoff: ctrl_logoff()?,
+                shutdown: ctrl_shutdown()?,
+            })
+        }
+
+        pub(super) async fn next(&mut self) -> Trigger {
+            tokio::select! {
+                Some(()) = self.ctrl_c.recv() => Trigger::Interrupt,
+                Some(()) = self.ctrl_break.recv() => Trigger::Interrupt,
+                Some(()) = self.close.recv() => Trigger::Terminate,
+                Some(()) = self.logoff.recv() => Trigger::Terminate,
+                Some(()) = self.shutdown.recv() => Trigger::Terminate,
+                else => std::future::pending().await,
+            }
+        }
+    }
+}
+
+#[cfg(not(any(unix, windows)))]
+mod os {
+    use std::io;
+
+    use crate::report::Trigger;
+
+    #[derive(Debug)]
+    pub(super) struct Signals;
+
+    impl Signals {
+        pub(super) fn install() -> io::Result<Self> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        pub(super) async fn next(&mut self) -> Trigger {
+            std::future::pending().await
+        }
+    }
+}

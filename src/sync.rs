@@ -1,0 +1,29 @@
+//! The only door to atomics and to the locks that order against them.
+//!
+//! In a normal build these are the standard library's. Under `--cfg tower_graceful_loom` they are
+//! loom's, so that the models in `gate` explore every interleaving of the very code that ships.
+
+#[cfg(not(tower_graceful_loom))]
+pub(crate) use std::sync::{
+    Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
+
+#[cfg(tower_graceful_loom)]
+pub(crate) use loom::sync::{
+    Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
+
+/// Locks `mutex`, also when a panic elsewhere has poisoned it.
+///
+/// Every critical section in this crate leaves its data whole at each step, so a poisoned lock
+/// holds nothing worse than a missed step, and `Drop` must not panic.
+macro_rules! lock {
+    ($mutex:expr) => {
+        $mutex
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    };
+}
+pub(crate) use lock;

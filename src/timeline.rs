@@ -1,0 +1,522 @@
+//! The timeline: what moves the phase, and when.
+//!
+//! [`Lifecycle::settle`] is the whole of it: a function of the state and the present instant that
+//! takes every step which is due and says when to look again. It is called under one lock by
+//! whoever changes something (a trigger, a further signal, a server that ends) and by the
+//! *driver*, a task that sleeps until the next deadline. So a trigger takes effect before it
+//! returns, on any thread and without a runtime, and only the passing of time needs the driver.
+//!
+//! The driver is spawned by the first call that happens inside a runtime. Until something triggers
+//! it holds the state weakly: a service that is built and dropped leaves no task behind. It waits
+//! for a deadline, for the bell that every change rings, and for the gate to become idle. Nothing
+//! is polled by the clock.
+
+use std::{
+    future::poll_fn,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use tokio::{
+    runtime,
+    sync::{Notify, watch},
+    time::{self, Instant, MissedTickBehavior},
+};
+
+use crate::{
+    events,
+    gate::{Gate, WeakGate},
+    phase::Phase,
+    plan::{Plan, instant_after},
+    policy::Policy,
+    registry::Registry,
+    report::{Outcome, Remaining, Report, Trigger},
+    sync::lock,
+};
+
+/// How long connections are given to close: after the last request has left, even when the drain
+/// deadline comes sooner, and after a cut before the service stops waiting for them.
+const CLOSING_TIME: Duration = Duration::from_millis(250);
+
+/// How often a drain says what it is waiting for.
+const PROGRESS: Duration = Duration::from_secs(2);
+
+/// The same key delivered twice within this time, to the process and to its group, is one signal.
+#[cfg(feature = "signal")]
+const DOUBLED: Duration = Duration::from_millis(100);
+
+/// A service's whole state: its gate, and behind it what everybody shares.
+pub(crate) type Shared = Gate<Lifecycle>;
+
+pub(crate) struct Lifecycle {
+    pub(crate) plan: Plan,
+    pub(crate) policy: Policy,
+    pub(crate) connections: Registry,
+    phases: watch::Sender<Phase>,
+    /// Rung at every change that the driver has to look at.
+    bell: Arc<Notify>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// A driver is alive.
+    driven: bool,
+    /// Something waits for the drain, so a server is up or about to be.
+    began: bool,
+    #[cfg(feature = "signal")]
+    listening: bool,
+    shutdown: Option<Shutdown>,
+    /// Servers given to `run` that have not ended, and whether there were any.
+    servers: usize,
+    served: bool,
+    server_error: Option<String>,
+    report: Option<Report>,
+}
+
+/// A shutdown under way.
+struct Shutdown {
+    trigger: Trigger,
+    /// When each phase so far was entered: lame duck, draining, closing.
+    entered: Vec<Instant>,
+    delay_until: Instant,
+    drain_until: Instant,
+    /// A further signal wants the present phase to end now.
+    hurry: bool,
+    cut: Option<Cut>,
+    #[cfg(feature = "signal")]
+    last_interrupt: Option<Instant>,
+}
+
+struct Cut {
+    at: Instant,
+    remaining: Remaining,
+}
+
+/// One step of the timeline, for the log.
+pub(crate) struct Transition {
+    pub(crate) to: Phase,
+    pub(crate) reason: Reason,
+    /// Since the trigger.
+    pub(crate) after: Duration,
+    /// Until the phase just entered ends at the latest.
+    pub(crate) time_left: Duration,
+    pub(crate) in_flight: usize,
+    pub(crate) connections: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Reason {
+    Triggered(Trigger),
+    DelayOver,
+    NobodyServes,
+    Signal,
+    Idle,
+    Deadline,
+    Closed,
+    LetGo,
+}
+
+impl Lifecycle {
+    pub(crate) fn new(plan: Plan, policy: Policy) -> Self {
+        Self {
+            plan,
+            policy,
+            connections: Registry::default(),
+            phases: watch::Sender::new(Phase::Serving),
+            bell: Arc::new(Notify::new()),
+            state: Mutex::new(State::default()),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock!(self.state)
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Phase> {
+        self.phases.subscribe()
+    }
+
+    /// Wakes the driver to look at what has changed.
+    pub(crate) fn ring(&self) {
+        self.bell.notify_one();
+    }
+
+    pub(crate) fn report(&self) -> Option<Report> {
+        self.state().report.clone()
+    }
+
+    /// Time until the present phase ends at the latest, if it has an end.
+    pub(crate) fn time_left(&self, phase: Phase) -> Option<Duration> {
+        let state = self.state();
+        let shutdown = state.shutdown.as_ref()?;
+        let until = match phase {
+            Phase::LameDuck => shutdown.delay_until,
+            Phase::Draining | Phase::Closing => shutdown.drain_until,
+            Phase::Serving | Phase::Stopped => return None,
+        };
+        Some(until.saturating_duration_since(Instant::now()))
+    }
+}
+
+impl Drop for Lifecycle {
+    fn drop(&mut self) {
+        // The driver finds nothing to upgrade and ends.
+        self.ring();
+    }
+}
+
+impl Gate<Lifecycle> {
+    /// Starts the driver, if there is a runtime to run it and none runs already.
+    pub(crate) fn drive(&self) {
+        let Ok(runtime) = runtime::Handle::try_current() else {
+            return;
+        };
+        let mut state = self.state();
+        if !state.driven && state.report.is_none() {
+            state.driven = true;
+            let driver = Driver {
+                gate: self.downgrade(),
+                bell: Arc::clone(&self.bell),
+            };
+            drop(runtime.spawn(driver.run()));
+        }
+    }
+
+    /// Notes that something waits for the drain: from now on a signal starts with the delay.
+    pub(crate) fn begin(&self) {
+        self.state().began = true;
+        self.drive();
+    }
+
+    /// Starts the timeline, unless something has already.
+    pub(crate) fn trigger(&self, trigger: Trigger) {
+        self.change(|state, now| self.start(state, trigger, now));
+        self.drive();
+    }
+
+    fn start(&self, state: &mut State, trigger: Trigger, now: Instant) {
+        if state.shutdown.is_some() {
+            return;
+        }
+        let delay = match trigger {
+            // Nobody serves yet, so there is nothing for a balancer to look away from.
+            Trigger::Terminate | Trigger::Interrupt if !state.began => Duration::ZERO,
+            Trigger::Interrupt => self.plan.interrupt_delay(),
+            Trigger::Terminate | Trigger::Shutdown | Trigger::Future | Trigger::ServerEnded => {
+                self.plan.drain_delay()
+            }
+        };
+        let deadlines = self.plan.deadlines(delay);
+        state.shutdown = Some(Shutdown {
+            trigger,
+            entered: Vec::with_capacity(3),
+            delay_until: instant_after(now, deadlines.delay),
+            drain_until: instant_after(now, deadlines.drain),
+            hurry: false,
+            cut: None,
+            #[cfg(feature = "signal")]
+            last_interrupt: None,
+        });
+    }
+
+    /// Claims the listening for signals, once.
+    #[cfg(feature = "signal")]
+    pub(crate) fn claim_signals(&self) -> bool {
+        let mut state = self.state();
+        !std::mem::replace(&mut state.listening, true)
+    }
+
+    /// Gives the claim back, because the listening has ended.
+    #[cfg(feature = "signal")]
+    pub(crate) fn release_signals(&self) {
+        self.state().listening = false;
+    }
+
+    /// The first signal starts the timeline, each further one skips what is left of the phase.
+    #[cfg(feature = "signal")]
+    pub(crate) fn signal(&self, trigger: Trigger) {
+        self.change(|state, now| {
+            let first = state.shutdown.is_none();
+            self.start(state, trigger, now);
+            let Some(shutdown) = &mut state.shutdown else {
+                return;
+            };
+            let interrupt = trigger == Trigger::Interrupt;
+            let doubled = interrupt
+                && shutdown
+                    .last_interrupt
+                    .is_some_and(|last| now.saturating_duration_since(last) < DOUBLED);
+            if interrupt && !doubled {
+                shutdown.last_interrupt = Some(now);
+            }
+            if !first && !doubled {
+                shutdown.hurry = true;
+            }
+        });
+        self.drive();
+    }
+
+    pub(crate) fn server_began(&self) {
+        {
+            let mut state = self.state();
+            state.began = true;
+            state.served = true;
+            state.servers += 1;
+        }
+        self.drive();
+    }
+
+    /// A server has ended by itself (`Some`, with its error if there was one) or was dropped.
+    pub(crate) fn server_ended(&self, result: Option<Option<String>>) {
+        self.change(|state, now| {
+            state.servers -= 1;
+            if let Some(error) = result {
+                if state.server_error.is_none() {
+                    state.server_error = error;
+                }
+                self.start(state, Trigger::ServerEnded, now);
+            }
+        });
+        self.drive();
+    }
+
+    /// Makes a change, takes every step that is then due, and has the driver look again.
+    fn change(&self, change: impl FnOnce(&mut State, Instant)) {
+        self.step(change);
+        self.ring();
+    }
+
+    /// Takes every step that is due, for the driver. Says when to look again, if ever.
+    fn tick(&self) -> Option<Instant> {
+        self.step(|_, _| ())
+    }
+
+    fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
+        let now = Instant::now();
+        let mut transitions = Vec::new();
+        let next = {
+            let mut state = self.state();
+            change(&mut state, now);
+            self.settle(&mut state, now, &mut transitions)
+        };
+        // After the lock: a subscriber may call back.
+        for transition in transitions {
+            self.phases.send_if_modified(|phase| {
+                let moved = *phase < transition.to;
+                *phase = transition.to.max(*phase);
+                moved
+            });
+            events::transition(&transition);
+        }
+        next
+    }
+
+    /// Takes every step that is due at `now`. Says when to look again, if ever.
+    fn settle(
+        &self,
+        state: &mut State,
+        now: Instant,
+        transitions: &mut Vec<Transition>,
+    ) -> Option<Instant> {
+        loop {
+            let phase = self.word().phase();
+            let servers = state.servers;
+            let nobody_serves = state.served && servers == 0;
+            let shutdown = state.shutdown.as_mut()?;
+            let (to, reason) = match phase {
+                Phase::Serving => (Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
+                Phase::LameDuck => {
+                    if std::mem::take(&mut shutdown.hurry) {
+                        (Phase::Draining, Reason::Signal)
+                    } else if now >= shutdown.delay_until {
+                        (Phase::Draining, Reason::DelayOver)
+                    } else if nobody_serves {
+                        (Phase::Draining, Reason::NobodyServes)
+                    } else {
+                        return Some(shutdown.delay_until);
+                    }
+                }
+                Phase::Draining => {
+                    if self.settled_word().is_idle() {
+                        (Phase::Closing, Reason::Idle)
+                    } else if std::mem::take(&mut shutdown.hurry) {
+                        self.cut(shutdown, servers, now);
+                        (Phase::Closing, Reason::Signal)
+                    } else if now >= shutdown.drain_until {
+                        self.cut(shutdown, servers, now);
+                        (Phase::Closing, Reason::Deadline)
+                    } else {
+                        return Some(shutdown.drain_until);
+                    }
+                }
+                Phase::Closing => {
+                    let closed = servers == 0
+                        && self.connections.len() == 0
+                        && self.settled_word().is_idle();
+                    if closed {
+                        (Phase::Stopped, Reason::Closed)
+                    } else if let Some(cut) = &shutdown.cut {
+                        let until = cut.at + CLOSING_TIME;
+                        if std::mem::take(&mut shutdown.hurry) {
+                            (Phase::Stopped, Reason::Signal)
+                        } else if now >= until {
+                            (Phase::Stopped, Reason::LetGo)
+                        } else {
+                            return Some(until);
+                        }
+                    } else {
+                        let begun = shutdown.entered.last().copied().unwrap_or(now);
+                        let until = shutdown.drain_until.max(begun + CLOSING_TIME);
+                        if now >= until || std::mem::take(&mut shutdown.hurry) {
+                            self.cut(shutdown, servers, now);
+                            continue;
+                        }
+                        return Some(until);
+                    }
+                }
+                Phase::Stopped => return None,
+            };
+            self.enter(state, to, reason, now, transitions);
+        }
+    }
+
+    fn enter(
+        &self,
+        state: &mut State,
+        to: Phase,
+        reason: Reason,
+        now: Instant,
+        transitions: &mut Vec<Transition>,
+    ) {
+        let Some(shutdown) = &mut state.shutdown else {
+            return;
+        };
+        if to == Phase::Stopped {
+            state.report = Some(shutdown.report(reason, state.server_error.take(), now));
+        } else {
+            shutdown.entered.push(now);
+        }
+        self.advance(to);
+        let until = match to {
+            Phase::LameDuck => shutdown.delay_until,
+            Phase::Draining | Phase::Closing => shutdown.drain_until,
+            Phase::Serving | Phase::Stopped => now,
+        };
+        transitions.push(Transition {
+            to,
+            reason,
+            after: now.saturating_duration_since(shutdown.entered[0]),
+            time_left: until.saturating_duration_since(now),
+            in_flight: self.word().count(),
+            connections: self.connections.len(),
+        });
+    }
+
+    /// Ends by force what is still there.
+    fn cut(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) {
+        shutdown.cut = Some(Cut {
+            at: now,
+            remaining: Remaining {
+                requests: self.settled_word().count(),
+                connections: self.connections.len(),
+                servers,
+            },
+        });
+        self.connections.cut();
+    }
+
+    fn progress(&self) {
+        let word = self.word();
+        if let Some(time_left) = self.time_left(word.phase()) {
+            events::progress(
+                word.phase(),
+                word.count(),
+                self.connections.len(),
+                time_left,
+            );
+        }
+    }
+}
+
+impl Shutdown {
+    fn report(&self, reason: Reason, server_error: Option<String>, now: Instant) -> Report {
+        let remaining = self
+            .cut
+            .as_ref()
+            .map_or_else(Remaining::default, |cut| cut.remaining);
+        let outcome = if matches!(reason, Reason::Signal) {
+            Outcome::Abandoned
+        } else if !remaining.is_nothing() {
+            Outcome::Forced
+        } else if server_error.is_some() {
+            Outcome::ServerFailed
+        } else {
+            Outcome::Clean
+        };
+        let mut ends = self.entered.iter().skip(1).copied().chain([now]);
+        let mut phases = [Duration::ZERO; 3];
+        for (phase, begun) in phases.iter_mut().zip(&self.entered) {
+            let ended = ends.next().unwrap_or(now);
+            *phase = ended.saturating_duration_since(*begun);
+        }
+        Report {
+            trigger: self.trigger,
+            outcome,
+            phases,
+            remaining,
+            server_error,
+        }
+    }
+}
+
+struct Driver {
+    gate: WeakGate<Lifecycle>,
+    bell: Arc<Notify>,
+}
+
+impl Driver {
+    async fn run(self) {
+        let Some(gate) = self.triggered().await else {
+            return;
+        };
+        let mut progress = time::interval_at(instant_after(Instant::now(), PROGRESS), PROGRESS);
+        progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut phase = Phase::Serving;
+        while let Some(next) = gate.tick() {
+            let word = gate.word();
+            let before = std::mem::replace(&mut phase, word.phase());
+            let draining = phase >= Phase::Draining;
+            if draining && before < Phase::Draining {
+                progress.reset();
+            }
+            tokio::select! {
+                () = self.bell.notified() => {}
+                () = time::sleep_until(next) => {}
+                () = poll_fn(|cx| gate.poll_idle(cx)), if draining && !word.is_idle() => {}
+                _ = progress.tick(), if draining => gate.progress(),
+            }
+        }
+    }
+
+    /// Waits for the trigger without keeping the service alive.
+    async fn triggered(&self) -> Option<Shared> {
+        loop {
+            let gate = self.gate.upgrade()?;
+            if gate.word().phase() > Phase::Serving {
+                return Some(gate);
+            }
+            drop(gate);
+            self.bell.notified().await;
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Its runtime may be gone while the service lives: the next call starts another.
+        if let Some(gate) = self.gate.upgrade() {
+            gate.state().driven = false;
+        }
+    }
+}
