@@ -30,7 +30,7 @@ impl Graceful {
     /// effect; the handlers stay.
     ///
     /// ```no_run
-    /// # #[cfg(feature = "axum")]
+    /// # #[tokio::main]
     /// # async fn main() -> std::io::Result<()> {
     /// # let app = axum::Router::new();
     /// use tower_graceful::Graceful;
@@ -57,7 +57,7 @@ impl Graceful {
     /// polled with the drain, and once it resolves the timeline starts.
     ///
     /// ```no_run
-    /// # #[cfg(feature = "axum")]
+    /// # #[tokio::main]
     /// # async fn main() -> std::io::Result<()> {
     /// # let app = axum::Router::new();
     /// # let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;

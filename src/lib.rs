@@ -1,4 +1,77 @@
-//! lib
+//! Graceful shutdown for axum and tower that nobody notices.
+//!
+//! When a deploy replaces a process, its load balancer has to be told first, the requests that
+//! have arrived have to be answered, and the process has to end by itself before it is killed.
+//! This crate does that for [axum](https://docs.rs/axum), for any other
+//! [tower](https://docs.rs/tower) service, and for hyper directly.
+//!
+//! # A service that drains
+//!
+//! ```no_run
+//! use axum::{Router, routing::get};
+//! use tower_graceful::GracefulLayer;
+//!
+//! #[tokio::main]
+//! async fn main() -> std::io::Result<std::process::ExitCode> {
+//!     let layer = GracefulLayer::new();
+//!     let graceful = layer.handle();
+//!     let app = Router::new()
+//!         .route("/", get(|| async { "hello" }))
+//!         .layer(layer)
+//!         .merge(graceful.probes()); // GET /livez and /readyz
+//!     let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
+//!     Ok(graceful.serve(listener, app).await.into()) // the report becomes the exit code
+//! }
+//! ```
+//!
+//! # The parts
+//!
+//! Each works without the others.
+//!
+//! - [`GracefulLayer`] counts requests in flight, to the end of their response bodies, and
+//!   refuses new ones once draining has begun.
+//! - [`Graceful`] is the handle: it stops the service, tells its [`Phase`] and its counts, and
+//!   makes all the other parts. [`GracefulBuilder`] sets its times and limits.
+//! - [`Graceful::probes`] answers `/livez` and `/readyz`; [`Graceful::readiness`] and
+//!   [`Graceful::liveness`] are the services behind them.
+//! - [`Graceful::drain`] is the future for axum's `with_graceful_shutdown`, driven by signals.
+//! - [`Graceful::listener`] and [`Graceful::track`] count connections and cut them at the
+//!   deadline.
+//! - [`Graceful::run`] runs a server to its end and returns a [`Report`]; [`Graceful::serve`] is
+//!   all of the above in one call.
+//!
+//! # The phases
+//!
+//! `Serving → LameDuck → Draining → Closing → Stopped`, never backwards.
+//!
+//! | phase | readiness | a new request | HTTP/1 responses | ends when |
+//! |---|---|---|---|---|
+//! | [`Serving`](Phase::Serving) | yes | served | untouched | first signal, or `shutdown()` |
+//! | [`LameDuck`](Phase::LameDuck) | no | served | `Connection: close` | the delay is over, or a second signal |
+//! | [`Draining`](Phase::Draining) | no | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further signal |
+//! | [`Closing`](Phase::Closing) | – | – | – | connections are closed; those left at the deadline are cut |
+//! | [`Stopped`](Phase::Stopped) | | | | |
+//!
+//! # Features
+//!
+//! All on by default. A feature adds to the API and never changes behaviour.
+//!
+//! - `axum`: [`Graceful::probes`], [`Graceful::listener`], and with `signal` [`Graceful::serve`].
+//! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`].
+//! - `tracing`: an event with target `tower_graceful` for each change of phase, at `INFO` or,
+//!   where something is given up, `WARN`; and while draining a line every two seconds.
+//!
+//! # Questions
+//!
+//! *Why does it go on serving after SIGTERM?* Because requests go on arriving. Kubernetes removes
+//! the endpoint and sends the signal at the same time, and a balancer that polls finds out at its
+//! next probe. A service that refuses at once turns each request in between into an error.
+//!
+//! *Why no 503 from `/livez` while draining?* Because liveness asks whether to kill the process.
+//!
+//! *Why is a limit on requests in here?* Because it is the same count: what may be admitted and
+//! what must be waited for are one word, so the limit is exact and costs nothing more.
+
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod builder;
@@ -22,6 +95,8 @@ mod signals;
 mod sync;
 mod timeline;
 
+#[cfg(feature = "axum")]
+pub use crate::connections::{GracefulListener, TrackedListener};
 pub use crate::{
     builder::GracefulBuilder,
     connections::GracefulIo,
@@ -36,5 +111,7 @@ pub use crate::{
     run::ServerOutput,
 };
 
-#[cfg(feature = "axum")]
-pub use crate::connections::{GracefulListener, TrackedListener};
+/// The programs in the README compile.
+#[cfg(all(doctest, feature = "axum", feature = "signal"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -22,7 +22,7 @@ const MOST_CLEANUP: Duration = Duration::from_secs(5);
 const MOST_MARGIN: Duration = Duration::from_secs(1);
 
 /// What the builder was told about time.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Knobs {
     pub(crate) grace_period: Option<Duration>,
     pub(crate) drain_delay: Option<Duration>,
@@ -85,7 +85,7 @@ impl Knobs {
         if fits && drains {
             Ok(plan)
         } else {
-            Err(ConfigError::DoesNotFit(Misfit { knobs: self, plan }))
+            Err(ConfigError::DoesNotFit(Misfit(Box::new((self, plan)))))
         }
     }
 }
@@ -146,29 +146,14 @@ pub enum ConfigError {
 }
 
 /// The numbers of a plan that does not fit. Part of [`ConfigError::DoesNotFit`].
-#[derive(Clone, Copy)]
-pub struct Misfit {
-    knobs: Knobs,
-    plan: Plan,
-}
-
-impl PartialEq for Misfit {
-    fn eq(&self, other: &Self) -> bool {
-        self.plan == other.plan
-    }
-}
-
-impl Eq for Misfit {}
-
-impl fmt::Debug for Misfit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.plan.fmt(f)
-    }
-}
+///
+/// Its `Display` is their sum, with what was not set marked as a default.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misfit(Box<(Knobs, Plan)>);
 
 impl fmt::Display for Misfit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { knobs, plan } = self;
+        let (knobs, plan) = &*self.0;
         let default = |knob: Option<Duration>| if knob.is_none() { " (default)" } else { "" };
         // The longer of the two delays is the one that does not fit.
         let (name, delay, knob) = if plan.interrupt_delay > plan.drain_delay {
@@ -184,12 +169,15 @@ impl fmt::Display for Misfit {
         if let Some(timeout) = plan.drain_timeout {
             write!(f, " + drain_timeout {timeout:?}")?;
         }
-        write!(
-            f,
-            " + cleanup_timeout {:?}{}",
-            plan.cleanup_timeout,
-            default(knobs.cleanup_timeout)
-        )?;
+        // What derives to nothing takes no part.
+        if knobs.cleanup_timeout.is_some() || !plan.cleanup_timeout.is_zero() {
+            write!(
+                f,
+                " + cleanup_timeout {:?}{}",
+                plan.cleanup_timeout,
+                default(knobs.cleanup_timeout)
+            )?;
+        }
         let sum = delay
             .saturating_add(plan.drain_timeout.unwrap_or(Duration::ZERO))
             .saturating_add(plan.cleanup_timeout);

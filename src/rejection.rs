@@ -115,7 +115,9 @@ pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
 
 /// The user's own answer to a refused request.
 #[derive(Clone)]
-pub(crate) struct RejectionFn(Arc<dyn Fn(&Rejection) -> Response<Bytes> + Send + Sync>);
+pub(crate) struct RejectionFn(Arc<Respond>);
+
+type Respond = dyn Fn(&Rejection) -> Response<Bytes> + Send + Sync;
 
 impl RejectionFn {
     pub(crate) fn new(

@@ -2,7 +2,7 @@
 
 use std::{error::Error, future::poll_fn, pin::pin, task::Poll};
 
-use crate::{handle::Graceful, phase::Phase, report::Report};
+use crate::{handle::Graceful, phase::Phase, report::Report, timeline::ServerEnd};
 
 impl Graceful {
     /// Runs `server` until the service has stopped, and reports.
@@ -24,8 +24,9 @@ impl Graceful {
     /// nothing.
     ///
     /// ```no_run
-    /// # #[cfg(all(feature = "axum", feature = "signal"))]
-    /// # async fn main(app: axum::Router) -> std::io::Result<std::process::ExitCode> {
+    /// # #[tokio::main]
+    /// # async fn main() -> std::io::Result<std::process::ExitCode> {
+    /// # let app = axum::Router::new();
     /// use tower_graceful::Graceful;
     ///
     /// let graceful = Graceful::new();
@@ -66,21 +67,21 @@ impl Graceful {
         let mut seat = Seat::take(self);
         let mut stopped = self.stopped();
         let mut server = pin!(server);
-        let ended = poll_fn(|cx| {
+        seat.end = poll_fn(|cx| {
             if let Poll::Ready(output) = server.as_mut().poll(cx) {
-                return Poll::Ready(Some(sealed::Sealed::error(output)));
+                let error = sealed::Sealed::error(output);
+                return Poll::Ready(error.map_or(ServerEnd::Finished, ServerEnd::Failed));
             }
-            pin!(&mut stopped).poll(cx).map(|()| None)
+            pin!(&mut stopped).poll(cx).map(|()| ServerEnd::Dropped)
         })
         .await;
-        seat.ended = ended;
     }
 }
 
 /// A server that is running. Dropping it says that it no longer is.
 struct Seat {
     graceful: Graceful,
-    ended: Option<Option<String>>,
+    end: ServerEnd,
 }
 
 impl Seat {
@@ -88,14 +89,14 @@ impl Seat {
         graceful.shared().server_began();
         Self {
             graceful: graceful.clone(),
-            ended: None,
+            end: ServerEnd::Dropped,
         }
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.graceful.shared().server_ended(self.ended.take());
+        self.graceful.shared().server_ended(&self.end);
     }
 }
 
@@ -110,6 +111,7 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> ServerOutput for Result<(), E> {}
 mod sealed {
     use std::error::Error;
 
+    #[allow(unreachable_pub)]
     pub trait Sealed {
         fn error(self) -> Option<String>;
     }

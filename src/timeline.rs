@@ -67,9 +67,8 @@ struct State {
     #[cfg(feature = "signal")]
     listening: bool,
     shutdown: Option<Shutdown>,
-    /// Servers given to `run` that have not ended, and whether there were any.
-    servers: usize,
-    served: bool,
+    /// Servers given to `run` that have not ended. `None`: there never were any.
+    servers: Option<usize>,
     server_error: Option<String>,
     report: Option<Report>,
 }
@@ -86,6 +85,17 @@ struct Shutdown {
     cut: Option<Cut>,
     #[cfg(feature = "signal")]
     last_interrupt: Option<Instant>,
+}
+
+/// How a server's future came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ServerEnd {
+    /// Dropped before it was ready.
+    Dropped,
+    /// Ready.
+    Finished,
+    /// Ready, with an error.
+    Failed(String),
 }
 
 struct Cut {
@@ -114,6 +124,7 @@ pub(crate) enum Reason {
     Idle,
     Deadline,
     Closed,
+    Cut,
     LetGo,
 }
 
@@ -261,20 +272,18 @@ impl Gate<Lifecycle> {
         {
             let mut state = self.state();
             state.began = true;
-            state.served = true;
-            state.servers += 1;
+            state.servers = Some(state.servers.map_or(1, |servers| servers + 1));
         }
         self.drive();
     }
 
-    /// A server has ended by itself (`Some`, with its error if there was one) or was dropped.
-    pub(crate) fn server_ended(&self, result: Option<Option<String>>) {
+    pub(crate) fn server_ended(&self, end: &ServerEnd) {
         self.change(|state, now| {
-            state.servers -= 1;
-            if let Some(error) = result {
-                if state.server_error.is_none() {
-                    state.server_error = error;
-                }
+            state.servers = state.servers.map(|servers| servers - 1);
+            if let ServerEnd::Failed(error) = end {
+                state.server_error.get_or_insert_with(|| error.clone());
+            }
+            if *end != ServerEnd::Dropped {
                 self.start(state, Trigger::ServerEnded, now);
             }
         });
@@ -321,8 +330,8 @@ impl Gate<Lifecycle> {
     ) -> Option<Instant> {
         loop {
             let phase = self.word().phase();
-            let servers = state.servers;
-            let nobody_serves = state.served && servers == 0;
+            let servers = state.servers.unwrap_or(0);
+            let nobody_serves = state.servers == Some(0);
             let shutdown = state.shutdown.as_mut()?;
             let (to, reason) = match phase {
                 Phase::Serving => (Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
@@ -354,8 +363,10 @@ impl Gate<Lifecycle> {
                     let closed = servers == 0
                         && self.connections.len() == 0
                         && self.settled_word().is_idle();
-                    if closed {
+                    if closed && shutdown.cut.is_none() {
                         (Phase::Stopped, Reason::Closed)
+                    } else if closed {
+                        (Phase::Stopped, Reason::Cut)
                     } else if let Some(cut) = &shutdown.cut {
                         let until = cut.at + CLOSING_TIME;
                         if std::mem::take(&mut shutdown.hurry) {

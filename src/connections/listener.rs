@@ -19,8 +19,9 @@ impl Graceful {
     /// and are cut at the drain deadline.
     ///
     /// ```no_run
-    /// # #[cfg(feature = "signal")]
-    /// # async fn main(app: axum::Router) -> std::io::Result<()> {
+    /// # #[tokio::main]
+    /// # async fn main() -> std::io::Result<()> {
+    /// # let app = axum::Router::new();
     /// # let graceful = tower_graceful::Graceful::new();
     /// let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
     /// axum::serve(graceful.listener(listener), app)

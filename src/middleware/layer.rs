@@ -36,8 +36,6 @@ use crate::handle::Graceful;
 /// # Example
 ///
 /// ```
-/// # #[cfg(feature = "axum")]
-/// # fn main() {
 /// use axum::{Router, routing::get};
 /// use tower_graceful::GracefulLayer;
 ///
@@ -47,9 +45,6 @@ use crate::handle::Graceful;
 ///     .route("/", get(|| async { "hello" }))
 ///     .layer(layer);
 /// assert_eq!(graceful.in_flight(), 0);
-/// # }
-/// # #[cfg(not(feature = "axum"))]
-/// # fn main() {}
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct GracefulLayer {

@@ -1,0 +1,261 @@
+//! An HTTP/1 client that hides nothing: bytes out, bytes in, and no library between. And one for
+//! HTTP/2.
+
+use std::{
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use crate::process::BOUND;
+
+pub(crate) struct Connection {
+    stream: BufReader<TcpStream>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Response {
+    pub(crate) version: String,
+    pub(crate) status: u16,
+    /// Names in lower case.
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: Vec<u8>,
+}
+
+impl Response {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        let found = self.headers.iter().find(|(known, _)| known == name);
+        found.map(|(_, value)| value.as_str())
+    }
+
+    pub(crate) fn says_close(&self) -> bool {
+        self.header("connection")
+            .is_some_and(|value| value.split(',').any(|option| option.trim() == "close"))
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+
+    #[track_caller]
+    pub(crate) fn assert_ok(&self) {
+        assert_eq!(self.status, 200, "{self:?}");
+    }
+}
+
+impl Connection {
+    #[track_caller]
+    pub(crate) fn open(address: SocketAddr) -> Self {
+        Self::try_open(address).unwrap_or_else(|error| panic!("cannot connect: {error}"))
+    }
+
+    pub(crate) fn try_open(address: SocketAddr) -> io::Result<Self> {
+        let stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+        stream.set_read_timeout(Some(BOUND))?;
+        stream.set_write_timeout(Some(BOUND))?;
+        stream.set_nodelay(true)?;
+        Ok(Self {
+            stream: BufReader::new(stream),
+        })
+    }
+
+    pub(crate) fn stream(&self) -> &TcpStream {
+        self.stream.get_ref()
+    }
+
+    #[track_caller]
+    pub(crate) fn send(&mut self, text: &str) {
+        self.try_send(text.as_bytes())
+            .unwrap_or_else(|error| panic!("cannot send: {error}"));
+    }
+
+    pub(crate) fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.get_mut().write_all(bytes)
+    }
+
+    #[track_caller]
+    pub(crate) fn get(&mut self, path: &str) -> Response {
+        self.request("GET", path)
+    }
+
+    #[track_caller]
+    pub(crate) fn request(&mut self, method: &str, path: &str) -> Response {
+        self.try_request(method, path)
+            .unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    pub(crate) fn try_request(&mut self, method: &str, path: &str) -> io::Result<Response> {
+        let request =
+            format!("{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: 0\r\n\r\n");
+        self.try_send(request.as_bytes())?;
+        self.try_response(method)
+    }
+
+    /// Reads a response to a request of this method.
+    #[track_caller]
+    pub(crate) fn response(&mut self, method: &str) -> Response {
+        self.try_response(method)
+            .unwrap_or_else(|error| panic!("no response: {error}"))
+    }
+
+    pub(crate) fn try_response(&mut self, method: &str) -> io::Result<Response> {
+        let mut response = self.try_head()?;
+        let length = response
+            .header("content-length")
+            .map(|value| value.parse().unwrap());
+        let bodiless = method == "HEAD" || matches!(response.status, 100..=199 | 204 | 304);
+        response.body = match length {
+            _ if bodiless => Vec::new(),
+            Some(length) => self.exactly(length)?,
+            None if response.header("transfer-encoding") == Some("chunked") => self.chunks()?,
+            None => self.rest()?,
+        };
+        Ok(response)
+    }
+
+    #[track_caller]
+    pub(crate) fn head(&mut self) -> Response {
+        self.try_head()
+            .unwrap_or_else(|error| panic!("no head: {error}"))
+    }
+
+    fn try_head(&mut self) -> io::Result<Response> {
+        let status_line = self.line()?;
+        let mut parts = status_line.splitn(3, ' ');
+        let version = parts.next().unwrap_or_default().to_owned();
+        let status = parts.next().and_then(|status| status.parse().ok());
+        let status = status.ok_or_else(|| io::Error::other(format!("head {status_line:?}")))?;
+        let mut headers = Vec::new();
+        loop {
+            let line = self.line()?;
+            if line.is_empty() {
+                break;
+            }
+            let (name, value) = line.split_once(':').unwrap();
+            headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
+        }
+        Ok(Response {
+            version,
+            status,
+            headers,
+            body: Vec::new(),
+        })
+    }
+
+    pub(crate) fn line(&mut self) -> io::Result<String> {
+        let mut line = String::new();
+        if self.stream.read_line(&mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(line.trim_end().to_owned())
+    }
+
+    fn exactly(&mut self, length: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        self.stream.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn chunks(&mut self) -> io::Result<Vec<u8>> {
+        let mut body = Vec::new();
+        loop {
+            let size = usize::from_str_radix(&self.line()?, 16).map_err(io::Error::other)?;
+            body.extend(self.exactly(size)?);
+            self.line()?;
+            if size == 0 {
+                return Ok(body);
+            }
+        }
+    }
+
+    pub(crate) fn rest(&mut self) -> io::Result<Vec<u8>> {
+        let mut rest = Vec::new();
+        self.stream.read_to_end(&mut rest)?;
+        Ok(rest)
+    }
+
+    /// The server closes the connection without another byte.
+    #[track_caller]
+    pub(crate) fn assert_closed(mut self) {
+        let rest = self
+            .rest()
+            .unwrap_or_else(|error| panic!("not closed: {error}"));
+        assert_eq!(String::from_utf8_lossy(&rest), "");
+    }
+}
+
+/// HTTP/2 with prior knowledge: several requests on one connection.
+pub(crate) mod http2 {
+    use std::net::SocketAddr;
+
+    use http_body_util::{BodyExt, Empty};
+    use hyper::{Request, body::Bytes, client::conn::http2, header::HeaderMap};
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+
+    pub(crate) struct Connection {
+        runtime: tokio::runtime::Runtime,
+        sender: http2::SendRequest<Empty<Bytes>>,
+        address: SocketAddr,
+    }
+
+    #[derive(Debug)]
+    pub(crate) struct Response {
+        pub(crate) status: u16,
+        pub(crate) headers: HeaderMap,
+        pub(crate) body: Bytes,
+    }
+
+    impl Connection {
+        pub(crate) fn open(address: SocketAddr) -> Self {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(1)
+                .enable_all()
+                .build()
+                .unwrap();
+            let sender = runtime.block_on(async {
+                let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+                let io = TokioIo::new(stream);
+                let (sender, connection) =
+                    http2::handshake(TokioExecutor::new(), io).await.unwrap();
+                tokio::spawn(connection);
+                sender
+            });
+            Self {
+                runtime,
+                sender,
+                address,
+            }
+        }
+
+        /// Begins a request; the returned function waits for its response.
+        pub(crate) fn begin(
+            &self,
+            path: &str,
+            headers: &[(&'static str, &'static str)],
+        ) -> impl FnOnce() -> hyper::Result<Response> + use<> {
+            let mut request = Request::get(format!("http://{}{path}", self.address));
+            for (name, value) in headers {
+                request = request.header(*name, *value);
+            }
+            let request = request.body(Empty::new()).unwrap();
+            let mut sender = self.sender.clone();
+            let handle = self.runtime.handle().clone();
+            let task = handle.spawn(async move {
+                sender.ready().await?;
+                let response = sender.send_request(request).await?;
+                let (head, body) = response.into_parts();
+                Ok(Response {
+                    status: head.status.as_u16(),
+                    headers: head.headers,
+                    body: body.collect().await?.to_bytes(),
+                })
+            });
+            move || handle.block_on(task).unwrap()
+        }
+
+        #[track_caller]
+        pub(crate) fn get(&self, path: &str) -> Response {
+            self.begin(path, &[])().unwrap()
+        }
+    }
+}

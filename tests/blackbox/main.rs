@@ -1,0 +1,65 @@
+//! Black-box tests: a real process, real signals, real sockets.
+//!
+//! The server under test is this very executable, started again with `--server` and the knobs of
+//! the scenario (see `server`). Unless a test says otherwise the delay is one second and the drain
+//! deadline three seconds after it.
+
+#![cfg_attr(not(unix), allow(unused))]
+
+use std::process::ExitCode;
+
+#[cfg(unix)]
+mod client;
+#[cfg(unix)]
+mod draining;
+#[cfg(unix)]
+mod in_flight;
+#[cfg(unix)]
+mod process;
+#[cfg(unix)]
+mod readiness;
+#[cfg(unix)]
+mod refusal;
+#[cfg(unix)]
+mod server;
+#[cfg(unix)]
+mod signals;
+
+/// A promise, who makes it, and how it is kept.
+#[cfg(unix)]
+type Test = (&'static str, &'static [server::Form], fn(server::Form));
+
+#[cfg(not(unix))]
+fn main() {
+    // There are no signals to send.
+}
+
+#[cfg(unix)]
+fn main() -> ExitCode {
+    use libtest_mimic::{Arguments, Trial};
+
+    let mut args = std::env::args().skip(1);
+    if args.next().as_deref() == Some("--server") {
+        return server::run(&args.collect::<Vec<_>>());
+    }
+    let mut arguments = Arguments::from_args();
+    // They wait most of the time.
+    arguments.test_threads.get_or_insert(8);
+    let rooms = [
+        readiness::TESTS,
+        draining::TESTS,
+        in_flight::TESTS,
+        refusal::TESTS,
+        signals::TESTS,
+    ];
+    let mut trials = Vec::new();
+    for (name, forms, test) in rooms.into_iter().flatten() {
+        for &form in *forms {
+            trials.push(Trial::test(format!("{name} [{form:?}]"), move || {
+                test(form);
+                Ok(())
+            }));
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

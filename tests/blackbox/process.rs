@@ -1,0 +1,220 @@
+//! The child process: started, signalled, watched to its end, and never left behind.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    net::SocketAddr,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc::{self, Receiver},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
+
+use crate::{
+    client::{Connection, Response},
+    server::Form,
+};
+
+/// How long anything may take that is not itself measured.
+pub(crate) const BOUND: Duration = Duration::from_secs(20);
+
+pub(crate) struct Server {
+    child: Child,
+    lines: Receiver<String>,
+    log: Option<thread::JoinHandle<String>>,
+    pub(crate) address: SocketAddr,
+    signalled: Option<Instant>,
+}
+
+/// How a process ended.
+#[derive(Debug)]
+pub(crate) struct Exit {
+    pub(crate) status: ExitStatus,
+    /// From the first signal to the end of the process.
+    pub(crate) after: Duration,
+    /// What it printed last: the report.
+    pub(crate) report: String,
+    pub(crate) log: String,
+}
+
+impl Exit {
+    #[track_caller]
+    pub(crate) fn assert_clean(&self) {
+        assert_eq!(self.status.code(), Some(0), "{self:?}");
+    }
+
+    #[track_caller]
+    pub(crate) fn assert_within(&self, least: Duration, most: Duration) {
+        assert!(self.after >= least, "too early: {self:?}");
+        assert!(self.after <= most, "too late: {self:?}");
+    }
+}
+
+impl Server {
+    /// Starts a server and waits until it listens.
+    pub(crate) fn start(form: Form, knobs: &[&str]) -> Self {
+        let mut server = Self::spawn(form, knobs);
+        server.expect_line("listening");
+        server
+    }
+
+    /// Starts a server and waits until it has asked for signals, which is before it listens.
+    pub(crate) fn spawn(form: Form, knobs: &[&str]) -> Self {
+        let mut server = Self::unheard(form, knobs);
+        let starting = server.expect_line("starting");
+        server.address = starting.parse().unwrap();
+        server
+    }
+
+    /// Starts a server.
+    pub(crate) fn unheard(form: Form, knobs: &[&str]) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .arg("--server")
+            .arg(format!("form={form:?}"))
+            .args(knobs)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (sender, lines) = mpsc::channel();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        let mut stderr = child.stderr.take().unwrap();
+        let log = thread::spawn(move || {
+            let mut log = String::new();
+            let _ = stderr.read_to_string(&mut log);
+            log
+        });
+        Self {
+            child,
+            lines,
+            log: Some(log),
+            address: SocketAddr::from(([127, 0, 0, 1], 0)),
+            signalled: None,
+        }
+    }
+
+    /// Waits for a line that begins so, and returns the rest of it.
+    #[track_caller]
+    pub(crate) fn expect_line(&mut self, begins: &str) -> String {
+        let line = self
+            .lines
+            .recv_timeout(BOUND)
+            .unwrap_or_else(|error| panic!("no line {begins:?}: {error}"));
+        let rest = line.strip_prefix(begins);
+        rest.unwrap_or_else(|| panic!("expected {begins:?}, got {line:?}"))
+            .trim()
+            .to_owned()
+    }
+
+    pub(crate) fn signal(&mut self, signal: Signal) {
+        self.signalled.get_or_insert_with(Instant::now);
+        let pid = Pid::from_raw(self.child.id().try_into().unwrap());
+        signal::kill(pid, signal).unwrap();
+    }
+
+    pub(crate) fn terminate(&mut self) {
+        self.signal(Signal::SIGTERM);
+    }
+
+    /// The shutdown was asked for by other means, now.
+    pub(crate) fn asked(&mut self) {
+        self.signalled.get_or_insert_with(Instant::now);
+    }
+
+    /// Since the first signal.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.signalled.expect("no signal was sent").elapsed()
+    }
+
+    /// Sleeps until this long after the first signal. Only for scenarios that are about a time.
+    pub(crate) fn until(&self, after: Duration) {
+        thread::sleep(after.saturating_sub(self.elapsed()));
+    }
+
+    pub(crate) fn connect(&self) -> Connection {
+        Connection::open(self.address)
+    }
+
+    /// One request on a connection of its own.
+    #[track_caller]
+    pub(crate) fn get(&self, path: &str) -> Response {
+        self.connect().get(path)
+    }
+
+    /// A request in the background, on a connection of its own, begun before this returns.
+    pub(crate) fn get_in_background(&self, path: &str) -> thread::JoinHandle<Response> {
+        let in_flight = self.in_flight();
+        let mut connection = self.connect();
+        connection.send(&format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n"));
+        self.wait_for_in_flight(in_flight + 1);
+        thread::spawn(move || connection.response("GET"))
+    }
+
+    #[track_caller]
+    pub(crate) fn in_flight(&self) -> usize {
+        self.get("/count").text().parse().unwrap()
+    }
+
+    #[track_caller]
+    pub(crate) fn wait_for_in_flight(&self, count: usize) -> Duration {
+        wait_for(&format!("{count} in flight"), || self.in_flight() == count)
+    }
+
+    /// Waits until readiness says no, so that the signal has surely arrived.
+    #[track_caller]
+    pub(crate) fn wait_for_unready(&self) -> Duration {
+        wait_for("readiness to say no", || self.get("/readyz").status != 200)
+    }
+
+    #[track_caller]
+    pub(crate) fn wait_for_draining(&self) -> Duration {
+        wait_for("draining", || self.get("/livez").text() == "draining\n")
+    }
+
+    /// Waits for the end of the process.
+    #[track_caller]
+    pub(crate) fn exit(mut self) -> Exit {
+        let deadline = Instant::now() + BOUND;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the process does not end");
+            thread::sleep(Duration::from_millis(1));
+        };
+        Exit {
+            after: self.signalled.map_or(Duration::ZERO, |at| at.elapsed()),
+            status,
+            report: self.lines.iter().last().unwrap_or_default(),
+            log: self.log.take().unwrap().join().unwrap(),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits for a condition, and says how long it took.
+#[track_caller]
+pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) -> Duration {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < BOUND, "waited too long for {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+    start.elapsed()
+}

@@ -1,0 +1,207 @@
+//! The server under test.
+
+use std::{convert::Infallible, io, process::ExitCode, time::Duration};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::Path,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use futures_util::stream;
+use tokio::net::TcpListener;
+use tower_graceful::Graceful;
+
+/// The ways to put the crate under a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// `graceful.serve(listener, app)`.
+    Serve,
+    /// axum's server with the tracked listener and the drain future, inside `graceful.run`.
+    Run,
+    /// axum's server with the drain future, and nothing else.
+    Smallest,
+}
+
+impl Form {
+    pub(crate) const ALL: &[Self] = &[Self::Serve, Self::Run, Self::Smallest];
+    /// Those that end by force what does not end: in the smallest form nothing but axum runs the
+    /// server, and axum waits.
+    pub(crate) const CUTTING: &[Self] = &[Self::Serve, Self::Run];
+}
+
+/// The knobs of a scenario, as the child's arguments: `name=value`.
+struct Knobs<'a>(&'a [String]);
+
+impl Knobs<'_> {
+    fn text(&self, name: &str) -> Option<&str> {
+        self.0
+            .iter()
+            .find_map(|arg| arg.strip_prefix(name)?.strip_prefix('='))
+    }
+
+    fn number(&self, name: &str) -> Option<u64> {
+        self.text(name).map(|text| text.parse().unwrap())
+    }
+
+    fn millis(&self, name: &str) -> Option<Duration> {
+        match self.text(name) {
+            Some("max") => Some(Duration::MAX),
+            _ => self.number(name).map(Duration::from_millis),
+        }
+    }
+}
+
+pub(crate) fn run(args: &[String]) -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(serve(&Knobs(args)))
+}
+
+async fn serve(knobs: &Knobs<'_>) -> ExitCode {
+    let mut builder = Graceful::builder()
+        .drain_delay(knobs.millis("delay").unwrap_or(Duration::from_secs(1)))
+        .drain_timeout(knobs.millis("drain").unwrap_or(Duration::from_secs(3)))
+        .keep_listening(knobs.text("keep_listening") != Some("false"))
+        .retry_after(Duration::from_secs(7))
+        .exempt("/metrics")
+        .exempt("/nested/metrics");
+    if let Some(grace_period) = knobs.millis("grace") {
+        builder = builder.grace_period(grace_period);
+    }
+    if let Some(limit) = knobs.number("limit") {
+        builder = builder.max_in_flight(limit.try_into().unwrap());
+    }
+    if let Some(status) = knobs.number("unready") {
+        let status = u16::try_from(status).unwrap();
+        builder = builder.unready_status(StatusCode::from_u16(status).unwrap());
+    }
+    let graceful = match builder.build() {
+        Ok(graceful) => graceful,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(64);
+        }
+    };
+    let app = app(&graceful);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+
+    let start_time = knobs.millis("startup").unwrap_or_default();
+    if knobs.text("shutdown") == Some("first") {
+        graceful.shutdown();
+    }
+    let starting = async {
+        println!("starting {address}");
+        tokio::time::sleep(start_time).await;
+        println!("listening {address}");
+    };
+    let report = match knobs.text("form").unwrap() {
+        "Serve" => {
+            let served = graceful.serve(listener, app);
+            starting.await;
+            served.await
+        }
+        "Run" => {
+            let server = axum::serve(graceful.listener(listener), app)
+                .with_graceful_shutdown(graceful.drain());
+            starting.await;
+            graceful.run(server).await
+        }
+        "Smallest" => {
+            let drain = graceful.drain();
+            starting.await;
+            axum::serve(listener, app)
+                .with_graceful_shutdown(drain)
+                .await
+                .unwrap();
+            println!("stopped");
+            return ExitCode::SUCCESS;
+        }
+        other => panic!("no such form: {other}"),
+    };
+    println!("report {}", format!("{report}").replace('\n', " |"));
+    report.into()
+}
+
+fn app(graceful: &Graceful) -> Router {
+    let [counting, stopping, marking] = [(); 3].map(|()| graceful.clone());
+    let count = move || async move { counting.in_flight().to_string() };
+    let shutdown = move |Path(calls): Path<usize>| async move {
+        let calls = (0..calls).map(|_| {
+            let graceful = stopping.clone();
+            tokio::spawn(async move { graceful.shutdown() })
+        });
+        for call in calls.collect::<Vec<_>>() {
+            call.await.unwrap();
+        }
+        "asked"
+    };
+    let set_ready = move |Path(ready): Path<bool>| async move { marking.set_ready(ready) };
+    let behind = Router::new()
+        .route("/", get(|| async { "hello" }))
+        .route("/sleep/{ms}", get(sleep))
+        .route("/stream/{chunks}/{ms}", get(stream))
+        .route("/panic", get(panic))
+        .route("/panic-in-body", get(panic_in_body))
+        .route("/empty/{status}", get(empty))
+        .route(
+            "/upload",
+            post(|body: Bytes| async move { body.len().to_string() }),
+        )
+        .route("/metrics", get(|| async { "metrics" }))
+        .route("/shutdown/{calls}", post(shutdown))
+        .route("/ready/{ready}", post(set_ready))
+        .nest(
+            "/nested",
+            Router::new()
+                .route("/metrics", get(|| async { "nested metrics" }))
+                .merge(graceful.probes()),
+        )
+        .fallback(|| async { (StatusCode::NOT_FOUND, "nothing here") })
+        .layer(graceful.layer());
+    // Outside the layer, so that looking does not change what is seen.
+    behind.merge(graceful.probes()).route("/count", get(count))
+}
+
+async fn sleep(Path(ms): Path<u64>) -> impl IntoResponse {
+    tokio::time::sleep(Duration::from_millis(ms)).await;
+    ([("x-handler", "kept")], "slept")
+}
+
+async fn stream(Path((chunks, ms)): Path<(u32, u64)>) -> Body {
+    Body::from_stream(stream::unfold(0, move |sent| async move {
+        if sent == chunks {
+            return None;
+        }
+        tokio::time::sleep(Duration::from_millis(ms)).await;
+        Some((Ok::<_, Infallible>(format!("chunk {sent}\n")), sent + 1))
+    }))
+}
+
+async fn panic() -> &'static str {
+    panic!("a handler panics")
+}
+
+async fn panic_in_body() -> Body {
+    Body::from_stream(stream::unfold(0, |sent| async move {
+        assert_eq!(sent, 0, "a body panics");
+        Some((Ok::<_, Infallible>("before the panic"), sent + 1))
+    }))
+}
+
+async fn empty(Path(status): Path<u16>) -> Response {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::from_u16(status).unwrap();
+    let etag = HeaderValue::from_static("\"1\"");
+    response.headers_mut().insert(header::ETAG, etag);
+    response
+}

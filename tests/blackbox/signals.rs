@@ -1,0 +1,250 @@
+//! What starts a shutdown, what hurries it, and what the exit code says of it.
+
+use std::{thread, time::Duration};
+
+use nix::sys::signal::Signal::{SIGINT, SIGTERM};
+
+use crate::{
+    Test,
+    process::{Exit, Server},
+    server::Form,
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "signals::the_second_skips_the_delay",
+        Form::ALL,
+        second_skips,
+    ),
+    ("signals::the_third_cuts", Form::CUTTING, third_cuts),
+    ("signals::a_doubled_ctrl_c_is_one", Form::ALL, doubled),
+    (
+        "signals::two_ctrl_c_a_while_apart_are_two",
+        Form::CUTTING,
+        apart,
+    ),
+    (
+        "signals::sigint_skips_the_delay_and_still_drains",
+        Form::ALL,
+        sigint,
+    ),
+    (
+        "signals::one_during_start_up_leads_to_an_orderly_exit",
+        Form::ALL,
+        during_start_up,
+    ),
+    (
+        "signals::one_late_in_start_up_does_not_let_the_service_serve",
+        Form::ALL,
+        late_in_start_up,
+    ),
+    (
+        "signals::many_calls_of_shutdown_are_one_drain",
+        Form::ALL,
+        shutdown_calls,
+    ),
+    (
+        "signals::shutdown_before_serving_ends_in_order",
+        Form::ALL,
+        shutdown_first,
+    ),
+    (
+        "signals::an_impossible_plan_is_refused_with_its_numbers",
+        Form::ALL,
+        impossible_plan,
+    ),
+    (
+        "signals::without_time_to_drain_what_is_in_flight_is_cut",
+        Form::CUTTING,
+        no_time,
+    ),
+    (
+        "signals::without_time_to_drain_an_idle_service_ends_clean",
+        Form::ALL,
+        no_time_needed,
+    ),
+    (
+        "signals::with_endless_time_the_drain_ends_when_the_request_does",
+        Form::ALL,
+        all_the_time,
+    ),
+];
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+
+fn second_skips(form: Form) {
+    let mut server = Server::start(form, &["delay=10000"]);
+    let slow = server.get_in_background("/sleep/1200");
+    server.terminate();
+    server.wait_for_unready();
+    server.get("/").assert_ok();
+    server.until(MS(300));
+    server.terminate();
+    server.wait_for_draining();
+    assert!(server.elapsed() < MS(500));
+    assert_eq!(server.get("/").status, 503);
+    slow.join().unwrap().assert_ok();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(1000), MS(1500));
+}
+
+fn third_cuts(form: Form) {
+    let mut server = Server::start(form, &["delay=5000", "drain=10000"]);
+    let slow = server.get_in_background("/sleep/60000");
+    server.terminate();
+    server.until(MS(200));
+    server.terminate();
+    server.wait_for_draining();
+    server.until(MS(500));
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    exit.assert_within(MS(500), MS(1000));
+    assert!(exit.report.contains("forced"), "{exit:?}");
+    assert!(exit.log.contains("a further signal"), "{exit:?}");
+    assert!(slow.join().is_err());
+}
+
+/// As a shell delivers it: to the process and to its group, a moment apart.
+fn doubled(form: Form) {
+    let mut server = Server::start(form, &[]);
+    let slow = server.get_in_background("/sleep/700");
+    server.signal(SIGINT);
+    server.wait_for_unready();
+    server.signal(SIGINT);
+    slow.join().unwrap().assert_ok();
+    let exit = server.exit();
+    exit.assert_clean();
+    assert!(!exit.log.contains("a further signal"), "{exit:?}");
+}
+
+fn apart(form: Form) {
+    let mut server = Server::start(form, &[]);
+    let slow = server.get_in_background("/sleep/60000");
+    server.signal(SIGINT);
+    server.until(MS(200));
+    server.signal(SIGINT);
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    exit.assert_within(MS(200), MS(700));
+    assert!(slow.join().is_err());
+}
+
+fn sigint(form: Form) {
+    let mut server = Server::start(form, &["delay=10000"]);
+    let slow = server.get_in_background("/sleep/800");
+    server.signal(SIGINT);
+    server.wait_for_draining();
+    assert_eq!(server.get("/").status, 503);
+    slow.join().unwrap().assert_ok();
+    let answered = server.elapsed();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(500), answered + MS(200));
+    if form != Form::Smallest {
+        assert!(exit.report.contains("SIGINT"), "{exit:?}");
+    }
+}
+
+fn during_start_up(form: Form) {
+    for signal in [SIGTERM, SIGINT] {
+        let mut server = Server::spawn(form, &["startup=2000"]);
+        server.signal(signal);
+        assert_never_served(server);
+    }
+}
+
+fn late_in_start_up(form: Form) {
+    let mut server = Server::spawn(form, &["startup=1000", "delay=3000"]);
+    thread::sleep(MS(900));
+    server.terminate();
+    assert_never_served(server);
+}
+
+fn assert_never_served(mut server: Server) {
+    // The listener is bound, so the kernel takes this request; nobody must serve it.
+    let mut early = server.connect();
+    early.send("GET / HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.expect_line("listening");
+    let ready = server.elapsed();
+    if let Ok(response) = early.try_response("GET") {
+        assert_eq!(response.status, 503, "{response:?}");
+    }
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(0), ready + MS(200));
+}
+
+fn shutdown_calls(form: Form) {
+    let mut server = Server::start(form, &[]);
+    let slow = server.get_in_background("/sleep/1500");
+    server.asked();
+    server.connect().request("POST", "/shutdown/50").assert_ok();
+    assert_eq!(server.get("/readyz").text(), "lame duck\n");
+    slow.join().unwrap().assert_ok();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(1400), MS(1800));
+    assert_eq!(
+        exit.log.matches("lame duck, because shutdown()").count(),
+        1,
+        "{exit:?}"
+    );
+}
+
+fn shutdown_first(form: Form) {
+    let mut server = Server::spawn(form, &["shutdown=first", "startup=200"]);
+    server.asked();
+    server.expect_line("listening");
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(100), MS(1400));
+}
+
+fn impossible_plan(form: Form) {
+    let exit = start_and_exit(form, &["delay=10000", "drain=25000"]);
+    assert_eq!(exit.status.code(), Some(64));
+    assert!(
+        exit.log.contains("drain_delay 10s + drain_timeout 25s")
+            && exit.log.contains("= 35s")
+            && exit.log.contains("grace_period 30s"),
+        "{exit:?}"
+    );
+}
+
+fn start_and_exit(form: Form, knobs: &[&str]) -> Exit {
+    Server::unheard(form, knobs).exit()
+}
+
+fn no_time(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=0"]);
+    let slow = server.get_in_background("/sleep/60000");
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    exit.assert_within(MS(0), MS(500));
+    assert!(slow.join().is_err());
+}
+
+fn no_time_needed(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=0"]);
+    let mut idle = server.connect();
+    idle.get("/").assert_ok();
+    server.terminate();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(0), MS(300));
+    idle.assert_closed();
+}
+
+fn all_the_time(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=max", "grace=max"]);
+    let slow = server.get_in_background("/sleep/500");
+    server.terminate();
+    slow.join().unwrap().assert_ok();
+    let answered = server.elapsed();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(300), answered + MS(200));
+}
