@@ -23,8 +23,8 @@ impl Graceful {
     ///
     /// The handlers are installed by this call, not by the first poll: a SIGTERM during a slow
     /// start-up leads to an orderly exit if this was called before it. A signal that comes before
-    /// the future is first polled finds nobody serving and skips the delay, so that a server
-    /// started afterwards ends at once.
+    /// any future of this lifecycle is polled finds nobody serving and skips the delay, so that a
+    /// server started afterwards ends at once.
     ///
     /// The future may be polled again after it is ready, and stays ready. Dropping it has no
     /// effect; the handlers stay.
@@ -191,7 +191,6 @@ impl Future for Drain {
         let this = &mut *self;
         if !this.begun {
             this.begun = true;
-            this.graceful.shared().begin();
             #[cfg(feature = "signal")]
             if matches!(this.cause, Cause::Signals) {
                 // Outside a runtime `drain` could not.

@@ -276,7 +276,7 @@ impl Future for PhaseReached {
         if *phases.borrow() >= phase {
             return Poll::Ready(());
         }
-        this.graceful.shared.drive();
+        this.graceful.shared.begin();
         let waiting = this.waiting.insert(Box::pin(async move {
             // An error means that the lifecycle is gone, and this future keeps it alive.
             let _ = phases.wait_for(|reached| *reached >= phase).await;

@@ -19,8 +19,9 @@ impl Graceful {
     ///   service, and the report says why.
     ///
     /// Several servers may run on one `Graceful`: each `run` waits for all of them and returns the
-    /// same report. A `run` that is first polled when the service is already closing or stopped
-    /// drops its server unpolled. Dropping the future of `run` drops the server and triggers
+    /// same report. A `run` that is first polled after something has asked for a stop drops its
+    /// server unpolled, so that a signal or a [`shutdown`](Self::shutdown) during start-up is not
+    /// followed by serving. Dropping the future of `run` drops the server and triggers
     /// nothing.
     ///
     /// ```no_run
@@ -50,10 +51,12 @@ impl Graceful {
         let graceful = self.clone();
         let server = server.into_future();
         async move {
-            if graceful.phase() < Phase::Closing {
+            if graceful.phase() == Phase::Serving {
                 graceful.watch(server).await;
             } else {
                 drop(server);
+                // If nobody else serves either, there is nothing to delay.
+                drop(Seat::take(&graceful));
             }
             graceful.stopped().await;
             graceful.shared().report().unwrap_or_else(|| {

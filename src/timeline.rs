@@ -62,7 +62,7 @@ pub(crate) struct Lifecycle {
 struct State {
     /// A driver is alive.
     driven: bool,
-    /// Something waits for the drain, so a server is up or about to be.
+    /// Something waits for a phase, so a server is up or about to be.
     began: bool,
     #[cfg(feature = "signal")]
     listening: bool,
@@ -194,7 +194,7 @@ impl Gate<Lifecycle> {
         }
     }
 
-    /// Notes that something waits for the drain: from now on a signal starts with the delay.
+    /// Notes that something waits for a phase: from now on a signal starts with the delay.
     pub(crate) fn begin(&self) {
         self.state().began = true;
         self.drive();

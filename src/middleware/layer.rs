@@ -21,9 +21,9 @@ use crate::handle::Graceful;
 /// A request is in flight from the call to the end of its response *body*: a stream counts to its
 /// last frame. A panic, a timeout or a client that goes away releases it at once.
 ///
-/// Before a refusal the request's body is read, 16 MiB and two seconds at most, so that a client
-/// still sending sees the answer and not a broken connection; the body of a client that waits for
-/// `100 Continue` is not. gRPC calls are refused with `UNAVAILABLE` as headers alone.
+/// Before a refusal the request's body is read, so that a client still sending sees the answer and
+/// not a broken connection: up to 16 MiB, for up to five seconds, and through no silence longer
+/// than one second. The body of a client that waits for `100 Continue` is not read. gRPC calls are refused with `UNAVAILABLE` as headers alone.
 ///
 /// # Where to put it
 ///

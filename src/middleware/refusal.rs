@@ -12,7 +12,7 @@ use http_body::Body;
 use pin_project_lite::pin_project;
 use tokio::{
     runtime,
-    time::{self, Sleep},
+    time::{self, Instant, Sleep},
 };
 
 use crate::{
@@ -22,11 +22,12 @@ use crate::{
     rejection::{self, Rejection},
 };
 
-/// How much of a refused request's body is read, and for how long, before the answer goes out
-/// regardless. Servers answer at once and close, the client's kernel then turns its next write
-/// into an error, and many clients report that error and never read the answer.
+/// How much of a refused request's body is read, for how long, and through how long a silence,
+/// before the answer goes out regardless. Where a server answers at once and closes, the client's
+/// next write fails, and many clients report that failure and never read the answer.
 const MOST_BYTES: u64 = 16 * 1024 * 1024;
-const MOST_TIME: Duration = Duration::from_secs(2);
+const MOST_TIME: Duration = Duration::from_secs(5);
+const MOST_SILENCE: Duration = Duration::from_secs(1);
 
 /// Whether a request is never refused: a probe, or an exempt path.
 pub(super) fn is_exempt<B>(graceful: &Graceful, request: &Request<B>) -> bool {
@@ -74,7 +75,9 @@ pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refus
         response: Some(response),
         body: (!waits).then(|| request.into_body()),
         bytes_left: MOST_BYTES,
-        deadline: None,
+        started: None,
+        waits: false,
+        timer: None,
     }
 }
 
@@ -85,8 +88,12 @@ pin_project! {
         #[pin]
         body: Option<B>,
         bytes_left: u64,
+        // When it first had to wait.
+        started: Option<Instant>,
+        // The timer runs for the present silence, and not for one that is over.
+        waits: bool,
         #[pin]
-        deadline: Option<Sleep>,
+        timer: Option<Sleep>,
     }
 }
 
@@ -102,6 +109,7 @@ impl<B: Body> Future for Refusal<B> {
             }
             match body.poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
+                    *this.waits = false;
                     let bytes = frame.data_ref().map_or(0, Buf::remaining) as u64;
                     match this.bytes_left.checked_sub(bytes) {
                         Some(left) => *this.bytes_left = left,
@@ -110,14 +118,23 @@ impl<B: Body> Future for Refusal<B> {
                 }
                 Poll::Ready(Some(Err(_)) | None) => break,
                 Poll::Pending => {
-                    if this.deadline.is_none() && runtime::Handle::try_current().is_ok() {
-                        this.deadline.set(Some(time::sleep(MOST_TIME)));
-                    }
                     // Without a clock there is no bound on the wait, so there is no wait.
-                    let Some(deadline) = this.deadline.as_mut().as_pin_mut() else {
+                    if runtime::Handle::try_current().is_err() {
                         break;
-                    };
-                    ready!(deadline.poll(cx));
+                    }
+                    if !*this.waits {
+                        *this.waits = true;
+                        let now = Instant::now();
+                        let last = *this.started.get_or_insert(now) + MOST_TIME;
+                        let until = last.min(now + MOST_SILENCE);
+                        match this.timer.as_mut().as_pin_mut() {
+                            Some(timer) => timer.reset(until),
+                            None => this.timer.set(Some(time::sleep_until(until))),
+                        }
+                    }
+                    if let Some(timer) = this.timer.as_mut().as_pin_mut() {
+                        ready!(timer.poll(cx));
+                    }
                     break;
                 }
             }

@@ -6,6 +6,11 @@ use crate::{Test, client::Connection, process::Server, server::Form};
 
 pub(crate) const TESTS: &[Test] = &[
     (
+        "in_flight::handlers_see_the_address_of_their_client",
+        Form::ALL,
+        peer,
+    ),
+    (
         "in_flight::counts_a_body_until_its_end",
         Form::ALL,
         counts_bodies,
@@ -30,6 +35,15 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 const SOON: Duration = Duration::from_millis(100);
+
+fn peer(form: Form) {
+    let mut server = Server::start(form, &["delay=0"]);
+    let mut connection = server.connect();
+    let local = connection.stream().local_addr().unwrap();
+    assert_eq!(connection.get("/peer").text(), local.to_string());
+    server.terminate();
+    server.exit().assert_clean();
+}
 
 fn counts_bodies(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);

@@ -1,11 +1,11 @@
 //! The server under test.
 
-use std::{convert::Infallible, io, process::ExitCode, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, process::ExitCode, time::Duration};
 
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::Path,
+    extract::{ConnectInfo, Path},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -106,11 +106,13 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
     };
     let report = match knobs.text("form").unwrap() {
         "Serve" => {
+            let app = app.into_make_service_with_connect_info::<SocketAddr>();
             let served = graceful.serve(listener, app);
             starting.await;
             served.await
         }
         "Run" => {
+            let app = app.into_make_service_with_connect_info::<SocketAddr>();
             let server = axum::serve(graceful.listener(listener), app)
                 .with_graceful_shutdown(graceful.drain());
             starting.await;
@@ -119,6 +121,7 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         "Smallest" => {
             let drain = graceful.drain();
             starting.await;
+            let app = app.into_make_service_with_connect_info::<SocketAddr>();
             axum::serve(listener, app)
                 .with_graceful_shutdown(drain)
                 .await
@@ -150,6 +153,10 @@ fn app(graceful: &Graceful) -> Router {
         .route("/", get(|| async { "hello" }))
         .route("/sleep/{ms}", get(sleep))
         .route("/stream/{chunks}/{ms}", get(stream))
+        .route(
+            "/peer",
+            get(|ConnectInfo(peer): ConnectInfo<SocketAddr>| async move { peer.to_string() }),
+        )
         .route("/panic", get(panic))
         .route("/panic-in-body", get(panic_in_body))
         .route("/empty/{status}", get(empty))

@@ -199,7 +199,7 @@ fn shutdown_first(form: Form) {
     server.expect_line("listening");
     let exit = server.exit();
     exit.assert_clean();
-    exit.assert_within(MS(100), MS(1400));
+    exit.assert_within(MS(0), MS(1400));
 }
 
 fn impossible_plan(form: Form) {
