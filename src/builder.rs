@@ -161,9 +161,11 @@ impl GracefulBuilder {
         self
     }
 
-    /// The answer to refused requests, instead of a line of text. `Retry-After` and, on HTTP/1,
-    /// `Connection: close` are added unless the answer sets them; gRPC calls are answered
+    /// The answer to refused requests, instead of a line of text. gRPC calls are answered
     /// `UNAVAILABLE` all the same, because they cannot read anything else.
+    ///
+    /// `Retry-After` and, on HTTP/1, `Connection: close` are added where the answer has no such
+    /// field; while draining a `Connection` field of its own is made to say `close` too.
     ///
     /// ```
     /// use http::Response;

@@ -36,6 +36,8 @@ pub(crate) type Pass = Ticket<Lifecycle>;
 /// # Runtime
 ///
 /// The timetable is kept by a task on tokio's runtime, started by the first call made inside one.
+/// The runtime must have its clock (`enable_time` or `enable_all`): without it that task panics at
+/// the trigger, and nothing after the delay happens.
 /// Every method may be called outside a runtime too; where one needs a runtime later, its page
 /// says so. The clock is tokio's, so tests can pause it. A `Graceful` belongs to the runtime it
 /// is first used in.

@@ -405,9 +405,9 @@ mod tests {
                     let deadlines = plan.deadlines(delay);
                     prop_assert!(deadlines.delay <= deadlines.drain);
                     prop_assert!(deadlines.drain <= deadlines.cleanup);
-                    prop_assert!(deadlines.cleanup <= grace - plan.margin);
+                    prop_assert!(deadlines.cleanup <= grace.saturating_sub(plan.margin));
                     // Whatever was asked for is given, but for the margin.
-                    prop_assert!(deadlines.delay >= delay.min(grace - plan.margin));
+                    prop_assert!(deadlines.delay >= delay.min(grace.saturating_sub(plan.margin)));
                     if let Some(timeout) = knobs.drain_timeout {
                         let asked = delay.saturating_add(timeout);
                         prop_assert!(deadlines.drain.saturating_add(plan.margin) >= asked);

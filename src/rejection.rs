@@ -105,11 +105,10 @@ impl Rejection {
 /// Whether a request with these headers is a gRPC call: `application/grpc`, alone or with a
 /// `+codec` or parameters. gRPC-Web is not; its clients read HTTP statuses.
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
+    const GRPC: &[u8] = b"application/grpc";
     headers.get(header::CONTENT_TYPE).is_some_and(|value| {
-        value
-            .as_bytes()
-            .strip_prefix(b"application/grpc")
-            .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';' | b' ')))
+        let (kind, rest) = value.as_bytes().split_at(GRPC.len().min(value.len()));
+        kind.eq_ignore_ascii_case(GRPC) && matches!(rest.first(), None | Some(b'+' | b';' | b' '))
     })
 }
 
@@ -161,7 +160,9 @@ mod tests {
             ("application/grpc", true),
             ("application/grpc+proto", true),
             ("application/grpc;charset=utf-8", true),
+            ("Application/GRPC", true),
             ("application/grpc-web", false),
+            ("text/plain", false),
             ("application/grpc-web+proto", false),
             ("application/json", false),
         ] {

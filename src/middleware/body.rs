@@ -41,6 +41,16 @@ impl<B> GracefulBody<B> {
     }
 }
 
+/// An empty body that no request is counted for, as other middleware makes to answer by itself.
+impl<B: Default> Default for GracefulBody<B> {
+    fn default() -> Self {
+        Self {
+            kind: Kind::Inner { body: B::default() },
+            pass: None,
+        }
+    }
+}
+
 impl<B: Body> GracefulBody<B> {
     #[inline]
     pub(super) fn new(body: B, pass: Option<Pass>) -> Self {

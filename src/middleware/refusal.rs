@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::{Request, Response, header, header::Entry};
+use http::{HeaderMap, Request, Response, header, header::Entry};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use tokio::{
@@ -28,6 +28,9 @@ use crate::{
 const MOST_BYTES: u64 = 16 * 1024 * 1024;
 const MOST_TIME: Duration = Duration::from_secs(5);
 const MOST_SILENCE: Duration = Duration::from_secs(1);
+
+/// How many frames are read before other tasks have their turn.
+const FRAMES_AT_ONCE: usize = 64;
 
 /// Whether a request is never refused: a probe, or an exempt path.
 pub(super) fn is_exempt<B>(graceful: &Graceful, request: &Request<B>) -> bool {
@@ -65,15 +68,10 @@ pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refus
     if refused == Refused::Draining || !headers.contains_key(header::CONNECTION) {
         leaving::say_close(headers, request.version(), status);
     }
-    // RFC 9110 §10.1.1: reading would send the 100 that this answer takes the place of.
-    let waits = request
-        .headers()
-        .get_all(header::EXPECT)
-        .iter()
-        .any(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
     Refusal {
         response: Some(response),
-        body: (!waits).then(|| request.into_body()),
+        // Reading would send the 100 that this answer takes the place of.
+        body: (!expects_continue(request.headers())).then(|| request.into_body()),
         bytes_left: MOST_BYTES,
         started: None,
         waits: false,
@@ -88,7 +86,7 @@ pin_project! {
         #[pin]
         body: Option<B>,
         bytes_left: u64,
-        // When it first had to wait.
+        // When it was first polled.
         started: Option<Instant>,
         // The timer runs for the present silence, and not for one that is over.
         waits: bool,
@@ -100,12 +98,27 @@ pin_project! {
 impl<B: Body> Future for Refusal<B> {
     type Output = Response<Bytes>;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response<Bytes>> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response<Bytes>> {
+        ready!(self.as_mut().poll_body(cx));
         let mut this = self.project();
-        while let Some(body) = this.body.as_mut().as_pin_mut() {
+        this.body.set(None);
+        this.response.take().map_or(Poll::Pending, Poll::Ready)
+    }
+}
+
+impl<B: Body> Refusal<B> {
+    /// Ready when the body has ended or a bound has been reached.
+    fn poll_body(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        let now = Instant::now();
+        let last = *this.started.get_or_insert(now) + MOST_TIME;
+        for _ in 0..FRAMES_AT_ONCE {
+            let Some(body) = this.body.as_mut().as_pin_mut() else {
+                return Poll::Ready(());
+            };
             // What cannot be read to its end need not be read at all.
             if body.is_end_stream() || body.size_hint().lower() > *this.bytes_left {
-                break;
+                return Poll::Ready(());
             }
             match body.poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
@@ -113,33 +126,39 @@ impl<B: Body> Future for Refusal<B> {
                     let bytes = frame.data_ref().map_or(0, Buf::remaining) as u64;
                     match this.bytes_left.checked_sub(bytes) {
                         Some(left) => *this.bytes_left = left,
-                        None => break,
+                        None => return Poll::Ready(()),
                     }
                 }
-                Poll::Ready(Some(Err(_)) | None) => break,
+                Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
+                // Without a clock there is no bound on the wait, so there is no wait.
+                Poll::Pending if runtime::Handle::try_current().is_err() => return Poll::Ready(()),
                 Poll::Pending => {
-                    // Without a clock there is no bound on the wait, so there is no wait.
-                    if runtime::Handle::try_current().is_err() {
-                        break;
-                    }
-                    if !*this.waits {
-                        *this.waits = true;
-                        let now = Instant::now();
-                        let last = *this.started.get_or_insert(now) + MOST_TIME;
+                    if !std::mem::replace(this.waits, true) {
                         let until = last.min(now + MOST_SILENCE);
                         match this.timer.as_mut().as_pin_mut() {
                             Some(timer) => timer.reset(until),
                             None => this.timer.set(Some(time::sleep_until(until))),
                         }
                     }
-                    if let Some(timer) = this.timer.as_mut().as_pin_mut() {
-                        ready!(timer.poll(cx));
-                    }
-                    break;
+                    let timer = this.timer.as_mut().as_pin_mut();
+                    return timer.map_or(Poll::Ready(()), |timer| timer.poll(cx));
                 }
             }
         }
-        this.body.set(None);
-        this.response.take().map_or(Poll::Pending, Poll::Ready)
+        // Always ready, so the timer was never asked, and others want their turn.
+        if now >= last {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
+}
+
+/// Whether the client has announced that it sends nothing before it is told to
+/// ([RFC 9110 §10.1.1](https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)).
+fn expects_continue(headers: &HeaderMap) -> bool {
+    headers.get_all(header::EXPECT).iter().any(|value| {
+        let mut expectations = value.as_bytes().split(|byte| *byte == b',');
+        expectations.any(|it| it.trim_ascii().eq_ignore_ascii_case(b"100-continue"))
+    })
 }

@@ -1,0 +1,270 @@
+//! What is in flight from the response's head to the end of its body.
+
+use std::{
+    cell::Cell,
+    future::ready,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{Response, StatusCode};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::{BodyExt, Empty, Full};
+use tokio_test::{
+    assert_pending, assert_ready, assert_ready_ok,
+    task::{self, Spawn},
+};
+use tower::ServiceExt;
+use tower_graceful::{Graceful, GracefulBody};
+
+use crate::support::{Script, Step, draining, get, panics, prompt, refuse, start, trailers, whole};
+
+/// The body as it comes out of the layer, its future gone.
+fn through<B>(graceful: &Graceful, body: B) -> Spawn<GracefulBody<B>>
+where
+    B: Body<Data: From<Bytes>>,
+{
+    let mut request = start(graceful, ready(Ok(Response::new(body))));
+    task::spawn(assert_ready_ok!(request.poll()).into_body())
+}
+
+type Polled<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>>;
+
+fn frame<B: Body>(body: &mut Spawn<B>) -> Polled<B> {
+    body.enter(|cx, body| body.poll_frame(cx))
+}
+
+fn data<B: Body<Data: Into<Bytes>, Error: std::fmt::Debug>>(body: &mut Spawn<B>) -> Bytes {
+    let frame = assert_ready!(frame(body)).unwrap().unwrap();
+    frame.into_data().ok().unwrap().into()
+}
+
+#[test]
+fn a_stream_is_in_flight_until_it_says_that_it_has_ended() {
+    let graceful = Graceful::new();
+    let steps = [Step::Data("one"), Step::Wait, Step::Data("two")];
+    let mut body = through(&graceful, Script::new(steps));
+    assert_eq!(data(&mut body), "one");
+    assert_eq!(graceful.in_flight(), 1);
+    assert_pending!(frame(&mut body));
+    assert_eq!(graceful.in_flight(), 1);
+    assert_eq!(data(&mut body), "two");
+    assert_eq!(
+        graceful.in_flight(),
+        1,
+        "nothing said that this was the last"
+    );
+    assert!(assert_ready!(frame(&mut body)).is_none());
+    assert_eq!(graceful.in_flight(), 0, "with the body still alive");
+}
+
+#[test]
+fn a_stream_that_foretells_its_end_is_released_with_its_last_frame() {
+    let graceful = Graceful::new();
+    let steps = [Step::Data("one"), Step::Data("two")];
+    let mut body = through(&graceful, Script::foretelling(steps));
+    assert_eq!(data(&mut body), "one");
+    assert_eq!(graceful.in_flight(), 1);
+    assert_eq!(data(&mut body), "two");
+    assert_eq!(graceful.in_flight(), 0);
+}
+
+#[test]
+fn trailers_are_forwarded_and_are_the_last_frame() {
+    let graceful = Graceful::new();
+    let steps = [Step::Data("data"), Step::Trailers];
+    let mut body = through(&graceful, Script::foretelling(steps));
+    assert_eq!(data(&mut body), "data");
+    assert_eq!(graceful.in_flight(), 1);
+    let last = assert_ready!(frame(&mut body)).unwrap().unwrap();
+    assert_eq!(last.into_trailers().ok(), Some(trailers()));
+    assert_eq!(graceful.in_flight(), 0);
+}
+
+#[test]
+fn a_body_that_fails_is_released_and_its_error_is_forwarded() {
+    let graceful = Graceful::new();
+    let steps = [Step::Data("data"), Step::Error, Step::Data("never")];
+    let mut body = through(&graceful, Script::new(steps));
+    assert_eq!(data(&mut body), "data");
+    let error = assert_ready!(frame(&mut body)).unwrap().unwrap_err();
+    assert_eq!(error, "broken body");
+    assert_eq!(graceful.in_flight(), 0, "with the body still alive");
+}
+
+#[test]
+fn a_body_dropped_half_way_is_released() {
+    let graceful = Graceful::new();
+    let steps = [Step::Data("one"), Step::Data("two")];
+    let mut body = through(&graceful, Script::new(steps));
+    assert_eq!(data(&mut body), "one");
+    assert_eq!(graceful.in_flight(), 1);
+    drop(body);
+    assert_eq!(graceful.in_flight(), 0);
+}
+
+#[test]
+fn a_body_that_panics_is_released_when_it_is_dropped() {
+    let graceful = Graceful::new();
+    let mut body = through(&graceful, Script::new([Step::Panic]));
+    assert!(panics(|| frame(&mut body)));
+    drop(body);
+    assert_eq!(graceful.in_flight(), 0);
+}
+
+#[test]
+fn polled_after_its_end_a_body_answers_as_the_inner_one_does() {
+    let graceful = Graceful::new();
+    let mut body = through(&graceful, Full::<Bytes>::from("all"));
+    assert_eq!(data(&mut body), "all");
+    for _ in 0..3 {
+        assert!(assert_ready!(frame(&mut body)).is_none());
+        assert_eq!(graceful.in_flight(), 0);
+    }
+
+    let (graceful, _busy) = draining(prompt());
+    let mut refused = task::spawn(refuse(&graceful, get("/")));
+    let mut body = task::spawn(assert_ready_ok!(refused.poll()).into_body());
+    assert!(!data(&mut body).is_empty());
+    for _ in 0..3 {
+        assert!(assert_ready!(frame(&mut body)).is_none());
+    }
+}
+
+#[test]
+fn responses_without_content_are_released_with_their_head() {
+    for status in [
+        StatusCode::OK, // to HEAD
+        StatusCode::NO_CONTENT,
+        StatusCode::NOT_MODIFIED,
+    ] {
+        let graceful = Graceful::new();
+        let mut response = Response::new(Empty::<Bytes>::new());
+        *response.status_mut() = status;
+        let mut request = start(&graceful, ready(Ok(response)));
+        let response = assert_ready_ok!(request.poll());
+        assert_eq!(response.status(), status);
+        assert!(response.body().is_end_stream());
+        assert_eq!(graceful.in_flight(), 0, "{status}");
+    }
+}
+
+/// The lower and upper bound of its size, and whether it has ended.
+fn told<B: Body>(body: &mut Spawn<B>) -> (u64, Option<u64>, bool) {
+    body.enter(|_, body| {
+        let hint = body.size_hint();
+        (hint.lower(), hint.upper(), body.is_end_stream())
+    })
+}
+
+#[test]
+fn size_hint_and_end_of_stream_are_forwarded() {
+    let graceful = Graceful::new();
+    let steps = [Step::Data("12345"), Step::Data("67")];
+    let mut body = through(&graceful, Script::foretelling(steps).hint(3, 70));
+    assert_eq!(told(&mut body), (3, Some(70), false));
+    data(&mut body);
+    assert_eq!(told(&mut body), (3, Some(70), false));
+    data(&mut body);
+    assert_eq!(told(&mut body), (3, Some(70), true));
+
+    let mut body = through(&graceful, Full::<Bytes>::from("12345"));
+    assert_eq!(told(&mut body), (5, Some(5), false));
+    data(&mut body);
+    assert_eq!(told(&mut body), (0, Some(0), true));
+
+    let mut body = through(&graceful, Script::new([]));
+    assert_eq!(told(&mut body), (0, None, false), "an end nobody foretold");
+}
+
+#[test]
+fn a_refusal_knows_its_size_and_its_end() {
+    let (graceful, _busy) = draining(prompt());
+    let mut refused = task::spawn(refuse(&graceful, get("/")));
+    let mut body = task::spawn(assert_ready_ok!(refused.poll()).into_body());
+    let (lower, upper, ended) = told(&mut body);
+    assert_eq!((upper, ended), (Some(lower), false));
+    assert_eq!(data(&mut body).len() as u64, lower);
+    assert_eq!(told(&mut body), (0, Some(0), true));
+}
+
+#[tokio::test]
+async fn data_may_be_any_type_made_from_bytes() {
+    let (graceful, _busy) = draining(prompt().exempt("/exempt"));
+    let service = || {
+        let inner = tower::service_fn(|_: http::Request<Empty<Bytes>>| {
+            let body = Full::new(BytesMut::from("mutable"));
+            ready(Ok::<_, &'static str>(Response::new(body)))
+        });
+        tower::Layer::layer(&graceful.layer(), inner)
+    };
+    let served = service().oneshot(get("/exempt")).await.unwrap();
+    let data: BytesMut = only_data(served.into_body()).await;
+    assert_eq!(data, "mutable");
+    let refused = service().oneshot(get("/")).await.unwrap();
+    let data: BytesMut = only_data(refused.into_body()).await;
+    assert!(data.starts_with(b"shutting down"));
+}
+
+async fn only_data<B: Body<Error: std::fmt::Debug> + Unpin>(mut body: B) -> B::Data {
+    let frame = body.frame().await.unwrap().unwrap();
+    frame.into_data().ok().unwrap()
+}
+
+/// A body whose data, error and self stay on one thread. It says how many are in flight while it
+/// is dropped.
+struct Local<'a> {
+    graceful: &'a Graceful,
+    seen: Rc<Cell<Option<usize>>>,
+}
+
+impl Body for Local<'_> {
+    type Data = Bytes;
+    type Error = Rc<str>;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Rc<str>>>> {
+        Poll::Pending
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(1)
+    }
+}
+
+impl Drop for Local<'_> {
+    fn drop(&mut self) {
+        self.seen.set(Some(self.graceful.in_flight()));
+    }
+}
+
+#[test]
+fn the_inner_body_is_gone_before_its_request_is_released() {
+    let graceful = Graceful::new();
+    let seen = Rc::new(Cell::new(None));
+    let local = Local {
+        graceful: &graceful,
+        seen: Rc::clone(&seen),
+    };
+    let mut body = through(&graceful, local);
+    assert_pending!(frame(&mut body));
+    drop(body);
+    assert_eq!(seen.get(), Some(1));
+    assert_eq!(graceful.in_flight(), 0);
+}
+
+#[test]
+fn futures_and_bodies_are_as_thread_safe_as_what_they_wrap() {
+    fn send<T: Send>(_: &T) {}
+    fn send_sync_unpin<T: Send + Sync + Unpin>(_: &T) {}
+    let graceful = Graceful::new();
+    let mut request = start(&graceful, ready(Ok(Response::new(Script::new([])))));
+    send(&*request);
+    send(assert_ready_ok!(request.poll()).body());
+    let mut request = start(&graceful, ready(Ok(whole("hi"))));
+    send_sync_unpin(assert_ready_ok!(request.poll()).body());
+}

@@ -1,0 +1,13 @@
+//! The layer and the probes as a user meets them: polled by hand, on a paused clock, inside axum
+//! and without it. No sockets.
+
+mod body;
+mod composition;
+mod exempt;
+mod future;
+mod lame_duck;
+#[cfg(feature = "axum")]
+mod probes;
+mod refusal;
+mod support;
+mod unread;

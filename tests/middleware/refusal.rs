@@ -1,0 +1,270 @@
+//! Who is refused, and with what answer.
+
+use std::{
+    future::{Ready, pending, poll_fn, ready},
+    task::Poll,
+    time::Duration,
+};
+
+use axum::{Router, routing};
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, StatusCode, Version};
+use http_body::Body;
+use http_body_util::{Empty, Full};
+use tokio_test::{assert_pending, assert_ready_err, assert_ready_ok};
+use tower::{Layer, Service, ServiceExt, service_fn};
+use tower_graceful::{Graceful, Phase, Rejection, RejectionReason};
+
+use crate::support::{
+    Busy, Script, Step, connection, draining, full, get, hold, panics, prompt, refuse, start, text,
+    whole,
+};
+
+fn over(version: Version) -> Request<Empty<Bytes>> {
+    let mut request = get("/");
+    *request.version_mut() = version;
+    request
+}
+
+#[tokio::test]
+async fn while_draining_the_answer_is_503_with_retry_after() {
+    let (graceful, _busy) = draining(prompt().retry_after(Duration::from_millis(6001)));
+    let response = refuse(&graceful, get("/")).await.unwrap();
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(response.headers()["retry-after"], "7");
+    assert_eq!(
+        response.headers()["content-type"],
+        "text/plain; charset=utf-8"
+    );
+    let body = text(response.into_body()).await;
+    assert_eq!(body, "shutting down, please try again\n");
+}
+
+#[tokio::test]
+async fn above_the_limit_the_answer_is_429_with_retry_after() {
+    let (graceful, _busy) = full(prompt());
+    let response = refuse(&graceful, get("/")).await.unwrap();
+    assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(response.headers()["retry-after"], "1");
+    let body = text(response.into_body()).await;
+    assert_eq!(
+        body,
+        "too many requests in flight, please try again later\n"
+    );
+    assert_eq!(graceful.phase(), Phase::Serving);
+}
+
+#[tokio::test]
+async fn draining_is_said_before_overloaded() {
+    let (graceful, _busy) = full(prompt());
+    graceful.shutdown();
+    let response = refuse(&graceful, get("/")).await.unwrap();
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[tokio::test]
+async fn a_stopped_service_still_refuses() {
+    let graceful = prompt().build().unwrap();
+    graceful.shutdown();
+    graceful.stopped().await;
+    let response = refuse(&graceful, get("/")).await.unwrap();
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[tokio::test]
+async fn a_refusal_closes_http1_connections_and_no_others() {
+    let busy: [(Graceful, Busy); 2] = [draining(prompt()), full(prompt())];
+    for (graceful, _busy) in &busy {
+        for (version, expected) in [
+            (Version::HTTP_10, vec!["close"]),
+            (Version::HTTP_11, vec!["close"]),
+            (Version::HTTP_2, vec![]),
+            (Version::HTTP_3, vec![]),
+        ] {
+            let response = refuse(graceful, over(version)).await.unwrap();
+            assert_eq!(connection(&response), expected, "{version:?}");
+        }
+    }
+}
+
+#[test]
+fn a_refused_request_is_never_in_flight() {
+    let (graceful, _busy) = full(prompt());
+    let refused = refuse(&graceful, get("/"));
+    assert_eq!(graceful.in_flight(), 1);
+    drop(refused);
+    assert_eq!(graceful.in_flight(), 1);
+}
+
+#[test]
+fn the_limit_holds_until_the_body_has_ended() {
+    let graceful = prompt().max_in_flight(1).build().unwrap();
+    let body = Script::new([Step::Data("data")]);
+    let mut first = start(&graceful, ready(Ok(Response::new(body))));
+    let streaming = assert_ready_ok!(first.poll());
+    let mut second = start(&graceful, pending::<Result<Response<Full<Bytes>>, _>>());
+    let refused = assert_ready_ok!(second.poll());
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    drop(streaming);
+    let mut third = start(&graceful, pending::<Result<Response<Full<Bytes>>, _>>());
+    assert_pending!(third.poll());
+}
+
+#[tokio::test]
+async fn one_limit_for_all_routes_layers_and_clones() {
+    let graceful = prompt().max_in_flight(2).build().unwrap();
+    let stream = || async { axum::body::Body::new(Script::new([Step::Data("data")])) };
+    let app: Router = Router::new()
+        .route("/a", routing::get(stream))
+        .route("/b", routing::get(stream))
+        .layer(graceful.layer());
+    let other = Router::<()>::new()
+        .route("/c", routing::get(stream))
+        .layer(graceful.clone().layer().clone());
+    let a = app.clone().oneshot(get("/a")).await.unwrap();
+    let c = other.clone().oneshot(get("/c")).await.unwrap();
+    assert_eq!((a.status(), c.status()), (StatusCode::OK, StatusCode::OK));
+    for (app, path) in [(&app, "/a"), (&app, "/b"), (&app, "/lost"), (&other, "/c")] {
+        let response = app.clone().oneshot(get(path)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS, "{path}");
+    }
+    assert_eq!(graceful.in_flight(), 2);
+    drop(c);
+    let b = app.oneshot(get("/b")).await.unwrap();
+    assert_eq!(b.status(), StatusCode::OK);
+}
+
+#[test]
+fn no_way_for_a_request_to_end_leaks_its_place() {
+    type Answer<B> = Result<Response<B>, &'static str>;
+    let graceful = prompt().max_in_flight(1).build().unwrap();
+    for round in 0..200 {
+        match round % 8 {
+            0 => {
+                let mut request = start(&graceful, ready(Ok(whole("hi"))));
+                drop(assert_ready_ok!(request.poll()));
+            }
+            1 => drop(hold(&graceful)),
+            2 => {
+                let mut request = start(&graceful, pending::<Answer<Empty<Bytes>>>());
+                assert_pending!(request.poll());
+            }
+            3 => {
+                let mut request = start(&graceful, ready(Answer::<Empty<Bytes>>::Err("broken")));
+                assert_ready_err!(request.poll());
+            }
+            4 => {
+                let panicking = poll_fn(|_| -> Poll<Answer<Empty<Bytes>>> { panic!("in poll") });
+                let mut request = start(&graceful, panicking);
+                assert!(panics(|| request.poll()));
+            }
+            5 => {
+                let inner = service_fn(|_| -> Ready<Answer<Empty<Bytes>>> { panic!("in call") });
+                let mut service = graceful.layer().layer(inner);
+                assert!(panics(|| service.call(get("/"))));
+            }
+            6 => {
+                let body = Script::new([Step::Panic]);
+                let mut request = start(&graceful, ready(Ok(Response::new(body))));
+                let body = assert_ready_ok!(request.poll()).into_body();
+                let mut body = tokio_test::task::spawn(body);
+                assert!(panics(|| body.enter(|cx, body| body.poll_frame(cx))));
+            }
+            _ => {
+                let _busy = hold(&graceful);
+                let mut refused = start(&graceful, pending::<Answer<Empty<Bytes>>>());
+                assert_ready_ok!(refused.poll());
+                assert_eq!(graceful.in_flight(), 1);
+            }
+        }
+        assert_eq!(graceful.in_flight(), 0, "round {round}");
+    }
+}
+
+fn teapot(rejection: &Rejection) -> Response<Bytes> {
+    let reason = match rejection.reason() {
+        RejectionReason::Draining => "draining",
+        RejectionReason::Overloaded => "overloaded",
+        _ => unreachable!(),
+    };
+    let wait = rejection.retry_after().as_millis();
+    let body = format!("{reason} {} {wait}", rejection.status().as_u16());
+    Response::builder()
+        .status(StatusCode::IM_A_TEAPOT)
+        .header("x-own", "kept")
+        .body(body.into())
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_custom_rejection_replaces_status_and_body() {
+    let builder = prompt()
+        .rejection(teapot)
+        .retry_after(Duration::from_millis(2500));
+    for ((graceful, _busy), body) in [
+        (draining(builder.clone()), "draining 503 2500"),
+        (full(builder), "overloaded 429 2500"),
+    ] {
+        let response = refuse(&graceful, get("/")).await.unwrap();
+        assert_eq!(response.status(), StatusCode::IM_A_TEAPOT);
+        assert_eq!(response.headers()["x-own"], "kept");
+        assert_eq!(response.headers()["retry-after"], "3", "added");
+        assert_eq!(connection(&response), ["close"], "added");
+        assert_eq!(text(response.into_body()).await, body);
+    }
+}
+
+#[tokio::test]
+async fn a_custom_rejection_keeps_its_own_headers() {
+    let builder = prompt().rejection(|_| {
+        let response = Response::builder()
+            .header("retry-after", "99")
+            .header("connection", "keep-alive");
+        response.body(Bytes::new()).unwrap()
+    });
+    for ((graceful, _busy), says) in [
+        (full(builder.clone()), "keep-alive"),
+        (draining(builder), "close"),
+    ] {
+        let response = refuse(&graceful, get("/")).await.unwrap();
+        let waits: Vec<_> = response.headers().get_all("retry-after").iter().collect();
+        assert_eq!(waits, ["99"]);
+        assert_eq!(connection(&response), [says]);
+        assert!(response.body().is_end_stream());
+    }
+}
+
+fn call(content_type: &'static str) -> Request<Empty<Bytes>> {
+    let mut request = over(Version::HTTP_2);
+    let value = HeaderValue::from_static(content_type);
+    request.headers_mut().insert("content-type", value);
+    request
+}
+
+#[tokio::test]
+async fn a_grpc_call_is_refused_with_unavailable_as_headers_alone() {
+    let builder = prompt().rejection(teapot);
+    for (graceful, _busy) in [draining(builder.clone()), full(builder)] {
+        for content_type in ["application/grpc", "application/grpc+proto"] {
+            let response = refuse(&graceful, call(content_type)).await.unwrap();
+            assert_eq!(response.status(), StatusCode::OK);
+            let headers = response.headers();
+            assert_eq!(headers["content-type"], "application/grpc");
+            assert_eq!(headers["grpc-status"], "14");
+            assert!(!headers["grpc-message"].is_empty());
+            assert!(!headers.contains_key("connection"));
+            assert!(response.body().is_end_stream());
+            assert_eq!(text(response.into_body()).await, "");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_grpc_web_call_is_refused_as_http() {
+    let (graceful, _busy) = draining(prompt());
+    for content_type in ["application/grpc-web", "application/grpc-web+proto"] {
+        let response = refuse(&graceful, call(content_type)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(!response.headers().contains_key("grpc-status"));
+    }
+}

@@ -1,0 +1,282 @@
+//! The body of a refused request: read before the answer, within bounds.
+
+use std::{
+    convert::Infallible,
+    future::{Ready, ready},
+    pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, StatusCode};
+use http_body::{Body, Frame, SizeHint};
+use tokio::time::{Instant, Interval, interval, timeout};
+use tokio_test::{assert_pending, assert_ready_ok, task};
+
+use crate::support::{Script, Step, draining, full, prompt, refuse, whole};
+
+const MIB: u64 = 1024 * 1024;
+
+fn post<B>(body: B) -> Request<B> {
+    Request::post("/upload").body(body).unwrap()
+}
+
+#[test]
+fn a_refused_body_is_read_to_its_end_before_the_answer() {
+    let busy = [draining(prompt()), full(prompt())];
+    for (graceful, _busy) in busy {
+        let body = Script::new([
+            Step::Data("four"),
+            Step::Wait,
+            Step::Data("seven77"),
+            Step::Trailers,
+        ]);
+        let read = body.progress();
+        // A runtime, for the clock that a wait needs.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let _inside = runtime.enter();
+        let mut request = task::spawn(refuse(&graceful, post(body)));
+        assert_eq!(read.polls(), 0, "read by the future, not by the call");
+        assert_pending!(request.poll());
+        assert_eq!(read.bytes(), 4);
+        assert!(request.is_woken());
+        let response = assert_ready_ok!(request.poll());
+        assert!(!response.status().is_success());
+        assert_eq!(read.bytes(), 11);
+        assert_eq!(read.polls(), 5, "up to and including the end");
+    }
+}
+
+#[test]
+fn a_body_that_foretells_its_end_is_not_polled_past_it() {
+    let (graceful, _busy) = draining(prompt());
+    let body = Script::foretelling([Step::Data("all")]);
+    let read = body.progress();
+    let mut request = task::spawn(refuse(&graceful, post(body)));
+    assert_ready_ok!(request.poll());
+    assert_eq!((read.bytes(), read.polls()), (3, 1));
+}
+
+#[test]
+fn a_body_announced_as_too_large_is_not_read_at_all() {
+    let (graceful, _busy) = draining(prompt());
+    let size = 16 * MIB + 1;
+    let body = Script::new([Step::Data("first")]).hint(size, size);
+    let read = body.progress();
+    let mut request = task::spawn(refuse(&graceful, post(body)));
+    let response = assert_ready_ok!(request.poll());
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(read.polls(), 0);
+}
+
+/// Chunks of a MiB.
+struct Chunks {
+    left: u64,
+    announced: bool,
+    given: Arc<AtomicU64>,
+}
+
+impl Body for Chunks {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        static CHUNK: [u8; 1024 * 1024] = [0; 1024 * 1024];
+        if self.left == 0 {
+            return Poll::Ready(None);
+        }
+        self.left -= 1;
+        self.given.fetch_add(MIB, Ordering::Relaxed);
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&CHUNK)))))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.announced {
+            SizeHint::with_exact(self.left * MIB)
+        } else {
+            SizeHint::default()
+        }
+    }
+}
+
+fn read_of(chunks: u64, announced: bool) -> u64 {
+    let (graceful, _busy) = draining(prompt());
+    let given = Arc::default();
+    let body = Chunks {
+        left: chunks,
+        announced,
+        given: Arc::clone(&given),
+    };
+    let mut request = task::spawn(refuse(&graceful, post(body)));
+    let response = assert_ready_ok!(request.poll());
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    given.load(Ordering::Relaxed)
+}
+
+#[test]
+fn sixteen_mebibytes_are_read_announced_or_not() {
+    assert_eq!(read_of(16, true), 16 * MIB);
+    assert_eq!(read_of(16, false), 16 * MIB);
+}
+
+#[test]
+fn an_endless_body_is_answered_at_the_bound() {
+    assert_eq!(
+        read_of(u64::MAX, false),
+        17 * MIB,
+        "the chunk that passes it"
+    );
+}
+
+/// One byte at each tick, for ever; or none at all.
+enum Slow {
+    Stalled,
+    Dripping(Interval),
+}
+
+impl Body for Slow {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match &mut *self {
+            Self::Stalled => Poll::Pending,
+            Self::Dripping(ticks) => {
+                ready!(ticks.poll_tick(cx));
+                Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b".")))))
+            }
+        }
+    }
+}
+
+/// How long the answer takes.
+async fn answered_after(body: Slow) -> Duration {
+    let (graceful, _busy) = draining(prompt());
+    let begun = Instant::now();
+    let answer = timeout(Duration::from_secs(60), refuse(&graceful, post(body)));
+    let response = answer.await.expect("an answer").unwrap();
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    begun.elapsed()
+}
+
+/// A timer fires at most so much late.
+const LATE: Duration = Duration::from_millis(5);
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_stalls_is_answered_after_a_second() {
+    let second = Duration::from_secs(1);
+    let waited = answered_after(Slow::Stalled).await;
+    assert!((second..second + LATE).contains(&waited), "{waited:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_drips_is_answered_after_five_seconds() {
+    let five = Duration::from_secs(5);
+    for silence in [300, 950] {
+        let drips = interval(Duration::from_millis(silence));
+        let waited = answered_after(Slow::Dripping(drips)).await;
+        assert!((five..five + LATE).contains(&waited), "{waited:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_pauses_is_answered_after_the_first_long_silence() {
+    let drips = interval(Duration::from_millis(1500));
+    let waited = answered_after(Slow::Dripping(drips)).await;
+    let second = Duration::from_secs(1);
+    assert!((second..second + LATE).contains(&waited), "{waited:?}");
+}
+
+/// Frames of nothing, always ready, without end.
+struct Empties;
+
+impl Body for Empties {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(Some(Ok(Frame::data(Bytes::new()))))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_of_endless_empty_frames_neither_hogs_the_thread_nor_escapes_the_bound() {
+    let (graceful, _busy) = draining(prompt());
+    let mut request = task::spawn(refuse(&graceful, post(Empties)));
+    assert_pending!(request.poll());
+    assert!(request.is_woken(), "it has yielded, and goes on");
+    tokio::time::advance(Duration::from_secs(5)).await;
+    let response = assert_ready_ok!(request.poll());
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[test]
+fn outside_a_runtime_a_stalled_body_is_answered_at_once() {
+    let (graceful, _busy) = draining(prompt());
+    let mut request = task::spawn(refuse(&graceful, post(Slow::Stalled)));
+    let response = assert_ready_ok!(request.poll());
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[test]
+fn a_body_that_waits_for_100_continue_is_never_polled() {
+    let (graceful, _busy) = draining(prompt());
+    for expect in ["100-continue", "100-Continue", "other=1, 100-continue"] {
+        let body = Script::new([Step::Data("data")]);
+        let read = body.progress();
+        let mut request = post(body);
+        request
+            .headers_mut()
+            .insert("expect", expect.parse().unwrap());
+        let mut request = task::spawn(refuse(&graceful, request));
+        let response = assert_ready_ok!(request.poll());
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(read.polls(), 0);
+    }
+}
+
+#[test]
+fn a_request_body_that_fails_is_answered() {
+    let (graceful, _busy) = draining(prompt());
+    let body = Script::new([Step::Data("data"), Step::Error, Step::Data("never")]);
+    let read = body.progress();
+    let mut request = task::spawn(refuse(&graceful, post(body)));
+    let response = assert_ready_ok!(request.poll());
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(read.polls(), 2, "not polled after its error");
+}
+
+#[test]
+fn a_served_request_keeps_its_body() {
+    use tower::{Layer, Service, service_fn};
+    let graceful = tower_graceful::Graceful::new();
+    let body = Script::new([Step::Data("data")]);
+    let read = body.progress();
+    let received = AtomicBool::new(false);
+    let inner = service_fn(|request: Request<Script>| -> Ready<Result<_, Infallible>> {
+        received.store(true, Ordering::Relaxed);
+        drop(request);
+        ready(Ok(whole("ok")))
+    });
+    let future = pin!(graceful.layer().layer(inner).call(post(body)));
+    assert_ready_ok!(task::spawn(future).poll());
+    assert!(received.load(Ordering::Relaxed));
+    assert_eq!(read.polls(), 0, "that is the service's business");
+}
