@@ -193,15 +193,16 @@ impl GracefulBuilder {
     /// # Errors
     ///
     /// When the shares do not fit the grace period or leave no time to drain, when
-    /// `max_in_flight` is zero, when `unready_status` is informational, and when an exempt path
+    /// `max_in_flight` is zero, when `unready_status` is informational or 200, and when an exempt path
     /// does not begin with a slash. The message names the numbers.
     pub fn build(self) -> Result<Graceful, ConfigError> {
         let plan = self.knobs.plan()?;
         if self.max_in_flight == Some(0) {
             return Err(ConfigError::NothingInFlight);
         }
-        if self.policy.unready_status.is_informational() {
-            return Err(ConfigError::UnreadyStatus(self.policy.unready_status));
+        let unready = self.policy.unready_status;
+        if unready.is_informational() || unready == StatusCode::OK {
+            return Err(ConfigError::UnreadyStatus(unready));
         }
         if let Some(path) = self
             .policy

@@ -156,7 +156,8 @@ impl Drop for SignalsClaim {
 pub struct Drain {
     graceful: Graceful,
     cause: Cause,
-    begun: bool,
+    /// From the first poll to the end.
+    waiting: Option<Waiting>,
     reached: PhaseReached,
 }
 
@@ -178,7 +179,7 @@ impl Drain {
         Self {
             graceful: graceful.clone(),
             cause,
-            begun: false,
+            waiting: None,
             reached: PhaseReached::new(graceful, phase),
         }
     }
@@ -189,8 +190,8 @@ impl Future for Drain {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
-        if !this.begun {
-            this.begun = true;
+        if this.waiting.is_none() {
+            this.waiting = Some(Waiting::new(&this.graceful));
             #[cfg(feature = "signal")]
             if matches!(this.cause, Cause::Signals) {
                 // Outside a runtime `drain` could not.
@@ -205,7 +206,32 @@ impl Future for Drain {
         }
         ready!(Pin::new(&mut this.reached).poll(cx));
         this.cause = Cause::Nothing;
+        if let Some(waiting) = &mut this.waiting {
+            waiting.end();
+        }
         Poll::Ready(())
+    }
+}
+
+/// A server that waits for the drain.
+struct Waiting(Option<Graceful>);
+
+impl Waiting {
+    fn new(graceful: &Graceful) -> Self {
+        graceful.shared().drain_began();
+        Self(Some(graceful.clone()))
+    }
+
+    fn end(&mut self) {
+        if let Some(graceful) = self.0.take() {
+            graceful.shared().drain_ended();
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

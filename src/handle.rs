@@ -36,8 +36,8 @@ pub(crate) type Pass = Ticket<Lifecycle>;
 /// # Runtime
 ///
 /// The timetable is kept by a task on tokio's runtime, started by the first call made inside one.
-/// The runtime must have its clock (`enable_time` or `enable_all`): without it that task panics at
-/// the trigger, and nothing after the delay happens.
+/// The runtime must have timers (`enable_time` or `enable_all`): inside one that has none, that
+/// first call panics.
 /// Every method may be called outside a runtime too; where one needs a runtime later, its page
 /// says so. The clock is tokio's, so tests can pause it. A `Graceful` belongs to the runtime it
 /// is first used in.
@@ -237,7 +237,7 @@ pub struct Snapshot {
     /// Tracked connections that are open.
     pub connections: usize,
     /// Until the present phase ends at the latest; for [`Phase::Closing`], until what is still
-    /// open is cut. `None` while serving and once stopped.
+    /// open is cut, and after that, until it is given up. `None` while serving and once stopped.
     pub time_left: Option<Duration>,
 }
 

@@ -139,7 +139,8 @@ pub enum ConfigError {
     DoesNotFit(Misfit),
     /// `max_in_flight(0)` would refuse every request.
     NothingInFlight,
-    /// A status that cannot answer a probe, because it is informational (1xx).
+    /// A status with which readiness cannot say no, because it is informational (1xx), or is the
+    /// 200 with which it says yes.
     UnreadyStatus(http::StatusCode),
     /// An exempt path that no request can have, because it does not begin with a slash.
     ExemptPath(String),
@@ -209,8 +210,13 @@ impl fmt::Display for ConfigError {
             ),
             Self::UnreadyStatus(status) => write!(
                 f,
-                "unready_status is {}, an informational status, which cannot be a final answer",
-                status.as_u16()
+                "unready_status is {}, which {}",
+                status.as_u16(),
+                if status.is_informational() {
+                    "is informational and so no final answer"
+                } else {
+                    "is how readiness says yes"
+                }
             ),
             Self::ExemptPath(path) => write!(
                 f,

@@ -124,6 +124,10 @@ impl Line {
         Ok(())
     }
 
+    pub(crate) fn is_cut(&self) -> bool {
+        lock!(self.state).cut
+    }
+
     fn cut(&self) {
         let wakers = {
             let mut state = lock!(self.state);

@@ -39,10 +39,6 @@ impl Graceful {
     /// Ok(report.into())
     /// # }
     /// ```
-    ///
-    /// # Panics
-    ///
-    /// The future panics when it is polled outside a tokio runtime, as the server would.
     pub fn run<S>(&self, server: S) -> impl Future<Output = Report> + use<S>
     where
         S: IntoFuture,

@@ -69,6 +69,8 @@ struct State {
     shutdown: Option<Shutdown>,
     /// Servers given to `run` that have not ended. `None`: there never were any.
     servers: Option<usize>,
+    /// Drain futures that are waiting, each for a server that may be run by other means.
+    drains: usize,
     server_error: Option<String>,
     report: Option<Report>,
 }
@@ -83,6 +85,8 @@ struct Shutdown {
     /// A further signal wants the present phase to end now.
     hurry: bool,
     cut: Option<Cut>,
+    /// The connections have been told of the cut.
+    cut_done: bool,
     #[cfg(feature = "signal")]
     last_interrupt: Option<Instant>,
 }
@@ -161,11 +165,7 @@ impl Lifecycle {
     pub(crate) fn time_left(&self, phase: Phase) -> Option<Duration> {
         let state = self.state();
         let shutdown = state.shutdown.as_ref()?;
-        let until = match phase {
-            Phase::LameDuck => shutdown.delay_until,
-            Phase::Draining | Phase::Closing => shutdown.drain_until,
-            Phase::Serving | Phase::Stopped => return None,
-        };
+        let until = shutdown.ends(phase)?;
         Some(until.saturating_duration_since(Instant::now()))
     }
 }
@@ -183,21 +183,38 @@ impl Gate<Lifecycle> {
         let Ok(runtime) = runtime::Handle::try_current() else {
             return;
         };
-        let mut state = self.state();
-        if !state.driven && state.report.is_none() {
+        {
+            let mut state = self.state();
+            if state.driven || state.report.is_some() {
+                return;
+            }
             state.driven = true;
-            let driver = Driver {
-                gate: self.downgrade(),
-                bell: Arc::clone(&self.bell),
-            };
-            drop(runtime.spawn(driver.run()));
         }
+        let driver = Driver {
+            gate: self.downgrade(),
+            bell: Arc::clone(&self.bell),
+        };
+        // Tells whoever calls, not a task that nobody watches, that the runtime has no timers.
+        drop(time::sleep(Duration::ZERO));
+        // After the lock: a runtime that shuts down drops the driver here and now.
+        drop(runtime.spawn(driver.run()));
     }
 
     /// Notes that something waits for a phase: from now on a signal starts with the delay.
     pub(crate) fn begin(&self) {
         self.state().began = true;
         self.drive();
+    }
+
+    /// Notes that a server waits for the drain, by whomever it is run.
+    pub(crate) fn drain_began(&self) {
+        self.state().drains += 1;
+        self.begin();
+    }
+
+    /// The waiting of `drain_began` is over.
+    pub(crate) fn drain_ended(&self) {
+        self.change(|state, _| state.drains -= 1);
     }
 
     /// Starts the timeline, unless something has already.
@@ -226,6 +243,7 @@ impl Gate<Lifecycle> {
             drain_until: instant_after(now, deadlines.drain),
             hurry: false,
             cut: None,
+            cut_done: false,
             #[cfg(feature = "signal")]
             last_interrupt: None,
         });
@@ -287,7 +305,6 @@ impl Gate<Lifecycle> {
                 self.start(state, Trigger::ServerEnded, now);
             }
         });
-        self.drive();
     }
 
     /// Makes a change, takes every step that is then due, and has the driver look again.
@@ -304,12 +321,20 @@ impl Gate<Lifecycle> {
     fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
         let now = Instant::now();
         let mut transitions = Vec::new();
-        let next = {
+        let (next, cut) = {
             let mut state = self.state();
             change(&mut state, now);
-            self.settle(&mut state, now, &mut transitions)
+            let next = self.settle(&mut state, now, &mut transitions);
+            let stopped = state.report.is_some();
+            let shutdown = state.shutdown.as_mut();
+            // What connects after the end is cut as well.
+            let due = shutdown.filter(|it| !it.cut_done && (it.cut.is_some() || stopped));
+            (next, due.map(|shutdown| shutdown.cut_done = true))
         };
-        // After the lock: a subscriber may call back.
+        // After the lock, because wakers and subscribers may call back.
+        if cut.is_some() {
+            self.connections.cut();
+        }
         for transition in transitions {
             self.phases.send_if_modified(|phase| {
                 let moved = *phase < transition.to;
@@ -331,7 +356,7 @@ impl Gate<Lifecycle> {
         loop {
             let phase = self.word().phase();
             let servers = state.servers.unwrap_or(0);
-            let nobody_serves = state.servers == Some(0);
+            let nobody_serves = state.servers == Some(0) && state.drains == 0;
             let shutdown = state.shutdown.as_mut()?;
             let (to, reason) = match phase {
                 Phase::Serving => (Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
@@ -367,8 +392,8 @@ impl Gate<Lifecycle> {
                         (Phase::Stopped, Reason::Closed)
                     } else if closed {
                         (Phase::Stopped, Reason::Cut)
-                    } else if let Some(cut) = &shutdown.cut {
-                        let until = cut.at + CLOSING_TIME;
+                    } else if shutdown.cut.is_some() {
+                        let until = shutdown.ends(phase)?;
                         if std::mem::take(&mut shutdown.hurry) {
                             (Phase::Stopped, Reason::Signal)
                         } else if now >= until {
@@ -377,8 +402,7 @@ impl Gate<Lifecycle> {
                             return Some(until);
                         }
                     } else {
-                        let begun = shutdown.entered.last().copied().unwrap_or(now);
-                        let until = shutdown.drain_until.max(begun + CLOSING_TIME);
+                        let until = shutdown.ends(phase)?;
                         if now >= until || std::mem::take(&mut shutdown.hurry) {
                             self.cut(shutdown, servers, now);
                             continue;
@@ -409,11 +433,7 @@ impl Gate<Lifecycle> {
             shutdown.entered.push(now);
         }
         self.advance(to);
-        let until = match to {
-            Phase::LameDuck => shutdown.delay_until,
-            Phase::Draining | Phase::Closing => shutdown.drain_until,
-            Phase::Serving | Phase::Stopped => now,
-        };
+        let until = shutdown.ends(to).unwrap_or(now);
         transitions.push(Transition {
             to,
             reason,
@@ -434,7 +454,6 @@ impl Gate<Lifecycle> {
                 servers,
             },
         });
-        self.connections.cut();
     }
 
     fn progress(&self) {
@@ -451,6 +470,21 @@ impl Gate<Lifecycle> {
 }
 
 impl Shutdown {
+    /// When this phase ends at the latest, if it has an end: in closing, when what is still open
+    /// is cut, and after that, when the service stops waiting for it.
+    fn ends(&self, phase: Phase) -> Option<Instant> {
+        match (phase, &self.cut) {
+            (Phase::LameDuck, _) => Some(self.delay_until),
+            (Phase::Draining, _) => Some(self.drain_until),
+            (Phase::Closing, Some(cut)) => Some(cut.at + CLOSING_TIME),
+            (Phase::Closing, None) => {
+                let begun = *self.entered.last()?;
+                Some(self.drain_until.max(begun + CLOSING_TIME))
+            }
+            (Phase::Serving | Phase::Stopped, _) => None,
+        }
+    }
+
     fn report(&self, reason: Reason, server_error: Option<String>, now: Instant) -> Report {
         let remaining = self
             .cut
@@ -502,6 +536,7 @@ impl Driver {
                 progress.reset();
             }
             tokio::select! {
+                biased;
                 () = self.bell.notified() => {}
                 () = time::sleep_until(next) => {}
                 () = poll_fn(|cx| gate.poll_idle(cx)), if draining && !word.is_idle() => {}

@@ -137,6 +137,7 @@ impl<I: fmt::Debug> fmt::Debug for GracefulIo<I> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GracefulIo")
             .field("io", &self.io)
+            .field("cut", &self.line.is_cut())
             .finish_non_exhaustive()
     }
 }

@@ -38,7 +38,7 @@ impl Graceful {
     ///
     /// # Panics
     ///
-    /// As [`drain`](Self::drain) and [`run`](Self::run).
+    /// As [`drain`](Self::drain); and the future, when it is polled outside a runtime.
     pub fn serve<L, M, S>(
         &self,
         listener: L,

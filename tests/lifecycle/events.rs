@@ -1,0 +1,397 @@
+//! What the log is told.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex, Once},
+};
+
+use tokio::time::{Instant, sleep};
+use tower_graceful::{Graceful, Phase};
+use tracing::{
+    Event, Level, Subscriber,
+    field::{Field, Visit},
+    subscriber::DefaultGuard,
+};
+use tracing_subscriber::{
+    layer::{Context, Layer, SubscriberExt},
+    registry,
+};
+
+use crate::support::{
+    DEADLINE, DELAY, LET_GO, does_not_hang, graceful, ms, pass, paused_runtime, quick_request,
+    request, s, serve, server, without_delay,
+};
+
+/// One event of this crate.
+#[derive(Clone, Debug)]
+struct Line {
+    at: Instant,
+    level: Level,
+    fields: BTreeMap<&'static str, String>,
+}
+
+impl Line {
+    fn message(&self) -> &str {
+        &self.fields["message"]
+    }
+
+    fn is_transition(&self) -> bool {
+        self.fields.contains_key("reason")
+    }
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.fields.insert(field.name(), format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.fields.insert(field.name(), value.to_owned());
+    }
+}
+
+type OnLine = Box<dyn Fn(&Line) + Send + Sync>;
+
+/// Stores this crate's events, and may do something at each.
+struct Capture {
+    lines: Arc<Mutex<Vec<Line>>>,
+    on_line: OnLine,
+}
+
+impl<S: Subscriber> Layer<S> for Capture {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        if !event.metadata().target().starts_with("tower_graceful") {
+            return;
+        }
+        let mut line = Line {
+            at: Instant::now(),
+            level: *event.metadata().level(),
+            fields: BTreeMap::new(),
+        };
+        event.record(&mut line);
+        (self.on_line)(&line);
+        self.lines.lock().unwrap().push(line);
+    }
+}
+
+/// What this thread logs from now on.
+struct Log {
+    lines: Arc<Mutex<Vec<Line>>>,
+    _guard: DefaultGuard,
+}
+
+impl Log {
+    fn new() -> Self {
+        Self::with(|_| ())
+    }
+
+    fn with(on_line: impl Fn(&Line) + Send + Sync + 'static) -> Self {
+        // While there is but one subscriber, tracing asks the one of whichever thread comes first
+        // to an event whether it is wanted, and remembers the answer for all threads. With this
+        // one there are two.
+        static GLOBAL: Once = Once::new();
+        GLOBAL.call_once(|| {
+            let _ = tracing::subscriber::set_global_default(registry());
+        });
+        let lines = Arc::default();
+        let capture = Capture {
+            lines: Arc::clone(&lines),
+            on_line: Box::new(on_line),
+        };
+        let guard = tracing::subscriber::set_default(registry().with(capture));
+        Self {
+            lines,
+            _guard: guard,
+        }
+    }
+
+    fn lines(&self) -> Vec<Line> {
+        self.lines.lock().unwrap().clone()
+    }
+
+    /// Phase, reason, seconds and level of every transition.
+    fn transitions(&self) -> Vec<(String, String, String, Level)> {
+        let of = |line: &Line, name| line.fields[name].clone();
+        self.lines()
+            .iter()
+            .filter(|line| line.is_transition())
+            .map(|line| {
+                (
+                    of(line, "phase"),
+                    of(line, "reason"),
+                    of(line, "seconds"),
+                    line.level,
+                )
+            })
+            .collect()
+    }
+
+    fn progress(&self) -> Vec<Line> {
+        let mut lines = self.lines();
+        lines.retain(|line| !line.is_transition());
+        lines
+    }
+}
+
+fn transition(phase: &str, reason: &str, seconds: &str) -> (String, String, String, Level) {
+    (phase.into(), reason.into(), seconds.into(), Level::INFO)
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_transition_is_one_event_with_its_reason() {
+    let log = Log::new();
+    let graceful = graceful();
+    let held = request(&graceful);
+    let connection = graceful.track(());
+    for _ in 0..10 {
+        graceful.shutdown();
+    }
+    pass(ms(5500)).await;
+    drop(held);
+    pass(ms(500)).await;
+    drop(connection);
+    graceful.stopped().await;
+    graceful.shutdown();
+
+    assert_eq!(
+        log.transitions(),
+        [
+            transition("lame duck", "shutdown()", "0.0"),
+            transition("draining", "the delay is over", "5.0"),
+            transition("closing", "nothing is in flight", "5.5"),
+            transition("stopped", "everything is closed", "6.0"),
+        ]
+    );
+    let lines = log.lines();
+    assert_eq!(lines.len(), 4, "{lines:#?}");
+    assert_eq!(
+        lines[0].message(),
+        "shutdown: lame duck, because shutdown()"
+    );
+    assert_eq!(lines[0].fields["in_flight"], "1");
+    assert_eq!(lines[0].fields["connections"], "1");
+    assert_eq!(lines[0].fields["seconds_left"], "5.0");
+    assert_eq!(lines[1].fields["seconds_left"], "10.0");
+    assert_eq!(lines[2].fields["in_flight"], "0");
+    assert_eq!(lines[3].fields["connections"], "0");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forced_end_is_a_warning_that_says_so() {
+    let log = Log::new();
+    let graceful = graceful();
+    let _held = request(&graceful);
+    graceful.shutdown();
+    graceful.stopped().await;
+    let transitions = log.transitions();
+    let mut closing = transition("closing", "the drain deadline has passed", "15.0");
+    closing.3 = Level::WARN;
+    let mut stopped = transition("stopped", "what was cut did not end in time", "15.25");
+    stopped.3 = Level::WARN;
+    assert_eq!(transitions[2..], [closing, stopped]);
+    let lines = log.lines();
+    assert_eq!(lines.last().unwrap().at - lines[0].at, DEADLINE + LET_GO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_cut_at_the_deadline_are_a_warning_too() {
+    let log = Log::new();
+    let graceful = graceful();
+    let (io, _peer) = tokio::io::duplex(16);
+    let mut io = graceful.track(io);
+    tokio::spawn(async move {
+        let _ = tokio::io::AsyncReadExt::read_u8(&mut io).await;
+    });
+    let run = serve(&graceful, server(&graceful)).await;
+    graceful.shutdown();
+    let report = run.await.unwrap();
+    assert_eq!(report.outcome().exit_code(), 1);
+    let warned = log.lines().iter().any(|line| line.level == Level::WARN);
+    assert!(warned, "{:#?}", log.lines());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_ends_is_named_as_the_reason() {
+    let log = Log::new();
+    let graceful = graceful();
+    let _report = graceful.run(sleep(s(1))).await;
+    assert_eq!(
+        log.transitions(),
+        [
+            transition("lame duck", "server ended", "0.0"),
+            transition("draining", "every server has ended", "0.0"),
+            transition("closing", "nothing is in flight", "0.0"),
+            transition("stopped", "everything is closed", "0.0"),
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_says_every_two_seconds_what_it_waits_for() {
+    let log = Log::new();
+    let graceful = graceful();
+    let held = request(&graceful);
+    let other = request(&graceful);
+    let _connection = graceful.track(());
+    // Not a multiple of two seconds after the lifecycle was made.
+    pass(ms(700)).await;
+    let begun = Instant::now();
+    graceful.shutdown();
+    pass(DELAY + ms(4500)).await;
+    drop(other);
+    pass(s(2)).await;
+    drop(held);
+
+    let progress = log.progress();
+    let at: Vec<_> = progress.iter().map(|line| line.at - begun).collect();
+    assert_eq!(at, [s(7), s(9), s(11)]);
+    let in_flight: Vec<_> = progress
+        .iter()
+        .map(|line| line.fields["in_flight"].as_str())
+        .collect();
+    assert_eq!(in_flight, ["2", "2", "1"]);
+    assert_eq!(
+        progress[0].message(),
+        "shutdown: draining, in flight 2, connections 1"
+    );
+    assert_eq!(progress[0].fields["seconds_left"], "8.0");
+    assert!(progress.iter().all(|line| line.level == Level::INFO));
+}
+
+#[tokio::test(start_paused = true)]
+async fn progress_says_so_too_while_connections_close() {
+    let log = Log::new();
+    let graceful = without_delay();
+    let connection = graceful.track(());
+    graceful.shutdown();
+    pass(ms(4500)).await;
+    drop(connection);
+    graceful.stopped().await;
+    let messages: Vec<_> = log
+        .progress()
+        .iter()
+        .map(|line| line.message().to_owned())
+        .collect();
+    let expected = "shutdown: closing, in flight 0, connections 1";
+    assert_eq!(messages, [expected, expected]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_delay_and_a_stopped_service_say_nothing_further() {
+    let log = Log::new();
+    let graceful = graceful();
+    graceful.shutdown();
+    pass(DELAY - ms(1)).await;
+    assert_eq!(log.lines().len(), 1);
+    pass(s(600)).await;
+    assert_eq!(log.lines().len(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_and_connections_are_not_logged() {
+    let log = Log::new();
+    let graceful = graceful();
+    for _ in 0..100 {
+        assert_eq!(quick_request(&graceful).await, 200);
+        drop(request(&graceful));
+        drop(graceful.track(()));
+    }
+    assert_eq!(log.lines().len(), 0);
+    let held = request(&graceful);
+    graceful.shutdown();
+    for _ in 0..100 {
+        assert_eq!(quick_request(&graceful).await, 200);
+        drop(graceful.track(()));
+    }
+    assert_eq!(log.lines().len(), 1);
+    pass(DELAY).await;
+    for _ in 0..100 {
+        assert_eq!(quick_request(&graceful).await, 503);
+    }
+    assert_eq!(log.lines().len(), 2);
+    drop(held);
+}
+
+#[test]
+fn a_subscriber_may_look_at_the_service_from_within_an_event() {
+    does_not_hang(|| {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let graceful = graceful();
+        let log = Log::with({
+            let (graceful, seen) = (graceful.clone(), Arc::clone(&seen));
+            move |line| {
+                let snapshot = graceful.snapshot();
+                assert!(snapshot.phase >= graceful.subscribe().borrow().to_owned());
+                let _ = (graceful.connections(), graceful.is_ready());
+                let _ = format!("{graceful:?}");
+                graceful.set_ready(true);
+                let named = line.fields["phase"].clone();
+                seen.lock().unwrap().push((named, graceful.phase()));
+            }
+        });
+        paused_runtime().block_on(async {
+            let held = request(&graceful);
+            graceful.shutdown();
+            pass(DELAY + ms(2500)).await;
+            drop(held);
+            graceful.stopped().await;
+        });
+        drop(log);
+        let seen = seen.lock().unwrap();
+        assert_eq!(seen.len(), 5, "four transitions and a line of progress");
+        assert_eq!(seen[0], ("lame duck".to_owned(), Phase::LameDuck));
+        assert_eq!(seen[1], ("draining".to_owned(), Phase::Draining));
+        assert_eq!(seen[2], ("draining".to_owned(), Phase::Draining));
+    });
+}
+
+#[test]
+fn a_subscriber_may_change_the_service_from_within_an_event() {
+    does_not_hang(|| {
+        let graceful = graceful();
+        let log = Log::with({
+            let graceful = graceful.clone();
+            move |_| {
+                graceful.shutdown();
+                drop(graceful.track(()));
+                drop(request(&graceful));
+                drop((graceful.draining(), graceful.stopped(), server(&graceful)));
+            }
+        });
+        paused_runtime().block_on(async {
+            let held = request(&graceful);
+            graceful.shutdown();
+            pass(DELAY + ms(2500)).await;
+            drop(held);
+            graceful.stopped().await;
+        });
+        assert_eq!(log.transitions().len(), 4, "{:#?}", log.lines());
+    });
+}
+
+#[test]
+fn an_event_that_says_a_phase_has_come_is_never_ahead_of_the_handle() {
+    // Also when several steps are taken at once.
+    let phases = [
+        (Phase::LameDuck, "lame duck"),
+        (Phase::Draining, "draining"),
+        (Phase::Closing, "closing"),
+        (Phase::Stopped, "stopped"),
+    ];
+    let graceful = without_delay();
+    let log = Log::with({
+        let graceful: Graceful = graceful.clone();
+        move |line| {
+            let (named, _) = phases
+                .into_iter()
+                .find(|(_, name)| *name == line.fields["phase"])
+                .unwrap();
+            assert!(graceful.phase() >= named);
+            assert_eq!(*graceful.subscribe().borrow(), named);
+        }
+    });
+    graceful.shutdown();
+    assert_eq!(log.transitions().len(), 4);
+    assert_eq!(graceful.phase(), Phase::Stopped);
+}
