@@ -3,6 +3,8 @@
 //!
 //! All in one run, so that ratios mean something where times do not.
 
+#![allow(missing_docs)] // of what the macros make
+
 use std::{
     convert::Infallible,
     future::{Ready, ready},

@@ -4,13 +4,10 @@ use std::{
     fmt,
     pin::Pin,
     task::{Context, Poll, ready},
+    thread,
 };
 
-use crate::{
-    handle::{Graceful, PhaseReached},
-    phase::Phase,
-    report::Trigger,
-};
+use crate::{handle::Graceful, reached::Reached, report::Trigger, timeline::Edge};
 
 impl Graceful {
     /// A future for axum's `with_graceful_shutdown` that stops the service on SIGTERM or SIGINT
@@ -23,8 +20,9 @@ impl Graceful {
     ///
     /// The handlers are installed by this call, not by the first poll: a SIGTERM during a slow
     /// start-up leads to an orderly exit if this was called before it. A signal that comes before
-    /// any future of this lifecycle is polled finds nobody serving and skips the delay, so that a
-    /// server started afterwards ends at once.
+    /// anything serves finds nobody to wait for and skips the delay, so that a server started
+    /// afterwards ends at once. Something serves when this future has been polled, a connection is
+    /// tracked, a request was let in, or readiness has said yes.
     ///
     /// The future may be polled again after it is ready, and stays ready. Dropping it has no
     /// effect; the handlers stay.
@@ -54,7 +52,7 @@ impl Graceful {
     }
 
     /// As [`drain`](Self::drain), but what stops the service is `future`, not a signal: it is
-    /// polled with the drain, and once it resolves the timeline starts.
+    /// polled with the drain, and once it resolves, or panics, the timeline starts.
     ///
     /// ```no_run
     /// # #[tokio::main]
@@ -88,8 +86,8 @@ impl Graceful {
     /// SIGINT within 100 ms of another is the same Ctrl-C, delivered to the process and to its
     /// group.
     ///
-    /// From then on a signal no longer ends the process by itself, not even after every handle is
-    /// gone: tokio does not give handlers back. Where the operating system refuses the handlers,
+    /// From then on a signal no longer ends the process by itself, not even after the service has
+    /// stopped or every handle is gone: tokio does not give handlers back. Where the operating system refuses the handlers,
     /// an error event is logged and signals end the process as before.
     ///
     /// # Panics
@@ -109,7 +107,7 @@ impl Graceful {
         let claim = SignalsClaim(self.shared().downgrade());
         match Signals::install() {
             Ok(signals) => drop(runtime.spawn(listen(signals, claim, self.subscribe()))),
-            Err(error) => events::no_signals(&error),
+            Err(error) => crate::timeline::log(|| events::no_signals(&error)),
         }
     }
 }
@@ -119,7 +117,7 @@ impl Graceful {
 async fn listen(
     mut signals: crate::signals::Signals,
     claim: SignalsClaim,
-    mut phases: tokio::sync::watch::Receiver<Phase>,
+    mut phases: tokio::sync::watch::Receiver<crate::phase::Phase>,
 ) {
     loop {
         let trigger = tokio::select! {
@@ -129,7 +127,7 @@ async fn listen(
                 Err(_) => return,
             },
         };
-        crate::events::signal(trigger);
+        crate::timeline::log(|| crate::events::signal(trigger));
         match claim.0.upgrade() {
             Some(shared) => shared.signal(trigger),
             None => return,
@@ -158,7 +156,7 @@ pub struct Drain {
     cause: Cause,
     /// From the first poll to the end.
     waiting: Option<Waiting>,
-    reached: PhaseReached,
+    reached: Reached<Edge>,
 }
 
 /// What stops the service, apart from `shutdown()`.
@@ -171,16 +169,12 @@ enum Cause {
 
 impl Drain {
     fn new(graceful: &Graceful, cause: Cause) -> Self {
-        let phase = if graceful.policy().keep_listening {
-            Phase::Closing
-        } else {
-            Phase::Draining
-        };
+        graceful.shared().drive();
         Self {
             graceful: graceful.clone(),
             cause,
             waiting: None,
-            reached: PhaseReached::new(graceful, phase),
+            reached: Reached::new(Edge::Connections),
         }
     }
 }
@@ -199,17 +193,33 @@ impl Future for Drain {
             }
         }
         if let Cause::Future(future) = &mut this.cause {
-            if future.as_mut().poll(cx).is_ready() {
+            let unwinding = TriggerOnPanic(&this.graceful);
+            let ready = future.as_mut().poll(cx).is_ready();
+            drop(unwinding);
+            if ready {
                 this.cause = Cause::Nothing;
                 this.graceful.shared().trigger(Trigger::Future);
             }
         }
-        ready!(Pin::new(&mut this.reached).poll(cx));
+        let graceful = &this.graceful;
+        ready!(this.reached.poll(cx, || graceful.shared().edges()));
         this.cause = Cause::Nothing;
         if let Some(waiting) = &mut this.waiting {
             waiting.end();
         }
         Poll::Ready(())
+    }
+}
+
+/// A future that panics will never say when to stop, and whoever polls it is about to: axum takes
+/// the end of the task for the signal.
+struct TriggerOnPanic<'a>(&'a Graceful);
+
+impl Drop for TriggerOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.shared().trigger(Trigger::Future);
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -14,6 +14,7 @@ use crate::{
     phase::Phase,
     plan::Knobs,
     policy::Policy,
+    reached::Reached,
     report::Trigger,
     timeline::{Lifecycle, Shared},
 };
@@ -181,11 +182,14 @@ impl Graceful {
     /// # }
     /// ```
     ///
+    /// Copy the phase out, as above, before calling anything else: while it is borrowed the phase
+    /// cannot change, so a call that would change it waits, on the same thread for ever.
+    ///
     /// The receiver does not keep the lifecycle alive: when every handle, layer and future of it
     /// is gone, `changed` returns an error.
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<Phase> {
-        self.shared.subscribe()
+        self.shared.phases()
     }
 
     /// Resolves when draining starts: the moment for long-lived work, a WebSocket or an event
@@ -200,7 +204,8 @@ impl Graceful {
     /// Resolves when all is over: nothing is in flight, every tracked connection is closed, every
     /// server given to [`run`](Self::run) has ended, or what did not end in time was given up.
     ///
-    /// Behaves like [`draining`](Self::draining) otherwise.
+    /// What waits for it must not itself be waited for: a server given to [`run`](Self::run), or a
+    /// tracked connection. Behaves like [`draining`](Self::draining) otherwise.
     pub fn stopped(&self) -> PhaseReached {
         PhaseReached::new(self, Phase::Stopped)
     }
@@ -246,17 +251,15 @@ pub struct Snapshot {
 #[must_use = "futures do nothing unless polled"]
 pub struct PhaseReached {
     graceful: Graceful,
-    phase: Phase,
-    waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+    reached: Reached<Phase>,
 }
 
 impl PhaseReached {
-    pub(crate) fn new(graceful: &Graceful, phase: Phase) -> Self {
+    fn new(graceful: &Graceful, phase: Phase) -> Self {
         graceful.shared.drive();
         Self {
             graceful: graceful.clone(),
-            phase,
-            waiting: None,
+            reached: Reached::new(phase),
         }
     }
 }
@@ -265,34 +268,18 @@ impl Future for PhaseReached {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = &mut *self;
-        let mut phases = match &mut this.waiting {
-            Some(waiting) => {
-                ready!(waiting.as_mut().poll(cx));
-                this.waiting = None;
-                return Poll::Ready(());
-            }
-            None => this.graceful.subscribe(),
-        };
-        let phase = this.phase;
-        if *phases.borrow() >= phase {
-            return Poll::Ready(());
-        }
-        this.graceful.shared.begin();
-        let waiting = this.waiting.insert(Box::pin(async move {
-            // An error means that the lifecycle is gone, and this future keeps it alive.
-            let _ = phases.wait_for(|reached| *reached >= phase).await;
-        }));
-        ready!(waiting.as_mut().poll(cx));
-        this.waiting = None;
-        Poll::Ready(())
+        let Self { graceful, reached } = &mut *self;
+        reached.poll(cx, || {
+            graceful.shared.drive();
+            graceful.shared.phases()
+        })
     }
 }
 
 impl fmt::Debug for PhaseReached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PhaseReached")
-            .field("awaited", &self.phase)
+            .field("awaited", &self.reached.point())
             .field("present", &self.graceful.phase())
             .finish_non_exhaustive()
     }

@@ -1,12 +1,12 @@
 //! Asking an HTTP/1 client to leave.
 
 use http::{
-    HeaderMap, HeaderValue, StatusCode, Version,
+    HeaderValue, Response, StatusCode, Version,
     header::{CONNECTION, Entry},
 };
 
-/// Adds `Connection: close` ([RFC 9112 §9.6]) to the headers of a response to a request of this
-/// version, and withdraws `keep-alive`. Other options of the field stay.
+/// Adds `Connection: close` ([RFC 9112 §9.6]) to a response to a request of this version, and
+/// withdraws `keep-alive`. Other options of the field stay.
 ///
 /// HTTP/2 has no such field ([RFC 9113 §8.2.2]). A `101 Switching Protocols` needs its own
 /// `Connection: upgrade`, and what follows it is no longer HTTP/1.
@@ -14,13 +14,17 @@ use http::{
 /// [RFC 9112 §9.6]: https://www.rfc-editor.org/rfc/rfc9112#section-9.6
 /// [RFC 9113 §8.2.2]: https://www.rfc-editor.org/rfc/rfc9113#section-8.2.2
 #[cold]
-pub(crate) fn say_close(headers: &mut HeaderMap, version: Version, status: StatusCode) {
+pub(crate) fn say_close<B>(response: &mut Response<B>, version: Version) {
     let http1 = matches!(version, Version::HTTP_10 | Version::HTTP_11);
-    if !http1 || status == StatusCode::SWITCHING_PROTOCOLS {
+    if !http1 || response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return;
     }
+    if version == Version::HTTP_10 {
+        // To a response that claims to be of a later version hyper adds `keep-alive` again.
+        *response.version_mut() = version;
+    }
     let close = HeaderValue::from_static("close");
-    match headers.entry(CONNECTION) {
+    match response.headers_mut().entry(CONNECTION) {
         Entry::Vacant(entry) => {
             entry.insert(close);
         }
@@ -54,12 +58,15 @@ mod tests {
     use super::*;
 
     fn closed(version: Version, status: StatusCode, before: &[&'static str]) -> Vec<String> {
-        let mut headers = HeaderMap::new();
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
         headers.insert("x-other", HeaderValue::from_static("kept"));
         for value in before {
             headers.append(CONNECTION, HeaderValue::from_static(value));
         }
-        say_close(&mut headers, version, status);
+        say_close(&mut response, version);
+        let headers = response.headers();
         assert_eq!(headers["x-other"], "kept");
         let values = headers.get_all(CONNECTION).iter();
         values.map(|v| v.to_str().unwrap().to_owned()).collect()

@@ -86,6 +86,7 @@ mod phase;
 mod plan;
 mod policy;
 mod probes;
+mod reached;
 mod registry;
 mod rejection;
 mod report;

@@ -52,7 +52,10 @@ pub(crate) struct Deadlines {
     /// The drain deadline.
     pub(crate) drain: Duration,
     /// The end of cleanup.
+    #[cfg(test)]
     pub(crate) cleanup: Duration,
+    /// The end of everything, where the margin begins.
+    pub(crate) end: Duration,
 }
 
 impl Knobs {
@@ -107,11 +110,12 @@ impl Plan {
             Some(timeout) => delay.saturating_add(timeout).min(end),
             None => end.saturating_sub(self.cleanup_timeout).max(delay),
         };
-        let cleanup = drain.saturating_add(self.cleanup_timeout).min(end);
         Deadlines {
             delay,
             drain,
-            cleanup,
+            #[cfg(test)]
+            cleanup: drain.saturating_add(self.cleanup_timeout).min(end),
+            end,
         }
     }
 }
@@ -251,6 +255,7 @@ mod tests {
                 delay: s(5),
                 drain: s(24),
                 cleanup: s(29),
+                end: s(29),
             }
         );
     }

@@ -10,7 +10,8 @@ use crate::rejection::RejectionFn;
 pub(crate) const LIVEZ: &str = "/livez";
 pub(crate) const READYZ: &str = "/readyz";
 
-/// Whether `path` is one of the probes', wherever their router is nested.
+/// Whether `path`, a route or a request's path, is one of the probes', wherever their router is
+/// nested.
 pub(crate) fn is_probe(path: &str) -> bool {
     path.ends_with(LIVEZ) || path.ends_with(READYZ)
 }

@@ -24,9 +24,10 @@ use crate::{handle::Graceful, leaving, phase::Phase};
 impl Graceful {
     /// A router with `GET /livez` and `GET /readyz`, the paths Kubernetes itself uses.
     ///
-    /// Merge it or nest it, inside or outside the [layer](Self::layer): a request whose path ends
-    /// in one of these two segments is never refused by the layer. Outside (merged after
-    /// `.layer(…)`) it is not counted either.
+    /// Merge it or nest it, inside or outside the [layer](Self::layer): once this has been called,
+    /// a request is never refused by the layer if its route, or its path where no route is known,
+    /// ends in one of these two segments. Outside (merged after `.layer(…)`) it is not counted
+    /// either.
     ///
     /// ```
     /// # use axum::Router;
@@ -42,6 +43,7 @@ impl Graceful {
     where
         S: Clone + Send + Sync + 'static,
     {
+        self.shared().probes.get_or_init(|| ());
         axum::Router::new()
             .route_service(policy::LIVEZ, self.liveness())
             .route_service(policy::READYZ, self.readiness())
@@ -78,6 +80,7 @@ impl Graceful {
 ///
 /// Answers GET, HEAD and OPTIONS with the same status, over every version of HTTP, because
 /// HAProxy's `option httpchk` asks with `OPTIONS` over HTTP/1.0; other methods are answered 405.
+/// A CORS layer round it would answer OPTIONS itself, and the prober would never see a "no".
 /// The body is one line that names the phase. Nothing may be cached. Once the service is stopping,
 /// HTTP/1 answers say `Connection: close`.
 ///
@@ -107,7 +110,10 @@ impl Probe {
         let phase = self.graceful.phase();
         let (status, text) = match self.question {
             Question::Alive => (StatusCode::OK, phase.as_str()),
-            Question::Ready if self.graceful.is_ready() => (StatusCode::OK, phase.as_str()),
+            Question::Ready if self.graceful.is_ready() => {
+                self.graceful.shared().mark_served();
+                (StatusCode::OK, phase.as_str())
+            }
             Question::Ready => {
                 let unready = self.graceful.policy().unready_status;
                 let text = match phase {
@@ -125,17 +131,21 @@ impl Probe {
         };
         let mut response = Response::new(ProbeBody::default());
         *response.status_mut() = status;
+        if phase > Phase::Serving {
+            leaving::say_close(&mut response, version);
+        }
         let headers = response.headers_mut();
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if !known || *method == Method::OPTIONS {
             let allowed = HeaderValue::from_static("GET, HEAD, OPTIONS");
             headers.insert(header::ALLOW, allowed);
         }
-        if phase > Phase::Serving {
-            leaving::say_close(headers, version, status);
-        }
         // RFC 9110 §6.4.1: these have no content, not even a length.
-        let bodiless = [StatusCode::NO_CONTENT, StatusCode::NOT_MODIFIED];
+        let bodiless = [
+            StatusCode::NO_CONTENT,
+            StatusCode::RESET_CONTENT,
+            StatusCode::NOT_MODIFIED,
+        ];
         if bodiless.contains(&status) {
             return response;
         }

@@ -15,6 +15,7 @@ use std::{
 };
 
 use slab::Slab;
+use tokio::time::Instant;
 
 use crate::sync::lock;
 
@@ -26,11 +27,47 @@ pub(crate) struct Registry {
 #[derive(Default)]
 struct Open {
     lines: Slab<Arc<Line>>,
+    listeners: Listeners,
+    last_heard: Option<Instant>,
     /// The cut has come: whoever connects now is cut from the start.
     cut: bool,
 }
 
+/// Listeners that accept.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Listeners {
+    /// Those that are open now.
+    pub(crate) open: usize,
+    /// There has been one.
+    pub(crate) any: bool,
+}
+
 impl Registry {
+    pub(crate) fn listeners(&self) -> Listeners {
+        lock!(self.open).listeners
+    }
+
+    #[cfg(feature = "axum")]
+    pub(crate) fn listener_opened(&self) {
+        let mut open = lock!(self.open);
+        open.listeners.open += 1;
+        open.listeners.any = true;
+    }
+
+    #[cfg(feature = "axum")]
+    pub(crate) fn listener_closed(&self) {
+        lock!(self.open).listeners.open -= 1;
+    }
+
+    /// When a connection was last entered, or since the stop was asked for, read from.
+    pub(crate) fn last_heard(&self) -> Option<Instant> {
+        lock!(self.open).last_heard
+    }
+
+    pub(crate) fn heard(&self) {
+        lock!(self.open).last_heard = Some(Instant::now());
+    }
+
     pub(crate) fn len(&self) -> usize {
         lock!(self.open).lines.len()
     }
@@ -40,6 +77,7 @@ impl Registry {
         let mut open = lock!(self.open);
         let line = Arc::new(Line::new(open.cut));
         let key = open.lines.insert(Arc::clone(&line));
+        open.last_heard = Some(Instant::now());
         (key, line)
     }
 

@@ -1,6 +1,6 @@
 //! Running a server to its end, and the report of it.
 
-use std::{error::Error, future::poll_fn, pin::pin, task::Poll};
+use std::{error::Error, future::poll_fn, pin::pin, task::Poll, thread};
 
 use crate::{handle::Graceful, phase::Phase, report::Report, timeline::ServerEnd};
 
@@ -15,14 +15,17 @@ impl Graceful {
     ///   its bytes sent;
     /// - a server that does not end is dropped shortly after the drain deadline, or when further
     ///   signals say so, and the report says [`Forced`](crate::Outcome::Forced);
-    /// - a server that ends although nothing asked it to, with an error or without, stops the
-    ///   service, and the report says why.
+    /// - a server that ends although nothing asked it to, in good order, with an error or by a
+    ///   panic, stops the service, and the report says why. The panic itself goes on.
     ///
     /// Several servers may run on one `Graceful`: each `run` waits for all of them and returns the
     /// same report. A `run` that is first polled after something has asked for a stop drops its
     /// server unpolled, so that a signal or a [`shutdown`](Self::shutdown) during start-up is not
-    /// followed by serving. Dropping the future of `run` drops the server and triggers
-    /// nothing.
+    /// followed by serving. Dropping the future of `run` drops the server and triggers nothing.
+    ///
+    /// A server that ends on [`stopped`](Self::stopped), such as one for metrics that answers to
+    /// the end, must not be given to `run`: the two would wait for each other until the deadline.
+    /// Spawn it, and await it after `run`.
     ///
     /// ```no_run
     /// # #[tokio::main]
@@ -95,6 +98,9 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
+        if thread::panicking() {
+            self.end = ServerEnd::Failed("the server panicked".to_owned());
+        }
         self.graceful.shared().server_ended(&self.end);
     }
 }

@@ -13,7 +13,8 @@
 
 use std::{
     future::poll_fn,
-    sync::{Arc, Mutex, MutexGuard},
+    panic::{self, AssertUnwindSafe},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
     time::Duration,
 };
 
@@ -38,6 +39,22 @@ use crate::{
 /// deadline comes sooner, and after a cut before the service stops waiting for them.
 const CLOSING_TIME: Duration = Duration::from_millis(250);
 
+/// How long nothing may have been heard, neither a new connection nor a byte on an old one, before
+/// the server is told to close: a server told so closes silent connections at once, and with them
+/// requests that are on their way. Measured on loopback, where without it a third of the requests
+/// that race with the stop are lost.
+const LINGER: Duration = Duration::from_millis(25);
+
+/// How long it waits for that, for clients that are never quiet.
+const MOST_LINGER: Duration = Duration::from_millis(150);
+
+/// How long a listener may take to empty its accept queue.
+pub(crate) const LAST_ACCEPTS: Duration = Duration::from_millis(100);
+
+/// How long of that they are given in any case, even past the end of the plan. It fits the margin
+/// of every grace period of 1.5 s and more.
+const LEAST_CLOSING_TIME: Duration = Duration::from_millis(50);
+
 /// How often a drain says what it is waiting for.
 const PROGRESS: Duration = Duration::from_secs(2);
 
@@ -52,7 +69,10 @@ pub(crate) struct Lifecycle {
     pub(crate) plan: Plan,
     pub(crate) policy: Policy,
     pub(crate) connections: Registry,
+    /// Set once there is a router with the probes' own paths.
+    pub(crate) probes: OnceLock<()>,
     phases: watch::Sender<Phase>,
+    edges: watch::Sender<Edge>,
     /// Rung at every change that the driver has to look at.
     bell: Arc<Notify>,
     state: Mutex<State>,
@@ -62,8 +82,6 @@ pub(crate) struct Lifecycle {
 struct State {
     /// A driver is alive.
     driven: bool,
-    /// Something waits for a phase, so a server is up or about to be.
-    began: bool,
     #[cfg(feature = "signal")]
     listening: bool,
     shutdown: Option<Shutdown>,
@@ -75,13 +93,29 @@ struct State {
     report: Option<Report>,
 }
 
+/// What the servers are told, in this order. Only moves forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Edge {
+    /// Accept.
+    Open,
+    /// Accept what has been queued, and close the listener.
+    Listeners,
+    /// Close the connections, each when its last response is out.
+    Connections,
+}
+
 /// A shutdown under way.
 struct Shutdown {
     trigger: Trigger,
+    edge: Edge,
+    /// When the listeners were told to close.
+    edge_begun: Option<Instant>,
     /// When each phase so far was entered: lame duck, draining, closing.
     entered: Vec<Instant>,
     delay_until: Instant,
     drain_until: Instant,
+    /// The end of what is planned: the margin, and then the end of the grace period, follow.
+    end: Instant,
     /// A further signal wants the present phase to end now.
     hurry: bool,
     cut: Option<Cut>,
@@ -138,7 +172,9 @@ impl Lifecycle {
             plan,
             policy,
             connections: Registry::default(),
+            probes: OnceLock::new(),
             phases: watch::Sender::new(Phase::Serving),
+            edges: watch::Sender::new(Edge::Open),
             bell: Arc::new(Notify::new()),
             state: Mutex::new(State::default()),
         }
@@ -148,8 +184,12 @@ impl Lifecycle {
         lock!(self.state)
     }
 
-    pub(crate) fn subscribe(&self) -> watch::Receiver<Phase> {
+    pub(crate) fn phases(&self) -> watch::Receiver<Phase> {
         self.phases.subscribe()
+    }
+
+    pub(crate) fn edges(&self) -> watch::Receiver<Edge> {
+        self.edges.subscribe()
     }
 
     /// Wakes the driver to look at what has changed.
@@ -200,16 +240,11 @@ impl Gate<Lifecycle> {
         drop(runtime.spawn(driver.run()));
     }
 
-    /// Notes that something waits for a phase: from now on a signal starts with the delay.
-    pub(crate) fn begin(&self) {
-        self.state().began = true;
-        self.drive();
-    }
-
     /// Notes that a server waits for the drain, by whomever it is run.
     pub(crate) fn drain_began(&self) {
         self.state().drains += 1;
-        self.begin();
+        self.mark_served();
+        self.drive();
     }
 
     /// The waiting of `drain_began` is over.
@@ -229,7 +264,7 @@ impl Gate<Lifecycle> {
         }
         let delay = match trigger {
             // Nobody serves yet, so there is nothing for a balancer to look away from.
-            Trigger::Terminate | Trigger::Interrupt if !state.began => Duration::ZERO,
+            Trigger::Terminate | Trigger::Interrupt if !self.word().has_served() => Duration::ZERO,
             Trigger::Interrupt => self.plan.interrupt_delay(),
             Trigger::Terminate | Trigger::Shutdown | Trigger::Future | Trigger::ServerEnded => {
                 self.plan.drain_delay()
@@ -238,9 +273,12 @@ impl Gate<Lifecycle> {
         let deadlines = self.plan.deadlines(delay);
         state.shutdown = Some(Shutdown {
             trigger,
+            edge: Edge::Open,
+            edge_begun: None,
             entered: Vec::with_capacity(3),
             delay_until: instant_after(now, deadlines.delay),
             drain_until: instant_after(now, deadlines.drain),
+            end: instant_after(now, deadlines.end),
             hurry: false,
             cut: None,
             cut_done: false,
@@ -289,9 +327,9 @@ impl Gate<Lifecycle> {
     pub(crate) fn server_began(&self) {
         {
             let mut state = self.state();
-            state.began = true;
             state.servers = Some(state.servers.map_or(1, |servers| servers + 1));
         }
+        self.mark_served();
         self.drive();
     }
 
@@ -321,27 +359,31 @@ impl Gate<Lifecycle> {
     fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
         let now = Instant::now();
         let mut transitions = Vec::new();
-        let (next, cut) = {
+        let (next, edge, cut) = {
             let mut state = self.state();
             change(&mut state, now);
             let next = self.settle(&mut state, now, &mut transitions);
             let stopped = state.report.is_some();
-            let shutdown = state.shutdown.as_mut();
-            // What connects after the end is cut as well.
-            let due = shutdown.filter(|it| !it.cut_done && (it.cut.is_some() || stopped));
-            (next, due.map(|shutdown| shutdown.cut_done = true))
+            match &mut state.shutdown {
+                None => (next, Edge::Open, false),
+                Some(shutdown) => {
+                    // What connects after the end is cut as well.
+                    let due = shutdown.cut.is_some() || stopped;
+                    let cut = due && !std::mem::replace(&mut shutdown.cut_done, due);
+                    (next, shutdown.edge, cut)
+                }
+            }
         };
         // After the lock, because wakers and subscribers may call back.
-        if cut.is_some() {
+        if cut {
             self.connections.cut();
         }
+        advance(&self.edges, edge);
+        if let Some(last) = transitions.last() {
+            advance(&self.phases, last.to);
+        }
         for transition in transitions {
-            self.phases.send_if_modified(|phase| {
-                let moved = *phase < transition.to;
-                *phase = transition.to.max(*phase);
-                moved
-            });
-            events::transition(&transition);
+            log(|| events::transition(&transition));
         }
         next
     }
@@ -361,15 +403,23 @@ impl Gate<Lifecycle> {
             let (to, reason) = match phase {
                 Phase::Serving => (Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
                 Phase::LameDuck => {
-                    if std::mem::take(&mut shutdown.hurry) {
-                        (Phase::Draining, Reason::Signal)
+                    let reason = if std::mem::take(&mut shutdown.hurry) {
+                        shutdown.delay_until = now;
+                        Reason::Signal
                     } else if now >= shutdown.delay_until {
-                        (Phase::Draining, Reason::DelayOver)
+                        Reason::DelayOver
                     } else if nobody_serves {
-                        (Phase::Draining, Reason::NobodyServes)
+                        Reason::NobodyServes
                     } else {
                         return Some(shutdown.delay_until);
+                    };
+                    // What is in the accept queue is served, and only then is work refused.
+                    if !self.policy.keep_listening {
+                        if let Some(until) = self.close_edge(shutdown, now) {
+                            return Some(until);
+                        }
                     }
+                    (Phase::Draining, reason)
                 }
                 Phase::Draining => {
                     if self.settled_word().is_idle() {
@@ -385,9 +435,11 @@ impl Gate<Lifecycle> {
                     }
                 }
                 Phase::Closing => {
+                    let told = self.close_edge(shutdown, now);
                     let closed = servers == 0
                         && self.connections.len() == 0
-                        && self.settled_word().is_idle();
+                        && self.settled_word().is_idle()
+                        && told.is_none();
                     if closed && shutdown.cut.is_none() {
                         (Phase::Stopped, Reason::Closed)
                     } else if closed {
@@ -403,11 +455,11 @@ impl Gate<Lifecycle> {
                         }
                     } else {
                         let until = shutdown.ends(phase)?;
-                        if now >= until || std::mem::take(&mut shutdown.hurry) {
+                        if std::mem::take(&mut shutdown.hurry) || now >= until {
                             self.cut(shutdown, servers, now);
                             continue;
                         }
-                        return Some(until);
+                        return Some(told.map_or(until, |told| told.min(until)));
                     }
                 }
                 Phase::Stopped => return None,
@@ -444,6 +496,33 @@ impl Gate<Lifecycle> {
         });
     }
 
+    /// Has the listeners closed, and then the servers told to close their connections. Says when
+    /// to look again, if that is not done.
+    fn close_edge(&self, shutdown: &mut Shutdown, now: Instant) -> Option<Instant> {
+        if shutdown.edge == Edge::Connections {
+            return None;
+        }
+        let begun = *shutdown.edge_begun.get_or_insert(now);
+        shutdown.edge = Edge::Listeners;
+        let listeners = self.connections.listeners();
+        // Without a listener of ours there is no knowing what is accepted when.
+        if listeners.any && shutdown.cut.is_none() {
+            let last_accepts = begun + LAST_ACCEPTS;
+            if listeners.open > 0 && now < last_accepts {
+                return Some(last_accepts);
+            }
+            let asked = shutdown.entered.first().copied();
+            let heard = asked.max(self.connections.last_heard());
+            let quiet = heard.map_or(now, |heard| heard + LINGER);
+            let until = quiet.min(begun + MOST_LINGER);
+            if now < until {
+                return Some(until);
+            }
+        }
+        shutdown.edge = Edge::Connections;
+        None
+    }
+
     /// Ends by force what is still there.
     fn cut(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) {
         shutdown.cut = Some(Cut {
@@ -459,14 +538,26 @@ impl Gate<Lifecycle> {
     fn progress(&self) {
         let word = self.word();
         if let Some(time_left) = self.time_left(word.phase()) {
-            events::progress(
-                word.phase(),
-                word.count(),
-                self.connections.len(),
-                time_left,
-            );
+            let connections = self.connections.len();
+            log(|| events::progress(word.phase(), word.count(), connections, time_left));
         }
     }
+}
+
+/// Calls into the log, whose panics must not stop the timeline: a subscriber that writes to a
+/// closed pipe panics, and a closed pipe is common at shutdown.
+pub(crate) fn log(event: impl FnOnce()) {
+    let _ = panic::catch_unwind(AssertUnwindSafe(event));
+}
+
+/// Moves a watched value forward, never back: whoever publishes does so after the lock, and may be
+/// overtaken.
+fn advance<T: Ord + Copy>(watched: &watch::Sender<T>, to: T) {
+    watched.send_if_modified(|value| {
+        let moves = *value < to;
+        *value = to.max(*value);
+        moves
+    });
 }
 
 impl Shutdown {
@@ -476,13 +567,18 @@ impl Shutdown {
         match (phase, &self.cut) {
             (Phase::LameDuck, _) => Some(self.delay_until),
             (Phase::Draining, _) => Some(self.drain_until),
-            (Phase::Closing, Some(cut)) => Some(cut.at + CLOSING_TIME),
+            (Phase::Closing, Some(cut)) => Some(self.closing_until(cut.at)),
             (Phase::Closing, None) => {
                 let begun = *self.entered.last()?;
-                Some(self.drain_until.max(begun + CLOSING_TIME))
+                Some(self.drain_until.max(self.closing_until(begun)))
             }
             (Phase::Serving | Phase::Stopped, _) => None,
         }
+    }
+
+    fn closing_until(&self, begun: Instant) -> Instant {
+        let end = self.end.max(begun + LEAST_CLOSING_TIME);
+        end.min(begun + CLOSING_TIME)
     }
 
     fn report(&self, reason: Reason, server_error: Option<String>, now: Instant) -> Report {
@@ -528,9 +624,10 @@ impl Driver {
         let mut progress = time::interval_at(instant_after(Instant::now(), PROGRESS), PROGRESS);
         progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut phase = Phase::Serving;
+        // Once the gate has said so it stays so, and need not be asked again.
+        let mut idle = false;
         while let Some(next) = gate.tick() {
-            let word = gate.word();
-            let before = std::mem::replace(&mut phase, word.phase());
+            let before = std::mem::replace(&mut phase, gate.word().phase());
             let draining = phase >= Phase::Draining;
             if draining && before < Phase::Draining {
                 progress.reset();
@@ -539,7 +636,7 @@ impl Driver {
                 biased;
                 () = self.bell.notified() => {}
                 () = time::sleep_until(next) => {}
-                () = poll_fn(|cx| gate.poll_idle(cx)), if draining && !word.is_idle() => {}
+                () = poll_fn(|cx| gate.poll_idle(cx)), if draining && !idle => idle = true,
                 _ = progress.tick(), if draining => gate.progress(),
             }
         }

@@ -29,6 +29,7 @@ impl Graceful {
     /// ```
     pub fn track<I>(&self, io: I) -> GracefulIo<I> {
         let (key, line) = self.shared().connections.insert();
+        self.shared().mark_served();
         GracefulIo {
             io,
             line,
@@ -61,6 +62,16 @@ struct Entry {
     key: usize,
 }
 
+impl Entry {
+    /// Bytes have come. Of interest only once the time to close may be near.
+    fn heard(&self) {
+        let shared = self.graceful.shared();
+        if shared.word().phase() > Phase::Serving {
+            shared.connections.heard();
+        }
+    }
+}
+
 impl Drop for Entry {
     fn drop(&mut self) {
         let shared = self.graceful.shared();
@@ -91,7 +102,12 @@ impl<I: AsyncRead> AsyncRead for GracefulIo<I> {
     ) -> Poll<io::Result<()>> {
         let this = self.project();
         this.line.enter(Half::Read, cx)?;
-        this.io.poll_read(cx, buf)
+        let before = buf.filled().len();
+        let result = this.io.poll_read(cx, buf);
+        if buf.filled().len() > before {
+            this.entry.heard();
+        }
+        result
     }
 }
 

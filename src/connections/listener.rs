@@ -1,9 +1,18 @@
-use std::{fmt, io};
+use std::{any::Any, fmt, future, io, pin::pin, task::Poll};
 
 use axum::serve::{Listener, ListenerExt, TapIo};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task,
+    time::Instant,
+};
 
 use super::io::GracefulIo;
-use crate::handle::Graceful;
+use crate::{
+    handle::Graceful,
+    timeline::{Edge, LAST_ACCEPTS},
+};
 
 /// What [`Graceful::listener`] returns.
 ///
@@ -31,35 +40,192 @@ impl Graceful {
     /// ```
     pub fn listener<L: Listener>(&self, listener: L) -> TrackedListener<L> {
         let graceful = self.clone();
-        GracefulListener { listener, graceful }.tap_io(|_| ())
+        GracefulListener::new(listener, graceful).tap_io(|_| ())
     }
 }
 
-/// A listener whose connections are tracked.
-pub struct GracefulListener<L> {
-    listener: L,
+/// A listener whose connections are tracked, and that closes without losing any.
+///
+/// The kernel completes connections before a server accepts them, and resets those still in its
+/// queue when the listener is closed. So when the time has come this accepts until nothing is
+/// queued, and closes at once. The service waits for that, and for what was accepted to be read,
+/// before the server is told to close its connections.
+pub struct GracefulListener<L: Listener> {
+    /// `None` once closed.
+    listener: Option<L>,
+    /// What was found in the queue when the listener was closed.
+    last: Vec<(L::Io, L::Addr)>,
+    edges: watch::Receiver<Edge>,
+    closing: Closing,
     graceful: Graceful,
+}
+
+enum Closing {
+    /// Nothing has been accepted yet.
+    Unused,
+    No,
+    /// As soon as nothing is queued, and at this instant whatever is.
+    Until(Instant),
+}
+
+impl<L: Listener> GracefulListener<L> {
+    fn new(listener: L, graceful: Graceful) -> Self {
+        Self {
+            listener: Some(listener),
+            last: Vec::new(),
+            edges: graceful.shared().edges(),
+            closing: Closing::Unused,
+            graceful,
+        }
+    }
+
+    fn close(&mut self) {
+        let Some(listener) = self.listener.take() else {
+            return;
+        };
+        if let Closing::Until(_) = self.closing {
+            self.last = last_ones(listener);
+        }
+        if !matches!(self.closing, Closing::Unused) {
+            let shared = self.graceful.shared();
+            shared.connections.listener_closed();
+            shared.ring();
+        }
+    }
+}
+
+impl<L: Listener> Drop for GracefulListener<L> {
+    fn drop(&mut self) {
+        self.close();
+    }
 }
 
 impl<L: Listener> Listener for GracefulListener<L> {
     type Io = GracefulIo<L::Io>;
     type Addr = L::Addr;
 
+    /// Accepts a connection; once the listener is closed, never again.
+    ///
+    /// Cancel safe if the listener inside is.
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        let (io, addr) = self.listener.accept().await;
-        (self.graceful.track(io), addr)
+        if matches!(self.closing, Closing::Unused) {
+            self.closing = Closing::No;
+            let shared = self.graceful.shared();
+            shared.mark_served();
+            shared.connections.listener_opened();
+        }
+        loop {
+            if let Some((io, addr)) = self.last.pop() {
+                return (self.graceful.track(io), addr);
+            }
+            let Some(listener) = &mut self.listener else {
+                return future::pending().await;
+            };
+            let accepted = match self.closing {
+                Closing::Until(deadline) if Instant::now() < deadline => queued(listener).await,
+                Closing::Until(_) => None,
+                Closing::No | Closing::Unused => {
+                    tokio::select! {
+                        accepted = listener.accept() => Some(accepted),
+                        _ = self.edges.wait_for(|edge| *edge > Edge::Open) => {
+                            self.closing = Closing::Until(Instant::now() + LAST_ACCEPTS);
+                            continue;
+                        }
+                    }
+                }
+            };
+            if let Some((io, addr)) = accepted {
+                return (self.graceful.track(io), addr);
+            }
+            self.close();
+        }
     }
 
     fn local_addr(&self) -> io::Result<Self::Addr> {
-        self.listener.local_addr()
+        match &self.listener {
+            Some(listener) => listener.local_addr(),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
     }
 }
 
-impl<L: fmt::Debug> fmt::Debug for GracefulListener<L> {
+/// A connection that is in the accept queue now.
+async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::Addr)> {
+    let mut accept = pin!(listener.accept());
+    for look in 0..2 {
+        if look > 0 {
+            // The runtime asks the operating system for news before it goes on here.
+            task::yield_now().await;
+        }
+        let accepted = future::poll_fn(|cx| Poll::Ready(accept.as_mut().poll(cx))).await;
+        if let Poll::Ready(accepted) = accepted {
+            return Some(accepted);
+        }
+    }
+    None
+}
+
+/// Closes the listener, and returns whom the operating system had queued to the very last.
+///
+/// A `TcpListener` is asked directly: the runtime knows of a connection only since it last asked
+/// for news, and a busy runtime may not have done so for milliseconds. On Linux the kernel first
+/// stops completing handshakes, so nobody slips in between the last look and the close. Any other
+/// listener cannot be asked, and is just closed.
+fn last_ones<L: Listener>(listener: L) -> Vec<(L::Io, L::Addr)> {
+    let Some(tcp) = cast::<L, TcpListener>(listener).and_then(|tcp| tcp.into_std().ok()) else {
+        return Vec::new();
+    };
+    turn_away_handshakes(&tcp);
+    let mut last = Vec::new();
+    while let Ok((stream, addr)) = tcp.accept() {
+        last.push((stream, addr));
+    }
+    drop(tcp);
+    let connections = last.into_iter().rev().filter_map(|(stream, addr)| {
+        stream.set_nonblocking(true).ok()?;
+        let stream = TcpStream::from_std(stream).ok()?;
+        Some((cast(stream)?, cast(addr)?))
+    });
+    connections.collect()
+}
+
+/// Drops what would begin a new connection to this listener, and nothing else. The client tries
+/// again a second later, as after any lost packet, and is refused then. Where the kernel will not,
+/// the close is as good as it was.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn turn_away_handshakes(listener: &std::net::TcpListener) {
+    use socket2::{SockFilter, SockRef};
+
+    // Classic BPF (linux/bpf_common.h), on a packet that begins with its TCP header.
+    const LOAD_BYTE: u16 = 0x30;
+    const JUMP_IF_SET: u16 = 0x45;
+    const RETURN: u16 = 0x06;
+    const FLAGS: u32 = 13;
+    const SYN: u32 = 0x02;
+    let filter = [
+        SockFilter::new(LOAD_BYTE, 0, 0, FLAGS),
+        SockFilter::new(JUMP_IF_SET, 0, 1, SYN),
+        SockFilter::new(RETURN, 0, 0, 0),
+        SockFilter::new(RETURN, 0, 0, u32::MAX),
+    ];
+    let _ = SockRef::from(listener).attach_filter(&filter);
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn turn_away_handshakes(_: &std::net::TcpListener) {}
+
+/// The value as a `B`, if that is what it is.
+fn cast<A: 'static, B: 'static>(value: A) -> Option<B> {
+    let mut value = Some(value);
+    let value: &mut dyn Any = &mut value;
+    value.downcast_mut::<Option<B>>()?.take()
+}
+
+impl<L: Listener + fmt::Debug> fmt::Debug for GracefulListener<L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GracefulListener")
             .field("listener", &self.listener)
             .field("graceful", &self.graceful)
-            .finish()
+            .finish_non_exhaustive()
     }
 }

@@ -115,6 +115,10 @@ impl Core {
         self.update(|word| Some(word.with_ready(ready)));
     }
 
+    pub(super) fn mark_served(&self) {
+        self.update(|word| (!word.has_served()).then(|| word.served()));
+    }
+
     fn update(&self, change: impl Fn(Word) -> Option<Word>) -> bool {
         // Relaxed: points 1 and 5 of the module header.
         self.word

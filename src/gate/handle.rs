@@ -56,6 +56,11 @@ impl<T> Gate<T> {
         self.0.core.set_ready(ready);
     }
 
+    /// Notes that somebody was told he would be served.
+    pub(crate) fn mark_served(&self) {
+        self.0.core.mark_served();
+    }
+
     pub(crate) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.0.core.poll_idle(cx)
     }

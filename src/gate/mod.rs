@@ -6,7 +6,8 @@
 //! # The word
 //!
 //! One machine word holds everything that admission depends on: the phase in its top three bits,
-//! a "not ready" flag under them, and the number of requests in flight in the rest. Because the
+//! two flags under them ("not ready", and "has served"), and the number of requests in flight in
+//! the rest. Because the
 //! phase is on top, "draining or later" is one comparison of the whole word with a constant.
 //!
 //! A separate phase and counter cannot work: a request that reads "serving", is delayed, and then
@@ -16,7 +17,7 @@
 //! # The protocol
 //!
 //! - **admit** is a compare-and-swap from a word that is before draining and below the limit to
-//!   the same word plus one.
+//!   the same word plus one, with "has served" set.
 //! - **advance** is a compare-and-swap to a later phase; the count is carried over.
 //! - **release** is a subtraction of one. Whoever brings the count to zero in a word that is
 //!   draining or later is the *last one out*, locks the waiter's slot, takes the waker, and wakes

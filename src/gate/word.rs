@@ -7,7 +7,8 @@ use crate::phase::Phase;
 
 const PHASE_SHIFT: u32 = usize::BITS - 3;
 const NOT_READY: usize = 1 << (PHASE_SHIFT - 1);
-const COUNT: usize = NOT_READY - 1;
+const SERVED: usize = NOT_READY >> 1;
+const COUNT: usize = SERVED - 1;
 const DRAINING: usize = (Phase::Draining as usize) << PHASE_SHIFT;
 
 /// A snapshot of the gate.
@@ -15,7 +16,7 @@ const DRAINING: usize = (Phase::Draining as usize) << PHASE_SHIFT;
 pub(crate) struct Word(pub(super) usize);
 
 impl Word {
-    /// The most requests that can be in flight at once: 2^60 - 1, or 2^28 - 1 where a word has
+    /// The most requests that can be in flight at once: 2^59 - 1, or 2^27 - 1 where a word has
     /// 32 bits. Admission refuses the next one, so the count cannot spill into the flags.
     pub(super) const MAX_COUNT: usize = COUNT;
 
@@ -40,6 +41,11 @@ impl Word {
         self.0 & NOT_READY == 0
     }
 
+    /// Somebody has been served, or has been told that he would be.
+    pub(crate) const fn has_served(self) -> bool {
+        self.0 & SERVED != 0
+    }
+
     /// Draining or later.
     pub(super) const fn refuses(self) -> bool {
         self.0 >= DRAINING
@@ -51,7 +57,7 @@ impl Word {
     }
 
     pub(super) const fn with_phase(self, phase: Phase) -> Self {
-        Self((self.0 & (NOT_READY | COUNT)) | ((phase as usize) << PHASE_SHIFT))
+        Self((self.0 & (NOT_READY | SERVED | COUNT)) | ((phase as usize) << PHASE_SHIFT))
     }
 
     pub(super) const fn with_ready(self, ready: bool) -> Self {
@@ -63,7 +69,11 @@ impl Word {
     }
 
     pub(super) const fn plus_one(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0 + 1).served()
+    }
+
+    pub(super) const fn served(self) -> Self {
+        Self(self.0 | SERVED)
     }
 }
 
@@ -72,6 +82,7 @@ impl fmt::Debug for Word {
         f.debug_struct("Word")
             .field("phase", &self.phase())
             .field("marked_ready", &self.is_marked_ready())
+            .field("has_served", &self.has_served())
             .field("count", &self.count())
             .finish()
     }
@@ -98,6 +109,11 @@ mod tests {
                         .with_phase(phase);
                     assert_eq!(word.phase(), phase);
                     assert_eq!(word.is_marked_ready(), ready);
+                    assert!(!word.has_served());
+                    assert_eq!(
+                        word.served().with_phase(phase).with_ready(ready).0 ^ word.0,
+                        SERVED
+                    );
                     assert_eq!(word.count(), count);
                     assert_eq!(word.refuses(), phase >= Phase::Draining);
                     assert_eq!(word.is_idle(), phase >= Phase::Draining && count == 0);

@@ -114,8 +114,7 @@ where
         state.set(State::Done);
         Poll::Ready(result.map(|mut response| {
             if leaves {
-                let status = response.status();
-                leaving::say_close(response.headers_mut(), version, status);
+                leaving::say_close(&mut response, version);
             }
             response.map(|body| GracefulBody::new(body, pass))
         }))

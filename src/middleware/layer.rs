@@ -23,12 +23,20 @@ use crate::handle::Graceful;
 ///
 /// Before a refusal the request's body is read, so that a client still sending sees the answer and
 /// not a broken connection: up to 16 MiB, for up to five seconds, and through no silence longer
-/// than one second. The body of a client that waits for `100 Continue` is not read. gRPC calls are refused with `UNAVAILABLE` as headers alone.
+/// than one second; less when the drain is over or its deadline is near. The body of a client that
+/// waits for `100 Continue` is not read, nor is any on HTTP/2, where the answer does not depend on
+/// it. gRPC calls are refused with `UNAVAILABLE` as headers alone.
 ///
 /// # Where to put it
 ///
 /// Outermost, so that what it counts includes everything: in axum the last `.layer(…)` of the
-/// router. The layer works with any request and response body, with and without axum.
+/// router. The layer works with and without axum, with any request body, and with any response body
+/// whose data can be made from [`Bytes`](bytes::Bytes).
+///
+/// It is ready when the service inside is, so what waits there for readiness (tower's
+/// `ConcurrencyLimit`, `Buffer` or `RateLimit`) has not reached the layer yet: neither counted nor
+/// refused. Put those outside, or use [`max_in_flight`](crate::GracefulBuilder::max_in_flight).
+/// axum's routers are always ready.
 ///
 /// Applied twice, it counts each request twice, halves the limit, and may refuse at the inner
 /// place what the outer one has let in just before draining began. Apply it once.

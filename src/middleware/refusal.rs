@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Request, Response, header, header::Entry};
+use http::{HeaderMap, Method, Request, Response, Version, header, header::Entry};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use tokio::{
@@ -17,8 +17,10 @@ use tokio::{
 
 use crate::{
     gate::Refused,
-    handle::Graceful,
-    leaving, policy,
+    handle::{Graceful, Snapshot},
+    leaving,
+    phase::Phase,
+    policy,
     rejection::{self, Rejection},
 };
 
@@ -29,15 +31,31 @@ const MOST_BYTES: u64 = 16 * 1024 * 1024;
 const MOST_TIME: Duration = Duration::from_secs(5);
 const MOST_SILENCE: Duration = Duration::from_secs(1);
 
+/// How long before the drain deadline the answer goes out at the latest.
+const BEFORE_DEADLINE: Duration = Duration::from_millis(250);
+
+/// How long after the last request in flight has left.
+const AFTER_DRAIN: Duration = Duration::from_millis(500);
+
 /// How many frames are read before other tasks have their turn.
 const FRAMES_AT_ONCE: usize = 64;
 
 /// Whether a request is never refused: a probe, or an exempt path.
 pub(super) fn is_exempt<B>(graceful: &Graceful, request: &Request<B>) -> bool {
-    let exempt = |path: &str| {
-        policy::is_probe(path) || graceful.policy().exempt.iter().any(|exempt| exempt == path)
-    };
-    exempt(request.uri().path()) || original_path(request).is_some_and(exempt)
+    let path = request.uri().path();
+    // The route where it is known, so that no path under a wildcard passes for a probe.
+    let probe = || policy::is_probe(matched_path(request).unwrap_or(path));
+    let exempt = |path: &str| graceful.policy().exempt.iter().any(|exempt| exempt == path);
+    graceful.shared().probes.get().is_some() && probe()
+        || exempt(path)
+        || original_path(request).is_some_and(exempt)
+}
+
+/// The route axum has chosen.
+#[cfg(feature = "axum")]
+fn matched_path<B>(request: &Request<B>) -> Option<&str> {
+    let matched = request.extensions().get::<axum::extract::MatchedPath>()?;
+    Some(matched.as_str())
 }
 
 /// The path before axum's `nest` took its prefix off.
@@ -45,6 +63,11 @@ pub(super) fn is_exempt<B>(graceful: &Graceful, request: &Request<B>) -> bool {
 fn original_path<B>(request: &Request<B>) -> Option<&str> {
     let original = request.extensions().get::<axum::extract::OriginalUri>()?;
     Some(original.0.path())
+}
+
+#[cfg(not(feature = "axum"))]
+fn matched_path<B>(_: &Request<B>) -> Option<&str> {
+    None
 }
 
 #[cfg(not(feature = "axum"))]
@@ -60,20 +83,30 @@ pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refus
         Some(respond) => respond.call(&rejection),
         None => rejection.text(),
     };
-    let status = response.status();
+    if request.method() == Method::HEAD {
+        // Servers drop it themselves, but not every one on HTTP/2.
+        let length = std::mem::take(response.body_mut()).len();
+        let headers = response.headers_mut();
+        headers
+            .entry(header::CONTENT_LENGTH)
+            .or_insert(length.into());
+    }
     let headers = response.headers_mut();
     if let Entry::Vacant(entry) = headers.entry(header::RETRY_AFTER) {
         entry.insert(rejection.retry_after_value());
     }
     if refused == Refused::Draining || !headers.contains_key(header::CONNECTION) {
-        leaving::say_close(headers, request.version(), status);
+        leaving::say_close(&mut response, request.version());
     }
+    let http1 = matches!(request.version(), Version::HTTP_10 | Version::HTTP_11);
     Refusal {
+        graceful: graceful.clone(),
         response: Some(response),
-        // Reading would send the 100 that this answer takes the place of.
-        body: (!expects_continue(request.headers())).then(|| request.into_body()),
+        // Reading would send the 100 that this answer takes the place of. HTTP/2 ends a stream
+        // alone, and its client reads the answer whatever it is sending.
+        body: (http1 && !expects_continue(request.headers())).then(|| request.into_body()),
         bytes_left: MOST_BYTES,
-        started: None,
+        last: None,
         waits: false,
         timer: None,
     }
@@ -82,12 +115,13 @@ pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refus
 pin_project! {
     /// Reads the request's body within bounds, then resolves to the answer.
     pub(super) struct Refusal<B> {
+        graceful: Graceful,
         response: Option<Response<Bytes>>,
         #[pin]
         body: Option<B>,
         bytes_left: u64,
-        // When it was first polled.
-        started: Option<Instant>,
+        // When the answer goes out at the latest. Known from the first poll.
+        last: Option<Instant>,
         // The timer runs for the present silence, and not for one that is over.
         waits: bool,
         #[pin]
@@ -111,13 +145,23 @@ impl<B: Body> Refusal<B> {
     fn poll_body(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let now = Instant::now();
-        let last = *this.started.get_or_insert(now) + MOST_TIME;
+        let bound = match this.graceful.snapshot() {
+            Snapshot { phase, .. } if phase >= Phase::Closing => AFTER_DRAIN,
+            Snapshot {
+                phase: Phase::Draining,
+                time_left: Some(left),
+                ..
+            } => MOST_TIME.min(left.saturating_sub(BEFORE_DEADLINE)),
+            _ => MOST_TIME,
+        };
+        let last = this.last.map_or(now + bound, |last| last.min(now + bound));
+        *this.last = Some(last);
         for _ in 0..FRAMES_AT_ONCE {
             let Some(body) = this.body.as_mut().as_pin_mut() else {
                 return Poll::Ready(());
             };
             // What cannot be read to its end need not be read at all.
-            if body.is_end_stream() || body.size_hint().lower() > *this.bytes_left {
+            if now >= last || body.is_end_stream() || body.size_hint().lower() > *this.bytes_left {
                 return Poll::Ready(());
             }
             match body.poll_frame(cx) {
@@ -145,10 +189,7 @@ impl<B: Body> Refusal<B> {
                 }
             }
         }
-        // Always ready, so the timer was never asked, and others want their turn.
-        if now >= last {
-            return Poll::Ready(());
-        }
+        // Others want their turn.
         cx.waker().wake_by_ref();
         Poll::Pending
     }

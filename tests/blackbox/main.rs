@@ -11,7 +11,11 @@ use std::process::ExitCode;
 #[cfg(unix)]
 mod client;
 #[cfg(unix)]
+mod deadline;
+#[cfg(unix)]
 mod draining;
+#[cfg(unix)]
+mod edge;
 #[cfg(unix)]
 mod in_flight;
 #[cfg(unix)]
@@ -48,6 +52,8 @@ fn main() -> ExitCode {
     let rooms = [
         readiness::TESTS,
         draining::TESTS,
+        deadline::TESTS,
+        edge::TESTS,
         in_flight::TESTS,
         refusal::TESTS,
         signals::TESTS,

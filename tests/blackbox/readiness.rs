@@ -28,6 +28,11 @@ pub(crate) const TESTS: &[Test] = &[
         served_in_the_delay,
     ),
     (
+        "readiness::an_http_1_0_client_that_stays_is_asked_to_leave",
+        Form::ALL,
+        http_1_0,
+    ),
+    (
         "readiness::clients_that_obey_it_lose_nothing",
         Form::ALL,
         clients_lose_nothing,
@@ -107,6 +112,26 @@ fn served_in_the_delay(form: Form) {
     let http2 = http2::Connection::open(server.address).get("/");
     assert_eq!(http2.status, 200);
     assert!(!http2.headers.contains_key("connection"));
+    server.exit().assert_clean();
+}
+
+fn http_1_0(form: Form) {
+    const GET: &str = "GET / HTTP/1.0\r\nconnection: keep-alive\r\n\r\n";
+    let mut server = Server::start(form, &[]);
+    let mut connection = server.connect();
+    for _ in 0..2 {
+        connection.send(GET);
+        let response = connection.response("GET");
+        response.assert_ok();
+        assert_eq!(response.header("connection"), Some("keep-alive"));
+    }
+    server.terminate();
+    server.wait_for_unready();
+    connection.send(GET);
+    let response = connection.response("GET");
+    response.assert_ok();
+    assert_eq!(response.header("connection"), Some("close"));
+    connection.assert_closed();
     server.exit().assert_clean();
 }
 

@@ -1,6 +1,9 @@
 //! How a refused client learns of it.
 
-use std::{io::ErrorKind, time::Duration};
+use std::{
+    io::{ErrorKind, Write},
+    time::Duration,
+};
 
 use crate::{Test, client::http2, process::Server, server::Form};
 
@@ -19,6 +22,11 @@ pub(crate) const TESTS: &[Test] = &[
         "refusal::of_an_unread_upload_is_read_by_its_client",
         Form::ALL,
         of_an_upload,
+    ),
+    (
+        "refusal::of_a_slow_upload_comes_before_the_drain_deadline",
+        Form::CUTTING,
+        of_a_slow_upload,
     ),
     (
         "refusal::of_an_expected_continue_comes_at_once",
@@ -105,6 +113,29 @@ fn of_an_upload(form: Form) {
     }
     slow.join().unwrap().assert_ok();
     server.exit().assert_clean();
+}
+
+fn of_a_slow_upload(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=1500"]);
+    let slow = server.get_in_background("/sleep/1000");
+    server.terminate();
+    server.wait_for_draining();
+    let mut connection = server.connect();
+    connection.send("POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 1000000\r\n\r\n");
+    let stream = connection.stream().try_clone().unwrap();
+    let upload = std::thread::spawn(move || {
+        // Until the server has had enough.
+        while (&stream).write_all(b"drip").is_ok() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    let response = connection.response("POST");
+    assert_eq!(response.status, 503);
+    slow.join().unwrap().assert_ok();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(Duration::from_millis(900), Duration::from_millis(1600));
+    upload.join().unwrap();
 }
 
 fn of_expect_continue(form: Form) {

@@ -1,18 +1,20 @@
 //! The server under test.
 
-use std::{convert::Infallible, io, net::SocketAddr, process::ExitCode, time::Duration};
+use std::{
+    convert::Infallible, io, net::SocketAddr, process::ExitCode, sync::LazyLock, time::Duration,
+};
 
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{ConnectInfo, Path},
+    extract::{ConnectInfo, Path, Request},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{any, get, post},
 };
 use futures_util::stream;
 use tokio::net::TcpListener;
-use tower_graceful::Graceful;
+use tower_graceful::{Graceful, Phase};
 
 /// The ways to put the crate under a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub(crate) enum Form {
     Run,
     /// axum's server with the drain future, and nothing else.
     Smallest,
+    /// A server that is told by other means: `handle_signals` and `subscribe`.
+    Listening,
 }
 
 impl Form {
@@ -60,6 +64,7 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
         .with_ansi(false)
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(4)
         .enable_all()
         .build()
         .unwrap();
@@ -95,6 +100,9 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
 
+    if knobs.text("worker").is_some() {
+        tokio::spawn(graceful.draining());
+    }
     let start_time = knobs.millis("startup").unwrap_or_default();
     if knobs.text("shutdown") == Some("first") {
         graceful.shutdown();
@@ -129,6 +137,20 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
             println!("stopped");
             return ExitCode::SUCCESS;
         }
+        "Listening" => {
+            graceful.handle_signals();
+            starting.await;
+            let mut phases = graceful.subscribe();
+            let stopped = async move {
+                let _ = phases.wait_for(|phase| *phase >= Phase::Closing).await;
+            };
+            axum::serve(listener, app)
+                .with_graceful_shutdown(stopped)
+                .await
+                .unwrap();
+            println!("stopped");
+            return ExitCode::SUCCESS;
+        }
         other => panic!("no such form: {other}"),
     };
     println!("report {}", format!("{report}").replace('\n', " |"));
@@ -156,6 +178,13 @@ fn app(graceful: &Graceful) -> Router {
         .route(
             "/peer",
             get(|ConnectInfo(peer): ConnectInfo<SocketAddr>| async move { peer.to_string() }),
+        )
+        .route("/never", any(never))
+        .route("/block/{ms}", get(block))
+        .route("/large", get(large))
+        .route(
+            "/silent",
+            get(|| async { Body::from_stream(stream::pending::<io::Result<Bytes>>()) }),
         )
         .route("/panic", get(panic))
         .route("/panic-in-body", get(panic_in_body))
@@ -192,6 +221,23 @@ async fn stream(Path((chunks, ms)): Path<(u32, u64)>) -> Body {
         tokio::time::sleep(Duration::from_millis(ms)).await;
         Some((Ok::<_, Infallible>(format!("chunk {sent}\n")), sent + 1))
     }))
+}
+
+/// Never resolves, whatever becomes of its request.
+async fn never(_request: Request) -> &'static str {
+    std::future::pending().await
+}
+
+/// Holds a thread of the runtime.
+async fn block(Path(ms): Path<u64>) -> &'static str {
+    std::thread::sleep(Duration::from_millis(ms));
+    "blocked"
+}
+
+/// More than any socket's buffers hold.
+async fn large() -> Bytes {
+    static LARGE: LazyLock<Bytes> = LazyLock::new(|| vec![b'x'; 64 * 1024 * 1024].into());
+    LARGE.clone()
 }
 
 async fn panic() -> &'static str {

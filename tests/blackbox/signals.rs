@@ -17,6 +17,11 @@ pub(crate) const TESTS: &[Test] = &[
         second_skips,
     ),
     ("signals::the_third_cuts", Form::CUTTING, third_cuts),
+    (
+        "signals::the_fourth_does_not_wait_for_what_was_cut",
+        Form::CUTTING,
+        fourth_abandons,
+    ),
     ("signals::a_doubled_ctrl_c_is_one", Form::ALL, doubled),
     (
         "signals::two_ctrl_c_a_while_apart_are_two",
@@ -37,6 +42,16 @@ pub(crate) const TESTS: &[Test] = &[
         "signals::one_late_in_start_up_does_not_let_the_service_serve",
         Form::ALL,
         late_in_start_up,
+    ),
+    (
+        "signals::a_server_by_other_means_has_its_delay",
+        &[Form::Listening],
+        other_means,
+    ),
+    (
+        "signals::a_worker_that_waits_in_start_up_is_no_server",
+        Form::ALL,
+        worker,
     ),
     (
         "signals::many_calls_of_shutdown_are_one_drain",
@@ -106,6 +121,23 @@ fn third_cuts(form: Form) {
     assert!(slow.join().is_err());
 }
 
+fn fourth_abandons(form: Form) {
+    let mut server = Server::start(form, &["delay=5000", "drain=10000"]);
+    // A handler that blocks its thread notices nothing, not even the cut of its connection.
+    let mut stays = server.connect();
+    stays.send("GET /block/1000 HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.wait_for_in_flight(1);
+    server.terminate();
+    for after in [100, 200, 300] {
+        server.until(MS(after));
+        server.terminate();
+    }
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(3), "{exit:?}");
+    assert!(exit.report.contains("abandoned"), "{exit:?}");
+    assert!(exit.report.contains("closing       0.10"), "{exit:?}");
+}
+
 /// As a shell delivers it: to the process and to its group, a moment apart.
 fn doubled(form: Form) {
     let mut server = Server::start(form, &[]);
@@ -160,6 +192,27 @@ fn late_in_start_up(form: Form) {
     thread::sleep(MS(900));
     server.terminate();
     assert_never_served(server);
+}
+
+fn worker(form: Form) {
+    let mut server = Server::spawn(form, &["startup=1000", "worker=yes"]);
+    server.terminate();
+    assert_never_served(server);
+}
+
+fn other_means(form: Form) {
+    let mut server = Server::start(form, &[]);
+    server.get("/").assert_ok();
+    server.terminate();
+    server.wait_for_unready();
+    while server.elapsed() < MS(900) {
+        let response = server.get("/");
+        response.assert_ok();
+        assert!(response.says_close());
+    }
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(1000), MS(1300));
 }
 
 fn assert_never_served(mut server: Server) {

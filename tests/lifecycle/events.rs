@@ -7,7 +7,7 @@ use std::{
 };
 
 use tokio::time::{Instant, sleep};
-use tower_graceful::{Graceful, Phase};
+use tower_graceful::{Graceful, Outcome, Phase};
 use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
@@ -19,8 +19,8 @@ use tracing_subscriber::{
 };
 
 use crate::support::{
-    DEADLINE, DELAY, LET_GO, does_not_hang, graceful, ms, pass, paused_runtime, quick_request,
-    request, s, serve, server, without_delay,
+    DEADLINE, DELAY, InFlight, LET_GO, does_not_hang, graceful, ms, pass, paused_runtime,
+    quick_request, request, s, serve, server, without_delay,
 };
 
 /// One event of this crate.
@@ -388,10 +388,46 @@ fn an_event_that_says_a_phase_has_come_is_never_ahead_of_the_handle() {
                 .find(|(_, name)| *name == line.fields["phase"])
                 .unwrap();
             assert!(graceful.phase() >= named);
-            assert_eq!(*graceful.subscribe().borrow(), named);
+            assert!(*graceful.subscribe().borrow() >= named);
         }
     });
     graceful.shutdown();
     assert_eq!(log.transitions().len(), 4);
     assert_eq!(graceful.phase(), Phase::Stopped);
+}
+
+#[test]
+fn a_request_that_ends_while_the_line_is_written_ends_the_drain() {
+    let leaving: Arc<Mutex<Option<InFlight>>> = Arc::default();
+    let _log = Log::with({
+        let leaving = leaving.clone();
+        move |line| {
+            if line.message().starts_with("shutdown: draining, because") {
+                drop(leaving.lock().unwrap().take());
+            }
+        }
+    });
+    paused_runtime().block_on(async {
+        let graceful = graceful();
+        *leaving.lock().unwrap() = Some(request(&graceful));
+        let begun = Instant::now();
+        graceful.shutdown();
+        graceful.stopped().await;
+        assert_eq!(begun.elapsed(), DELAY, "not at the next progress line");
+    });
+}
+
+#[test]
+fn a_log_that_panics_stops_nothing() {
+    does_not_hang(|| {
+        // Here, because a subscriber is of the thread that sets it.
+        let _log = Log::with(|_| panic!("the log panics, as the test wants it to"));
+        let graceful = graceful();
+        let report = paused_runtime().block_on(async {
+            let run = serve(&graceful, server(&graceful)).await;
+            graceful.shutdown();
+            run.await.unwrap()
+        });
+        assert_eq!(report.outcome(), Outcome::Clean);
+    });
 }

@@ -524,3 +524,37 @@ async fn debug_never_waits_for_a_lock_that_the_service_holds() {
     }
     assert_eq!(graceful.phase(), Phase::Stopped);
 }
+
+/// On real threads and the real clock: the race is between the driver and the last request.
+#[test]
+fn the_driver_never_misses_the_last_request() {
+    let runtime = runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    for round in 0..3000 {
+        let graceful = without_delay();
+        let held = request(&graceful);
+        let leaving = std::thread::spawn({
+            let graceful = graceful.clone();
+            move || {
+                while graceful.phase() < Phase::Draining {
+                    std::hint::spin_loop();
+                }
+                for _ in 0..(round * 7 % 3000) {
+                    std::hint::spin_loop();
+                }
+                drop(held);
+            }
+        });
+        let took = runtime.block_on(async {
+            let begun = std::time::Instant::now();
+            graceful.shutdown();
+            graceful.stopped().await;
+            begun.elapsed()
+        });
+        leaving.join().unwrap();
+        assert!(took < s(1), "round {round}: {took:?}");
+    }
+}

@@ -418,7 +418,7 @@ async fn a_run_dropped_during_the_shutdown_is_not_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_panics_panics_its_run_and_is_not_waited_for() {
+async fn a_server_that_panics_panics_its_run_and_stops_the_service() {
     fn break_down() {
         panic!("the server panics, as the test wants it to");
     }
@@ -429,11 +429,11 @@ async fn a_server_that_panics_panics_its_run_and_is_not_waited_for() {
         break_down();
     }));
     assert!(run.await.unwrap_err().is_panic());
-    assert_eq!(graceful.phase(), Phase::Serving);
-    graceful.shutdown();
     let report = graceful.run(pending::<()>()).await;
+    assert_eq!(report.trigger(), Trigger::ServerEnded);
     assert_eq!(report.remaining().servers, 0);
-    assert_eq!(report.outcome(), Outcome::Clean);
+    assert_eq!(report.outcome(), Outcome::ServerFailed);
+    assert_eq!(report.server_error(), Some("the server panicked"));
 }
 
 #[tokio::test(start_paused = true)]

@@ -109,3 +109,22 @@ fn where_it_would_be_served_anyway_an_exempt_path_is_counted() {
 fn figures() -> Response<Full<Bytes>> {
     whole("figures")
 }
+
+#[cfg(feature = "axum")]
+#[tokio::test]
+async fn a_path_under_a_wildcard_does_not_pass_for_a_probe() {
+    let (graceful, _busy) = full(prompt());
+    let app = routes("/files/{*path}")
+        .merge(graceful.probes())
+        .layer(graceful.layer());
+    assert_eq!(status(&app, "/files/readyz").await, 429);
+    assert_eq!(status(&app, "/files/a/livez").await, 429);
+    assert_eq!(status(&app, "/readyz").await, 200);
+}
+
+#[tokio::test]
+async fn without_the_probes_router_no_path_passes_for_a_probe() {
+    let (graceful, _busy) = full(prompt());
+    let app = routes("/readyz").layer(graceful.layer());
+    assert_eq!(status(&app, "/readyz").await, 429);
+}

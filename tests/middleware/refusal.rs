@@ -268,3 +268,25 @@ async fn a_grpc_web_call_is_refused_as_http() {
         assert!(!response.headers().contains_key("grpc-status"));
     }
 }
+
+#[tokio::test]
+async fn a_refused_head_has_the_length_of_the_answer_and_no_body() {
+    let (graceful, _busy) = draining(prompt());
+    let full = refuse(&graceful, get("/")).await.unwrap();
+    let length = text(full.into_body()).await.len();
+    let mut head = get("/");
+    *head.method_mut() = http::Method::HEAD;
+    let response = refuse(&graceful, head).await.unwrap();
+    assert_eq!(response.headers()["content-length"], length.to_string());
+    assert!(response.body().is_end_stream());
+}
+
+#[tokio::test]
+async fn an_http_1_0_client_is_answered_in_its_own_version() {
+    // To a later one hyper adds `keep-alive`, and the client stays.
+    let (graceful, _busy) = draining(prompt());
+    let response = refuse(&graceful, over(Version::HTTP_10)).await.unwrap();
+    assert_eq!(response.version(), Version::HTTP_10);
+    let response = refuse(&graceful, over(Version::HTTP_11)).await.unwrap();
+    assert_eq!(response.version(), Version::HTTP_11);
+}

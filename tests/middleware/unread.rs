@@ -280,3 +280,41 @@ fn a_served_request_keeps_its_body() {
     assert!(received.load(Ordering::Relaxed));
     assert_eq!(read.polls(), 0, "that is the service's business");
 }
+
+#[test]
+fn on_http2_the_answer_does_not_wait_for_the_body() {
+    let (graceful, _busy) = draining(prompt());
+    let body = Script::new([Step::Data("data")]);
+    let read = body.progress();
+    let mut request = post(body);
+    *request.version_mut() = http::Version::HTTP_2;
+    let mut request = task::spawn(refuse(&graceful, request));
+    assert_ready_ok!(request.poll());
+    assert_eq!(read.polls(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_answer_goes_out_before_the_drain_deadline() {
+    let deadline = Duration::from_secs(2);
+    let (graceful, _busy) = draining(prompt().drain_timeout(deadline));
+    let drips = interval(Duration::from_millis(100));
+    let begun = Instant::now();
+    let refused = refuse(&graceful, post(Slow::Dripping(drips)));
+    timeout(deadline, refused).await.unwrap().unwrap();
+    let left = deadline.checked_sub(begun.elapsed()).unwrap();
+    let (most, least) = (Duration::from_millis(350), Duration::from_millis(150));
+    assert!(left >= least && left <= most, "{left:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_answer_goes_out_soon_after_the_drain_is_over() {
+    let (graceful, busy) = draining(prompt());
+    let _open = graceful.track(tokio::io::empty());
+    let drips = interval(Duration::from_millis(100));
+    let refused = tokio::spawn(refuse(&graceful, post(Slow::Dripping(drips))));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begun = Instant::now();
+    drop(busy);
+    refused.await.unwrap().unwrap();
+    assert!(begun.elapsed() <= Duration::from_millis(700));
+}

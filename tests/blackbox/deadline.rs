@@ -1,0 +1,148 @@
+//! What would keep a server for ever, and does not.
+
+use std::{io::Read, time::Duration};
+
+use crate::{Test, client::Connection, process::Server, server::Form};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "deadline::ends_whatever_a_client_does_or_does_not_do",
+        Form::CUTTING,
+        states,
+    ),
+    (
+        "deadline::ends_two_hundred_connections_in_mixed_states",
+        Form::CUTTING,
+        mixed,
+    ),
+    (
+        "deadline::is_not_waited_for_by_a_slow_reader_in_time",
+        Form::CUTTING,
+        slow_reader,
+    ),
+    (
+        "deadline::is_not_waited_for_by_an_upload_resumed_in_time",
+        Form::CUTTING,
+        resumed_upload,
+    ),
+];
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+
+/// A client that sends this, reads nothing, and stays.
+const STATES: &[(&str, &[u8])] = &[
+    ("half a head", b"GET / HTTP/1.1\r\nhost: test\r\nx-half: "),
+    ("eight bytes of a head", b"GET / HT"),
+    ("half a preface", b"PRI * HT"),
+    (
+        "the HTTP/2 preface alone",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ),
+    // With empty SETTINGS, and never an acknowledgement of the PING that goes with GOAWAY.
+    (
+        "an HTTP/2 peer that is mute",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
+    ),
+    (
+        "a ticking stream",
+        b"GET /stream/1000000/50 HTTP/1.1\r\nhost: test\r\n\r\n",
+    ),
+    (
+        "a silent stream",
+        b"GET /silent HTTP/1.1\r\nhost: test\r\n\r\n",
+    ),
+    (
+        "a large body unread",
+        b"GET /large HTTP/1.1\r\nhost: test\r\n\r\n",
+    ),
+    (
+        "a stalled upload",
+        b"POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\nhalf",
+    ),
+    (
+        "a handler that never resolves",
+        b"GET /never HTTP/1.1\r\nhost: test\r\n\r\n",
+    ),
+    (
+        "a handler that never resolves nor reads",
+        b"POST /never HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\nhalf",
+    ),
+];
+
+fn enter(server: &Server, state: &[u8]) -> Connection {
+    let mut connection = server.connect();
+    connection.try_send(state).unwrap();
+    connection
+}
+
+/// With a delay of 200 ms and 800 ms to drain, whatever it is that stays.
+fn states(form: Form) {
+    const KNOBS: &[&str] = &["delay=200", "drain=800"];
+    for (what, state) in STATES {
+        let mut server = Server::start(form, KNOBS);
+        let connection = enter(&server, state);
+        server.get("/").assert_ok();
+        server.terminate();
+        let exit = server.exit();
+        exit.assert_within(MS(200), MS(1500));
+        let silent = exit.status.code() == Some(0);
+        // What is no request yet is closed when the server closes, and is no loss.
+        let no_request = what.contains("half a") || what.contains("eight");
+        assert!(!silent || no_request, "{what}: {exit:?}");
+        if !silent {
+            assert_eq!(exit.status.code(), Some(1), "{what}: {exit:?}");
+            exit.assert_within(MS(1000), MS(1500));
+            assert!(exit.report.contains("forced"), "{what}: {exit:?}");
+            assert!(exit.report.contains("connection"), "{what}: {exit:?}");
+        }
+        drop(connection);
+    }
+}
+
+fn mixed(form: Form) {
+    let mut server = Server::start(form, &["delay=200", "drain=800"]);
+    let states = STATES.iter().cycle().take(200);
+    let connections: Vec<_> = states.map(|(_, state)| enter(&server, state)).collect();
+    server.get("/").assert_ok();
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    exit.assert_within(MS(1000), MS(1500));
+    drop(connections);
+}
+
+fn slow_reader(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=10000"]);
+    let connection = enter(&server, b"GET /large HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.get("/").assert_ok();
+    server.terminate();
+    server.until(MS(1000));
+    let mut read = 0;
+    let mut piece = vec![0; 1024 * 1024];
+    let mut stream = connection.stream();
+    loop {
+        let bytes = stream.read(&mut piece).unwrap();
+        if bytes == 0 {
+            break;
+        }
+        read += bytes;
+    }
+    assert!(read > 64 * 1024 * 1024, "{read}");
+    server.exit().assert_clean();
+}
+
+fn resumed_upload(form: Form) {
+    let mut server = Server::start(form, &["delay=0"]);
+    let mut connection = enter(
+        &server,
+        b"POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 8\r\n\r\nhalf",
+    );
+    server.wait_for_in_flight(1);
+    server.terminate();
+    server.until(MS(1000));
+    connection.send("half");
+    let response = connection.response("POST");
+    response.assert_ok();
+    assert_eq!(response.text(), "8");
+    server.exit().assert_clean();
+}

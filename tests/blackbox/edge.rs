@@ -1,0 +1,161 @@
+//! The edge of the listener: requests that arrive together with the stop.
+
+use std::{
+    io, thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    Test,
+    client::{Connection, Response},
+    process::Server,
+    server::Form,
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "edge::requests_in_the_accept_queue_are_answered",
+        Form::CUTTING,
+        queued,
+    ),
+    (
+        "edge::connection_per_request_clients_lose_nothing",
+        Form::CUTTING,
+        connection_per_request,
+    ),
+    (
+        "edge::requests_on_idle_connections_are_answered",
+        Form::CUTTING,
+        idle,
+    ),
+    (
+        "edge::requests_on_silent_connections_are_answered",
+        Form::CUTTING,
+        silent,
+    ),
+];
+
+const GET: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
+const BOTH: [&str; 2] = ["keep_listening=true", "keep_listening=false"];
+
+/// A connection may be silent for 25 ms. A client that had to wait longer for a processor than this
+/// is not held against the server.
+const PROMPT: Duration = Duration::from_millis(15);
+
+/// Answered, if only with a refusal.
+#[track_caller]
+fn assert_answered(answer: &io::Result<Response>, i: usize) {
+    let answered = matches!(answer, Ok(answer) if matches!(answer.status, 200 | 503));
+    assert!(answered, "{i}: {answer:?}");
+}
+
+/// Refused. Between the last look into the queue and the close the kernel may still complete a
+/// handshake, and reset it: an error of `connect`, before any request.
+fn not_connected(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset
+    )
+}
+
+/// Three hundred connections at once, and the signal in the middle of them.
+fn queued(form: Form) {
+    for keep in BOTH {
+        let mut server = Server::start(form, &["delay=0", keep]);
+        let mut accepted = Vec::new();
+        for i in 0..300 {
+            if i == 150 {
+                server.terminate();
+            }
+            match Connection::try_open(server.address) {
+                Ok(mut connection) => {
+                    connection.send(GET);
+                    accepted.push(connection);
+                }
+                Err(error) => {
+                    assert!(i >= 150 && not_connected(&error), "{i}: {error}");
+                }
+            }
+        }
+        for (i, mut connection) in accepted.into_iter().enumerate() {
+            assert_answered(&connection.try_response("GET"), i);
+        }
+        server.exit().assert_clean();
+    }
+}
+
+/// Sixteen clients that connect anew for each request, until they are refused.
+fn connection_per_request(form: Form) {
+    for keep in BOTH {
+        let mut server = Server::start(form, &["delay=100", keep]);
+        let address = server.address;
+        let clients: Vec<_> = (0..16)
+            .map(|_| {
+                thread::spawn(move || {
+                    let mut answers = 0;
+                    loop {
+                        let begun = Instant::now();
+                        let mut connection = match Connection::try_open(address) {
+                            Ok(connection) => connection,
+                            Err(error) if not_connected(&error) => return answers,
+                            Err(error) => panic!("after {answers} answers: {error}"),
+                        };
+                        let sent = connection.try_send(GET.as_bytes());
+                        let prompt = begun.elapsed() < PROMPT;
+                        let answer = sent.and_then(|()| connection.try_response("GET"));
+                        if prompt || answer.is_ok() {
+                            assert_answered(&answer, answers);
+                            answers += 1;
+                        }
+                    }
+                })
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(200));
+        server.terminate();
+        for client in clients {
+            let answers = client
+                .join()
+                .unwrap_or_else(|lost| std::panic::resume_unwind(lost));
+            assert!(answers > 10);
+        }
+        server.exit().assert_clean();
+    }
+}
+
+/// Two hundred kept connections, and a request on each a moment after the signal.
+fn idle(form: Form) {
+    let mut server = Server::start(form, &["delay=0"]);
+    let mut connections: Vec<_> = (0..200).map(|_| server.connect()).collect();
+    for connection in &mut connections {
+        connection.get("/").assert_ok();
+    }
+    answered_at_the_signal(&mut server, connections);
+    server.exit().assert_clean();
+}
+
+/// The same on connections that have never carried a byte.
+fn silent(form: Form) {
+    let mut server = Server::start(form, &["delay=0"]);
+    let connections: Vec<_> = (0..200).map(|_| server.connect()).collect();
+    server.get("/").assert_ok();
+    answered_at_the_signal(&mut server, connections);
+    server.exit().assert_clean();
+}
+
+fn answered_at_the_signal(server: &mut Server, mut connections: Vec<Connection>) {
+    server.terminate();
+    let mut sent = 0;
+    for connection in &mut connections {
+        connection.send(GET);
+        if server.elapsed() > PROMPT {
+            break;
+        }
+        sent += 1;
+    }
+    assert!(sent > 0);
+    connections.truncate(sent);
+    for (i, mut connection) in connections.into_iter().enumerate() {
+        assert_answered(&connection.try_response("GET"), i);
+    }
+}
