@@ -107,7 +107,7 @@ impl Graceful {
         let claim = SignalsClaim(self.shared().downgrade());
         match Signals::install() {
             Ok(signals) => drop(runtime.spawn(listen(signals, claim, self.subscribe()))),
-            Err(error) => crate::timeline::log(|| events::no_signals(&error)),
+            Err(error) => events::no_signals(&error),
         }
     }
 }
@@ -127,7 +127,7 @@ async fn listen(
                 Err(_) => return,
             },
         };
-        crate::timeline::log(|| crate::events::signal(trigger));
+        crate::events::signal(trigger);
         match claim.0.upgrade() {
             Some(shared) => shared.signal(trigger),
             None => return,

@@ -1,21 +1,50 @@
 //! What the log is told: one event per transition and a line while the drain waits. Without the
 //! `tracing` feature, nothing.
+//!
+//! A subscriber may panic, and one that writes to a closed pipe does; closed pipes are common at
+//! shutdown. No such panic leaves this file, because it would stop the timeline.
 
+#[cfg(feature = "tracing")]
+use std::panic::{self, AssertUnwindSafe};
 use std::{fmt, time::Duration};
 
-use crate::{
-    phase::Phase,
-    timeline::{Reason, Transition},
-};
+use crate::{phase::Phase, report::Trigger};
 
 /// One event of this crate: its level, its fields, its message.
 macro_rules! event {
     ($level:ident, { $($name:ident = $value:expr),* $(,)? }, $($message:tt)+) => {{
         #[cfg(feature = "tracing")]
-        tracing::$level!(target: "tower_graceful", $($name = $value,)* $($message)+);
+        let _ = panic::catch_unwind(AssertUnwindSafe(|| {
+            tracing::$level!(target: "tower_graceful", $($name = $value,)* $($message)+);
+        }));
         #[cfg(not(feature = "tracing"))]
         let _ = (stringify!($level), $($value,)* format_args!($($message)+));
     }};
+}
+
+/// One step of the timeline.
+pub(crate) struct Transition {
+    pub(crate) to: Phase,
+    pub(crate) reason: Reason,
+    /// Since the trigger.
+    pub(crate) after: Duration,
+    /// Until the phase just entered ends at the latest.
+    pub(crate) time_left: Duration,
+    pub(crate) in_flight: usize,
+    pub(crate) connections: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Reason {
+    Triggered(Trigger),
+    DelayOver,
+    NobodyServes,
+    Signal,
+    Idle,
+    Deadline,
+    Closed,
+    Cut,
+    LetGo,
 }
 
 impl fmt::Display for Reason {
@@ -75,7 +104,7 @@ pub(crate) fn progress(phase: Phase, in_flight: usize, connections: usize, time_
 }
 
 #[cfg(feature = "signal")]
-pub(crate) fn signal(trigger: crate::report::Trigger) {
+pub(crate) fn signal(trigger: Trigger) {
     event!(
         debug,
         { signal = &*trigger.to_string() },

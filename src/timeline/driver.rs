@@ -1,0 +1,87 @@
+//! The task that lets time pass.
+
+use std::{future::poll_fn, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::Notify,
+    time::{self, Instant, MissedTickBehavior},
+};
+
+use super::{Lifecycle, Shared};
+use crate::{
+    events,
+    gate::{Gate, WeakGate},
+    phase::Phase,
+    plan::instant_after,
+};
+
+/// How often a drain says what it is waiting for.
+const PROGRESS: Duration = Duration::from_secs(2);
+
+/// Sleeps until the next step is due, and takes it.
+pub(super) struct Driver {
+    gate: WeakGate<Lifecycle>,
+    bell: Arc<Notify>,
+}
+
+impl Driver {
+    pub(super) fn new(gate: WeakGate<Lifecycle>, bell: Arc<Notify>) -> Self {
+        Self { gate, bell }
+    }
+
+    pub(super) async fn run(self) {
+        let Some(gate) = self.triggered().await else {
+            return;
+        };
+        let mut progress = time::interval_at(instant_after(Instant::now(), PROGRESS), PROGRESS);
+        progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut phase = Phase::Serving;
+        // Once the gate has said so it stays so, and need not be asked again.
+        let mut idle = false;
+        while let Some(next) = gate.tick() {
+            let before = std::mem::replace(&mut phase, gate.word().phase());
+            let draining = phase >= Phase::Draining;
+            if draining && before < Phase::Draining {
+                progress.reset();
+            }
+            tokio::select! {
+                biased;
+                () = self.bell.notified() => {}
+                () = time::sleep_until(next) => {}
+                () = poll_fn(|cx| gate.poll_idle(cx)), if draining && !idle => idle = true,
+                _ = progress.tick(), if draining => gate.progress(),
+            }
+        }
+    }
+
+    /// Waits for the trigger without keeping the service alive.
+    async fn triggered(&self) -> Option<Shared> {
+        loop {
+            let gate = self.gate.upgrade()?;
+            if gate.word().phase() > Phase::Serving {
+                return Some(gate);
+            }
+            drop(gate);
+            self.bell.notified().await;
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Its runtime may be gone while the service lives: the next call starts another.
+        if let Some(gate) = self.gate.upgrade() {
+            gate.state().driven = false;
+        }
+    }
+}
+
+impl Gate<Lifecycle> {
+    fn progress(&self) {
+        let word = self.word();
+        if let Some(time_left) = self.time_left(word.phase()) {
+            let connections = self.connections.len();
+            events::progress(word.phase(), word.count(), connections, time_left);
+        }
+    }
+}

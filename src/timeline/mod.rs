@@ -1,0 +1,285 @@
+//! The timeline: what moves the phase, and when.
+//!
+//! `settle` is the whole of it: a function of the state and the present instant that
+//! takes every step which is due and says when to look again. It is called under one lock by
+//! whoever changes something (a trigger, a further signal, a server that ends) and by the
+//! *driver*, a task that sleeps until the next deadline. So a trigger takes effect before it
+//! returns, on any thread and without a runtime, and only the passing of time needs the driver.
+//!
+//! The driver is spawned by the first call that happens inside a runtime. Until something triggers
+//! it holds the state weakly: a service that is built and dropped leaves no task behind. It waits
+//! for a deadline, for the bell that every change rings, and for the gate to become idle. Nothing
+//! is polled by the clock.
+
+//!
+//! `shutdown` is what is known of a shutdown under way, `settle` the steps, `driver` the task; here
+//! is what the rest of the crate asks for.
+
+mod driver;
+mod settle;
+mod shutdown;
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    time::Duration,
+};
+
+use tokio::{
+    runtime,
+    sync::{Notify, watch},
+    time::{self, Instant},
+};
+
+#[cfg(feature = "axum")]
+pub(crate) use self::settle::LAST_ACCEPTS;
+pub(crate) use self::shutdown::{Edge, ServerEnd};
+use self::{
+    driver::Driver,
+    shutdown::{Shutdown, State},
+};
+use crate::{
+    events,
+    gate::Gate,
+    phase::Phase,
+    plan::Plan,
+    policy::Policy,
+    registry::Registry,
+    report::{Report, Trigger},
+    sync::lock,
+};
+
+/// The same key delivered twice within this time, to the process and to its group, is one signal.
+#[cfg(feature = "signal")]
+const DOUBLED: Duration = Duration::from_millis(100);
+
+/// A service's whole state: its gate, and behind it what everybody shares.
+pub(crate) type Shared = Gate<Lifecycle>;
+
+pub(crate) struct Lifecycle {
+    pub(crate) plan: Plan,
+    pub(crate) policy: Policy,
+    pub(crate) connections: Registry,
+    /// Set once there is a router with the probes' own paths.
+    pub(crate) probes: OnceLock<()>,
+    phases: watch::Sender<Phase>,
+    edges: watch::Sender<Edge>,
+    /// Rung at every change that the driver has to look at.
+    bell: Arc<Notify>,
+    state: Mutex<State>,
+}
+
+impl Lifecycle {
+    pub(crate) fn new(plan: Plan, policy: Policy) -> Self {
+        Self {
+            plan,
+            policy,
+            connections: Registry::default(),
+            probes: OnceLock::new(),
+            phases: watch::Sender::new(Phase::Serving),
+            edges: watch::Sender::new(Edge::Open),
+            bell: Arc::new(Notify::new()),
+            state: Mutex::new(State::default()),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock!(self.state)
+    }
+
+    pub(crate) fn phases(&self) -> watch::Receiver<Phase> {
+        self.phases.subscribe()
+    }
+
+    pub(crate) fn edges(&self) -> watch::Receiver<Edge> {
+        self.edges.subscribe()
+    }
+
+    /// Wakes the driver to look at what has changed.
+    pub(crate) fn ring(&self) {
+        self.bell.notify_one();
+    }
+
+    pub(crate) fn report(&self) -> Option<Report> {
+        self.state().report.clone()
+    }
+
+    /// Time until the present phase ends at the latest, if it has an end.
+    pub(crate) fn time_left(&self, phase: Phase) -> Option<Duration> {
+        let state = self.state();
+        let shutdown = state.shutdown.as_ref()?;
+        let until = shutdown.ends(phase)?;
+        Some(until.saturating_duration_since(Instant::now()))
+    }
+}
+
+impl Drop for Lifecycle {
+    fn drop(&mut self) {
+        // The driver finds nothing to upgrade and ends.
+        self.ring();
+    }
+}
+
+impl Gate<Lifecycle> {
+    /// Starts the driver, if there is a runtime to run it and none runs already.
+    pub(crate) fn drive(&self) {
+        let Ok(runtime) = runtime::Handle::try_current() else {
+            return;
+        };
+        {
+            let mut state = self.state();
+            if state.driven || state.report.is_some() {
+                return;
+            }
+            state.driven = true;
+        }
+        let driver = Driver::new(self.downgrade(), Arc::clone(&self.bell));
+        // Tells whoever calls, not a task that nobody watches, that the runtime has no timers.
+        drop(time::sleep(Duration::ZERO));
+        // After the lock: a runtime that shuts down drops the driver here and now.
+        drop(runtime.spawn(driver.run()));
+    }
+
+    /// Notes that a server waits for the drain, by whomever it is run.
+    pub(crate) fn drain_began(&self) {
+        self.state().drains += 1;
+        self.mark_served();
+        self.drive();
+    }
+
+    /// The waiting of `drain_began` is over.
+    pub(crate) fn drain_ended(&self) {
+        self.change(|state, _| state.drains -= 1);
+    }
+
+    /// Starts the timeline, unless something has already.
+    pub(crate) fn trigger(&self, trigger: Trigger) {
+        self.change(|state, now| self.start(state, trigger, now));
+        self.drive();
+    }
+
+    fn start(&self, state: &mut State, trigger: Trigger, now: Instant) {
+        if state.shutdown.is_some() {
+            return;
+        }
+        let delay = match trigger {
+            // Nobody serves yet, so there is nothing for a balancer to look away from.
+            Trigger::Terminate | Trigger::Interrupt if !self.word().has_served() => Duration::ZERO,
+            Trigger::Interrupt => self.plan.interrupt_delay(),
+            Trigger::Terminate | Trigger::Shutdown | Trigger::Future | Trigger::ServerEnded => {
+                self.plan.drain_delay()
+            }
+        };
+        state.shutdown = Some(Shutdown::new(trigger, now, self.plan.deadlines(delay)));
+    }
+
+    /// Claims the listening for signals, once.
+    #[cfg(feature = "signal")]
+    pub(crate) fn claim_signals(&self) -> bool {
+        let mut state = self.state();
+        !std::mem::replace(&mut state.listening, true)
+    }
+
+    /// Gives the claim back, because the listening has ended.
+    #[cfg(feature = "signal")]
+    pub(crate) fn release_signals(&self) {
+        self.state().listening = false;
+    }
+
+    /// The first signal starts the timeline, each further one skips what is left of the phase.
+    #[cfg(feature = "signal")]
+    pub(crate) fn signal(&self, trigger: Trigger) {
+        self.change(|state, now| {
+            let first = state.shutdown.is_none();
+            self.start(state, trigger, now);
+            let Some(shutdown) = &mut state.shutdown else {
+                return;
+            };
+            let interrupt = trigger == Trigger::Interrupt;
+            let doubled = interrupt
+                && shutdown
+                    .last_interrupt
+                    .is_some_and(|last| now.saturating_duration_since(last) < DOUBLED);
+            if interrupt && !doubled {
+                shutdown.last_interrupt = Some(now);
+            }
+            if !first && !doubled {
+                shutdown.hurry = true;
+            }
+        });
+        self.drive();
+    }
+
+    pub(crate) fn server_began(&self) {
+        {
+            let mut state = self.state();
+            state.servers = Some(state.servers.map_or(1, |servers| servers + 1));
+        }
+        self.mark_served();
+        self.drive();
+    }
+
+    pub(crate) fn server_ended(&self, end: &ServerEnd) {
+        self.change(|state, now| {
+            state.servers = state.servers.map(|servers| servers - 1);
+            if let ServerEnd::Failed(error) = end {
+                state.server_error.get_or_insert_with(|| error.clone());
+            }
+            if *end != ServerEnd::Dropped {
+                self.start(state, Trigger::ServerEnded, now);
+            }
+        });
+    }
+
+    /// Makes a change, takes every step that is then due, and has the driver look again.
+    fn change(&self, change: impl FnOnce(&mut State, Instant)) {
+        self.step(change);
+        self.ring();
+    }
+
+    /// Takes every step that is due, for the driver. Says when to look again, if ever.
+    fn tick(&self) -> Option<Instant> {
+        self.step(|_, _| ())
+    }
+
+    fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
+        let now = Instant::now();
+        let mut transitions = Vec::new();
+        let (next, edge, cut) = {
+            let mut state = self.state();
+            change(&mut state, now);
+            let next = self.settle(&mut state, now, &mut transitions);
+            let stopped = state.report.is_some();
+            match &mut state.shutdown {
+                None => (next, Edge::Open, false),
+                Some(shutdown) => {
+                    // What connects after the end is cut as well.
+                    let due = shutdown.cut.is_some() || stopped;
+                    let cut = due && !std::mem::replace(&mut shutdown.cut_done, due);
+                    (next, shutdown.edge, cut)
+                }
+            }
+        };
+        // After the lock, because wakers and subscribers may call back.
+        if cut {
+            self.connections.cut();
+        }
+        advance(&self.edges, edge);
+        if let Some(last) = transitions.last() {
+            advance(&self.phases, last.to);
+        }
+        for transition in &transitions {
+            events::transition(transition);
+        }
+        next
+    }
+}
+
+/// Moves a watched value forward, never back: whoever publishes does so after the lock, and may be
+/// overtaken.
+fn advance<T: Ord + Copy>(watched: &watch::Sender<T>, to: T) {
+    watched.send_if_modified(|value| {
+        let moves = *value < to;
+        *value = to.max(*value);
+        moves
+    });
+}

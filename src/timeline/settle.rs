@@ -1,0 +1,177 @@
+//! The steps of the timeline: which are due, and in what order.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{
+    Lifecycle,
+    shutdown::{Cut, Edge, Shutdown, State},
+};
+use crate::{
+    events::{Reason, Transition},
+    gate::Gate,
+    phase::Phase,
+    report::Remaining,
+};
+
+/// How long nothing may have been heard, neither a new connection nor a byte on an old one, before
+/// the server is told to close: a server told so closes silent connections at once, and with them
+/// requests that are on their way. Measured on loopback, where without it a third of the requests
+/// that race with the stop are lost.
+const LINGER: Duration = Duration::from_millis(25);
+
+/// How long it waits for that, for clients that are never quiet.
+const MOST_LINGER: Duration = Duration::from_millis(150);
+
+/// How long a listener may take to empty its accept queue.
+pub(crate) const LAST_ACCEPTS: Duration = Duration::from_millis(100);
+
+impl Gate<Lifecycle> {
+    /// Takes every step that is due at `now`. Says when to look again, if ever.
+    pub(super) fn settle(
+        &self,
+        state: &mut State,
+        now: Instant,
+        transitions: &mut Vec<Transition>,
+    ) -> Option<Instant> {
+        loop {
+            let phase = self.word().phase();
+            let servers = state.servers.unwrap_or(0);
+            let nobody_serves = state.servers == Some(0) && state.drains == 0;
+            let shutdown = state.shutdown.as_mut()?;
+            let (to, reason) = match phase {
+                Phase::Serving => (Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
+                Phase::LameDuck => {
+                    let reason = if std::mem::take(&mut shutdown.hurry) {
+                        shutdown.delay_until = now;
+                        Reason::Signal
+                    } else if now >= shutdown.delay_until {
+                        Reason::DelayOver
+                    } else if nobody_serves {
+                        Reason::NobodyServes
+                    } else {
+                        return Some(shutdown.delay_until);
+                    };
+                    // What is in the accept queue is served, and only then is work refused.
+                    if !self.policy.keep_listening {
+                        if let Some(until) = self.close_edge(shutdown, now) {
+                            return Some(until);
+                        }
+                    }
+                    (Phase::Draining, reason)
+                }
+                Phase::Draining => {
+                    if self.settled_word().is_idle() {
+                        (Phase::Closing, Reason::Idle)
+                    } else if std::mem::take(&mut shutdown.hurry) {
+                        self.cut(shutdown, servers, now);
+                        (Phase::Closing, Reason::Signal)
+                    } else if now >= shutdown.drain_until {
+                        self.cut(shutdown, servers, now);
+                        (Phase::Closing, Reason::Deadline)
+                    } else {
+                        return Some(shutdown.drain_until);
+                    }
+                }
+                Phase::Closing => {
+                    let told = self.close_edge(shutdown, now);
+                    let closed = servers == 0
+                        && self.connections.len() == 0
+                        && self.settled_word().is_idle()
+                        && told.is_none();
+                    if closed && shutdown.cut.is_none() {
+                        (Phase::Stopped, Reason::Closed)
+                    } else if closed {
+                        (Phase::Stopped, Reason::Cut)
+                    } else if shutdown.cut.is_some() {
+                        let until = shutdown.ends(phase)?;
+                        if std::mem::take(&mut shutdown.hurry) {
+                            (Phase::Stopped, Reason::Signal)
+                        } else if now >= until {
+                            (Phase::Stopped, Reason::LetGo)
+                        } else {
+                            return Some(until);
+                        }
+                    } else {
+                        let until = shutdown.ends(phase)?;
+                        if std::mem::take(&mut shutdown.hurry) || now >= until {
+                            self.cut(shutdown, servers, now);
+                            continue;
+                        }
+                        return Some(told.map_or(until, |told| told.min(until)));
+                    }
+                }
+                Phase::Stopped => return None,
+            };
+            self.enter(state, to, reason, now, transitions);
+        }
+    }
+
+    fn enter(
+        &self,
+        state: &mut State,
+        to: Phase,
+        reason: Reason,
+        now: Instant,
+        transitions: &mut Vec<Transition>,
+    ) {
+        let Some(shutdown) = &mut state.shutdown else {
+            return;
+        };
+        if to == Phase::Stopped {
+            state.report = Some(shutdown.report(reason, state.server_error.take(), now));
+        } else {
+            shutdown.entered.push(now);
+        }
+        self.advance(to);
+        let until = shutdown.ends(to).unwrap_or(now);
+        transitions.push(Transition {
+            to,
+            reason,
+            after: now.saturating_duration_since(shutdown.entered[0]),
+            time_left: until.saturating_duration_since(now),
+            in_flight: self.word().count(),
+            connections: self.connections.len(),
+        });
+    }
+
+    /// Has the listeners closed, and then the servers told to close their connections. Says when
+    /// to look again, if that is not done.
+    fn close_edge(&self, shutdown: &mut Shutdown, now: Instant) -> Option<Instant> {
+        if shutdown.edge == Edge::Connections {
+            return None;
+        }
+        let begun = *shutdown.edge_begun.get_or_insert(now);
+        shutdown.edge = Edge::Listeners;
+        let listeners = self.connections.listeners();
+        // Without a listener of ours there is no knowing what is accepted when.
+        if listeners.any && shutdown.cut.is_none() {
+            let last_accepts = begun + LAST_ACCEPTS;
+            if listeners.open > 0 && now < last_accepts {
+                return Some(last_accepts);
+            }
+            let asked = shutdown.entered.first().copied();
+            let heard = asked.max(self.connections.last_heard());
+            let quiet = heard.map_or(now, |heard| heard + LINGER);
+            let until = quiet.min(begun + MOST_LINGER);
+            if now < until {
+                return Some(until);
+            }
+        }
+        shutdown.edge = Edge::Connections;
+        None
+    }
+
+    /// Ends by force what is still there.
+    fn cut(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) {
+        shutdown.cut = Some(Cut {
+            at: now,
+            remaining: Remaining {
+                requests: self.settled_word().count(),
+                connections: self.connections.len(),
+                servers,
+            },
+        });
+    }
+}

@@ -1,0 +1,157 @@
+//! What is known of a shutdown under way, and what becomes of it in the report. No step is taken
+//! here.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::{
+    events::Reason,
+    phase::Phase,
+    plan::{Deadlines, instant_after},
+    report::{Outcome, Remaining, Report, Trigger},
+};
+
+/// How long connections are given to close: after the last request has left, even when the drain
+/// deadline comes sooner, and after a cut before the service stops waiting for them.
+const CLOSING_TIME: Duration = Duration::from_millis(250);
+
+/// How long of that they are given in any case, even past the end of the plan. It fits the margin
+/// of every grace period of 1.5 s and more.
+const LEAST_CLOSING_TIME: Duration = Duration::from_millis(50);
+
+#[derive(Default)]
+pub(super) struct State {
+    /// A driver is alive.
+    pub(super) driven: bool,
+    #[cfg(feature = "signal")]
+    pub(super) listening: bool,
+    pub(super) shutdown: Option<Shutdown>,
+    /// Servers given to `run` that have not ended. `None`: there never were any.
+    pub(super) servers: Option<usize>,
+    /// Drain futures that are waiting, each for a server that may be run by other means.
+    pub(super) drains: usize,
+    pub(super) server_error: Option<String>,
+    pub(super) report: Option<Report>,
+}
+
+/// What the servers are told, in this order. Only moves forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Edge {
+    /// Accept.
+    Open,
+    /// Accept what has been queued, and close the listener.
+    Listeners,
+    /// Close the connections, each when its last response is out.
+    Connections,
+}
+
+/// A shutdown under way.
+pub(super) struct Shutdown {
+    pub(super) trigger: Trigger,
+    pub(super) edge: Edge,
+    /// When the listeners were told to close.
+    pub(super) edge_begun: Option<Instant>,
+    /// When each phase so far was entered: lame duck, draining, closing.
+    pub(super) entered: Vec<Instant>,
+    pub(super) delay_until: Instant,
+    pub(super) drain_until: Instant,
+    /// The end of what is planned: the margin, and then the end of the grace period, follow.
+    pub(super) end: Instant,
+    /// A further signal wants the present phase to end now.
+    pub(super) hurry: bool,
+    pub(super) cut: Option<Cut>,
+    /// The connections have been told of the cut.
+    pub(super) cut_done: bool,
+    #[cfg(feature = "signal")]
+    pub(super) last_interrupt: Option<Instant>,
+}
+
+/// How a server's future came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ServerEnd {
+    /// Dropped before it was ready.
+    Dropped,
+    /// Ready.
+    Finished,
+    /// Ready, with an error.
+    Failed(String),
+}
+
+pub(super) struct Cut {
+    pub(super) at: Instant,
+    pub(super) remaining: Remaining,
+}
+
+impl Shutdown {
+    pub(super) fn new(trigger: Trigger, now: Instant, deadlines: Deadlines) -> Self {
+        Self {
+            trigger,
+            edge: Edge::Open,
+            edge_begun: None,
+            entered: Vec::with_capacity(3),
+            delay_until: instant_after(now, deadlines.delay),
+            drain_until: instant_after(now, deadlines.drain),
+            end: instant_after(now, deadlines.end),
+            hurry: false,
+            cut: None,
+            cut_done: false,
+            #[cfg(feature = "signal")]
+            last_interrupt: None,
+        }
+    }
+
+    /// When this phase ends at the latest, if it has an end: in closing, when what is still open
+    /// is cut, and after that, when the service stops waiting for it.
+    pub(super) fn ends(&self, phase: Phase) -> Option<Instant> {
+        match (phase, &self.cut) {
+            (Phase::LameDuck, _) => Some(self.delay_until),
+            (Phase::Draining, _) => Some(self.drain_until),
+            (Phase::Closing, Some(cut)) => Some(self.closing_until(cut.at)),
+            (Phase::Closing, None) => {
+                let begun = *self.entered.last()?;
+                Some(self.drain_until.max(self.closing_until(begun)))
+            }
+            (Phase::Serving | Phase::Stopped, _) => None,
+        }
+    }
+
+    fn closing_until(&self, begun: Instant) -> Instant {
+        let end = self.end.max(begun + LEAST_CLOSING_TIME);
+        end.min(begun + CLOSING_TIME)
+    }
+
+    pub(super) fn report(
+        &self,
+        reason: Reason,
+        server_error: Option<String>,
+        now: Instant,
+    ) -> Report {
+        let remaining = self
+            .cut
+            .as_ref()
+            .map_or_else(Remaining::default, |cut| cut.remaining);
+        let outcome = if matches!(reason, Reason::Signal) {
+            Outcome::Abandoned
+        } else if !remaining.is_nothing() {
+            Outcome::Forced
+        } else if server_error.is_some() {
+            Outcome::ServerFailed
+        } else {
+            Outcome::Clean
+        };
+        let mut ends = self.entered.iter().skip(1).copied().chain([now]);
+        let mut phases = [Duration::ZERO; 3];
+        for (phase, begun) in phases.iter_mut().zip(&self.entered) {
+            let ended = ends.next().unwrap_or(now);
+            *phase = ended.saturating_duration_since(*begun);
+        }
+        Report {
+            trigger: self.trigger,
+            outcome,
+            phases,
+            remaining,
+            server_error,
+        }
+    }
+}
