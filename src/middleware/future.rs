@@ -33,10 +33,9 @@ pin_project! {
     enum State<F, B> {
         Admitted { #[pin] inner: F, pass: Option<Pass>, version: Version },
         // Let pass without being counted, where it would have been refused.
-        Exempt { #[pin] inner: F, graceful: Graceful, version: Version },
+        Exempt { #[pin] inner: F, graceful: Option<Graceful>, version: Version },
         // Boxed: it is rare, and would make every admitted request's future larger.
         Refused { refusal: Pin<Box<Refusal<B>>> },
-        Done,
     }
 }
 
@@ -56,7 +55,7 @@ impl<F, B> GracefulFuture<F, B> {
         Self {
             state: State::Exempt {
                 inner,
-                graceful,
+                graceful: Some(graceful),
                 version,
             },
         }
@@ -81,44 +80,52 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.project().state;
-        let (result, pass, leaves, version) = match state.as_mut().project() {
+        match self.project().state.project() {
             StateProj::Admitted {
                 inner,
                 pass,
                 version,
             } => {
+                // Taken when the response was.
+                if pass.is_none() {
+                    return Poll::Pending;
+                }
                 let result = ready!(inner.poll(cx));
                 let pass = pass.take();
-                let leaves = pass
-                    .as_ref()
-                    .is_some_and(|pass| pass.gate().word().phase() > Phase::Serving);
-                (result, pass, leaves, *version)
+                let mut response = result?;
+                if pass.as_ref().is_some_and(is_leaving) {
+                    leaving::say_close(&mut response, *version);
+                }
+                Poll::Ready(Ok(response.map(|body| GracefulBody::new(body, pass))))
             }
             StateProj::Exempt {
                 inner,
                 graceful,
                 version,
             } => {
+                let Some(handle) = graceful else {
+                    return Poll::Pending;
+                };
                 let result = ready!(inner.poll(cx));
-                (result, None, graceful.phase() > Phase::Serving, *version)
+                let leaves = handle.phase() > Phase::Serving;
+                *graceful = None;
+                let mut response = result?;
+                if leaves {
+                    leaving::say_close(&mut response, *version);
+                }
+                Poll::Ready(Ok(response.map(|body| GracefulBody::new(body, None))))
             }
             StateProj::Refused { refusal } => {
                 let response = ready!(refusal.as_mut().poll(cx));
-                state.set(State::Done);
-                return Poll::Ready(Ok(response.map(GracefulBody::text)));
+                Poll::Ready(Ok(response.map(GracefulBody::text)))
             }
-            StateProj::Done => return Poll::Pending,
-        };
-        // The inner future goes before its ticket does.
-        state.set(State::Done);
-        Poll::Ready(result.map(|mut response| {
-            if leaves {
-                leaving::say_close(&mut response, version);
-            }
-            response.map(|body| GracefulBody::new(body, pass))
-        }))
+        }
     }
+}
+
+#[inline]
+fn is_leaving(pass: &Pass) -> bool {
+    pass.gate().word().phase() > Phase::Serving
 }
 
 impl<F, B> fmt::Debug for GracefulFuture<F, B> {
@@ -127,7 +134,6 @@ impl<F, B> fmt::Debug for GracefulFuture<F, B> {
             State::Admitted { .. } => "admitted",
             State::Exempt { .. } => "exempt",
             State::Refused { .. } => "refused",
-            State::Done => "done",
         };
         f.debug_struct("GracefulFuture")
             .field("state", &state)
