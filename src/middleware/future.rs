@@ -33,9 +33,10 @@ pin_project! {
     enum State<F, B> {
         Admitted { #[pin] inner: F, pass: Option<Pass>, version: Version },
         // Let pass without being counted, where it would have been refused.
-        Exempt { #[pin] inner: F, graceful: Option<Graceful>, version: Version },
+        Exempt { #[pin] inner: F, graceful: Graceful, version: Version },
         // Boxed: it is rare, and would make every admitted request's future larger.
         Refused { refusal: Pin<Box<Refusal<B>>> },
+        Done,
     }
 }
 
@@ -55,7 +56,7 @@ impl<F, B> GracefulFuture<F, B> {
         Self {
             state: State::Exempt {
                 inner,
-                graceful: Some(graceful),
+                graceful,
                 version,
             },
         }
@@ -80,21 +81,20 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project().state.project() {
+        let mut state = self.project().state;
+        match state.as_mut().project() {
             StateProj::Admitted {
                 inner,
                 pass,
                 version,
             } => {
-                // Taken when the response was.
-                if pass.is_none() {
-                    return Poll::Pending;
-                }
                 let result = ready!(inner.poll(cx));
-                let pass = pass.take();
+                let (pass, version) = (pass.take(), *version);
+                // The inner future goes before its request is released.
+                state.set(State::Done);
                 let mut response = result?;
                 if pass.as_ref().is_some_and(is_leaving) {
-                    leaving::say_close(&mut response, *version);
+                    leaving::say_close(&mut response, version);
                 }
                 Poll::Ready(Ok(response.map(|body| GracefulBody::new(body, pass))))
             }
@@ -103,15 +103,12 @@ where
                 graceful,
                 version,
             } => {
-                let Some(handle) = graceful else {
-                    return Poll::Pending;
-                };
                 let result = ready!(inner.poll(cx));
-                let leaves = handle.phase() > Phase::Serving;
-                *graceful = None;
+                let (leaves, version) = (graceful.phase() > Phase::Serving, *version);
+                state.set(State::Done);
                 let mut response = result?;
                 if leaves {
-                    leaving::say_close(&mut response, *version);
+                    leaving::say_close(&mut response, version);
                 }
                 Poll::Ready(Ok(response.map(|body| GracefulBody::new(body, None))))
             }
@@ -119,6 +116,7 @@ where
                 let response = ready!(refusal.as_mut().poll(cx));
                 Poll::Ready(Ok(response.map(GracefulBody::text)))
             }
+            StateProj::Done => Poll::Pending,
         }
     }
 }
@@ -134,6 +132,7 @@ impl<F, B> fmt::Debug for GracefulFuture<F, B> {
             State::Admitted { .. } => "admitted",
             State::Exempt { .. } => "exempt",
             State::Refused { .. } => "refused",
+            State::Done => "done",
         };
         f.debug_struct("GracefulFuture")
             .field("state", &state)
