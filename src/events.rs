@@ -82,7 +82,7 @@ pub(crate) fn transition(transition: &Transition) {
             )
         };
     }
-    let gives_up = transition.to == Phase::Closing && transition.in_flight > 0;
+    let gives_up = transition.to >= Phase::Closing && transition.in_flight > 0;
     if gives_up || matches!(transition.reason, Reason::Cut | Reason::LetGo) {
         transition_event!(warn);
     } else {
