@@ -1,6 +1,6 @@
 //! Running a server to its end, and the report of it.
 
-use std::{error::Error, future::poll_fn, pin::pin, task::Poll, thread};
+use std::{error::Error, future::poll_fn, pin::pin, task::Poll};
 
 use crate::{handle::Graceful, phase::Phase, report::Report, timeline::ServerEnd};
 
@@ -69,14 +69,19 @@ impl Graceful {
         let mut seat = Seat::take(self);
         let mut stopped = self.stopped();
         let mut server = pin!(server);
-        seat.end = poll_fn(|cx| {
-            if let Poll::Ready(output) = server.as_mut().poll(cx) {
+        let end = poll_fn(|cx| {
+            // If the server panics this is what became of it.
+            seat.end = ServerEnd::Failed("the server panicked".to_owned());
+            let polled = server.as_mut().poll(cx);
+            seat.end = ServerEnd::Dropped;
+            if let Poll::Ready(output) = polled {
                 let error = sealed::Sealed::error(output);
                 return Poll::Ready(error.map_or(ServerEnd::Finished, ServerEnd::Failed));
             }
             pin!(&mut stopped).poll(cx).map(|()| ServerEnd::Dropped)
         })
         .await;
+        seat.end = end;
     }
 }
 
@@ -98,9 +103,6 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        if thread::panicking() {
-            self.end = ServerEnd::Failed("the server panicked".to_owned());
-        }
         self.graceful.shared().server_ended(&self.end);
     }
 }

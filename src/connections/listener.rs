@@ -1,11 +1,11 @@
-use std::{any::Any, fmt, future, io, pin::pin, task::Poll};
+use std::{any::Any, fmt, future, io, pin::pin, task::Poll, time::Duration};
 
 use axum::serve::{Listener, ListenerExt, TapIo};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
     task,
-    time::Instant,
+    time::{self, Instant},
 };
 
 use super::io::GracefulIo;
@@ -13,6 +13,10 @@ use crate::{
     handle::Graceful,
     timeline::{Edge, LAST_ACCEPTS},
 };
+
+/// How long handshakes that had begun are given to be completed: a few round trips between the
+/// machines of one site.
+const HANDSHAKE: Duration = Duration::from_millis(5);
 
 /// What [`Graceful::listener`] returns.
 ///
@@ -22,10 +26,16 @@ pub type TrackedListener<L> = TapIo<GracefulListener<L>, fn(&mut GracefulIo<<L a
 
 impl Graceful {
     /// Tracks every connection that is accepted through `listener`, which may be any of axum's:
-    /// TCP, Unix, TLS of your own, with `tap_io` before or after.
+    /// TCP, Unix, TLS of your own.
     ///
     /// Connections count in [`connections`](Self::connections), upgraded ones until they close,
     /// and are cut at the drain deadline.
+    ///
+    /// Give it the `TcpListener` itself, and put `tap_io` after it: `graceful.listener(tcp).tap_io(…)`.
+    /// The queue of a `TcpListener` can be emptied to the last connection before it is closed (on
+    /// Linux exactly, elsewhere nearly so). Of a listener that wraps one, or that is of another
+    /// kind, only what it accepts by itself is known, and connections that arrive in the moment of
+    /// the close may be reset.
     ///
     /// ```no_run
     /// # #[tokio::main]
@@ -44,7 +54,7 @@ impl Graceful {
     }
 }
 
-/// A listener whose connections are tracked, and that closes without losing any.
+/// A listener whose connections are tracked, and that accepts what is queued before it closes.
 ///
 /// The kernel completes connections before a server accepts them, and resets those still in its
 /// queue when the listener is closed. So when the time has come this accepts until nothing is
@@ -66,6 +76,10 @@ enum Closing {
     No,
     /// As soon as nothing is queued, and at this instant whatever is.
     Until(Instant),
+    /// At this instant. No handshake begins any more, and those that had begun are being completed.
+    At(Instant),
+    /// Closed, and nothing is left of the queue.
+    Done,
 }
 
 impl<L: Listener> GracefulListener<L> {
@@ -79,14 +93,20 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
+    /// Closes the listener. What is still queued can be accepted after that.
     fn close(&mut self) {
-        let Some(listener) = self.listener.take() else {
-            return;
-        };
-        if let Closing::Until(_) = self.closing {
+        if let Some(listener) = self.listener.take() {
             self.last = last_ones(listener);
         }
-        if !matches!(self.closing, Closing::Unused) {
+        if self.last.is_empty() {
+            self.closed();
+        }
+    }
+
+    /// Says, once, that nothing more will be accepted.
+    fn closed(&mut self) {
+        if let Closing::No | Closing::Until(_) | Closing::At(_) = self.closing {
+            self.closing = Closing::Done;
             let shared = self.graceful.shared();
             shared.connections.listener_closed();
             shared.ring();
@@ -96,7 +116,10 @@ impl<L: Listener> GracefulListener<L> {
 
 impl<L: Listener> Drop for GracefulListener<L> {
     fn drop(&mut self) {
-        self.close();
+        if let Some(listener) = &self.listener {
+            let_in_handshakes(listener);
+        }
+        self.closed();
     }
 }
 
@@ -116,15 +139,30 @@ impl<L: Listener> Listener for GracefulListener<L> {
         }
         loop {
             if let Some((io, addr)) = self.last.pop() {
-                return (self.graceful.track(io), addr);
+                let io = self.graceful.track(io);
+                if self.last.is_empty() {
+                    self.closed();
+                }
+                return (io, addr);
             }
             let Some(listener) = &mut self.listener else {
                 return future::pending().await;
             };
             let accepted = match self.closing {
-                Closing::Until(deadline) if Instant::now() < deadline => queued(listener).await,
-                Closing::Until(_) => None,
-                Closing::No | Closing::Unused => {
+                Closing::Until(deadline) => {
+                    let accepted = if Instant::now() < deadline {
+                        queued(listener).await
+                    } else {
+                        None
+                    };
+                    if accepted.is_none() && turn_away_handshakes(listener) {
+                        self.closing = Closing::At(Instant::now() + HANDSHAKE);
+                        continue;
+                    }
+                    accepted
+                }
+                Closing::At(instant) => time::timeout_at(instant, listener.accept()).await.ok(),
+                Closing::No | Closing::Unused | Closing::Done => {
                     tokio::select! {
                         accepted = listener.accept() => Some(accepted),
                         _ = self.edges.wait_for(|edge| *edge > Edge::Open) => {
@@ -152,7 +190,7 @@ impl<L: Listener> Listener for GracefulListener<L> {
 /// A connection that is in the accept queue now.
 async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::Addr)> {
     let mut accept = pin!(listener.accept());
-    for look in 0..2 {
+    for look in 0..4 {
         if look > 0 {
             // The runtime asks the operating system for news before it goes on here.
             task::yield_now().await;
@@ -168,18 +206,28 @@ async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::Addr)> {
 /// Closes the listener, and returns whom the operating system had queued to the very last.
 ///
 /// A `TcpListener` is asked directly: the runtime knows of a connection only since it last asked
-/// for news, and a busy runtime may not have done so for milliseconds. On Linux the kernel first
-/// stops completing handshakes, so nobody slips in between the last look and the close. Any other
-/// listener cannot be asked, and is just closed.
+/// for news, and a busy runtime may not have done so for milliseconds. Any other listener cannot be
+/// asked, and is just closed.
 fn last_ones<L: Listener>(listener: L) -> Vec<(L::Io, L::Addr)> {
-    let Some(tcp) = cast::<L, TcpListener>(listener).and_then(|tcp| tcp.into_std().ok()) else {
+    /// More than a queue holds, where nothing stops it from being filled.
+    const MOST: usize = 4096;
+
+    let tcp = cast::<L, TcpListener>(listener).and_then(|tcp| tcp.into_std().ok());
+    let Some(tcp) = tcp else {
         return Vec::new();
     };
-    turn_away_handshakes(&tcp);
     let mut last = Vec::new();
-    while let Ok((stream, addr)) = tcp.accept() {
-        last.push((stream, addr));
+    // Whoever made the socket, or shares it, may have made it blocking.
+    if tcp.set_nonblocking(true).is_ok() {
+        while last.len() < MOST {
+            match tcp.accept() {
+                Ok(accepted) => last.push(accepted),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(_) => break,
+            }
+        }
     }
+    let_in_handshakes_std(&tcp);
     drop(tcp);
     let connections = last.into_iter().rev().filter_map(|(stream, addr)| {
         stream.set_nonblocking(true).ok()?;
@@ -189,11 +237,13 @@ fn last_ones<L: Listener>(listener: L) -> Vec<(L::Io, L::Addr)> {
     connections.collect()
 }
 
-/// Drops what would begin a new connection to this listener, and nothing else. The client tries
-/// again a second later, as after any lost packet, and is refused then. Where the kernel will not,
-/// the close is as good as it was.
+/// Has the kernel drop what would begin a new connection to this listener, and nothing else, so
+/// that nobody slips in between the last look into the queue and the close. Says whether it does:
+/// only for a `TcpListener`, on Linux.
+///
+/// The client tries again a second later, as after any lost packet, and is refused then.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-fn turn_away_handshakes(listener: &std::net::TcpListener) {
+fn turn_away_handshakes<L: 'static>(listener: &L) -> bool {
     use socket2::{SockFilter, SockRef};
 
     // Classic BPF (linux/bpf_common.h), on a packet that begins with its TCP header.
@@ -208,11 +258,37 @@ fn turn_away_handshakes(listener: &std::net::TcpListener) {
         SockFilter::new(RETURN, 0, 0, 0),
         SockFilter::new(RETURN, 0, 0, u32::MAX),
     ];
-    let _ = SockRef::from(listener).attach_filter(&filter);
+    let listener: &dyn Any = listener;
+    listener
+        .downcast_ref::<TcpListener>()
+        .is_some_and(|tcp| SockRef::from(tcp).attach_filter(&filter).is_ok())
+}
+
+/// Takes back what `turn_away_handshakes` did. The filter is the socket's and not ours alone: a
+/// socket that a supervisor passed on, or another process shares, must accept again after us.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn let_in_handshakes<L: 'static>(listener: &L) {
+    let listener: &dyn Any = listener;
+    if let Some(tcp) = listener.downcast_ref::<TcpListener>() {
+        let _ = socket2::SockRef::from(tcp).detach_filter();
+    }
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn let_in_handshakes_std(listener: &std::net::TcpListener) {
+    let _ = socket2::SockRef::from(listener).detach_filter();
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn turn_away_handshakes(_: &std::net::TcpListener) {}
+fn turn_away_handshakes<L>(_: &L) -> bool {
+    false
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn let_in_handshakes<L>(_: &L) {}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn let_in_handshakes_std(_: &std::net::TcpListener) {}
 
 /// The value as a `B`, if that is what it is.
 fn cast<A: 'static, B: 'static>(value: A) -> Option<B> {

@@ -21,6 +21,7 @@ use crate::{
     leaving,
     phase::Phase,
     policy,
+    reached::Reached,
     rejection::{self, Rejection},
 };
 
@@ -34,8 +35,9 @@ const MOST_SILENCE: Duration = Duration::from_secs(1);
 /// How long before the drain deadline the answer goes out at the latest.
 const BEFORE_DEADLINE: Duration = Duration::from_millis(250);
 
-/// How long after the last request in flight has left.
+/// How long after the last request in flight has left, and how long before connections are cut.
 const AFTER_DRAIN: Duration = Duration::from_millis(500);
+const BEFORE_CUT: Duration = Duration::from_millis(150);
 
 /// How many frames are read before other tasks have their turn.
 const FRAMES_AT_ONCE: usize = 64;
@@ -107,7 +109,8 @@ pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refus
         body: (http1 && !expects_continue(request.headers())).then(|| request.into_body()),
         bytes_left: MOST_BYTES,
         last: None,
-        waits: false,
+        silent_since: None,
+        closing: Reached::new(Phase::Closing),
         timer: None,
     }
 }
@@ -122,8 +125,8 @@ pin_project! {
         bytes_left: u64,
         // When the answer goes out at the latest. Known from the first poll.
         last: Option<Instant>,
-        // The timer runs for the present silence, and not for one that is over.
-        waits: bool,
+        silent_since: Option<Instant>,
+        closing: Reached<Phase>,
         #[pin]
         timer: Option<Sleep>,
     }
@@ -146,7 +149,12 @@ impl<B: Body> Refusal<B> {
         let mut this = self.project();
         let now = Instant::now();
         let bound = match this.graceful.snapshot() {
-            Snapshot { phase, .. } if phase >= Phase::Closing => AFTER_DRAIN,
+            Snapshot {
+                phase, time_left, ..
+            } if phase >= Phase::Closing => {
+                let left = time_left.unwrap_or_default();
+                AFTER_DRAIN.min(left.saturating_sub(BEFORE_CUT))
+            }
             Snapshot {
                 phase: Phase::Draining,
                 time_left: Some(left),
@@ -166,7 +174,7 @@ impl<B: Body> Refusal<B> {
             }
             match body.poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
-                    *this.waits = false;
+                    *this.silent_since = None;
                     let bytes = frame.data_ref().map_or(0, Buf::remaining) as u64;
                     match this.bytes_left.checked_sub(bytes) {
                         Some(left) => *this.bytes_left = left,
@@ -177,12 +185,18 @@ impl<B: Body> Refusal<B> {
                 // Without a clock there is no bound on the wait, so there is no wait.
                 Poll::Pending if runtime::Handle::try_current().is_err() => return Poll::Ready(()),
                 Poll::Pending => {
-                    if !std::mem::replace(this.waits, true) {
-                        let until = last.min(now + MOST_SILENCE);
-                        match this.timer.as_mut().as_pin_mut() {
-                            Some(timer) => timer.reset(until),
-                            None => this.timer.set(Some(time::sleep_until(until))),
-                        }
+                    let silent_since = *this.silent_since.get_or_insert(now);
+                    let until = last.min(silent_since + MOST_SILENCE);
+                    if now >= until {
+                        return Poll::Ready(());
+                    }
+                    // The bounds are others once the drain is over.
+                    let graceful = &*this.graceful;
+                    let _ = this.closing.poll(cx, || graceful.shared().phases());
+                    match this.timer.as_mut().as_pin_mut() {
+                        Some(timer) if timer.deadline() == until => {}
+                        Some(timer) => timer.reset(until),
+                        None => this.timer.set(Some(time::sleep_until(until))),
                     }
                     let timer = this.timer.as_mut().as_pin_mut();
                     return timer.map_or(Poll::Ready(()), |timer| timer.poll(cx));

@@ -44,8 +44,9 @@ impl Gate<Lifecycle> {
                 Phase::Serving => (Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
                 Phase::LameDuck => {
                     let reason = if std::mem::take(&mut shutdown.hurry) {
-                        shutdown.delay_until = now;
                         Reason::Signal
+                    } else if let Some(reason) = shutdown.delay_over {
+                        reason
                     } else if now >= shutdown.delay_until {
                         Reason::DelayOver
                     } else if nobody_serves {
@@ -53,6 +54,7 @@ impl Gate<Lifecycle> {
                     } else {
                         return Some(shutdown.delay_until);
                     };
+                    shutdown.delay_over = Some(reason);
                     // What is in the accept queue is served, and only then is work refused.
                     if !self.policy.keep_listening {
                         if let Some(until) = self.close_edge(shutdown, now) {
@@ -63,6 +65,8 @@ impl Gate<Lifecycle> {
                 }
                 Phase::Draining => {
                     if self.settled_word().is_idle() {
+                        // Whatever it wanted to hurry is over.
+                        shutdown.hurry = false;
                         (Phase::Closing, Reason::Idle)
                     } else if std::mem::take(&mut shutdown.hurry) {
                         self.cut(shutdown, servers, now);
@@ -75,6 +79,10 @@ impl Gate<Lifecycle> {
                     }
                 }
                 Phase::Closing => {
+                    if shutdown.edge < Edge::Connections && std::mem::take(&mut shutdown.hurry) {
+                        // Nobody has been told to close yet: they are now.
+                        shutdown.edge = Edge::Connections;
+                    }
                     let told = self.close_edge(shutdown, now);
                     let closed = servers == 0
                         && self.connections.len() == 0
@@ -95,8 +103,12 @@ impl Gate<Lifecycle> {
                         }
                     } else {
                         let until = shutdown.ends(phase)?;
-                        if std::mem::take(&mut shutdown.hurry) || now >= until {
+                        let hurried = std::mem::take(&mut shutdown.hurry);
+                        if hurried || now >= until {
                             self.cut(shutdown, servers, now);
+                            if let Some(cut) = &mut shutdown.cut {
+                                cut.hurried = hurried;
+                            }
                             continue;
                         }
                         return Some(told.map_or(until, |told| told.min(until)));
@@ -147,14 +159,14 @@ impl Gate<Lifecycle> {
         let listeners = self.connections.listeners();
         // Without a listener of ours there is no knowing what is accepted when.
         if listeners.any && shutdown.cut.is_none() {
-            let last_accepts = begun + LAST_ACCEPTS;
+            let last_accepts = shutdown.drain_until.min(begun + LAST_ACCEPTS);
             if listeners.open > 0 && now < last_accepts {
                 return Some(last_accepts);
             }
             let asked = shutdown.entered.first().copied();
             let heard = asked.max(self.connections.last_heard());
             let quiet = heard.map_or(now, |heard| heard + LINGER);
-            let until = quiet.min(begun + MOST_LINGER);
+            let until = quiet.min(shutdown.drain_until.min(begun + MOST_LINGER));
             if now < until {
                 return Some(until);
             }
@@ -172,6 +184,7 @@ impl Gate<Lifecycle> {
                 connections: self.connections.len(),
                 servers,
             },
+            hurried: false,
         });
     }
 }

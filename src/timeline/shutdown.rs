@@ -58,6 +58,8 @@ pub(super) struct Shutdown {
     pub(super) drain_until: Instant,
     /// The end of what is planned: the margin, and then the end of the grace period, follow.
     pub(super) end: Instant,
+    /// Why the delay is over, once it is.
+    pub(super) delay_over: Option<Reason>,
     /// A further signal wants the present phase to end now.
     pub(super) hurry: bool,
     pub(super) cut: Option<Cut>,
@@ -81,6 +83,8 @@ pub(crate) enum ServerEnd {
 pub(super) struct Cut {
     pub(super) at: Instant,
     pub(super) remaining: Remaining,
+    /// A signal called for it while the connections were being closed, and no deadline.
+    pub(super) hurried: bool,
 }
 
 impl Shutdown {
@@ -93,6 +97,7 @@ impl Shutdown {
             delay_until: instant_after(now, deadlines.delay),
             drain_until: instant_after(now, deadlines.drain),
             end: instant_after(now, deadlines.end),
+            delay_over: None,
             hurry: false,
             cut: None,
             cut_done: false,
@@ -127,10 +132,16 @@ impl Shutdown {
         server_error: Option<String>,
         now: Instant,
     ) -> Report {
-        let remaining = self
+        let mut remaining = self
             .cut
             .as_ref()
             .map_or_else(Remaining::default, |cut| cut.remaining);
+        let only_servers = remaining.requests == 0 && remaining.connections == 0;
+        let hurried = self.cut.as_ref().is_some_and(|cut| cut.hurried);
+        if only_servers && hurried && matches!(reason, Reason::Cut) {
+            // They were about to end, and they have.
+            remaining.servers = 0;
+        }
         let outcome = if matches!(reason, Reason::Signal) {
             Outcome::Abandoned
         } else if !remaining.is_nothing() {

@@ -22,6 +22,11 @@ pub(crate) const TESTS: &[Test] = &[
         Form::CUTTING,
         fourth_abandons,
     ),
+    (
+        "signals::two_at_once_leave_an_idle_service_clean",
+        Form::CUTTING,
+        two_at_once,
+    ),
     ("signals::a_doubled_ctrl_c_is_one", Form::ALL, doubled),
     (
         "signals::two_ctrl_c_a_while_apart_are_two",
@@ -135,6 +140,24 @@ fn fourth_abandons(form: Form) {
     let exit = server.exit();
     assert_eq!(exit.status.code(), Some(3), "{exit:?}");
     assert!(exit.report.contains("abandoned"), "{exit:?}");
+}
+
+/// As a supervisor and a terminal do it, each unaware of the other.
+fn two_at_once(form: Form) {
+    for (first, then, after) in [
+        (SIGTERM, SIGTERM, 8),
+        (SIGINT, SIGTERM, 3),
+        (SIGTERM, SIGINT, 30),
+    ] {
+        let mut server = Server::start(form, &["delay=0"]);
+        server.get("/").assert_ok();
+        server.signal(first);
+        server.until(MS(after));
+        server.signal(then);
+        let exit = server.exit();
+        exit.assert_clean();
+        exit.assert_within(MS(0), MS(300));
+    }
 }
 
 /// As a shell delivers it: to the process and to its group, a moment apart.

@@ -477,3 +477,17 @@ async fn run_takes_whatever_becomes_a_future() {
     assert_eq!(report.server_error(), Some("converted"));
     assert_eq!(report.trigger(), Trigger::ServerEnded);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_run_dropped_by_a_panic_that_is_not_its_servers_triggers_nothing() {
+    let graceful = graceful();
+    let run = graceful.run(pending::<()>());
+    let others = tokio::spawn(async move {
+        tokio::select! {
+            _ = run => {}
+            () = async { pass(s(1)).await; panic!("another task panics, as the test wants it to") } => {}
+        }
+    });
+    assert!(others.await.unwrap_err().is_panic());
+    assert_eq!(graceful.phase(), Phase::Serving);
+}

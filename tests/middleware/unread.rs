@@ -318,3 +318,28 @@ async fn the_answer_goes_out_soon_after_the_drain_is_over() {
     refused.await.unwrap().unwrap();
     assert!(begun.elapsed() <= Duration::from_millis(700));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_upload_too_is_answered_soon_after_the_drain_is_over() {
+    let (graceful, busy) = draining(prompt());
+    let _open = graceful.track(tokio::io::empty());
+    let refused = tokio::spawn(refuse(&graceful, post(Slow::Stalled)));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let begun = Instant::now();
+    drop(busy);
+    refused.await.unwrap().unwrap();
+    assert!(begun.elapsed() <= Duration::from_millis(550));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_answer_goes_out_before_connections_are_cut_in_closing() {
+    let (graceful, busy) = draining(prompt().drain_timeout(Duration::from_millis(200)));
+    let _open = graceful.track(tokio::io::empty());
+    let drips = interval(Duration::from_millis(20));
+    let refused = tokio::spawn(refuse(&graceful, post(Slow::Dripping(drips))));
+    drop(busy);
+    tokio::select! {
+        answer = refused => assert!(answer.unwrap().is_ok()),
+        () = graceful.stopped() => panic!("cut before it was answered"),
+    }
+}

@@ -1,0 +1,207 @@
+//! The tracked listener on real sockets, where it can be tried without a process of its own.
+
+#![cfg(all(unix, feature = "axum", feature = "signal"))]
+
+use std::{
+    future::poll_fn,
+    io,
+    net::{SocketAddr, TcpStream},
+    pin::pin,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    routing::get,
+    serve::{Listener, ListenerExt},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, UnixListener, UnixStream},
+    runtime,
+    time::timeout,
+};
+use tower_graceful::{Graceful, Outcome, Phase};
+
+const BOUND: Duration = Duration::from_secs(5);
+
+fn graceful() -> Graceful {
+    Graceful::builder()
+        .drain_delay(Duration::ZERO)
+        .build()
+        .unwrap()
+}
+
+fn app(graceful: &Graceful) -> Router {
+    Router::new()
+        .route("/", get(|| async { "hello" }))
+        .layer(graceful.layer())
+}
+
+fn std_listener() -> (std::net::TcpListener, SocketAddr) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    (listener, address)
+}
+
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    tokio::task::spawn_blocking(move || TcpStream::connect_timeout(&address, BOUND))
+        .await
+        .unwrap()
+}
+
+/// A socket that a supervisor keeps, or the next process has already, is not ours to close.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shared_socket_accepts_again_after_the_stop() {
+    let (shared, address) = std_listener();
+    let ours = TcpListener::from_std(shared.try_clone().unwrap()).unwrap();
+    let graceful = graceful();
+    let run = tokio::spawn(graceful.serve(ours, app(&graceful)));
+    drop(connect(address).await.unwrap());
+    graceful.shutdown();
+    assert_eq!(run.await.unwrap().outcome(), Outcome::Clean);
+    let next = TcpListener::from_std(shared).unwrap();
+    let begun = std::time::Instant::now();
+    let (client, _server) = tokio::join!(connect(address), next.accept());
+    client.unwrap();
+    assert!(
+        begun.elapsed() < Duration::from_millis(500),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shared_socket_accepts_again_after_a_stop_that_was_broken_off() {
+    let (shared, address) = std_listener();
+    let ours = TcpListener::from_std(shared.try_clone().unwrap()).unwrap();
+    let graceful = graceful();
+    let mut listener = graceful.listener(ours);
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(pin!(listener.accept()).poll(&mut cx).is_pending());
+    graceful.shutdown();
+    {
+        // To the moment in which no new handshake begins.
+        let mut accept = pin!(listener.accept());
+        for _ in 0..20 {
+            assert!(
+                poll_fn(|cx| Poll::Ready(accept.as_mut().poll(cx)))
+                    .await
+                    .is_pending()
+            );
+            tokio::task::yield_now().await;
+        }
+    }
+    drop(listener);
+    let next = TcpListener::from_std(shared).unwrap();
+    let (client, _server) = tokio::join!(connect(address), timeout(BOUND, next.accept()));
+    client.unwrap();
+}
+
+#[test]
+fn a_closing_listener_may_be_dropped_outside_a_runtime() {
+    let runtime = runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let graceful = runtime.block_on(async { graceful() });
+    let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut listener = graceful.listener(listener);
+    let mut cx = Context::from_waker(Waker::noop());
+    {
+        let _context = runtime.enter();
+        assert!(pin!(listener.accept()).poll(&mut cx).is_pending());
+        graceful.shutdown();
+        assert!(pin!(listener.accept()).poll(&mut cx).is_pending());
+    }
+    let _queued = TcpStream::connect_timeout(&address, Duration::from_millis(200));
+    drop(listener);
+    runtime.block_on(graceful.stopped());
+}
+
+/// The service has been quiet for long, so nothing but the listener itself holds back the close.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_very_last_connection_of_a_quiet_service_is_answered() {
+    for round in 0..60_u64 {
+        let delay = Duration::from_millis(40);
+        let graceful = Graceful::builder().drain_delay(delay).build().unwrap();
+        let (listener, address) = std_listener();
+        let listener = TcpListener::from_std(listener).unwrap();
+        let run = tokio::spawn(graceful.serve(listener, app(&graceful)));
+        let mut phases = graceful.subscribe();
+        graceful.shutdown();
+        let _ = phases.wait_for(|phase| *phase >= Phase::LameDuck).await;
+        // About the moment of the close: from 2 ms before the end of the delay to 1 ms after it.
+        tokio::time::sleep(Duration::from_micros(38_000 + round * 50)).await;
+        let begun = std::time::Instant::now();
+        let Ok(mut stream) = tokio::net::TcpStream::connect(address).await else {
+            continue;
+        };
+        let request = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        if begun.elapsed() > Duration::from_millis(15) {
+            // A connection may be silent for 25 ms; this client waited for a processor.
+            continue;
+        }
+        let mut answer = String::new();
+        let read = timeout(BOUND, stream.read_to_string(&mut answer))
+            .await
+            .unwrap();
+        assert!(
+            read.is_ok() && answer.starts_with("HTTP/1.1 "),
+            "{round}: {read:?} {answer}"
+        );
+        assert_eq!(run.await.unwrap().outcome(), Outcome::Clean);
+    }
+}
+
+#[tokio::test]
+async fn a_listener_that_never_accepts_holds_nothing_up() {
+    let graceful = graceful();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let _unused = graceful.listener(listener);
+    graceful.shutdown();
+    assert_eq!(graceful.phase(), Phase::Stopped);
+}
+
+#[tokio::test]
+async fn a_listener_of_any_kind_is_tracked_with_tap_io_before_or_after() {
+    let graceful = graceful();
+    let path = std::env::temp_dir().join(format!("graceful-{}.sock", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    let unix = UnixListener::bind(&path).unwrap();
+    let mut unix = graceful.listener(unix.tap_io(|_| ())).tap_io(|_| ());
+    let (client, (server, _)) = tokio::join!(UnixStream::connect(&path), unix.accept());
+    assert_eq!(graceful.connections(), 1);
+    drop((client, server));
+    assert_eq!(graceful.connections(), 0);
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_servers_on_one_lifecycle_stop_together() {
+    let graceful = graceful();
+    let listeners = [
+        TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        TcpListener::bind("127.0.0.1:0").await.unwrap(),
+    ];
+    let runs = listeners.map(|listener| {
+        let address = listener.local_addr().unwrap();
+        let run = tokio::spawn(graceful.serve(listener, app(&graceful)));
+        (address, run)
+    });
+    for (address, _) in &runs {
+        drop(connect(*address).await.unwrap());
+    }
+    graceful.shutdown();
+    for (address, run) in runs {
+        let report = timeout(BOUND, run).await.unwrap().unwrap();
+        assert_eq!(report.outcome(), Outcome::Clean);
+        let refused = connect(address).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    }
+}
