@@ -24,8 +24,7 @@ use crate::handle::Graceful;
 /// Before a refusal the request's body is read, so that a client still sending sees the answer and
 /// not a broken connection: up to 16 MiB, for up to five seconds, and through no silence longer
 /// than one second; less when the drain is over or its deadline is near. The body of a client that
-/// waits for `100 Continue` is not read, nor is any on HTTP/2, where the answer does not depend on
-/// it. gRPC calls are refused with `UNAVAILABLE` as headers alone.
+/// waits for `100 Continue` is not read. gRPC calls are refused with `UNAVAILABLE` as headers alone.
 ///
 /// # Where to put it
 ///

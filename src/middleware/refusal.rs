@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Method, Request, Response, Version, header, header::Entry};
+use http::{HeaderMap, Method, Request, Response, header, header::Entry};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use tokio::{
@@ -31,6 +31,9 @@ use crate::{
 const MOST_BYTES: u64 = 16 * 1024 * 1024;
 const MOST_TIME: Duration = Duration::from_secs(5);
 const MOST_SILENCE: Duration = Duration::from_secs(1);
+
+/// The silence of a gRPC call, whose stream of messages may stay open for as long as it lasts.
+const GRPC_SILENCE: Duration = Duration::from_millis(50);
 
 /// How long before the drain deadline the answer goes out at the latest.
 const BEFORE_DEADLINE: Duration = Duration::from_millis(250);
@@ -80,8 +83,9 @@ fn original_path<B>(_: &Request<B>) -> Option<&str> {
 pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refused) -> Refusal<B> {
     let policy = graceful.policy();
     let rejection = Rejection::new(refused, policy.retry_after);
+    let grpc = rejection::is_grpc(request.headers());
     let mut response = match &policy.rejection {
-        _ if rejection::is_grpc(request.headers()) => rejection.grpc(),
+        _ if grpc => rejection.grpc(),
         Some(respond) => respond.call(&rejection),
         None => rejection.text(),
     };
@@ -100,14 +104,13 @@ pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refus
     if refused == Refused::Draining || !headers.contains_key(header::CONNECTION) {
         leaving::say_close(&mut response, request.version());
     }
-    let http1 = matches!(request.version(), Version::HTTP_10 | Version::HTTP_11);
     Refusal {
         graceful: graceful.clone(),
         response: Some(response),
-        // Reading would send the 100 that this answer takes the place of. HTTP/2 ends a stream
-        // alone, and its client reads the answer whatever it is sending.
-        body: (http1 && !expects_continue(request.headers())).then(|| request.into_body()),
+        // Reading would send the 100 that this answer takes the place of.
+        body: (!expects_continue(request.headers())).then(|| request.into_body()),
         bytes_left: MOST_BYTES,
+        silence: if grpc { GRPC_SILENCE } else { MOST_SILENCE },
         last: None,
         silent_since: None,
         closing: Reached::new(Phase::Closing),
@@ -123,6 +126,7 @@ pin_project! {
         #[pin]
         body: Option<B>,
         bytes_left: u64,
+        silence: Duration,
         // When the answer goes out at the latest. Known from the first poll.
         last: Option<Instant>,
         silent_since: Option<Instant>,
@@ -186,7 +190,7 @@ impl<B: Body> Refusal<B> {
                 Poll::Pending if runtime::Handle::try_current().is_err() => return Poll::Ready(()),
                 Poll::Pending => {
                     let silent_since = *this.silent_since.get_or_insert(now);
-                    let until = last.min(silent_since + MOST_SILENCE);
+                    let until = last.min(silent_since + *this.silence);
                     if now >= until {
                         return Poll::Ready(());
                     }

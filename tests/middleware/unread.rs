@@ -282,7 +282,7 @@ fn a_served_request_keeps_its_body() {
 }
 
 #[test]
-fn on_http2_the_answer_does_not_wait_for_the_body() {
+fn on_http2_too_the_body_is_read_before_the_answer() {
     let (graceful, _busy) = draining(prompt());
     let body = Script::new([Step::Data("data")]);
     let read = body.progress();
@@ -290,7 +290,19 @@ fn on_http2_the_answer_does_not_wait_for_the_body() {
     *request.version_mut() = http::Version::HTTP_2;
     let mut request = task::spawn(refuse(&graceful, request));
     assert_ready_ok!(request.poll());
-    assert_eq!(read.polls(), 0);
+    assert!(read.polls() > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grpc_call_whose_stream_stays_open_is_answered_soon() {
+    let (graceful, _busy) = draining(prompt());
+    let mut request = post(Slow::Stalled);
+    let grpc = http::HeaderValue::from_static("application/grpc");
+    request.headers_mut().insert("content-type", grpc);
+    let begun = Instant::now();
+    let response = refuse(&graceful, request).await.unwrap();
+    assert_eq!(response.headers()["grpc-status"], "14");
+    assert!(begun.elapsed() <= Duration::from_millis(60));
 }
 
 #[tokio::test(start_paused = true)]
