@@ -27,7 +27,8 @@ impl Graceful {
     /// Merge it or nest it, inside or outside the [layer](Self::layer): once this has been called,
     /// a request is never refused by the layer if its route, or its path where no route is known,
     /// ends in one of these two segments. Outside (merged after `.layer(…)`) it is not counted
-    /// either.
+    /// either. What axum answers by default to paths without a route, 404, is outside then too;
+    /// a fallback of your own is where you put it.
     ///
     /// ```
     /// # use axum::Router;
