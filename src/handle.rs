@@ -122,8 +122,7 @@ impl Graceful {
     /// Whether the readiness route says yes: serving, and not marked unready.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        let word = self.shared.word();
-        word.phase() == Phase::Serving && word.is_marked_ready()
+        self.shared.word().is_ready()
     }
 
     /// The present phase.
@@ -161,7 +160,7 @@ impl Graceful {
         let word = self.shared.word();
         Snapshot {
             phase: word.phase(),
-            ready: word.phase() == Phase::Serving && word.is_marked_ready(),
+            ready: word.is_ready(),
             in_flight: word.count(),
             connections: self.connections(),
             time_left: self.shared.time_left(word.phase()),

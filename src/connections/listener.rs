@@ -58,7 +58,7 @@ impl Graceful {
 ///
 /// The kernel completes connections before a server accepts them, and resets those still in its
 /// queue when the listener is closed. So when the time has come this accepts until nothing is
-/// queued, and closes at once. The service waits for that, and for what was accepted to be read,
+/// queued, has no more handshakes begun where the system can do that, and closes. The service waits for that, and for what was accepted to be read,
 /// before the server is told to close its connections.
 pub struct GracefulListener<L: Listener> {
     /// `None` once closed.
@@ -227,7 +227,7 @@ fn last_ones<L: Listener>(listener: L) -> Vec<(L::Io, L::Addr)> {
             }
         }
     }
-    let_in_handshakes_std(&tcp);
+    let_in_handshakes(&tcp);
     drop(tcp);
     let connections = last.into_iter().rev().filter_map(|(stream, addr)| {
         stream.set_nonblocking(true).ok()?;
@@ -243,7 +243,7 @@ fn last_ones<L: Listener>(listener: L) -> Vec<(L::Io, L::Addr)> {
 ///
 /// The client tries again a second later, as after any lost packet, and is refused then.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-fn turn_away_handshakes<L: 'static>(listener: &L) -> bool {
+fn turn_away_handshakes(listener: &dyn Any) -> bool {
     use socket2::{SockFilter, SockRef};
 
     // Classic BPF (linux/bpf_common.h), on a packet that begins with its TCP header.
@@ -258,7 +258,6 @@ fn turn_away_handshakes<L: 'static>(listener: &L) -> bool {
         SockFilter::new(RETURN, 0, 0, 0),
         SockFilter::new(RETURN, 0, 0, u32::MAX),
     ];
-    let listener: &dyn Any = listener;
     listener
         .downcast_ref::<TcpListener>()
         .is_some_and(|tcp| SockRef::from(tcp).attach_filter(&filter).is_ok())
@@ -267,28 +266,27 @@ fn turn_away_handshakes<L: 'static>(listener: &L) -> bool {
 /// Takes back what `turn_away_handshakes` did. The filter is the socket's and not ours alone: a
 /// socket that a supervisor passed on, or another process shares, must accept again after us.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-fn let_in_handshakes<L: 'static>(listener: &L) {
-    let listener: &dyn Any = listener;
-    if let Some(tcp) = listener.downcast_ref::<TcpListener>() {
-        let _ = socket2::SockRef::from(tcp).detach_filter();
+fn let_in_handshakes(listener: &dyn Any) {
+    use socket2::SockRef;
+
+    let socket = listener.downcast_ref::<TcpListener>().map(SockRef::from);
+    let closing = || {
+        listener
+            .downcast_ref::<std::net::TcpListener>()
+            .map(SockRef::from)
+    };
+    if let Some(socket) = socket.or_else(closing) {
+        let _ = socket.detach_filter();
     }
 }
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
-fn let_in_handshakes_std(listener: &std::net::TcpListener) {
-    let _ = socket2::SockRef::from(listener).detach_filter();
-}
-
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn turn_away_handshakes<L>(_: &L) -> bool {
+fn turn_away_handshakes(_: &dyn Any) -> bool {
     false
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn let_in_handshakes<L>(_: &L) {}
-
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn let_in_handshakes_std(_: &std::net::TcpListener) {}
+fn let_in_handshakes(_: &dyn Any) {}
 
 /// The value as a `B`, if that is what it is.
 fn cast<A: 'static, B: 'static>(value: A) -> Option<B> {

@@ -37,8 +37,13 @@ impl Word {
     }
 
     /// What `set_ready` last said, whatever the phase.
-    pub(crate) const fn is_marked_ready(self) -> bool {
+    pub(super) const fn is_marked_ready(self) -> bool {
         self.0 & NOT_READY == 0
+    }
+
+    /// Whether readiness says yes.
+    pub(crate) fn is_ready(self) -> bool {
+        self.phase() == Phase::Serving && self.is_marked_ready()
     }
 
     /// Somebody has been served, or has been told that he would be.

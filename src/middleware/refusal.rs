@@ -17,7 +17,7 @@ use tokio::{
 
 use crate::{
     gate::Refused,
-    handle::{Graceful, Snapshot},
+    handle::Graceful,
     leaving,
     phase::Phase,
     policy,
@@ -152,18 +152,14 @@ impl<B: Body> Refusal<B> {
     fn poll_body(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let now = Instant::now();
-        let bound = match this.graceful.snapshot() {
-            Snapshot {
-                phase, time_left, ..
-            } if phase >= Phase::Closing => {
-                let left = time_left.unwrap_or_default();
-                AFTER_DRAIN.min(left.saturating_sub(BEFORE_CUT))
+        let phase = this.graceful.phase();
+        let bound = match this.graceful.shared().time_left(phase) {
+            left if phase >= Phase::Closing => {
+                AFTER_DRAIN.min(left.unwrap_or_default().saturating_sub(BEFORE_CUT))
             }
-            Snapshot {
-                phase: Phase::Draining,
-                time_left: Some(left),
-                ..
-            } => MOST_TIME.min(left.saturating_sub(BEFORE_DEADLINE)),
+            Some(left) if phase == Phase::Draining => {
+                MOST_TIME.min(left.saturating_sub(BEFORE_DEADLINE))
+            }
             _ => MOST_TIME,
         };
         let last = this.last.map_or(now + bound, |last| last.min(now + bound));

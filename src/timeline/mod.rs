@@ -1,16 +1,15 @@
 //! The timeline: what moves the phase, and when.
 //!
-//! `settle` is the whole of it: a function of the state and the present instant that
-//! takes every step which is due and says when to look again. It is called under one lock by
-//! whoever changes something (a trigger, a further signal, a server that ends) and by the
-//! *driver*, a task that sleeps until the next deadline. So a trigger takes effect before it
-//! returns, on any thread and without a runtime, and only the passing of time needs the driver.
+//! `settle` is the whole of it: a function of the state and the present instant that takes every
+//! step which is due and says when to look again. It is called under one lock by whoever changes
+//! something (a trigger, a further signal, a server that ends) and by the *driver*, a task that
+//! sleeps until the next deadline. So a trigger takes effect before it returns, on any thread and
+//! without a runtime, and only the passing of time needs the driver.
 //!
 //! The driver is spawned by the first call that happens inside a runtime. Until something triggers
 //! it holds the state weakly: a service that is built and dropped leaves no task behind. It waits
 //! for a deadline, for the bell that every change rings, and for the gate to become idle. Nothing
 //! is polled by the clock.
-
 //!
 //! `shutdown` is what is known of a shutdown under way, `settle` the steps, `driver` the task; here
 //! is what the rest of the crate asks for.
