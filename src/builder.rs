@@ -133,6 +133,31 @@ impl GracefulBuilder {
         self
     }
 
+    /// Over how much of the lame-duck phase clients are asked to leave, from its start. At first
+    /// none is, at half of it half of them, and from its end on everybody, so that ten thousand
+    /// clients do not connect anew in the same instant. Must not be longer than
+    /// [`drain_delay`](Self::drain_delay); where another delay is shorter the rest are asked when
+    /// it ends. Default: zero, everyone is asked with the next response.
+    ///
+    /// On a server of [`serve`](Graceful::serve) every connection has a turn of its own, and its
+    /// responses before that ask nothing; over HTTP/2 it is asked when its turn comes, also
+    /// without a response. On other servers every response over HTTP/1 has a turn.
+    pub fn close_spread(mut self, duration: Duration) -> Self {
+        self.policy.close_spread = duration;
+        self
+    }
+
+    /// How long a request head over HTTP/1 may take to arrive, from its first byte to its last,
+    /// before [`serve`](Graceful::serve) closes the connection. Default: 30 s. `Duration::MAX`
+    /// means no bound.
+    ///
+    /// It does not limit how long a connection may be idle. Other servers have settings of their
+    /// own; axum's has none, and reads a head for ever.
+    pub fn header_read_timeout(mut self, duration: Duration) -> Self {
+        self.policy.header_read_timeout = duration;
+        self
+    }
+
     /// What refused clients are told in `Retry-After`
     /// ([RFC 9110 §10.2.3](https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3)): whole
     /// seconds, rounded up. Default: 1 s.
@@ -192,11 +217,21 @@ impl GracefulBuilder {
     ///
     /// # Errors
     ///
-    /// When the shares do not fit the grace period or leave no time to drain, when
-    /// `max_in_flight` is zero, when `unready_status` is informational or 200, and when an exempt path
-    /// does not begin with a slash. The message names the numbers.
+    /// When the shares do not fit the grace period or leave no time to drain, when `close_spread`
+    /// is longer than `drain_delay`, when `max_in_flight` or `header_read_timeout` is zero, when
+    /// `unready_status` is informational or 200, and when an exempt path does not begin with a
+    /// slash. The message names the numbers.
     pub fn build(self) -> Result<Graceful, ConfigError> {
         let plan = self.knobs.plan()?;
+        if self.policy.close_spread > plan.drain_delay() {
+            return Err(ConfigError::SpreadTooLong {
+                close_spread: self.policy.close_spread,
+                drain_delay: plan.drain_delay(),
+            });
+        }
+        if self.policy.header_read_timeout.is_zero() {
+            return Err(ConfigError::NoTimeToRead);
+        }
         if self.max_in_flight == Some(0) {
             return Err(ConfigError::NothingInFlight);
         }

@@ -93,9 +93,12 @@ mod report;
 mod run;
 #[cfg(feature = "signal")]
 mod signals;
+mod spread;
 mod sync;
 mod timeline;
 
+#[cfg(all(feature = "axum", feature = "signal"))]
+pub use crate::connections::Accepted;
 #[cfg(feature = "axum")]
 pub use crate::connections::{GracefulListener, TrackedListener};
 pub use crate::{
@@ -108,7 +111,7 @@ pub use crate::{
     plan::{ConfigError, Misfit},
     probes::{Probe, ProbeBody, ProbeFuture},
     rejection::{Rejection, RejectionReason},
-    report::{Outcome, Remaining, Report, Trigger},
+    report::{CutConnection, Outcome, Remaining, Report, Trigger},
     run::ServerOutput,
 };
 

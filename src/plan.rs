@@ -141,6 +141,16 @@ pub enum ConfigError {
     /// Delay, drain and cleanup together are longer than the grace period, or leave no time to
     /// drain.
     DoesNotFit(Misfit),
+    /// The lame-duck phase would be over before every client had been asked to leave.
+    SpreadTooLong {
+        /// What was asked for.
+        close_spread: Duration,
+        /// What there is, by default or by [`drain_delay`](crate::GracefulBuilder::drain_delay).
+        drain_delay: Duration,
+    },
+    /// `header_read_timeout` of zero would close every connection whose request head does not
+    /// arrive in one piece.
+    NoTimeToRead,
     /// `max_in_flight(0)` would refuse every request.
     NothingInFlight,
     /// A status with which readiness cannot say no, because it is informational (1xx), or is the
@@ -208,6 +218,19 @@ impl fmt::Display for ConfigError {
                 "the shutdown does not fit its grace period: {misfit}; shorten a share, or raise \
                  grace_period together with the supervisor's (terminationGracePeriodSeconds, \
                  TimeoutStopSec)"
+            ),
+            Self::SpreadTooLong {
+                close_spread,
+                drain_delay,
+            } => write!(
+                f,
+                "close_spread {close_spread:?} is longer than drain_delay {drain_delay:?}, so the \
+                 last clients would not be asked to leave before they are refused; shorten it, or \
+                 lengthen drain_delay"
+            ),
+            Self::NoTimeToRead => f.write_str(
+                "header_read_timeout is 0, which would close every connection whose request head \
+                 does not arrive in one piece; use Duration::MAX for no bound",
             ),
             Self::NothingInFlight => f.write_str(
                 "max_in_flight is 0, which would refuse every request; leave it out for no limit",

@@ -19,16 +19,30 @@ pub(crate) fn is_probe(path: &str) -> bool {
 #[derive(Clone, Debug)]
 pub(crate) struct Policy {
     pub(crate) keep_listening: bool,
+    /// Over how much of the lame-duck phase clients are asked to leave.
+    pub(crate) close_spread: Duration,
+    #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
+    pub(crate) header_read_timeout: Duration,
     pub(crate) retry_after: Duration,
     pub(crate) unready_status: StatusCode,
     pub(crate) exempt: Vec<String>,
     pub(crate) rejection: Option<RejectionFn>,
 }
 
+impl Policy {
+    /// Clients are asked to leave one after another.
+    pub(crate) fn is_spread(&self) -> bool {
+        !self.close_spread.is_zero()
+    }
+}
+
 impl Default for Policy {
     fn default() -> Self {
         Self {
             keep_listening: true,
+            close_spread: Duration::ZERO,
+            // hyper's own.
+            header_read_timeout: Duration::from_secs(30),
             retry_after: Duration::from_secs(1),
             unready_status: StatusCode::SERVICE_UNAVAILABLE,
             exempt: Vec::new(),

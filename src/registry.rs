@@ -1,15 +1,19 @@
-//! The connections that are open, and the cut that ends them.
+//! The connections that are open, and what they are told: to leave, to close, and in the end that
+//! they are cut.
 //!
-//! A connection has a [`Line`]: a flag and the wakers of whoever waits for it to become readable
-//! and writable. The cut raises every flag and then wakes both, so that the next poll, which fails,
-//! comes at once. A waker is stored under the lock that raises the flag, before the connection is
-//! polled: either the cut finds the waker, or the poll finds the flag.
+//! A connection has a [`Line`]: what it has been told, and the wakers of whoever waits for it to
+//! become readable or writable, and of whoever owns it. The cut tells every connection and then
+//! wakes all of them, so that the next poll, which fails, comes at once. A waker is stored under the
+//! lock under which the connection is told, before the connection is polled: either the cut finds
+//! the waker, or the poll finds the cut.
 //!
 //! Each connection has wakers of its own. One notification shared by all of them would make ten
 //! thousand tasks queue for one lock at the moment of the cut.
 
 use std::{
+    cmp::Reverse,
     fmt, io,
+    net::SocketAddr,
     sync::{Arc, Mutex},
     task::{Context, Waker},
 };
@@ -17,7 +21,7 @@ use std::{
 use slab::Slab;
 use tokio::time::Instant;
 
-use crate::sync::lock;
+use crate::{report::CutConnection, spread::Place, sync::lock};
 
 #[derive(Default)]
 pub(crate) struct Registry {
@@ -29,8 +33,26 @@ struct Open {
     lines: Slab<Arc<Line>>,
     listeners: Listeners,
     last_heard: Option<Instant>,
-    /// The cut has come: whoever connects now is cut from the start.
-    cut: bool,
+    /// Connections so far.
+    entered: u64,
+    /// What everybody has been told, and whoever connects now is told from the start.
+    told: Told,
+}
+
+/// What a connection is told. It only ever moves forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Told {
+    /// To go on.
+    #[default]
+    Stay,
+    /// To leave when its turn in the spread has come.
+    TakeTurns,
+    /// To leave, if the peer can be told so without losing a request: by the GOAWAY of HTTP/2.
+    Leave,
+    /// To close when the last response is out, and at once where there is none to wait for.
+    Close,
+    /// To close now.
+    Cut,
 }
 
 /// Listeners that accept.
@@ -73,11 +95,21 @@ impl Registry {
     }
 
     /// Enters a connection. The key is for [`remove`](Self::remove).
-    pub(crate) fn insert(&self) -> (usize, Arc<Line>) {
+    pub(crate) fn insert(&self, peer: Option<SocketAddr>) -> (usize, Arc<Line>) {
+        let opened = Instant::now();
         let mut open = lock!(self.open);
-        let line = Arc::new(Line::new(open.cut));
+        let line = Arc::new(Line {
+            peer,
+            opened,
+            place: Place::nth(open.entered),
+            state: Mutex::new(State {
+                told: open.told,
+                wakers: [None, None, None],
+            }),
+        });
         let key = open.lines.insert(Arc::clone(&line));
-        open.last_heard = Some(Instant::now());
+        open.entered += 1;
+        open.last_heard = Some(opened);
         (key, line)
     }
 
@@ -91,18 +123,30 @@ impl Registry {
         left
     }
 
-    /// Fails the reads and writes of every connection, present and future.
-    pub(crate) fn cut(&self) {
+    /// The connections that are open, for the report: the oldest first.
+    pub(crate) fn list(&self, now: Instant) -> Vec<CutConnection> {
+        let mut list: Vec<_> = {
+            let open = lock!(self.open);
+            let lines = open.lines.iter();
+            lines.map(|(_, line)| line.describe(now)).collect()
+        };
+        list.sort_by_key(|connection| Reverse(connection.age));
+        list
+    }
+
+    /// Tells every connection, present and future.
+    pub(crate) fn tell(&self, told: Told) {
         let lines: Vec<_> = {
             let mut open = lock!(self.open);
-            open.cut = true;
-            open.lines
-                .iter()
-                .map(|(_, line)| Arc::clone(line))
-                .collect()
+            if open.told >= told {
+                return;
+            }
+            open.told = told;
+            let lines = open.lines.iter();
+            lines.map(|(_, line)| Arc::clone(line)).collect()
         };
         for line in lines {
-            line.cut();
+            line.tell(told);
         }
     }
 }
@@ -115,62 +159,89 @@ impl fmt::Debug for Registry {
     }
 }
 
-/// One connection's flag and wakers.
+/// One connection: what it has been told, and who is to be woken.
 #[derive(Debug)]
 pub(crate) struct Line {
+    peer: Option<SocketAddr>,
+    opened: Instant,
+    #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
+    pub(crate) place: Place,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    cut: bool,
-    /// For reading and for writing: the two halves may live in two tasks.
-    wakers: [Option<Waker>; 2],
+    told: Told,
+    /// One for each [`Waiter`].
+    wakers: [Option<Waker>; 3],
 }
 
-/// The half of a connection that is polled.
+impl State {
+    fn remember(&mut self, waiter: Waiter, cx: &Context<'_>) {
+        match &mut self.wakers[waiter as usize] {
+            Some(waker) => waker.clone_from(cx.waker()),
+            empty => *empty = Some(cx.waker().clone()),
+        }
+    }
+}
+
+/// Who waits: for reading and for writing, which may happen in two tasks, and for being told.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Half {
+pub(crate) enum Waiter {
     Read,
     Write,
+    #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
+    Owner,
 }
 
 impl Line {
-    fn new(cut: bool) -> Self {
-        Self {
-            state: Mutex::new(State {
-                cut,
-                wakers: [None, None],
-            }),
-        }
-    }
-
-    /// To be called before a half is polled: fails once the connection is cut, and otherwise sees
-    /// to it that the cut wakes the task that polls.
-    pub(crate) fn enter(&self, half: Half, cx: &Context<'_>) -> io::Result<()> {
+    /// To be called before the connection is polled: fails once it is cut, and otherwise sees to
+    /// it that the cut wakes the task that polls.
+    pub(crate) fn enter(&self, waiter: Waiter, cx: &Context<'_>) -> io::Result<()> {
         let mut state = lock!(self.state);
-        if state.cut {
+        if state.told == Told::Cut {
             return Err(io::Error::new(
                 io::ErrorKind::ConnectionAborted,
                 "the connection was cut, because the time to shut down is over",
             ));
         }
-        match &mut state.wakers[half as usize] {
-            Some(waker) => waker.clone_from(cx.waker()),
-            empty => *empty = Some(cx.waker().clone()),
-        }
+        state.remember(waiter, cx);
         Ok(())
     }
 
-    pub(crate) fn is_cut(&self) -> bool {
-        lock!(self.state).cut
+    /// What the connection has been told. When it is told more, the task is woken.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(crate) fn told(&self, cx: &Context<'_>) -> Told {
+        let mut state = lock!(self.state);
+        state.remember(Waiter::Owner, cx);
+        state.told
     }
 
-    fn cut(&self) {
+    fn describe(&self, now: Instant) -> CutConnection {
+        CutConnection {
+            peer: self.peer,
+            age: now.saturating_duration_since(self.opened),
+        }
+    }
+
+    pub(crate) fn is_cut(&self) -> bool {
+        lock!(self.state).told == Told::Cut
+    }
+
+    /// Tells this connection. Less than it has been told already changes nothing.
+    pub(crate) fn tell(&self, told: Told) {
         let wakers = {
             let mut state = lock!(self.state);
-            state.cut = true;
-            std::mem::take(&mut state.wakers)
+            if state.told >= told {
+                return;
+            }
+            state.told = told;
+            let [_, _, owner] = &mut state.wakers;
+            if told == Told::Cut {
+                std::mem::take(&mut state.wakers)
+            } else {
+                [None, None, owner.take()]
+            }
         };
         for waker in wakers.into_iter().flatten() {
             waker.wake();

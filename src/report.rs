@@ -2,7 +2,9 @@
 
 use std::{
     fmt,
+    net::SocketAddr,
     process::{self, ExitCode},
+    sync::Arc,
     time::Duration,
 };
 
@@ -119,6 +121,27 @@ impl fmt::Display for Remaining {
     }
 }
 
+/// A connection that was open when the cut came. See [`Report::connections_cut`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CutConnection {
+    /// Who was at the other end, where the listener's addresses are `SocketAddr`s. `None` for
+    /// other listeners, and for IO given to [`Graceful::track`](crate::Graceful::track).
+    pub peer: Option<SocketAddr>,
+    /// How long it had been open.
+    pub age: Duration,
+}
+
+impl fmt::Display for CutConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.peer {
+            Some(peer) => write!(f, "{peer}")?,
+            None => f.write_str("a peer without address")?,
+        }
+        write!(f, ", open for {:.1} s", self.age.as_secs_f64())
+    }
+}
+
 /// What happened during a shutdown.
 ///
 /// [`Graceful::run`](crate::Graceful::run) and [`Graceful::serve`](crate::Graceful::serve) return
@@ -139,6 +162,7 @@ pub struct Report {
     /// Lame duck, draining, closing.
     pub(crate) phases: [Duration; 3],
     pub(crate) remaining: Remaining,
+    pub(crate) connections_cut: Arc<[CutConnection]>,
     pub(crate) server_error: Option<String>,
 }
 
@@ -187,6 +211,12 @@ impl Report {
         self.remaining
     }
 
+    /// The connections that were open at the cut, the oldest first. Empty if there was none.
+    #[must_use]
+    pub fn connections_cut(&self) -> &[CutConnection] {
+        &self.connections_cut
+    }
+
     /// The error with which a server given to [`Graceful::run`](crate::Graceful::run) ended, if
     /// one did: the first one's.
     #[must_use]
@@ -216,6 +246,9 @@ impl process::Termination for Report {
     }
 }
 
+/// How many connections `Display` names.
+const NAMED: usize = 3;
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = |duration: Duration| format!("{:.3} s", duration.as_secs_f64());
@@ -231,6 +264,15 @@ impl fmt::Display for Report {
         }
         if !self.remaining.is_nothing() {
             write!(f, "\n  given up: {}", self.remaining)?;
+        }
+        let (named, others) = self
+            .connections_cut
+            .split_at(NAMED.min(self.connections_cut.len()));
+        for connection in named {
+            write!(f, "\n    {connection}")?;
+        }
+        if !others.is_empty() {
+            write!(f, "\n    and {} more", others.len())?;
         }
         if let Some(error) = &self.server_error {
             write!(f, "\n  server error: {error}")?;
@@ -253,6 +295,7 @@ mod tests {
                 Duration::from_millis(3),
             ],
             remaining: Remaining::default(),
+            connections_cut: Arc::default(),
             server_error: None,
         }
     }
@@ -285,13 +328,25 @@ mod tests {
         let mut report = report(Outcome::Forced);
         report.remaining = Remaining {
             requests: 2,
-            connections: 1,
+            connections: 5,
             servers: 0,
         };
+        let connection = |age| CutConnection {
+            peer: Some(([10, 0, 0, 7], 51234).into()),
+            age: Duration::from_millis(age),
+        };
+        report.connections_cut = [28_440, 300, 200, 100, 0].map(connection).into();
         report.server_error = Some("broken".into());
         let text = report.to_string();
         assert!(
-            text.ends_with("\n  given up: 2 requests, 1 connection\n  server error: broken"),
+            text.ends_with(
+                "\n  given up: 2 requests, 5 connections\
+                 \n    10.0.0.7:51234, open for 28.4 s\
+                 \n    10.0.0.7:51234, open for 0.3 s\
+                 \n    10.0.0.7:51234, open for 0.2 s\
+                 \n    and 2 more\
+                 \n  server error: broken"
+            ),
             "{text}"
         );
     }

@@ -1,17 +1,20 @@
 use std::{
     fmt, io,
+    net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex},
     task::{Context, Poll},
 };
 
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::heard::Heard;
 use crate::{
     handle::Graceful,
     phase::Phase,
-    registry::{Half, Line},
+    registry::{Line, Waiter},
+    sync::lock,
 };
 
 impl Graceful {
@@ -28,16 +31,7 @@ impl Graceful {
     /// # }
     /// ```
     pub fn track<I>(&self, io: I) -> GracefulIo<I> {
-        let (key, line) = self.shared().connections.insert();
-        self.shared().mark_served();
-        GracefulIo {
-            io,
-            line,
-            entry: Entry {
-                graceful: self.clone(),
-                key,
-            },
-        }
+        GracefulIo::new(self, io, None)
     }
 }
 
@@ -52,8 +46,21 @@ pin_project! {
         #[pin]
         io: I,
         line: Arc<Line>,
+        wrote: bool,
+        reset: Option<fn(&I)>,
+        heard: Option<Arc<Mutex<Heard>>>,
         // After the IO, so that the connection is closed before it is struck out.
         entry: Entry,
+    }
+
+    impl<I> PinnedDrop for GracefulIo<I> {
+        fn drop(this: Pin<&mut Self>) {
+            let Some(reset) = this.reset else { return };
+            // The peer must not take a response that was cut off for a whole one.
+            if this.wrote && this.line.is_cut() {
+                reset(&this.io);
+            }
+        }
     }
 }
 
@@ -83,6 +90,42 @@ impl Drop for Entry {
 }
 
 impl<I> GracefulIo<I> {
+    pub(super) fn new(graceful: &Graceful, io: I, peer: Option<SocketAddr>) -> Self {
+        let shared = graceful.shared();
+        let (key, line) = shared.connections.insert(peer);
+        shared.mark_served();
+        Self {
+            io,
+            line,
+            wrote: false,
+            reset: None,
+            heard: None,
+            entry: Entry {
+                graceful: graceful.clone(),
+                key,
+            },
+        }
+    }
+
+    /// Has the connection reset, by this, instead of closed, if it is cut after something was
+    /// written on it.
+    #[cfg(feature = "axum")]
+    pub(super) fn reset_by(mut self, reset: fn(&I)) -> Self {
+        self.reset = Some(reset);
+        self
+    }
+
+    /// Notes what is read from now on.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(super) fn heard(&mut self) -> Arc<Mutex<Heard>> {
+        Arc::clone(self.heard.get_or_insert_default())
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(super) fn line(&self) -> Arc<Line> {
+        Arc::clone(&self.line)
+    }
+
     /// The wrapped IO.
     pub fn get_ref(&self) -> &I {
         &self.io
@@ -101,11 +144,14 @@ impl<I: AsyncRead> AsyncRead for GracefulIo<I> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.project();
-        this.line.enter(Half::Read, cx)?;
+        this.line.enter(Waiter::Read, cx)?;
         let before = buf.filled().len();
         let result = this.io.poll_read(cx, buf);
-        if buf.filled().len() > before {
+        if let read @ [_, ..] = &buf.filled()[before..] {
             this.entry.heard();
+            if let Some(heard) = this.heard {
+                lock!(heard).note(read);
+            }
         }
         result
     }
@@ -118,19 +164,20 @@ impl<I: AsyncWrite> AsyncWrite for GracefulIo<I> {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.project();
-        this.line.enter(Half::Write, cx)?;
+        this.line.enter(Waiter::Write, cx)?;
+        *this.wrote = true;
         this.io.poll_write(cx, buf)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.project();
-        this.line.enter(Half::Write, cx)?;
+        this.line.enter(Waiter::Write, cx)?;
         this.io.poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.project();
-        this.line.enter(Half::Write, cx)?;
+        this.line.enter(Waiter::Write, cx)?;
         this.io.poll_shutdown(cx)
     }
 
@@ -140,7 +187,8 @@ impl<I: AsyncWrite> AsyncWrite for GracefulIo<I> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.project();
-        this.line.enter(Half::Write, cx)?;
+        this.line.enter(Waiter::Write, cx)?;
+        *this.wrote = true;
         this.io.poll_write_vectored(cx, bufs)
     }
 

@@ -8,12 +8,21 @@
 //! [`Graceful::track`]: crate::Graceful::track
 //! [`Graceful::listener`]: crate::Graceful::listener
 
+#[cfg(all(feature = "axum", feature = "signal"))]
+mod accepted;
+#[cfg(all(feature = "axum", feature = "signal"))]
+mod connection;
+mod heard;
 mod io;
 #[cfg(feature = "axum")]
 mod listener;
+#[cfg(feature = "axum")]
+mod queue;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod serve;
 
+#[cfg(all(feature = "axum", feature = "signal"))]
+pub use self::accepted::Accepted;
 pub use self::io::GracefulIo;
 #[cfg(feature = "axum")]
 pub use self::listener::{GracefulListener, TrackedListener};

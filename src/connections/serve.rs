@@ -1,23 +1,38 @@
-use std::{convert::Infallible, fmt};
+//! The server whose connections are ours.
 
-use axum::{
-    extract::Request,
-    response::Response,
-    serve::{IncomingStream, Listener},
-};
+use std::{convert::Infallible, future::poll_fn, pin::pin};
+
+use axum::{extract::Request, response::Response, serve::Listener};
+use tokio::task::JoinSet;
 use tower_service::Service;
 
-use super::listener::TrackedListener;
-use crate::{handle::Graceful, report::Report};
+use super::{accepted::Accepted, connection, listener::GracefulListener};
+use crate::{handle::Graceful, report::Report, timeline::Edge};
 
 impl Graceful {
-    /// Serves `app` on `listener` until the service has stopped, and reports: axum's `serve` with
-    /// the connections [tracked](Self::listener), [`drain`](Self::drain) as its shutdown signal,
-    /// and [`run`](Self::run) around it.
+    /// Serves `app` on `listener` over HTTP/1 and HTTP/2 until the service has stopped, and
+    /// reports. SIGTERM or SIGINT stop it, as with [`drain`](Self::drain).
     ///
-    /// `app` is whatever axum's `serve` takes: a `Router`, a make-service, with or without connect
-    /// info. The signal handlers are installed by this call; the listening begins when the future
-    /// is polled.
+    /// `app` is whatever axum's `serve` takes: a `Router`, a `MethodRouter`, a handler, a
+    /// make-service, with or without connect info; connect info of your own is made from an
+    /// [`Accepted`]. `listener` is any of axum's, see [`listener`](Self::listener).
+    ///
+    /// It does what axum's `serve` does with [`listener`](Self::listener), [`drain`](Self::drain)
+    /// and [`run`](Self::run), and what only the owner of a connection can do besides:
+    ///
+    /// - peers that speak HTTP/2 are asked to leave by GOAWAY
+    ///   ([RFC 9113 §6.8](https://www.rfc-editor.org/rfc/rfc9113#section-6.8)): with their next
+    ///   response in the lame-duck phase, and when draining starts, although the listener stays
+    ///   open. Only after that may a request of theirs be refused;
+    /// - [`close_spread`](crate::GracefulBuilder::close_spread) is kept for each connection;
+    /// - a request head over HTTP/1 that does not arrive within
+    ///   [`header_read_timeout`](crate::GracefulBuilder::header_read_timeout) closes its
+    ///   connection. Idle connections stay;
+    /// - at the drain deadline the handlers are dropped with their connections, whatever they wait
+    ///   for.
+    ///
+    /// The signal handlers are installed by this call; the listening begins when the future is
+    /// polled. Dropping the future closes the listener and aborts the connections.
     ///
     /// ```no_run
     /// use axum::{Router, routing::get};
@@ -46,18 +61,48 @@ impl Graceful {
     ) -> impl Future<Output = Report> + Send + use<L, M, S>
     where
         L: Listener,
-        L::Addr: fmt::Debug,
-        M: for<'a> Service<
-                IncomingStream<'a, TrackedListener<L>>,
-                Error = Infallible,
-                Response = S,
-            > + Send
-            + 'static,
-        for<'a> <M as Service<IncomingStream<'a, TrackedListener<L>>>>::Future: Send,
+        M: for<'a> Service<Accepted<'a, L>, Error = Infallible, Response = S> + Send + 'static,
+        for<'a> <M as Service<Accepted<'a, L>>>::Future: Send,
         S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
         S::Future: Send,
     {
-        let server = axum::serve(self.listener(listener), app).with_graceful_shutdown(self.drain());
-        self.run(server)
+        self.handle_signals();
+        let graceful = self.clone();
+        let listener = GracefulListener::new(listener, self.clone());
+        async move {
+            // Outside a runtime the call could not.
+            graceful.handle_signals();
+            graceful.run(accept(listener, app, graceful.clone())).await
+        }
     }
+}
+
+/// Serves every connection until the connections are to be closed, and then until they are.
+async fn accept<L, M, S>(mut listener: GracefulListener<L>, mut app: M, graceful: Graceful)
+where
+    L: Listener,
+    M: for<'a> Service<Accepted<'a, L>, Error = Infallible, Response = S> + Send + 'static,
+    for<'a> <M as Service<Accepted<'a, L>>>::Future: Send,
+    S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    let mut edges = graceful.shared().edges();
+    let mut told_to_close = pin!(async move {
+        let _ = edges.wait_for(|edge| *edge == Edge::Connections).await;
+    });
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            (io, remote_addr) = listener.accept() => {
+                let Ok(()) = poll_fn(|cx| app.poll_ready(cx)).await;
+                let Ok(service) = app.call(Accepted::new(io.get_ref(), remote_addr)).await;
+                connections.spawn(connection::serve(io, service, graceful.clone()));
+            }
+            // One that has panicked took nothing but itself.
+            Some(_) = connections.join_next() => {}
+            () = &mut told_to_close => break,
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
 }

@@ -14,6 +14,7 @@ use crate::{
     handle::{Graceful, Pass},
     leaving,
     phase::Phase,
+    timeline::Shared,
 };
 
 pin_project! {
@@ -93,7 +94,7 @@ where
                 // The inner future goes before its request is released.
                 state.set(State::Done);
                 let mut response = result?;
-                if pass.as_ref().is_some_and(is_leaving) {
+                if pass.as_ref().is_some_and(|pass| leaves(pass.gate())) {
                     leaving::say_close(&mut response, version);
                 }
                 Poll::Ready(Ok(response.map(|body| GracefulBody::new(body, pass))))
@@ -104,7 +105,7 @@ where
                 version,
             } => {
                 let result = ready!(inner.poll(cx));
-                let (leaves, version) = (graceful.phase() > Phase::Serving, *version);
+                let (leaves, version) = (leaves(graceful.shared()), *version);
                 state.set(State::Done);
                 let mut response = result?;
                 if leaves {
@@ -121,9 +122,11 @@ where
     }
 }
 
+/// Whether a response that goes out now asks its client to leave.
 #[inline]
-fn is_leaving(pass: &Pass) -> bool {
-    pass.gate().word().phase() > Phase::Serving
+fn leaves(shared: &Shared) -> bool {
+    let phase = shared.word().phase();
+    phase > Phase::Serving && (phase > Phase::LameDuck || shared.asks_to_leave())
 }
 
 impl<F, B> fmt::Debug for GracefulFuture<F, B> {

@@ -40,10 +40,11 @@ use crate::{
     events,
     gate::Gate,
     phase::Phase,
-    plan::Plan,
+    plan::{Plan, instant_after},
     policy::Policy,
-    registry::Registry,
+    registry::{Registry, Told},
     report::{Report, Trigger},
+    spread::{Place, TURN},
     sync::lock,
 };
 
@@ -100,6 +101,33 @@ impl Lifecycle {
 
     pub(crate) fn report(&self) -> Option<Report> {
         self.state().report.clone()
+    }
+
+    /// Whether a response in the lame-duck phase asks its client to leave: every one, or where
+    /// that is spread, those whose turn has come. On a connection that nobody knows it is the
+    /// response that has a turn.
+    #[cold]
+    pub(crate) fn asks_to_leave(&self) -> bool {
+        if !self.policy.is_spread() {
+            return true;
+        }
+        TURN.try_with(|turn| *turn).unwrap_or_else(|_| {
+            let place = {
+                let mut state = self.state();
+                state.spread_responses += 1;
+                Place::nth(state.spread_responses)
+            };
+            Instant::now() >= self.turn(place)
+        })
+    }
+
+    /// When whoever has this place is asked to leave, at the earliest.
+    pub(crate) fn turn(&self, place: Place) -> Instant {
+        let state = self.state();
+        let shutdown = state.shutdown.as_ref();
+        let asked = shutdown.and_then(|shutdown| shutdown.entered.first().copied());
+        let after = place.turn(self.policy.close_spread);
+        instant_after(asked.unwrap_or_else(Instant::now), after)
     }
 
     /// Time until the present phase ends at the latest, if it has an end.
@@ -243,25 +271,16 @@ impl Gate<Lifecycle> {
     fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
         let now = Instant::now();
         let mut transitions = Vec::new();
-        let (next, edge, cut) = {
+        let (next, edge, told) = {
             let mut state = self.state();
             change(&mut state, now);
             let next = self.settle(&mut state, now, &mut transitions);
-            let stopped = state.report.is_some();
-            match &mut state.shutdown {
-                None => (next, Edge::Open, false),
-                Some(shutdown) => {
-                    // What connects after the end is cut as well.
-                    let due = shutdown.cut.is_some() || stopped;
-                    let cut = due && !std::mem::replace(&mut shutdown.cut_done, due);
-                    (next, shutdown.edge, cut)
-                }
-            }
+            let told = self.told(&state);
+            let edge = state.shutdown.as_ref().map(|shutdown| shutdown.edge);
+            (next, edge.unwrap_or(Edge::Open), told)
         };
         // After the lock, because wakers and subscribers may call back.
-        if cut {
-            self.connections.cut();
-        }
+        self.connections.tell(told);
         advance(&self.edges, edge);
         if let Some(last) = transitions.last() {
             advance(&self.phases, last.to);
@@ -270,6 +289,27 @@ impl Gate<Lifecycle> {
             events::transition(transition);
         }
         next
+    }
+
+    /// What the connections are to be told.
+    fn told(&self, state: &State) -> Told {
+        let Some(shutdown) = &state.shutdown else {
+            return Told::Stay;
+        };
+        // What connects after the end is cut as well.
+        if shutdown.cut.is_some() || state.report.is_some() {
+            return Told::Cut;
+        }
+        let phase = self.word().phase();
+        if shutdown.edge == Edge::Connections {
+            Told::Close
+        } else if phase >= Phase::Draining {
+            Told::Leave
+        } else if phase == Phase::LameDuck && self.policy.is_spread() {
+            Told::TakeTurns
+        } else {
+            Told::Stay
+        }
     }
 }
 

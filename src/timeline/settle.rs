@@ -177,13 +177,15 @@ impl Gate<Lifecycle> {
 
     /// Ends by force what is still there.
     fn cut(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) {
+        let connections = self.connections.list(now);
         shutdown.cut = Some(Cut {
             at: now,
             remaining: Remaining {
                 requests: self.settled_word().count(),
-                connections: self.connections.len(),
+                connections: connections.len(),
                 servers,
             },
+            connections: connections.into(),
             hurried: false,
         });
     }

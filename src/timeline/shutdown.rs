@@ -1,7 +1,7 @@
 //! What is known of a shutdown under way, and what becomes of it in the report. No step is taken
 //! here.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -9,7 +9,7 @@ use crate::{
     events::Reason,
     phase::Phase,
     plan::{Deadlines, instant_after},
-    report::{Outcome, Remaining, Report, Trigger},
+    report::{CutConnection, Outcome, Remaining, Report, Trigger},
 };
 
 /// How long connections are given to close: after the last request has left, even when the drain
@@ -31,6 +31,8 @@ pub(super) struct State {
     pub(super) servers: Option<usize>,
     /// Drain futures that are waiting, each for a server that may be run by other means.
     pub(super) drains: usize,
+    /// Responses that had a turn of their own.
+    pub(super) spread_responses: u64,
     pub(super) server_error: Option<String>,
     pub(super) report: Option<Report>,
 }
@@ -63,8 +65,6 @@ pub(super) struct Shutdown {
     /// A further signal wants the present phase to end now.
     pub(super) hurry: bool,
     pub(super) cut: Option<Cut>,
-    /// The connections have been told of the cut.
-    pub(super) cut_done: bool,
     #[cfg(feature = "signal")]
     pub(super) last_interrupt: Option<Instant>,
 }
@@ -83,6 +83,7 @@ pub(crate) enum ServerEnd {
 pub(super) struct Cut {
     pub(super) at: Instant,
     pub(super) remaining: Remaining,
+    pub(super) connections: Arc<[CutConnection]>,
     /// A signal called for it while the connections were being closed, and no deadline.
     pub(super) hurried: bool,
 }
@@ -100,7 +101,6 @@ impl Shutdown {
             delay_over: None,
             hurry: false,
             cut: None,
-            cut_done: false,
             #[cfg(feature = "signal")]
             last_interrupt: None,
         }
@@ -162,6 +162,11 @@ impl Shutdown {
             outcome,
             phases,
             remaining,
+            connections_cut: self
+                .cut
+                .as_ref()
+                .map(|cut| Arc::clone(&cut.connections))
+                .unwrap_or_default(),
             server_error,
         }
     }

@@ -1,0 +1,265 @@
+//! One connection of `serve`: what its owner can do for it and nobody else.
+
+use std::{
+    convert::Infallible,
+    future::poll_fn,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex},
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use axum::{body::Body, extract::Request, response::Response};
+use http::Version;
+use hyper::{
+    body::Incoming,
+    rt::{Sleep, Timer},
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use pin_project_lite::pin_project;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time,
+};
+use tower_service::Service;
+
+use super::{heard::Heard, io::GracefulIo};
+use crate::{
+    handle::Graceful,
+    leaving,
+    phase::Phase,
+    registry::{Line, Told},
+    spread::TURN,
+    sync::lock,
+};
+
+/// Serves HTTP/1 and HTTP/2 on a connection until it closes or is cut.
+///
+/// The peer is asked to leave when its turn has come: over HTTP/2 by GOAWAY, which loses no
+/// request, over HTTP/1 by the header of a response. Over HTTP/1 an idle connection is closed only
+/// when everybody is, because a request may be on its way.
+pub(super) async fn serve<I, S>(mut io: GracefulIo<I>, service: S, graceful: Graceful)
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    let owner = Arc::new(Owner {
+        line: io.line(),
+        graceful,
+    });
+    let heard = io.heard();
+    let mut http = auto::Builder::new(TokioExecutor::new());
+    let timeout = owner.graceful.policy().header_read_timeout;
+    let timer = HeadTimer {
+        timeout,
+        heard: Arc::clone(&heard),
+        made: Instant::now(),
+    };
+    http.http1().timer(timer).header_read_timeout(timeout);
+    // For WebSockets (RFC 8441).
+    http.http2().enable_connect_protocol();
+    let service = TowerToHyperService::new(Owned {
+        inner: service,
+        owner: Arc::clone(&owner),
+    });
+    let mut connection = pin!(http.serve_connection_with_upgrades(TokioIo::new(io), service));
+    let is_http2 = || lock!(heard).is_http2();
+    let mut turn = pin!(None);
+    let mut asked = Told::Stay;
+    poll_fn(|cx| {
+        let told = owner.line.told(cx);
+        if told == Told::Cut {
+            return Poll::Ready(());
+        }
+        loop {
+            // First of all, because what has arrived already is still to be answered.
+            if connection.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            let leaves = match told {
+                Told::Stay => false,
+                Told::TakeTurns => is_http2() && owner.poll_turn(turn.as_mut(), cx).is_ready(),
+                Told::Leave => is_http2(),
+                Told::Close | Told::Cut => true,
+            };
+            if !leaves || asked == told {
+                return Poll::Pending;
+            }
+            asked = told;
+            connection.as_mut().graceful_shutdown();
+        }
+    })
+    .await;
+}
+
+/// What a connection and its requests share.
+struct Owner {
+    line: Arc<Line>,
+    graceful: Graceful,
+}
+
+impl Owner {
+    /// When this connection's turn to leave comes.
+    fn turn(&self) -> time::Instant {
+        self.graceful.shared().turn(self.line.place)
+    }
+
+    fn poll_turn(
+        &self,
+        mut sleep: Pin<&mut Option<time::Sleep>>,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
+        if sleep.is_none() {
+            sleep.set(Some(time::sleep_until(self.turn())));
+        }
+        sleep
+            .as_pin_mut()
+            .map_or(Poll::Ready(()), |sleep| sleep.poll(cx))
+    }
+
+    /// Whether connections are asked one after another in this phase.
+    fn is_spread(&self, phase: Phase) -> bool {
+        phase == Phase::LameDuck && self.graceful.policy().is_spread()
+    }
+
+    /// Asks the peer to leave, with this response, if its turn has come.
+    #[cold]
+    fn ask_to_leave(&self, response: &mut Response, version: Version, phase: Phase) {
+        if self.is_spread(phase) && time::Instant::now() < self.turn() {
+            return;
+        }
+        leaving::say_close(response, version);
+        if version == Version::HTTP_2 {
+            self.line.tell(Told::Leave);
+        }
+    }
+}
+
+/// A service whose responses ask the peer to leave once it shall.
+#[derive(Clone)]
+struct Owned<S> {
+    inner: S,
+    owner: Arc<Owner>,
+}
+
+impl<S> Service<http::Request<Incoming>> for Owned<S>
+where
+    S: Service<Request, Response = Response, Error = Infallible>,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = OwnedFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Incoming>) -> Self::Future {
+        OwnedFuture {
+            version: request.version(),
+            owner: Arc::clone(&self.owner),
+            inner: self.inner.call(request.map(Body::new)),
+        }
+    }
+}
+
+pin_project! {
+    struct OwnedFuture<F> {
+        #[pin]
+        inner: F,
+        version: Version,
+        owner: Arc<Owner>,
+    }
+}
+
+impl<F> Future for OwnedFuture<F>
+where
+    F: Future<Output = Result<Response, Infallible>>,
+{
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let owner = &**this.owner;
+        let polled = if owner.is_spread(owner.graceful.phase()) {
+            let turn = time::Instant::now() >= owner.turn();
+            TURN.sync_scope(turn, || this.inner.poll(cx))
+        } else {
+            this.inner.poll(cx)
+        };
+        let mut result = ready!(polled);
+        let phase = owner.graceful.phase();
+        if let (Ok(response), true) = (&mut result, phase > Phase::Serving) {
+            owner.ask_to_leave(response, *this.version, phase);
+        }
+        Poll::Ready(result)
+    }
+}
+
+/// The timer that bounds the reading of a request head over HTTP/1.
+///
+/// hyper starts it when it begins to wait for a head, which would close idle connections too: a
+/// balancer that takes one up again at that moment loses a request. So this one stands still until
+/// the head's first byte.
+#[derive(Clone)]
+struct HeadTimer {
+    timeout: Duration,
+    heard: Arc<Mutex<Heard>>,
+    made: Instant,
+}
+
+impl Timer for HeadTimer {
+    fn sleep(&self, _: Duration) -> Pin<Box<dyn Sleep>> {
+        Box::pin(HeadTimeout {
+            awaited_from: lock!(self.heard).await_head(),
+            heard: Arc::clone(&self.heard),
+            timeout: self.timeout,
+            sleep: None,
+        })
+    }
+
+    fn sleep_until(&self, _: Instant) -> Pin<Box<dyn Sleep>> {
+        self.sleep(self.timeout)
+    }
+
+    fn now(&self) -> Instant {
+        // For a deadline that is not looked at.
+        self.made
+    }
+}
+
+pin_project! {
+    struct HeadTimeout {
+        awaited_from: u64,
+        heard: Arc<Mutex<Heard>>,
+        timeout: Duration,
+        #[pin]
+        sleep: Option<time::Sleep>,
+    }
+}
+
+impl Sleep for HeadTimeout {}
+
+impl Future for HeadTimeout {
+    type Output = ();
+
+    /// Polled by hyper each time it has read and the head is not whole.
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        if this.sleep.is_none() {
+            if lock!(this.heard).bytes == *this.awaited_from {
+                return Poll::Pending;
+            }
+            this.sleep.set(Some(time::sleep(*this.timeout)));
+        }
+        match this.sleep.as_pin_mut() {
+            Some(sleep) => sleep.poll(cx),
+            None => Poll::Pending,
+        }
+    }
+}
