@@ -35,7 +35,7 @@ struct Open {
     last_heard: Option<Instant>,
     /// Connections so far.
     entered: u64,
-    /// What everybody has been told, and whoever connects now is told from the start.
+    /// What everybody has been told.
     told: Told,
 }
 
@@ -98,12 +98,18 @@ impl Registry {
     pub(crate) fn insert(&self, peer: Option<SocketAddr>) -> (usize, Arc<Line>) {
         let opened = Instant::now();
         let mut open = lock!(self.open);
+        // Who connects while others are asked to leave has a request, and is asked with its answer.
+        let told = if open.told >= Told::Close {
+            open.told
+        } else {
+            Told::Stay
+        };
         let line = Arc::new(Line {
             peer,
             opened,
             place: Place::nth(open.entered),
             state: Mutex::new(State {
-                told: open.told,
+                told,
                 wakers: [None, None, None],
             }),
         });
@@ -134,7 +140,7 @@ impl Registry {
         list
     }
 
-    /// Tells every connection, present and future.
+    /// Tells every connection: those that are open, and if it is to close, those that come.
     pub(crate) fn tell(&self, told: Told) {
         let lines: Vec<_> = {
             let mut open = lock!(self.open);

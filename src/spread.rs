@@ -60,7 +60,5 @@ mod tests {
             }
         }
         assert_eq!(Place(0).turn(Duration::MAX), Duration::ZERO);
-        let last = Place(u32::MAX).turn(Duration::from_secs(1));
-        assert!(last < Duration::from_secs(1));
     }
 }

@@ -76,6 +76,6 @@ mod tests {
         let mut heard = heard(&[b"GET"]);
         assert_eq!(heard.await_head(), 0);
         heard.note(b" / HTTP/1.1\r\n\r\n");
-        assert_eq!(heard.await_head(), 19);
+        assert_eq!(heard.await_head(), 18);
     }
 }

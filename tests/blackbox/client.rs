@@ -259,3 +259,144 @@ pub(crate) mod http2 {
         }
     }
 }
+
+/// HTTP/2 frame by frame ([RFC 9113 §4.1](https://www.rfc-editor.org/rfc/rfc9113#section-4.1)), to
+/// see what a client library keeps to itself.
+pub(crate) mod frames {
+    use std::{
+        io::{self, Read, Write},
+        net::{SocketAddr, TcpStream},
+        time::Duration,
+    };
+
+    pub(crate) const DATA: u8 = 0;
+    pub(crate) const HEADERS: u8 = 1;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    pub(crate) const GOAWAY: u8 = 7;
+    const ACK: u8 = 1;
+    pub(crate) const END_STREAM: u8 = 1;
+    const END_HEADERS: u8 = 4;
+
+    /// A client with prior knowledge. It acknowledges what asks for it.
+    pub(crate) struct Connection {
+        stream: TcpStream,
+        next: u32,
+    }
+
+    #[derive(Debug)]
+    pub(crate) struct Frame {
+        pub(crate) kind: u8,
+        pub(crate) flags: u8,
+        pub(crate) stream: u32,
+        pub(crate) payload: Vec<u8>,
+    }
+
+    impl Frame {
+        /// Of a GOAWAY: the last stream that is answered.
+        pub(crate) fn last_stream(&self) -> u32 {
+            assert_eq!(self.kind, GOAWAY, "{self:?}");
+            u32::from_be_bytes(self.payload[..4].try_into().unwrap())
+        }
+
+        /// Of the head of a response.
+        pub(crate) fn is_ok(&self) -> bool {
+            // `:status: 200` is entry 8 of the static table (RFC 7541 Appendix A), and comes
+            // first, if not after an update of the table's size.
+            let head = &self.payload;
+            self.kind == HEADERS && (head[0] == 0x88 || head[0] & 0xe0 == 0x20 && head[1] == 0x88)
+        }
+    }
+
+    impl Connection {
+        pub(crate) fn open(address: SocketAddr) -> Self {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.set_nodelay(true).unwrap();
+            stream
+                .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                .unwrap();
+            let mut connection = Self { stream, next: 1 };
+            connection.send(SETTINGS, 0, 0, &[]).unwrap();
+            connection
+        }
+
+        fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> io::Result<()> {
+            let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+            let mut frame = length[1..].to_vec();
+            frame.extend([kind, flags]);
+            frame.extend(stream.to_be_bytes());
+            frame.extend(payload);
+            self.stream.write_all(&frame)
+        }
+
+        /// Begins a request, and returns its stream.
+        pub(crate) fn begin(&mut self, path: &str) -> io::Result<u32> {
+            // GET, http, and as literals the path and the authority (RFC 7541 §6).
+            let mut head = vec![0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
+            head.extend(path.as_bytes());
+            head.extend(b"\x01\x04test");
+            let stream = self.next;
+            self.next += 2;
+            self.send(HEADERS, END_STREAM | END_HEADERS, stream, &head)?;
+            Ok(stream)
+        }
+
+        /// The next frame, or `None` when the server has closed.
+        pub(crate) fn read(&mut self) -> Option<Frame> {
+            self.stream
+                .set_read_timeout(Some(Duration::from_secs(10)))
+                .unwrap();
+            let mut head = [0; 9];
+            match self.stream.read_exact(&mut head) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return None,
+                result => result.unwrap(),
+            }
+            let [a, b, c, kind, flags, stream @ ..] = head;
+            let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+            self.stream.read_exact(&mut payload).unwrap();
+            // The server may have closed its side already.
+            let _ = match (kind, flags & ACK) {
+                (SETTINGS, 0) => self.send(SETTINGS, ACK, 0, &[]),
+                (PING, 0) => self.send(PING, ACK, 0, &payload),
+                _ => Ok(()),
+            };
+            Some(Frame {
+                kind,
+                flags,
+                stream: u32::from_be_bytes(stream),
+                payload,
+            })
+        }
+
+        /// The next frame of this kind. Others are passed over.
+        #[track_caller]
+        pub(crate) fn next(&mut self, kind: u8) -> Frame {
+            loop {
+                match self.read() {
+                    Some(frame) if frame.kind == kind => return frame,
+                    Some(_) => {}
+                    None => panic!("closed before a frame of kind {kind}"),
+                }
+            }
+        }
+
+        /// Reads until nothing has come for this long. Returns what tells of a stream, or of the
+        /// end.
+        pub(crate) fn until_quiet(&mut self, quiet: Duration) -> Vec<Frame> {
+            let mut frames = Vec::new();
+            loop {
+                self.stream.set_read_timeout(Some(quiet)).unwrap();
+                if !self.stream.peek(&mut [0]).is_ok_and(|bytes| bytes > 0) {
+                    return frames;
+                }
+                let frame = self.read();
+                frames.extend(frame.filter(|frame| matches!(frame.kind, DATA | HEADERS | GOAWAY)));
+            }
+        }
+
+        /// Reads until the server has closed.
+        pub(crate) fn until_closed(&mut self) {
+            while self.read().is_some() {}
+        }
+    }
+}

@@ -17,6 +17,8 @@ mod draining;
 #[cfg(unix)]
 mod edge;
 #[cfg(unix)]
+mod goaway;
+#[cfg(unix)]
 mod in_flight;
 #[cfg(unix)]
 mod process;
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         draining::TESTS,
         deadline::TESTS,
         edge::TESTS,
+        goaway::TESTS,
         in_flight::TESTS,
         refusal::TESTS,
         signals::TESTS,

@@ -8,11 +8,12 @@ use axum::{
     Router,
     body::{Body, Bytes},
     extract::{ConnectInfo, Path, Request},
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderValue, StatusCode, Version, header},
     response::{IntoResponse, Response},
     routing::{any, get, post},
 };
 use futures_util::stream;
+use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tower_graceful::{Graceful, Phase};
 
@@ -81,6 +82,12 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         .exempt("/nested/metrics");
     if let Some(grace_period) = knobs.millis("grace") {
         builder = builder.grace_period(grace_period);
+    }
+    if let Some(spread) = knobs.millis("spread") {
+        builder = builder.close_spread(spread);
+    }
+    if let Some(timeout) = knobs.millis("header_read_timeout") {
+        builder = builder.header_read_timeout(timeout);
     }
     if let Some(limit) = knobs.number("limit") {
         builder = builder.max_in_flight(limit.try_into().unwrap());
@@ -158,8 +165,9 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
 }
 
 fn app(graceful: &Graceful) -> Router {
-    let [counting, stopping, marking] = [(); 3].map(|()| graceful.clone());
+    let [counting, connected, stopping, marking] = [(); 4].map(|()| graceful.clone());
     let count = move || async move { counting.in_flight().to_string() };
+    let connections = move || async move { connected.connections().to_string() };
     let shutdown = move |Path(calls): Path<usize>| async move {
         let calls = (0..calls).map(|_| {
             let graceful = stopping.clone();
@@ -186,6 +194,7 @@ fn app(graceful: &Graceful) -> Router {
             "/silent",
             get(|| async { Body::from_stream(stream::pending::<io::Result<Bytes>>()) }),
         )
+        .route("/upgrade", any(upgrade))
         .route("/panic", get(panic))
         .route("/panic-in-body", get(panic_in_body))
         .route("/empty/{status}", get(empty))
@@ -205,7 +214,10 @@ fn app(graceful: &Graceful) -> Router {
         .fallback(|| async { (StatusCode::NOT_FOUND, "nothing here") })
         .layer(graceful.layer());
     // Outside the layer, so that looking does not change what is seen.
-    behind.merge(graceful.probes()).route("/count", get(count))
+    behind
+        .merge(graceful.probes())
+        .route("/count", get(count))
+        .route("/connections", get(connections))
 }
 
 async fn sleep(Path(ms): Path<u64>) -> impl IntoResponse {
@@ -238,6 +250,24 @@ async fn block(Path(ms): Path<u64>) -> &'static str {
 async fn large() -> Bytes {
     static LARGE: LazyLock<Bytes> = LazyLock::new(|| vec![b'x'; 64 * 1024 * 1024].into());
     LARGE.clone()
+}
+
+/// Answers what it is sent, once it is no longer HTTP: after `Upgrade` over HTTP/1, and after an
+/// extended CONNECT over HTTP/2.
+async fn upgrade(request: Request) -> Response {
+    let mut response = Response::new(Body::empty());
+    if request.version() < Version::HTTP_2 {
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        let headers = response.headers_mut();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, HeaderValue::from_static("echo"));
+    }
+    tokio::spawn(async move {
+        let upgraded = hyper::upgrade::on(request).await.unwrap();
+        let (mut read, mut write) = tokio::io::split(TokioIo::new(upgraded));
+        let _ = tokio::io::copy(&mut read, &mut write).await;
+    });
+    response
 }
 
 async fn panic() -> &'static str {

@@ -201,8 +201,10 @@ async fn connections_still_open_at_the_deadline_are_reported() {
     assert_eq!(report.remaining().connections, 3);
     assert_eq!(report.remaining().requests, 0);
     assert_eq!(report.duration(), DEADLINE + LET_GO);
+    let ages = report.connections_cut().iter().map(|cut| cut.age);
+    assert_eq!(ages.collect::<Vec<_>>(), [DEADLINE; 3]);
     let text = report.to_string();
-    assert!(text.ends_with("given up: 3 connections"), "{text}");
+    assert!(text.contains("given up: 3 connections\n"), "{text}");
 }
 
 #[tokio::test(start_paused = true)]

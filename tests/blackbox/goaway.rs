@@ -1,0 +1,207 @@
+//! HTTP/2: who is on a connection is asked to leave it, and loses nothing.
+
+use std::time::Duration;
+
+use crate::{
+    Test,
+    client::{
+        frames::{Connection, DATA, END_STREAM, Frame, GOAWAY, HEADERS},
+        http2,
+    },
+    process::Server,
+    server::Form,
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "goaway::comes_with_the_next_response_of_the_lame_duck_phase",
+        &[Form::Serve],
+        with_a_response,
+    ),
+    (
+        "goaway::comes_when_draining_starts",
+        &[Form::Serve],
+        when_draining_starts,
+    ),
+    (
+        "goaway::comes_when_connections_close",
+        &[Form::Run, Form::Smallest],
+        when_connections_close,
+    ),
+    (
+        "goaway::does_not_come_before_the_answer_to_who_connects_late",
+        &[Form::Serve],
+        connects_late,
+    ),
+    (
+        "goaway::loses_no_stream_that_races_with_it",
+        Form::ALL,
+        racing,
+    ),
+    (
+        "goaway::lets_twenty_five_streams_finish",
+        Form::ALL,
+        twenty_five,
+    ),
+];
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+/// Everything, for the time being (RFC 9113 §6.8).
+const ALL_STREAMS: u32 = u32::MAX >> 1;
+
+/// Opens a connection and has one answer on it.
+fn used(server: &Server) -> Connection {
+    let mut connection = Connection::open(server.address);
+    connection.begin("/").unwrap();
+    assert!(connection.next(HEADERS).is_ok());
+    assert!(
+        connection
+            .until_quiet(MS(50))
+            .iter()
+            .all(|f| f.kind == DATA)
+    );
+    connection
+}
+
+fn with_a_response(form: Form) {
+    let mut server = Server::start(form, &[]);
+    let mut idle = used(&server);
+    let mut busy = used(&server);
+    server.terminate();
+    server.wait_for_unready();
+    busy.begin("/").unwrap();
+    assert!(busy.next(HEADERS).is_ok());
+    assert_eq!(busy.next(GOAWAY).last_stream(), ALL_STREAMS);
+    assert_eq!(busy.next(GOAWAY).last_stream(), 3);
+    // The server closes what is finished.
+    busy.until_closed();
+    assert!(server.elapsed() < MS(900), "{:?}", server.elapsed());
+    // Who does not ask is not disturbed before the delay is over.
+    let frames = idle.until_quiet(MS(900).saturating_sub(server.elapsed()));
+    assert!(frames.is_empty(), "{frames:?}");
+    assert_eq!(idle.next(GOAWAY).last_stream(), ALL_STREAMS);
+    idle.until_closed();
+    server.exit().assert_clean();
+}
+
+fn when_draining_starts(form: Form) {
+    let mut server = Server::start(form, &[]);
+    // One that has never asked anything, one that has, one that is being answered.
+    let mut silent = Connection::open(server.address);
+    let mut idle = used(&server);
+    let mut busy = Connection::open(server.address);
+    let slow = busy.begin("/sleep/2500").unwrap();
+    server.wait_for_in_flight(1);
+    server.terminate();
+    for connection in [&mut silent, &mut idle, &mut busy] {
+        assert_eq!(connection.next(GOAWAY).last_stream(), ALL_STREAMS);
+    }
+    assert!(server.elapsed() > MS(950), "{:?}", server.elapsed());
+    assert!(server.elapsed() < MS(1300), "{:?}", server.elapsed());
+    for connection in [&mut silent, &mut idle] {
+        connection.until_closed();
+    }
+    assert!(server.elapsed() < MS(1400), "{:?}", server.elapsed());
+    // It listens all the same.
+    assert_eq!(server.get("/").status, 503);
+    let head = busy.next(HEADERS);
+    assert!(head.is_ok() && head.stream == slow, "{head:?}");
+    assert!(busy.next(DATA).flags & END_STREAM != 0);
+    busy.until_closed();
+    server.exit().assert_clean();
+}
+
+fn when_connections_close(form: Form) {
+    let mut server = Server::start(form, &[]);
+    let mut busy = Connection::open(server.address);
+    busy.begin("/sleep/1500").unwrap();
+    server.wait_for_in_flight(1);
+    server.terminate();
+    assert!(busy.next(HEADERS).is_ok());
+    assert_eq!(busy.next(GOAWAY).last_stream(), ALL_STREAMS);
+    assert!(server.elapsed() > MS(1400), "{:?}", server.elapsed());
+    busy.until_closed();
+    server.exit().assert_clean();
+}
+
+fn connects_late(form: Form) {
+    let mut server = Server::start(form, &[]);
+    let slow = server.get_in_background("/sleep/1800");
+    server.terminate();
+    server.wait_for_unready();
+    let mut connection = Connection::open(server.address);
+    assert!(connection.until_quiet(MS(100)).is_empty());
+    connection.begin("/").unwrap();
+    assert!(connection.next(HEADERS).is_ok());
+    connection.until_closed();
+    server.wait_for_draining();
+    let mut connection = Connection::open(server.address);
+    assert!(connection.until_quiet(MS(100)).is_empty());
+    connection.begin("/").unwrap();
+    let head = connection.next(HEADERS);
+    assert!(!head.is_ok(), "{head:?}");
+    connection.until_closed();
+    slow.join().unwrap().assert_ok();
+    server.exit().assert_clean();
+}
+
+/// Streams go on being opened on a connection until the server says which the last one was.
+fn racing(form: Form) {
+    for delay in ["delay=0", "delay=300"] {
+        let mut server = Server::start(form, &[delay]);
+        let mut connection = used(&server);
+        let slow = server.get_in_background("/sleep/600");
+        server.wait_for_in_flight(1);
+        server.terminate();
+        let mut sent = vec![1];
+        let mut frames: Vec<Frame> = Vec::new();
+        let said = |frames: &[Frame]| {
+            let goaway = frames.iter().rev().find(|frame| frame.kind == GOAWAY)?;
+            Some(goaway.last_stream()).filter(|last| *last != ALL_STREAMS)
+        };
+        while said(&frames).is_none() {
+            for _ in 0..3 {
+                if let Ok(stream) = connection.begin("/") {
+                    sent.push(stream);
+                }
+            }
+            frames.extend(connection.until_quiet(Duration::from_micros(200)));
+            assert!(server.elapsed() < MS(3000), "no GOAWAY");
+        }
+        while let Some(frame) = connection.read() {
+            frames.push(frame);
+        }
+        let last = said(&frames).unwrap();
+        let answered = |stream| {
+            let mut frames = frames.iter().filter(|frame| frame.stream == stream);
+            frames.any(|frame| frame.flags & END_STREAM != 0)
+        };
+        let promised = sent.iter().filter(|stream| **stream <= last).skip(1);
+        let lost: Vec<_> = promised
+            .clone()
+            .filter(|stream| !answered(**stream))
+            .collect();
+        assert!(promised.count() > 3, "{last} of {sent:?}: {frames:?}");
+        assert!(lost.is_empty(), "{lost:?} of {}", sent.len());
+        slow.join().unwrap().assert_ok();
+        server.exit().assert_clean();
+    }
+}
+
+fn twenty_five(form: Form) {
+    let mut server = Server::start(form, &["delay=200"]);
+    let connection = http2::Connection::open(server.address);
+    let streams: Vec<_> = (0..25)
+        .map(|i| connection.begin(&format!("/stream/10/{}", 60 + i), &[]))
+        .collect();
+    server.wait_for_in_flight(25);
+    server.terminate();
+    for stream in streams {
+        let response = stream().unwrap();
+        assert_eq!(response.status, 200);
+        assert_eq!(response.body.split(|byte| *byte == b'\n').count(), 11);
+    }
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(500), MS(1500));
+}
