@@ -37,8 +37,9 @@
 //! - [`Graceful::drain`] is the future for axum's `with_graceful_shutdown`, driven by signals.
 //! - [`Graceful::listener`] and [`Graceful::track`] count connections and cut them at the
 //!   deadline.
-//! - [`Graceful::run`] runs a server to its end and returns a [`Report`]; [`Graceful::serve`] is
-//!   all of the above in one call.
+//! - [`Graceful::run`] runs a server to its end and returns a [`Report`].
+//! - [`Graceful::serve`] is all of the above in one call, on connections of its own: over HTTP/2
+//!   only who owns a connection can ask its peer to leave.
 //!
 //! # The phases
 //!

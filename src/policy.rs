@@ -21,7 +21,6 @@ pub(crate) struct Policy {
     pub(crate) keep_listening: bool,
     /// Over how much of the lame-duck phase clients are asked to leave.
     pub(crate) close_spread: Duration,
-    #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
     pub(crate) header_read_timeout: Duration,
     pub(crate) retry_after: Duration,
     pub(crate) unready_status: StatusCode,

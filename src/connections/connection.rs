@@ -60,7 +60,9 @@ where
         heard: Arc::clone(&heard),
         made: Instant::now(),
     };
-    http.http1().timer(timer).header_read_timeout(timeout);
+    http.http1()
+        .timer(timer.clone())
+        .header_read_timeout(timeout);
     // For WebSockets (RFC 8441).
     http.http2().enable_connect_protocol();
     let service = TowerToHyperService::new(Owned {
@@ -69,6 +71,9 @@ where
     });
     let mut connection = pin!(http.serve_connection_with_upgrades(TokioIo::new(io), service));
     let is_http2 = || lock!(heard).is_http2();
+    // hyper's timer begins where it is known to be HTTP/1.
+    let mut opening = pin!(timer.timeout(0));
+    let mut opened = false;
     let mut turn = pin!(None);
     let mut asked = Told::Stay;
     poll_fn(|cx| {
@@ -79,6 +84,10 @@ where
         loop {
             // First of all, because what has arrived already is still to be answered.
             if connection.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            opened = opened || lock!(heard).is_decided();
+            if !opened && opening.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(());
             }
             let leaves = match told {
@@ -213,14 +222,21 @@ struct HeadTimer {
     made: Instant,
 }
 
-impl Timer for HeadTimer {
-    fn sleep(&self, _: Duration) -> Pin<Box<dyn Sleep>> {
-        Box::pin(HeadTimeout {
-            awaited_from: lock!(self.heard).await_head(),
+impl HeadTimer {
+    fn timeout(&self, awaited_from: u64) -> HeadTimeout {
+        HeadTimeout {
+            awaited_from,
             heard: Arc::clone(&self.heard),
             timeout: self.timeout,
             sleep: None,
-        })
+        }
+    }
+}
+
+impl Timer for HeadTimer {
+    fn sleep(&self, _: Duration) -> Pin<Box<dyn Sleep>> {
+        let awaited_from = lock!(self.heard).await_head();
+        Box::pin(self.timeout(awaited_from))
     }
 
     fn sleep_until(&self, _: Instant) -> Pin<Box<dyn Sleep>> {

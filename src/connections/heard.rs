@@ -30,6 +30,11 @@ impl Heard {
         }
     }
 
+    /// It is known what the peer speaks.
+    pub(super) fn is_decided(&self) -> bool {
+        self.is_http2() || self.bytes > self.preface as u64
+    }
+
     /// The peer speaks HTTP/2.
     pub(super) fn is_http2(&self) -> bool {
         self.preface == PREFACE.len()
@@ -60,11 +65,13 @@ mod tests {
         let bytes: Vec<_> = PREFACE.chunks(1).collect();
         assert!(heard(&bytes).is_http2());
         assert!(!heard(&bytes[..23]).is_http2());
+        assert!(!heard(&bytes[..23]).is_decided());
     }
 
     #[test]
     fn nothing_else_is_taken_for_it() {
-        assert!(!heard(&[]).is_http2());
+        assert!(!heard(&[]).is_decided());
+        assert!(heard(&[b"PO"]).is_decided());
         assert!(!heard(&[b"GET / HTTP/1.1\r\n\r\n", PREFACE]).is_http2());
         assert!(!heard(&[b"PRI * HTTP/1", PREFACE]).is_http2());
         assert!(!heard(&[b"P", b"P", &PREFACE[1..]]).is_http2());

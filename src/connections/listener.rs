@@ -36,10 +36,10 @@ impl Graceful {
     /// written on it, the cut is a reset, so that no half response looks like a whole one.
     ///
     /// Give it the `TcpListener` itself, and put `tap_io` after it: `graceful.listener(tcp).tap_io(…)`.
-    /// The queue of a `TcpListener` can be emptied to the last connection before it is closed (on
-    /// Linux exactly, elsewhere nearly so). Of a listener that wraps one, or that is of another
-    /// kind, only what it accepts by itself is known, and connections that arrive in the moment of
-    /// the close may be reset.
+    /// The queue of a `TcpListener` can be emptied to the last connection before it is closed: on
+    /// Linux exactly, elsewhere and for a `UnixListener` but for who comes between the last look
+    /// and the close. Of a listener that wraps one only what it accepts by itself is known, and
+    /// connections that arrive in the moment of the close may be reset.
     ///
     /// ```no_run
     /// # #[tokio::main]

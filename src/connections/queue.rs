@@ -3,6 +3,8 @@
 use std::{any::Any, future, io, pin::pin, task::Poll};
 
 use axum::serve::Listener;
+#[cfg(unix)]
+use tokio::net::{UnixListener, UnixStream, unix};
 use tokio::{
     net::{TcpListener, TcpStream},
     task,
@@ -26,36 +28,71 @@ pub(super) async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::A
 
 /// Closes the listener, and returns whom the operating system had queued to the very last.
 ///
-/// A `TcpListener` is asked directly: the runtime knows of a connection only since it last asked
-/// for news, and a busy runtime may not have done so for milliseconds. Any other listener cannot be
-/// asked, and is just closed.
+/// A listener of tokio's is asked directly: the runtime knows of a connection only since it last
+/// asked for news, and a busy runtime may not have done so for milliseconds. Any other listener
+/// cannot be asked, and is just closed.
 pub(super) fn last_ones<L: Listener>(listener: L) -> Vec<(L::Io, L::Addr)> {
+    let listener: Box<dyn Any> = Box::new(listener);
+    let listener = match listener.downcast::<TcpListener>() {
+        Ok(tcp) => return last_of_tcp(*tcp),
+        Err(other) => other,
+    };
+    #[cfg(unix)]
+    let listener = match listener.downcast::<UnixListener>() {
+        Ok(unix) => return last_of_unix(*unix),
+        Err(other) => other,
+    };
+    drop(listener);
+    Vec::new()
+}
+
+fn last_of_tcp<A: 'static>(listener: TcpListener) -> Vec<A> {
+    let Ok(tcp) = listener.into_std() else {
+        return Vec::new();
+    };
+    let last = queue(tcp.set_nonblocking(true).is_ok(), || tcp.accept());
+    let_in_handshakes(&tcp);
+    drop(tcp);
+    let connections = last.into_iter().filter_map(|(stream, addr)| {
+        stream.set_nonblocking(true).ok()?;
+        cast((TcpStream::from_std(stream).ok()?, addr))
+    });
+    connections.collect()
+}
+
+#[cfg(unix)]
+fn last_of_unix<A: 'static>(listener: UnixListener) -> Vec<A> {
+    let Ok(unix) = listener.into_std() else {
+        return Vec::new();
+    };
+    let last = queue(unix.set_nonblocking(true).is_ok(), || unix.accept());
+    drop(unix);
+    let connections = last.into_iter().filter_map(|(stream, addr)| {
+        stream.set_nonblocking(true).ok()?;
+        let addr = unix::SocketAddr::from(addr);
+        cast((UnixStream::from_std(stream).ok()?, addr))
+    });
+    connections.collect()
+}
+
+/// All that can be accepted without waiting, the latest first.
+///
+/// The socket must have been made nonblocking, since whoever made it, or shares it, may have made
+/// it blocking.
+fn queue<A>(nonblocking: bool, accept: impl Fn() -> io::Result<A>) -> Vec<A> {
     /// More than a queue holds, where nothing stops it from being filled.
     const MOST: usize = 4096;
 
-    let tcp = cast::<L, TcpListener>(listener).and_then(|tcp| tcp.into_std().ok());
-    let Some(tcp) = tcp else {
-        return Vec::new();
-    };
     let mut last = Vec::new();
-    // Whoever made the socket, or shares it, may have made it blocking.
-    if tcp.set_nonblocking(true).is_ok() {
-        while last.len() < MOST {
-            match tcp.accept() {
-                Ok(accepted) => last.push(accepted),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(_) => break,
-            }
+    while nonblocking && last.len() < MOST {
+        match accept() {
+            Ok(accepted) => last.push(accepted),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(_) => break,
         }
     }
-    let_in_handshakes(&tcp);
-    drop(tcp);
-    let connections = last.into_iter().rev().filter_map(|(stream, addr)| {
-        stream.set_nonblocking(true).ok()?;
-        let stream = TcpStream::from_std(stream).ok()?;
-        Some((cast(stream)?, cast(addr)?))
-    });
-    connections.collect()
+    last.reverse();
+    last
 }
 
 /// Has the kernel drop what would begin a new connection to this listener, and nothing else, so
@@ -114,4 +151,38 @@ fn cast<A: 'static, B: 'static>(value: A) -> Option<B> {
     let mut value = Some(value);
     let value: &mut dyn Any = &mut value;
     value.downcast_mut::<Option<B>>()?.take()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_last_ones_of_a_closed_tcp_listener_are_known() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
+        // The latest first, because they are taken from the end.
+        let last = last_ones(listener).into_iter().rev();
+        let ports: Vec<_> = last.map(|(_, peer)| peer.port()).collect();
+        let expected = clients.map(|client| client.local_addr().unwrap().port());
+        assert_eq!(ports, expected);
+        assert!(TcpStream::connect(address).is_err());
+    }
+
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn the_last_ones_of_a_closed_unix_listener_are_known() {
+        use std::os::unix::net::UnixStream;
+
+        let name = format!("tower-graceful-queue-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let listener = UnixListener::bind(&path).unwrap();
+        let _clients = [(); 3].map(|()| UnixStream::connect(&path).unwrap());
+        assert_eq!(last_ones(listener).len(), 3);
+        assert!(UnixStream::connect(&path).is_err());
+        std::fs::remove_file(&path).unwrap();
+    }
 }

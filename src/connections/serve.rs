@@ -22,8 +22,8 @@ impl Graceful {
     ///
     /// - peers that speak HTTP/2 are asked to leave by GOAWAY
     ///   ([RFC 9113 §6.8](https://www.rfc-editor.org/rfc/rfc9113#section-6.8)): with their next
-    ///   response in the lame-duck phase, and when draining starts, although the listener stays
-    ///   open. Only after that may a request of theirs be refused;
+    ///   response in the lame-duck phase, and the rest when draining starts, although the listener
+    ///   stays open;
     /// - [`close_spread`](crate::GracefulBuilder::close_spread) is kept for each connection;
     /// - a request head over HTTP/1 that does not arrive within
     ///   [`header_read_timeout`](crate::GracefulBuilder::header_read_timeout) closes its

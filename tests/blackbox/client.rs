@@ -341,6 +341,36 @@ pub(crate) mod frames {
             Ok(stream)
         }
 
+        /// Begins an extended CONNECT ([RFC 8441 §4](https://www.rfc-editor.org/rfc/rfc8441#section-4)).
+        pub(crate) fn connect(&mut self, path: &str, protocol: &str) -> io::Result<u32> {
+            let mut head = Vec::new();
+            for (name, value) in [
+                (":method", "CONNECT"),
+                (":protocol", protocol),
+                (":scheme", "http"),
+                (":path", path),
+                (":authority", "test"),
+            ] {
+                head.push(0);
+                for text in [name, value] {
+                    head.push(u8::try_from(text.len()).unwrap());
+                    head.extend(text.as_bytes());
+                }
+            }
+            let stream = self.next;
+            self.next += 2;
+            self.send(HEADERS, END_HEADERS, stream, &head)?;
+            Ok(stream)
+        }
+
+        pub(crate) fn data(&mut self, stream: u32, data: &[u8]) -> io::Result<()> {
+            self.send(DATA, 0, stream, data)
+        }
+
+        pub(crate) fn end(&mut self, stream: u32) -> io::Result<()> {
+            self.send(DATA, END_STREAM, stream, &[])
+        }
+
         /// The next frame, or `None` when the server has closed.
         pub(crate) fn read(&mut self) -> Option<Frame> {
             self.stream

@@ -177,12 +177,12 @@ fn racing(form: Form) {
             frames.any(|frame| frame.flags & END_STREAM != 0)
         };
         let promised = sent.iter().filter(|stream| **stream <= last).skip(1);
-        let lost: Vec<_> = promised
+        let unanswered: Vec<_> = promised
             .clone()
             .filter(|stream| !answered(**stream))
             .collect();
-        assert!(promised.count() > 3, "{last} of {sent:?}: {frames:?}");
-        assert!(lost.is_empty(), "{lost:?} of {}", sent.len());
+        assert!(promised.count() > 0, "{last} of {sent:?}: {frames:?}");
+        assert!(unanswered.is_empty(), "{unanswered:?} of {}", sent.len());
         slow.join().unwrap().assert_ok();
         server.exit().assert_clean();
     }

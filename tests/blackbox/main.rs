@@ -11,6 +11,8 @@ use std::process::ExitCode;
 #[cfg(unix)]
 mod client;
 #[cfg(unix)]
+mod connections;
+#[cfg(unix)]
 mod deadline;
 #[cfg(unix)]
 mod draining;
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
     let rooms = [
         readiness::TESTS,
         draining::TESTS,
+        connections::TESTS,
         deadline::TESTS,
         edge::TESTS,
         goaway::TESTS,

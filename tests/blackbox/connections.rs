@@ -1,0 +1,305 @@
+//! What the owner of a connection sees to, and what an upgraded one is.
+
+use std::{
+    io::{self, Read},
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    Test,
+    client::{
+        Connection,
+        frames::{self, DATA, END_STREAM, GOAWAY, HEADERS},
+    },
+    process::{Server, wait_for},
+    server::Form,
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "connections::have_a_bounded_time_for_a_head",
+        &[Form::Serve],
+        slow_head,
+    ),
+    (
+        "connections::may_be_idle_for_longer_than_a_head_may_take",
+        &[Form::Serve],
+        idle,
+    ),
+    (
+        "connections::are_asked_to_leave_in_turns",
+        &[Form::Serve],
+        turns,
+    ),
+    (
+        "connections::of_http2_are_asked_to_leave_in_turns",
+        &[Form::Serve],
+        http2_turns,
+    ),
+    (
+        "connections::of_an_unknown_owner_are_asked_by_a_share_of_responses",
+        &[Form::Run, Form::Smallest],
+        share_of_responses,
+    ),
+    (
+        "connections::that_are_cut_look_cut",
+        Form::CUTTING,
+        look_cut,
+    ),
+    (
+        "connections::that_are_upgraded_count_until_they_are_cut",
+        Form::CUTTING,
+        upgraded,
+    ),
+    (
+        "connections::of_http2_carry_other_protocols",
+        Form::CUTTING,
+        connect,
+    ),
+];
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+
+/// How long until the server closes the connection; it must be empty.
+fn closed_after(connection: Connection) -> Duration {
+    let begun = Instant::now();
+    connection.assert_closed();
+    begun.elapsed()
+}
+
+fn slow_head(form: Form) {
+    let mut server = Server::start(form, &["header_read_timeout=400", "delay=0"]);
+    let slow = server.get_in_background("/sleep/1200");
+    for begun in [
+        "P",
+        "PRI * HT",
+        "GET / HT",
+        "GET / HTTP/1.1\r\nhost: test\r\n",
+    ] {
+        let mut fresh = server.connect();
+        fresh.send(begun);
+        let mut used = server.connect();
+        used.get("/").assert_ok();
+        // Not from when it could have begun, but from when it did.
+        thread::sleep(MS(100));
+        used.send(begun);
+        let asked = Instant::now();
+        for connection in [fresh, used] {
+            closed_after(connection);
+            let after = asked.elapsed();
+            assert!(after > MS(250) && after < MS(700), "{begun:?}: {after:?}");
+        }
+    }
+    // Byte by byte is no way around it.
+    let mut connection = server.connect();
+    let begun = Instant::now();
+    while connection.try_send(b"GET / HTTP/1.1"[..1].as_ref()).is_ok() {
+        thread::sleep(MS(20));
+        assert!(begun.elapsed() < MS(2000), "it goes on for ever");
+    }
+    slow.join().unwrap().assert_ok();
+    server.terminate();
+    server.exit().assert_clean();
+}
+
+fn idle(form: Form) {
+    let mut server = Server::start(form, &["header_read_timeout=200", "delay=0"]);
+    let mut silent = server.connect();
+    let mut idle = server.connect();
+    let mut uploading = server.connect();
+    let mut http2 = frames::Connection::open(server.address);
+    idle.get("/").assert_ok();
+    uploading.send("POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 4\r\n\r\nha");
+    server.wait_for_in_flight(1);
+    thread::sleep(MS(600));
+    silent.get("/").assert_ok();
+    idle.get("/").assert_ok();
+    uploading.send("lf");
+    uploading.response("POST").assert_ok();
+    // After a body that came late there is no head yet either.
+    thread::sleep(MS(600));
+    uploading.get("/").assert_ok();
+    http2.begin("/").unwrap();
+    assert!(http2.next(HEADERS).is_ok());
+    server.terminate();
+    drop((silent, idle, uploading));
+    http2.until_closed();
+    server.exit().assert_clean();
+}
+
+/// When each of `count` clients was told to leave, as a fraction of a spread of two seconds.
+fn told<C: Send + 'static>(
+    server: &mut Server,
+    clients: Vec<C>,
+    leave: impl Fn(C) + Clone + Send + 'static,
+) -> Vec<f64> {
+    server.terminate();
+    let begun = Instant::now();
+    let clients = clients.into_iter().map(|client| {
+        let leave = leave.clone();
+        thread::spawn(move || {
+            leave(client);
+            begun.elapsed().as_secs_f64() / 2.0
+        })
+    });
+    let clients: Vec<_> = clients.collect();
+    let told = clients.into_iter().map(|client| client.join().unwrap());
+    let mut told: Vec<_> = told.collect();
+    told.sort_by(f64::total_cmp);
+    told
+}
+
+#[track_caller]
+fn assert_linear(told: &[f64]) {
+    let step = 1.0 / f64::from(u32::try_from(told.len()).unwrap());
+    let mut even = 0.0;
+    for at in told {
+        assert!((at - even).abs() < 0.1, "{at} for {even}: {told:?}");
+        even += step;
+    }
+}
+
+const SPREAD: &[&str] = &["delay=2000", "spread=2000"];
+
+fn turns(form: Form) {
+    let mut server = Server::start(form, SPREAD);
+    let mut clients: Vec<_> = (0..40).map(|_| server.connect()).collect();
+    for client in &mut clients {
+        assert!(!client.get("/").says_close());
+    }
+    let told = told(&mut server, clients, |mut client| {
+        loop {
+            let response = client.get("/");
+            response.assert_ok();
+            if response.says_close() {
+                return client.assert_closed();
+            }
+            thread::sleep(MS(20));
+        }
+    });
+    assert_linear(&told);
+    server.exit().assert_clean();
+}
+
+fn http2_turns(form: Form) {
+    let mut server = Server::start(form, SPREAD);
+    let mut clients: Vec<_> = (0..40)
+        .map(|_| frames::Connection::open(server.address))
+        .collect();
+    for client in &mut clients {
+        client.begin("/").unwrap();
+        assert!(client.next(DATA).flags & END_STREAM != 0);
+    }
+    // Without another request.
+    let told = told(&mut server, clients, |mut client| {
+        client.next(GOAWAY);
+        client.until_closed();
+    });
+    assert_linear(&told);
+    server.exit().assert_clean();
+}
+
+fn share_of_responses(form: Form) {
+    let mut server = Server::start(form, SPREAD);
+    assert!(!server.get("/").says_close());
+    server.terminate();
+    server.wait_for_unready();
+    for (at, least, most) in [(200, 0, 40), (1000, 30, 70), (1800, 60, 100)] {
+        server.until(MS(at));
+        let said = (0..100).filter(|_| server.get("/").says_close()).count();
+        assert!(least <= said && said <= most, "{said} of 100 at {at} ms");
+        assert!(server.elapsed() < MS(at + 150), "{:?}", server.elapsed());
+    }
+    server.exit().assert_clean();
+}
+
+fn look_cut(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=500"]);
+    let open = |request: &str| {
+        let mut connection = server.connect();
+        connection.send(request);
+        assert_eq!(connection.head().status, 200);
+        connection
+    };
+    // Handed over in one piece, it is no request any more.
+    let of_a_length = open("GET /large HTTP/1.1\r\nhost: test\r\n\r\n");
+    let in_chunks = open("GET /stream/1000000/20 HTTP/1.1\r\nhost: test\r\n\r\n");
+    // Its end is the end of the connection (RFC 9112 §6.3), so nothing but a reset shows the cut.
+    let to_the_end = open("GET /stream/1000000/20 HTTP/1.0\r\n\r\n");
+    let mut http2 = frames::Connection::open(server.address);
+    let stream = http2.begin("/stream/1000000/20").unwrap();
+    assert!(http2.next(HEADERS).is_ok());
+    server.terminate();
+    // What has been written already, and then the reset.
+    for mut connection in [of_a_length, in_chunks, to_the_end] {
+        server.until(MS(600));
+        let error = connection.rest().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+    }
+    let rest = http2.until_quiet(MS(1000));
+    assert!(!rest.is_empty());
+    let mut ended = rest.iter().filter(|frame| frame.stream == stream);
+    assert!(ended.all(|frame| frame.flags & END_STREAM == 0), "{rest:?}");
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    assert!(
+        exit.report.contains("3 requests, 4 connections"),
+        "{exit:?}"
+    );
+}
+
+fn upgraded(form: Form) {
+    let mut server = Server::start(form, &["delay=300", "drain=700"]);
+    let mut connection = server.connect();
+    connection.send(
+        "GET /upgrade HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n",
+    );
+    assert_eq!(connection.head().status, 101);
+    let mut echo = |text: &str| {
+        connection.send(text);
+        assert_eq!(connection.line().unwrap(), text.trim_end());
+    };
+    echo("while serving\n");
+    wait_for("the upgrade to be no request", || server.in_flight() == 0);
+    // It, and the one that asks.
+    wait_for("the upgrade to be a connection", || {
+        server.get("/connections").text() == "2"
+    });
+    server.terminate();
+    server.wait_for_unready();
+    echo("in the delay\n");
+    server.until(MS(600));
+    echo("and in the drain\n");
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    assert!(exit.report.contains("given up: 1 connection"), "{exit:?}");
+    let peer = connection.stream().local_addr().unwrap().to_string();
+    assert!(exit.report.contains(&peer), "{exit:?}");
+    exit.assert_within(MS(1000), MS(1500));
+    let read = connection.stream().read(&mut [0]);
+    assert!(!matches!(read, Ok(1..)), "{read:?}");
+}
+
+/// WebSocket over HTTP/2 begins so (RFC 8441).
+fn connect(form: Form) {
+    let mut server = Server::start(form, &["delay=300", "drain=700"]);
+    let mut connection = frames::Connection::open(server.address);
+    let stream = connection.connect("/upgrade", "echo").unwrap();
+    assert!(connection.next(HEADERS).is_ok());
+    let mut echo = |text: &[u8]| {
+        connection.data(stream, text).unwrap();
+        assert_eq!(connection.next(DATA).payload, text);
+    };
+    echo(b"while serving");
+    server.terminate();
+    server.wait_for_unready();
+    echo(b"in the delay");
+    server.until(MS(600));
+    echo(b"in the drain");
+    connection.end(stream).unwrap();
+    connection.until_closed();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(600), MS(900));
+}
