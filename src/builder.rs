@@ -65,6 +65,7 @@ impl Graceful {
 pub struct GracefulBuilder {
     knobs: Knobs,
     max_in_flight: Option<usize>,
+    name_requests: bool,
     policy: Policy,
 }
 
@@ -108,6 +109,24 @@ impl GracefulBuilder {
     /// The share that is kept for what comes after the drain. The drain cannot use it up.
     pub fn cleanup_timeout(mut self, duration: Duration) -> Self {
         self.knobs.cleanup_timeout = Some(duration);
+        self
+    }
+
+    /// How long [workers](Graceful::worker) are waited for, once nothing else is in flight. Default:
+    /// half of what is left of the grace period then, or all of it where no cleanup step is
+    /// registered. Always within that.
+    pub fn worker_timeout(mut self, duration: Duration) -> Self {
+        self.policy.worker_timeout = Some(duration);
+        self
+    }
+
+    /// Remembers method, path and start of every request in flight, so that the progress line
+    /// names the oldest one, and the report those that were cut. Default: no.
+    ///
+    /// The path is kept without its query. It costs each request two turns of a lock that all
+    /// share, and three allocations. Off, it costs nothing.
+    pub fn name_requests(mut self, name: bool) -> Self {
+        self.name_requests = name;
         self
     }
 
@@ -248,6 +267,10 @@ impl GracefulBuilder {
             return Err(ConfigError::ExemptPath(path.clone()));
         }
         let lifecycle = Lifecycle::new(plan, self.policy);
-        Ok(Graceful::from_parts(self.max_in_flight, lifecycle))
+        Ok(Graceful::from_parts(
+            self.max_in_flight,
+            self.name_requests,
+            lifecycle,
+        ))
     }
 }

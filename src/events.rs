@@ -8,7 +8,11 @@
 use std::panic::{self, AssertUnwindSafe};
 use std::{fmt, time::Duration};
 
-use crate::{phase::Phase, report::Trigger};
+use crate::{
+    phase::Phase,
+    report::{CutRequest, Fate, TaskKind, Trigger},
+    work::Task,
+};
 
 /// One event of this crate: its level, its fields, its message.
 macro_rules! event {
@@ -90,7 +94,15 @@ pub(crate) fn transition(transition: &Transition) {
     }
 }
 
-pub(crate) fn progress(phase: Phase, in_flight: usize, connections: usize, time_left: Duration) {
+pub(crate) fn progress(
+    phase: Phase,
+    in_flight: usize,
+    connections: usize,
+    time_left: Duration,
+    oldest: Option<&CutRequest>,
+) {
+    let oldest = oldest.map(|request| format!(", oldest {request}"));
+    let oldest = oldest.unwrap_or_default();
     event!(
         info,
         {
@@ -99,8 +111,33 @@ pub(crate) fn progress(phase: Phase, in_flight: usize, connections: usize, time_
             connections = connections,
             seconds_left = seconds(time_left),
         },
-        "shutdown: {phase}, in flight {in_flight}, connections {connections}"
+        "shutdown: {phase}, in flight {in_flight}, connections {connections}{oldest}"
     );
+}
+
+/// The end of a worker, a hook or a cleanup step.
+pub(crate) fn task(task: &Task) {
+    let kind = match task.kind {
+        TaskKind::LameDuck => "hook",
+        TaskKind::Worker => "worker",
+        TaskKind::Cleanup => "cleanup",
+    };
+    let Some((_, fate)) = &task.ended else { return };
+    let name = &*task.name;
+    macro_rules! task_event {
+        ($level:ident, $error:expr) => {
+            event!(
+                $level,
+                { kind = kind, name = name, fate = &*fate.to_string(), error = $error },
+                "shutdown: {kind} {name}: {fate}"
+            )
+        };
+    }
+    match fate {
+        Fate::Done => task_event!(info, ""),
+        Fate::Failed(error) | Fate::Panicked(error) => task_event!(warn, &**error),
+        Fate::EndedEarly | Fate::Cut | Fate::NotRun => task_event!(warn, ""),
+    }
 }
 
 #[cfg(feature = "signal")]

@@ -10,7 +10,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    gate::{Refused, Ticket},
+    gate::Ticket,
     phase::Phase,
     plan::Knobs,
     policy::Policy,
@@ -72,13 +72,17 @@ impl Graceful {
     #[must_use]
     pub fn new() -> Self {
         match Knobs::default().plan() {
-            Ok(plan) => Self::from_parts(None, Lifecycle::new(plan, Policy::default())),
+            Ok(plan) => Self::from_parts(None, false, Lifecycle::new(plan, Policy::default())),
             Err(error) => unreachable!("the default plan fits: {error}"),
         }
     }
 
-    pub(crate) fn from_parts(max_in_flight: Option<usize>, lifecycle: Lifecycle) -> Self {
-        let shared = Shared::new(max_in_flight, lifecycle);
+    pub(crate) fn from_parts(
+        max_in_flight: Option<usize>,
+        name_requests: bool,
+        lifecycle: Lifecycle,
+    ) -> Self {
+        let shared = Shared::new(max_in_flight, name_requests, lifecycle);
         shared.drive();
         Self { shared }
     }
@@ -88,7 +92,7 @@ impl Graceful {
     }
 
     #[inline]
-    pub(crate) fn admit(&self) -> Result<Pass, Refused> {
+    pub(crate) fn admit(&self) -> Option<Pass> {
         self.shared.admit()
     }
 
@@ -132,10 +136,10 @@ impl Graceful {
     }
 
     /// The number of requests in flight: let in by the [layer](Self::layer), and their response
-    /// body neither ended nor dropped.
+    /// body neither ended nor dropped. [Holds](Self::hold) are among them.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.shared.word().count()
+        self.shared.in_flight()
     }
 
     /// The number of open connections that are tracked: those accepted through
@@ -161,7 +165,7 @@ impl Graceful {
         Snapshot {
             phase: word.phase(),
             ready: word.is_ready(),
-            in_flight: word.count(),
+            in_flight: self.in_flight(),
             connections: self.connections(),
             time_left: self.shared.time_left(word.phase()),
         }
@@ -236,7 +240,7 @@ pub struct Snapshot {
     pub phase: Phase,
     /// Whether the readiness route says yes.
     pub ready: bool,
-    /// Requests in flight.
+    /// Requests in flight, and holds.
     pub in_flight: usize,
     /// Tracked connections that are open.
     pub connections: usize,
@@ -259,6 +263,16 @@ impl PhaseReached {
         Self {
             graceful: graceful.clone(),
             reached: Reached::new(phase),
+        }
+    }
+}
+
+/// The clone waits anew, for the same phase.
+impl Clone for PhaseReached {
+    fn clone(&self) -> Self {
+        Self {
+            graceful: self.graceful.clone(),
+            reached: Reached::new(self.reached.point()),
         }
     }
 }

@@ -91,12 +91,15 @@ mod reached;
 mod registry;
 mod rejection;
 mod report;
+mod roll;
 mod run;
 #[cfg(feature = "signal")]
 mod signals;
 mod spread;
 mod sync;
+mod tasks;
 mod timeline;
+mod work;
 
 #[cfg(all(feature = "axum", feature = "signal"))]
 pub use crate::connections::Accepted;
@@ -112,8 +115,12 @@ pub use crate::{
     plan::{ConfigError, Misfit},
     probes::{Probe, ProbeBody, ProbeFuture},
     rejection::{Rejection, RejectionReason},
-    report::{CutConnection, Outcome, Remaining, Report, Trigger},
-    run::ServerOutput,
+    report::{
+        CutConnection, CutRequest, Fate, HeldBy, Outcome, Remaining, Report, Requests, TaskKind,
+        TaskReport, Trigger,
+    },
+    tasks::{Hold, RegisterError, Stop},
+    work::Completion,
 };
 
 /// The programs in the README compile.

@@ -22,6 +22,8 @@ pub(crate) struct Policy {
     /// Over how much of the lame-duck phase clients are asked to leave.
     pub(crate) close_spread: Duration,
     pub(crate) header_read_timeout: Duration,
+    /// How long workers are waited for. `None`: half of the time that is left.
+    pub(crate) worker_timeout: Option<Duration>,
     pub(crate) retry_after: Duration,
     pub(crate) unready_status: StatusCode,
     pub(crate) exempt: Vec<String>,
@@ -42,6 +44,7 @@ impl Default for Policy {
             close_spread: Duration::ZERO,
             // hyper's own.
             header_read_timeout: Duration::from_secs(30),
+            worker_timeout: None,
             retry_after: Duration::from_secs(1),
             unready_status: StatusCode::SERVICE_UNAVAILABLE,
             exempt: Vec::new(),

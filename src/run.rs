@@ -1,8 +1,14 @@
 //! Running a server to its end, and the report of it.
 
-use std::{error::Error, future::poll_fn, pin::pin, task::Poll};
+use std::{future::poll_fn, pin::pin, task::Poll};
 
-use crate::{handle::Graceful, phase::Phase, report::Report, timeline::ServerEnd};
+use crate::{
+    handle::Graceful,
+    phase::Phase,
+    report::Report,
+    timeline::ServerEnd,
+    work::{self, Completion},
+};
 
 impl Graceful {
     /// Runs `server` until the service has stopped, and reports.
@@ -45,7 +51,7 @@ impl Graceful {
     pub fn run<S>(&self, server: S) -> impl Future<Output = Report> + use<S>
     where
         S: IntoFuture,
-        S::Output: ServerOutput,
+        S::Output: Completion,
     {
         let graceful = self.clone();
         let server = server.into_future();
@@ -65,7 +71,7 @@ impl Graceful {
     }
 
     /// Polls the server until it ends or the service stops waiting for it.
-    async fn watch(&self, server: impl Future<Output: ServerOutput>) {
+    async fn watch(&self, server: impl Future<Output: Completion>) {
         let mut seat = Seat::take(self);
         let mut stopped = self.stopped();
         let mut server = pin!(server);
@@ -75,7 +81,7 @@ impl Graceful {
             let polled = server.as_mut().poll(cx);
             seat.end = ServerEnd::Dropped;
             if let Poll::Ready(output) = polled {
-                let error = sealed::Sealed::error(output);
+                let error = work::error(output);
                 return Poll::Ready(error.map_or(ServerEnd::Finished, ServerEnd::Failed));
             }
             pin!(&mut stopped).poll(cx).map(|()| ServerEnd::Dropped)
@@ -104,34 +110,5 @@ impl Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         self.graceful.shared().server_ended(&self.end);
-    }
-}
-
-/// What a server's future may resolve to: `()`, or a `Result<(), E>` whose error is reported.
-///
-/// Sealed: implemented here for those two.
-pub trait ServerOutput: sealed::Sealed {}
-
-impl ServerOutput for () {}
-impl<E: Into<Box<dyn Error + Send + Sync>>> ServerOutput for Result<(), E> {}
-
-mod sealed {
-    use std::error::Error;
-
-    #[allow(unreachable_pub)]
-    pub trait Sealed {
-        fn error(self) -> Option<String>;
-    }
-
-    impl Sealed for () {
-        fn error(self) -> Option<String> {
-            None
-        }
-    }
-
-    impl<E: Into<Box<dyn Error + Send + Sync>>> Sealed for Result<(), E> {
-        fn error(self) -> Option<String> {
-            self.err().map(|error| error.into().to_string())
-        }
     }
 }

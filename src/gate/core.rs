@@ -24,14 +24,19 @@ pub(super) struct Core {
     word: AtomicUsize,
     limit: usize,
     waiter: Mutex<Option<Waker>>,
+    /// Admissions and refusals after the first phase.
+    late: AtomicUsize,
+    refused: AtomicUsize,
 }
 
 impl Core {
-    pub(super) fn new(limit: Option<usize>) -> Self {
+    pub(super) fn new(limit: Option<usize>, named: bool) -> Self {
         Self {
-            word: AtomicUsize::new(Word::SERVING.0),
+            word: AtomicUsize::new(Word::SERVING.named(named).0),
             limit: limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT),
             waiter: Mutex::new(None),
+            late: AtomicUsize::new(0),
+            refused: AtomicUsize::new(0),
         }
     }
 
@@ -41,9 +46,25 @@ impl Core {
         Word(self.word.load(Ordering::Relaxed))
     }
 
-    /// Lets one in, or says why not. Whoever is let in calls [`release`](Self::release) once.
+    /// Lets one in, if there is nothing to it but to count. Whoever is let in calls
+    /// [`release`](Self::release) once. Whoever is not asks [`admit_specially`](Self::admit_specially).
     #[inline]
-    pub(super) fn admit(&self) -> Result<(), Refused> {
+    pub(super) fn admit(&self) -> bool {
+        let mut word = self.word();
+        loop {
+            if word.is_special() || word.count() >= self.limit {
+                return false;
+            }
+            match self.add_one(word) {
+                Ok(_) => return true,
+                Err(current) => word = Word(current),
+            }
+        }
+    }
+
+    /// Lets one in, in any phase that lets anybody in, or says why not.
+    #[cold]
+    pub(super) fn admit_specially(&self) -> Result<(), Refused> {
         let mut word = self.word();
         loop {
             if word.refuses() {
@@ -52,17 +73,42 @@ impl Core {
             if word.count() >= self.limit {
                 return Err(Refused::Full);
             }
-            // Relaxed: points 1 and 2 of the module header.
-            match self.word.compare_exchange_weak(
-                word.0,
-                word.plus_one().0,
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return Ok(()),
+            match self.add_one(word) {
+                Ok(_) => {
+                    if word.phase() > Phase::Serving {
+                        self.late.fetch_add(1, Ordering::Relaxed);
+                    }
+                    return Ok(());
+                }
                 Err(current) => word = Word(current),
             }
         }
+    }
+
+    /// Notes a refusal. Not all who are not let in are refused.
+    pub(super) fn refused(&self) {
+        if self.word().phase() > Phase::Serving {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// `Relaxed`: points 1 and 2 of the module header.
+    #[inline]
+    fn add_one(&self, word: Word) -> Result<usize, usize> {
+        self.word.compare_exchange_weak(
+            word.0,
+            word.plus_one().0,
+            Ordering::Relaxed,
+            Ordering::Relaxed,
+        )
+    }
+
+    /// How many were let in, and how many refused, after the first phase. `Relaxed`: figures.
+    pub(super) fn since_serving(&self) -> (usize, usize) {
+        (
+            self.late.load(Ordering::Relaxed),
+            self.refused.load(Ordering::Relaxed),
+        )
     }
 
     /// Lets one out.
@@ -105,9 +151,9 @@ impl Core {
         Word(self.word.load(Ordering::Acquire))
     }
 
-    /// Moves on to `phase`, unless that phase or a later one has been reached. Says whether it
-    /// moved.
-    pub(super) fn advance(&self, phase: Phase) -> bool {
+    /// Moves on to `phase`, unless that phase or a later one has been reached. Returns the word
+    /// it moved on from, if it did.
+    pub(super) fn advance(&self, phase: Phase) -> Option<Word> {
         self.update(|word| (word.phase() < phase).then(|| word.with_phase(phase)))
     }
 
@@ -119,13 +165,14 @@ impl Core {
         self.update(|word| (!word.has_served()).then(|| word.served()));
     }
 
-    fn update(&self, change: impl Fn(Word) -> Option<Word>) -> bool {
+    fn update(&self, change: impl Fn(Word) -> Option<Word>) -> Option<Word> {
         // Relaxed: points 1 and 5 of the module header.
         self.word
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |word| {
                 change(Word(word)).map(|word| word.0)
             })
-            .is_ok()
+            .ok()
+            .map(Word)
     }
 }
 
@@ -141,48 +188,66 @@ mod tests {
 
     #[test]
     fn the_limit_refuses_the_next_one_and_no_earlier() {
-        let core = Core::new(Some(2));
-        assert_eq!(core.admit(), Ok(()));
-        assert_eq!(core.admit(), Ok(()));
-        assert_eq!(core.admit(), Err(Refused::Full));
+        let core = Core::new(Some(2), false);
+        assert!(core.admit());
+        assert!(core.admit());
+        assert!(!core.admit());
+        assert_eq!(core.admit_specially(), Err(Refused::Full));
         assert_eq!(core.word().count(), 2);
         core.release();
-        assert_eq!(core.admit(), Ok(()));
+        assert!(core.admit());
     }
 
     #[test]
     fn draining_refuses_before_full_does() {
-        let core = Core::new(Some(1));
-        core.admit().unwrap();
+        let core = Core::new(Some(1), false);
+        assert!(core.admit());
         core.advance(Phase::Draining);
-        assert_eq!(core.admit(), Err(Refused::Draining));
+        assert!(!core.admit());
+        assert_eq!(core.admit_specially(), Err(Refused::Draining));
     }
 
     #[test]
     fn a_lame_duck_still_admits() {
-        let core = Core::new(None);
+        let core = Core::new(None, false);
         core.advance(Phase::LameDuck);
-        assert_eq!(core.admit(), Ok(()));
+        assert!(!core.admit(), "there is more to it than to count");
+        assert_eq!(core.admit_specially(), Ok(()));
+        assert_eq!(core.word().count(), 1);
+    }
+
+    #[test]
+    fn what_is_admitted_and_refused_after_serving_is_counted() {
+        let core = Core::new(Some(2), true);
+        core.admit_specially().unwrap();
+        core.refused();
+        assert_eq!(core.since_serving(), (0, 0));
+        core.advance(Phase::LameDuck);
+        core.admit_specially().unwrap();
+        core.refused();
+        core.advance(Phase::Draining);
+        core.refused();
+        assert_eq!(core.since_serving(), (1, 2));
     }
 
     #[test]
     fn a_phase_never_goes_back() {
-        let core = Core::new(None);
-        assert!(core.advance(Phase::Closing));
-        assert!(!core.advance(Phase::Draining));
-        assert!(!core.advance(Phase::Closing));
+        let core = Core::new(None, false);
+        assert_eq!(core.advance(Phase::Closing), Some(Word::SERVING));
+        assert_eq!(core.advance(Phase::Draining), None);
+        assert_eq!(core.advance(Phase::Closing), None);
         assert_eq!(core.word().phase(), Phase::Closing);
     }
 
     #[test]
     fn idle_waits_for_draining_and_for_the_last_one() {
-        let core = Core::new(None);
+        let core = Core::new(None, false);
         let mut waiting = task::spawn(idle(&core));
-        core.admit().unwrap();
-        core.admit().unwrap();
+        assert!(core.admit());
+        assert!(core.admit());
         assert_pending!(waiting.poll());
         core.release();
-        core.admit().unwrap();
+        assert!(core.admit());
         core.advance(Phase::Draining);
         assert_pending!(waiting.poll());
         core.release();
@@ -194,9 +259,9 @@ mod tests {
 
     #[test]
     fn releases_before_draining_wake_nobody() {
-        let core = Core::new(None);
+        let core = Core::new(None, false);
         let mut waiting = task::spawn(idle(&core));
-        core.admit().unwrap();
+        assert!(core.admit());
         assert_pending!(waiting.poll());
         core.release();
         assert!(!waiting.is_woken());

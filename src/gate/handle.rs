@@ -23,18 +23,34 @@ struct Shared<T> {
 }
 
 impl<T> Gate<T> {
-    pub(crate) fn new(limit: Option<usize>, value: T) -> Self {
+    /// `named`: every admission is to be a special one.
+    pub(crate) fn new(limit: Option<usize>, named: bool, value: T) -> Self {
         Self(Arc::new(Shared {
-            core: Core::new(limit),
+            core: Core::new(limit, named),
             value,
         }))
     }
 
-    /// Lets one request in.
+    /// Lets one request in, if there is nothing to it but to count.
     #[inline]
-    pub(crate) fn admit(&self) -> Result<Ticket<T>, Refused> {
-        self.0.core.admit()?;
+    pub(crate) fn admit(&self) -> Option<Ticket<T>> {
+        self.0.core.admit().then(|| Ticket(self.clone()))
+    }
+
+    /// Lets one request in that [`admit`](Self::admit) did not, or says why not.
+    pub(crate) fn admit_specially(&self) -> Result<Ticket<T>, Refused> {
+        self.0.core.admit_specially()?;
         Ok(Ticket(self.clone()))
+    }
+
+    /// Notes a refusal. Not all who are not let in are refused.
+    pub(crate) fn refused(&self) {
+        self.0.core.refused();
+    }
+
+    /// How many were let in, and how many refused, after the first phase.
+    pub(crate) fn since_serving(&self) -> (usize, usize) {
+        self.0.core.since_serving()
     }
 
     /// The present phase, readiness and count.
@@ -48,7 +64,8 @@ impl<T> Gate<T> {
         self.0.core.settled_word()
     }
 
-    pub(crate) fn advance(&self, phase: Phase) -> bool {
+    /// Moves on to `phase`. Returns the word it moved on from, if it did.
+    pub(crate) fn advance(&self, phase: Phase) -> Option<Word> {
         self.0.core.advance(phase)
     }
 

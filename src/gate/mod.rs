@@ -6,9 +6,10 @@
 //! # The word
 //!
 //! One machine word holds everything that admission depends on: the phase in its top three bits,
-//! two flags under them ("not ready", and "has served"), and the number of requests in flight in
-//! the rest. Because the
-//! phase is on top, "draining or later" is one comparison of the whole word with a constant.
+//! three flags under them ("not ready", "has served", and "named"), and the number of requests in
+//! flight in the rest. Because the phase is on top, "draining or later" is one comparison of the
+//! whole word with a constant; and whether an admission is more than a count, because the service
+//! is no longer just serving or because requests are to be known by name, is one test.
 //!
 //! A separate phase and counter cannot work: a request that reads "serving", is delayed, and then
 //! adds itself to a count which the drain has just read as zero is let in and lost. With one word
@@ -17,7 +18,8 @@
 //! # The protocol
 //!
 //! - **admit** is a compare-and-swap from a word that is before draining and below the limit to
-//!   the same word plus one, with "has served" set.
+//!   the same word plus one, with "has served" set. It is written twice: as short as it can be for
+//!   the phase that lasts for months, and in full for the rest.
 //! - **advance** is a compare-and-swap to a later phase; the count is carried over.
 //! - **release** is a subtraction of one. Whoever brings the count to zero in a word that is
 //!   draining or later is the *last one out*, locks the waiter's slot, takes the waker, and wakes

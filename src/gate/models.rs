@@ -26,6 +26,15 @@ fn bounded(check: impl Fn() + Send + Sync + 'static) {
     builder.check(check);
 }
 
+/// As a request is let in.
+fn admit(core: &Core) -> Result<(), Refused> {
+    if core.admit() {
+        Ok(())
+    } else {
+        core.admit_specially()
+    }
+}
+
 async fn idle(core: &Core) {
     poll_fn(|cx| core.poll_idle(cx)).await;
 }
@@ -40,13 +49,13 @@ fn shared<T>(value: T) -> (Arc<T>, Arc<T>) {
 #[test]
 fn whoever_is_admitted_is_waited_for() {
     bounded(|| {
-        let core = Arc::new(Core::new(None));
+        let core = Arc::new(Core::new(None, false));
         let requests: Vec<_> = (0..2)
             .map(|_| {
                 let core = core.clone();
                 let (work, seen) = shared(AtomicUsize::new(0));
                 let request = thread::spawn(move || {
-                    let admitted = core.admit();
+                    let admitted = admit(&core);
                     if admitted.is_ok() {
                         work.store(1, Relaxed);
                         core.release();
@@ -77,9 +86,9 @@ fn whoever_is_admitted_is_waited_for() {
 #[test]
 fn the_last_one_out_wakes_the_waiter() {
     model(|| {
-        let core = Arc::new(Core::new(None));
-        core.admit().unwrap();
-        core.admit().unwrap();
+        let core = Arc::new(Core::new(None, false));
+        admit(&core).unwrap();
+        admit(&core).unwrap();
         core.advance(Phase::Draining);
         let requests: Vec<_> = (0..2)
             .map(|_| {
@@ -101,9 +110,9 @@ fn the_last_one_out_wakes_the_waiter() {
 #[test]
 fn a_wake_up_is_not_lost_between_advance_and_release() {
     bounded(|| {
-        let core = Arc::new(Core::new(None));
+        let core = Arc::new(Core::new(None, false));
         let bell = Arc::new(AtomicWaker::new());
-        core.admit().unwrap();
+        admit(&core).unwrap();
         let request = {
             let core = core.clone();
             thread::spawn(move || core.release())
@@ -130,7 +139,7 @@ fn a_wake_up_is_not_lost_between_advance_and_release() {
 #[test]
 fn the_limit_is_exact() {
     model(|| {
-        let core = Arc::new(Core::new(Some(1)));
+        let core = Arc::new(Core::new(Some(1), false));
         let (inside, most) = shared(AtomicUsize::new(0));
         let other = {
             let (core, inside) = (core.clone(), inside);
@@ -140,11 +149,11 @@ fn the_limit_is_exact() {
         let others = other.join().unwrap();
         assert!(mine || others, "there was room for one");
         assert_eq!(core.word().count(), 0);
-        assert_eq!(core.admit(), Ok(()), "the place is free again");
+        assert_eq!(admit(&core), Ok(()), "the place is free again");
     });
 
     fn enter(core: &Core, inside: &AtomicUsize) -> bool {
-        if core.admit().is_err() {
+        if admit(&core).is_err() {
             return false;
         }
         assert_eq!(inside.fetch_add(1, Relaxed), 0, "two were let in");
@@ -159,10 +168,10 @@ fn the_limit_is_exact() {
 #[test]
 fn changes_of_the_word_do_not_overwrite_one_another() {
     model(|| {
-        let core = Arc::new(Core::new(None));
+        let core = Arc::new(Core::new(None, false));
         let request = {
             let core = core.clone();
-            thread::spawn(move || core.admit().is_ok())
+            thread::spawn(move || admit(&core).is_ok())
         };
         let readiness = {
             let core = core.clone();

@@ -8,15 +8,18 @@ use crate::phase::Phase;
 const PHASE_SHIFT: u32 = usize::BITS - 3;
 const NOT_READY: usize = 1 << (PHASE_SHIFT - 1);
 const SERVED: usize = NOT_READY >> 1;
-const COUNT: usize = SERVED - 1;
+const NAMED: usize = SERVED >> 1;
+const COUNT: usize = NAMED - 1;
 const DRAINING: usize = (Phase::Draining as usize) << PHASE_SHIFT;
+/// What makes an admission more than a count: any phase but the first, and names.
+const SPECIAL: usize = (usize::MAX << PHASE_SHIFT) | NAMED;
 
 /// A snapshot of the gate.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Word(pub(super) usize);
 
 impl Word {
-    /// The most requests that can be in flight at once: 2^59 - 1, or 2^27 - 1 where a word has
+    /// The most requests that can be in flight at once: 2^58 - 1, or 2^26 - 1 where a word has
     /// 32 bits. Admission refuses the next one, so the count cannot spill into the flags.
     pub(super) const MAX_COUNT: usize = COUNT;
 
@@ -51,6 +54,20 @@ impl Word {
         self.0 & SERVED != 0
     }
 
+    /// Whoever is in flight is known by name.
+    pub(crate) const fn is_named(self) -> bool {
+        self.0 & NAMED != 0
+    }
+
+    pub(super) const fn named(self, named: bool) -> Self {
+        Self(self.0 | if named { NAMED } else { 0 })
+    }
+
+    /// An admission has to do more than to count.
+    pub(super) const fn is_special(self) -> bool {
+        self.0 & SPECIAL != 0
+    }
+
     /// Draining or later.
     pub(super) const fn refuses(self) -> bool {
         self.0 >= DRAINING
@@ -62,7 +79,7 @@ impl Word {
     }
 
     pub(super) const fn with_phase(self, phase: Phase) -> Self {
-        Self((self.0 & (NOT_READY | SERVED | COUNT)) | ((phase as usize) << PHASE_SHIFT))
+        Self((self.0 & (NOT_READY | SERVED | NAMED | COUNT)) | ((phase as usize) << PHASE_SHIFT))
     }
 
     pub(super) const fn with_ready(self, ready: bool) -> Self {
@@ -88,6 +105,7 @@ impl fmt::Debug for Word {
             .field("phase", &self.phase())
             .field("marked_ready", &self.is_marked_ready())
             .field("has_served", &self.has_served())
+            .field("named", &self.is_named())
             .field("count", &self.count())
             .finish()
     }
@@ -120,6 +138,10 @@ mod tests {
                         SERVED
                     );
                     assert_eq!(word.count(), count);
+                    assert_eq!(word.is_special(), phase > Phase::Serving);
+                    let named = word.named(true).with_phase(phase).with_ready(ready);
+                    assert_eq!(named.0 ^ word.0, NAMED);
+                    assert!(named.is_named() && named.is_special());
                     assert_eq!(word.refuses(), phase >= Phase::Draining);
                     assert_eq!(word.is_idle(), phase >= Phase::Draining && count == 0);
                 }

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
+use super::named::Named;
 use crate::handle::Pass;
 
 pin_project! {
@@ -28,6 +29,8 @@ pin_project! {
     #[project = KindProj]
     enum Kind<B> {
         Inner { #[pin] body: B },
+        // On the roll for as long as there is a pass. Boxed, because it is rare.
+        Named { #[pin] body: B, named: Option<Box<Named>> },
         Text { text: Bytes },
     }
 }
@@ -63,6 +66,19 @@ impl<B: Body> GracefulBody<B> {
     }
 }
 
+impl<B: Body> GracefulBody<B> {
+    pub(super) fn named(body: B, pass: Option<Pass>, named: Option<Box<Named>>) -> Self {
+        let ended = body.is_end_stream();
+        Self {
+            kind: Kind::Named {
+                named: named.filter(|_| !ended),
+                body,
+            },
+            pass: pass.filter(|_| !ended),
+        }
+    }
+}
+
 impl<B> Body for GracefulBody<B>
 where
     B: Body<Data: From<Bytes>>,
@@ -77,13 +93,17 @@ where
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
         match this.kind.as_mut().project() {
-            KindProj::Inner { mut body } => {
-                let frame = ready!(body.as_mut().poll_frame(cx));
-                let ended = match &frame {
-                    Some(Ok(_)) => body.is_end_stream(),
-                    Some(Err(_)) | None => true,
-                };
+            KindProj::Inner { body } => {
+                let (frame, ended) = ready!(poll_frame(body, cx));
                 if ended {
+                    *this.pass = None;
+                }
+                Poll::Ready(frame)
+            }
+            KindProj::Named { body, named } => {
+                let (frame, ended) = ready!(poll_frame(body, cx));
+                if ended {
+                    *named = None;
                     *this.pass = None;
                 }
                 Poll::Ready(frame)
@@ -101,7 +121,7 @@ where
     #[inline]
     fn is_end_stream(&self) -> bool {
         match &self.kind {
-            Kind::Inner { body } => body.is_end_stream(),
+            Kind::Inner { body } | Kind::Named { body, .. } => body.is_end_stream(),
             Kind::Text { text } => text.is_empty(),
         }
     }
@@ -109,16 +129,32 @@ where
     #[inline]
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
-            Kind::Inner { body } => body.size_hint(),
+            Kind::Inner { body } | Kind::Named { body, .. } => body.size_hint(),
             Kind::Text { text } => SizeHint::with_exact(text.len() as u64),
         }
     }
+}
+
+/// The next frame, and whether it is the last.
+#[inline]
+#[allow(clippy::type_complexity)] // the trait's own, and a flag
+fn poll_frame<B: Body>(
+    mut body: Pin<&mut B>,
+    cx: &mut Context<'_>,
+) -> Poll<(Option<Result<Frame<B::Data>, B::Error>>, bool)> {
+    let frame = ready!(body.as_mut().poll_frame(cx));
+    let ended = match &frame {
+        Some(Ok(_)) => body.is_end_stream(),
+        Some(Err(_)) | None => true,
+    };
+    Poll::Ready((frame, ended))
 }
 
 impl<B> fmt::Debug for GracefulBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match &self.kind {
             Kind::Inner { .. } => "inner",
+            Kind::Named { .. } => "named",
             Kind::Text { .. } => "text",
         };
         f.debug_struct("GracefulBody")

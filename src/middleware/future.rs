@@ -9,7 +9,7 @@ use http::{Response, Version};
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use super::{body::GracefulBody, refusal::Refusal};
+use super::{body::GracefulBody, named::Named, refusal::Refusal};
 use crate::{
     handle::{Graceful, Pass},
     leaving,
@@ -33,6 +33,8 @@ pin_project! {
     #[project = StateProj]
     enum State<F, B> {
         Admitted { #[pin] inner: F, pass: Option<Pass>, version: Version },
+        // Admitted, and on the roll. Boxed, as below.
+        Named { #[pin] inner: F, pass: Option<Pass>, named: Option<Box<Named>>, version: Version },
         // Let pass without being counted, where it would have been refused.
         Exempt { #[pin] inner: F, graceful: Graceful, version: Version },
         // Boxed: it is rare, and would make every admitted request's future larger.
@@ -48,6 +50,17 @@ impl<F, B> GracefulFuture<F, B> {
             state: State::Admitted {
                 inner,
                 pass: Some(pass),
+                version,
+            },
+        }
+    }
+
+    pub(super) fn named(inner: F, pass: Pass, named: Named, version: Version) -> Self {
+        Self {
+            state: State::Named {
+                inner,
+                pass: Some(pass),
+                named: Some(Box::new(named)),
                 version,
             },
         }
@@ -99,6 +112,26 @@ where
                 }
                 Poll::Ready(Ok(response.map(|body| GracefulBody::new(body, pass))))
             }
+            StateProj::Named {
+                inner,
+                pass,
+                named,
+                version,
+            } => {
+                let result = ready!(inner.poll(cx));
+                let (pass, named, version) = (pass.take(), named.take(), *version);
+                state.set(State::Done);
+                let mut response = result?;
+                if pass.as_ref().is_some_and(|pass| leaves(pass.gate())) {
+                    leaving::say_close(&mut response, version);
+                }
+                if let Some(named) = &named {
+                    named.streams();
+                }
+                Poll::Ready(Ok(
+                    response.map(|body| GracefulBody::named(body, pass, named))
+                ))
+            }
             StateProj::Exempt {
                 inner,
                 graceful,
@@ -133,6 +166,7 @@ impl<F, B> fmt::Debug for GracefulFuture<F, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match &self.state {
             State::Admitted { .. } => "admitted",
+            State::Named { .. } => "named",
             State::Exempt { .. } => "exempt",
             State::Refused { .. } => "refused",
             State::Done => "done",

@@ -12,6 +12,7 @@
 mod body;
 mod future;
 mod layer;
+mod named;
 mod refusal;
 mod service;
 

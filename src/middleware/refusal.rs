@@ -65,7 +65,7 @@ fn matched_path<B>(request: &Request<B>) -> Option<&str> {
 
 /// The path before axum's `nest` took its prefix off.
 #[cfg(feature = "axum")]
-fn original_path<B>(request: &Request<B>) -> Option<&str> {
+pub(super) fn original_path<B>(request: &Request<B>) -> Option<&str> {
     let original = request.extensions().get::<axum::extract::OriginalUri>()?;
     Some(original.0.path())
 }
@@ -76,11 +76,12 @@ fn matched_path<B>(_: &Request<B>) -> Option<&str> {
 }
 
 #[cfg(not(feature = "axum"))]
-fn original_path<B>(_: &Request<B>) -> Option<&str> {
+pub(super) fn original_path<B>(_: &Request<B>) -> Option<&str> {
     None
 }
 
 pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refused) -> Refusal<B> {
+    graceful.shared().refused();
     let policy = graceful.policy();
     let rejection = Rejection::new(refused, policy.retry_after);
     let grpc = rejection::is_grpc(request.headers());

@@ -5,8 +5,8 @@ use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
 
-use super::{body::GracefulBody, future::GracefulFuture, refusal};
-use crate::{gate::Refused, handle::Graceful};
+use super::{body::GracefulBody, future::GracefulFuture, named::Named, refusal};
+use crate::handle::Graceful;
 
 /// The service a [`GracefulLayer`](super::GracefulLayer) makes. See there for what it does.
 #[derive(Clone, Debug)]
@@ -54,31 +54,39 @@ where
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         match self.graceful.admit() {
-            Ok(pass) => {
+            Some(pass) => {
                 let version = request.version();
                 GracefulFuture::admitted(self.inner.call(request), pass, version)
             }
-            Err(refused) => self.turn_away(request, refused),
+            None => self.call_specially(request),
         }
     }
 }
 
 impl<S> GracefulService<S> {
+    /// A call that is more than a count: while the service stops, above its limit, or with names.
     #[cold]
-    fn turn_away<ReqBody>(
+    fn call_specially<ReqBody>(
         &mut self,
         request: Request<ReqBody>,
-        refused: Refused,
     ) -> GracefulFuture<S::Future, ReqBody>
     where
         S: Service<Request<ReqBody>>,
     {
-        if refusal::is_exempt(&self.graceful, &request) {
-            let version = request.version();
-            let graceful = self.graceful.clone();
-            GracefulFuture::exempt(self.inner.call(request), graceful, version)
-        } else {
-            GracefulFuture::refused(refusal::refuse(&self.graceful, request, refused))
+        let version = request.version();
+        match self.graceful.shared().admit_specially() {
+            Ok(pass) if pass.gate().word().is_named() => {
+                let named = Named::new(&self.graceful, &request);
+                GracefulFuture::named(self.inner.call(request), pass, named, version)
+            }
+            Ok(pass) => GracefulFuture::admitted(self.inner.call(request), pass, version),
+            Err(_) if refusal::is_exempt(&self.graceful, &request) => {
+                let graceful = self.graceful.clone();
+                GracefulFuture::exempt(self.inner.call(request), graceful, version)
+            }
+            Err(refused) => {
+                GracefulFuture::refused(refusal::refuse(&self.graceful, request, refused))
+            }
         }
     }
 }

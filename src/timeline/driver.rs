@@ -1,6 +1,10 @@
 //! The task that lets time pass.
 
-use std::{future::poll_fn, sync::Arc, time::Duration};
+use std::{
+    future::{pending, poll_fn},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     sync::Notify,
@@ -38,7 +42,17 @@ impl Driver {
         let mut phase = Phase::Serving;
         // Once the gate has said so it stays so, and need not be asked again.
         let mut idle = false;
+        let mut hooked = false;
+        let mut cleaning = None;
+        let mut cleaned = false;
         while let Some(next) = gate.tick() {
+            if !std::mem::replace(&mut hooked, true) {
+                gate.start_hooks();
+            }
+            if cleaning.is_none() {
+                let deadline = gate.cleanup_deadline();
+                cleaning = deadline.map(|deadline| Box::pin(gate.clone().clean_up(deadline)));
+            }
             let before = std::mem::replace(&mut phase, gate.word().phase());
             let draining = phase >= Phase::Draining;
             if draining && before < Phase::Draining {
@@ -49,6 +63,10 @@ impl Driver {
                 () = self.bell.notified() => {}
                 () = time::sleep_until(next) => {}
                 () = poll_fn(|cx| gate.poll_idle(cx)), if draining && !idle => idle = true,
+                () = optional(&mut cleaning), if cleaning.is_some() && !cleaned => {
+                    cleaned = true;
+                    gate.cleaned_up();
+                }
                 _ = progress.tick(), if draining => gate.progress(),
             }
         }
@@ -67,6 +85,14 @@ impl Driver {
     }
 }
 
+/// The future, if there is one.
+async fn optional(future: &mut Option<impl Future<Output = ()> + Unpin>) {
+    match future {
+        Some(future) => future.await,
+        None => pending().await,
+    }
+}
+
 impl Drop for Driver {
     fn drop(&mut self) {
         // Its runtime may be gone while the service lives: the next call starts another.
@@ -78,10 +104,17 @@ impl Drop for Driver {
 
 impl Gate<Lifecycle> {
     fn progress(&self) {
-        let word = self.word();
-        if let Some(time_left) = self.time_left(word.phase()) {
+        let phase = self.word().phase();
+        if let Some(time_left) = self.time_left(phase) {
+            let oldest = self.roll.list(Instant::now());
             let connections = self.connections.len();
-            events::progress(word.phase(), word.count(), connections, time_left);
+            events::progress(
+                phase,
+                self.in_flight(),
+                connections,
+                time_left,
+                oldest.first(),
+            );
         }
     }
 }

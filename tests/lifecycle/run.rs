@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 use tokio_test::{assert_pending, task};
-use tower_graceful::{Graceful, Outcome, Phase, Remaining, Report, ServerOutput, Trigger};
+use tower_graceful::{Completion, Graceful, Outcome, Phase, Remaining, Report, Trigger};
 
 use crate::support::{
     DEADLINE, DELAY, LET_GO, graceful, let_others_run, ms, pass, request, s, serve, server,
@@ -51,9 +51,10 @@ async fn a_clean_report_has_the_exact_length_of_every_phase() {
     assert_eq!(
         report.to_string(),
         "shutdown by shutdown(): clean, 7.375 s\n\
-         \x20 lame duck     5.000 s\n\
-         \x20 draining      2.250 s\n\
-         \x20 closing       0.125 s"
+         \x20 lame duck             5.000 s  |======================          |\n\
+         \x20 draining              2.250 s  |                      ========= |\n\
+         \x20 closing               0.125 s  |                               =|\n\
+         \x20 requests: 1 in flight when it began, 1 finished"
     );
 }
 
@@ -438,7 +439,7 @@ async fn a_server_that_panics_panics_its_run_and_stops_the_service() {
 
 #[tokio::test(start_paused = true)]
 async fn a_server_may_resolve_to_unit_or_to_a_result() {
-    async fn error(output: impl ServerOutput + 'static) -> Option<String> {
+    async fn error(output: impl Completion + 'static) -> Option<String> {
         let report: Report = without_delay().run(ready(output)).await;
         report.server_error().map(str::to_owned)
     }

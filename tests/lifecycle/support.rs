@@ -23,7 +23,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 use tower::{Layer, Service, service_fn};
-use tower_graceful::{Drain, Graceful, GracefulBuilder, GracefulFuture, Report, ServerOutput};
+use tower_graceful::{Completion, Drain, Graceful, GracefulBuilder, GracefulFuture, Report};
 
 /// The delay of [`graceful`].
 pub(crate) const DELAY: Duration = Duration::from_secs(5);
@@ -85,7 +85,7 @@ pub(crate) fn server(graceful: &Graceful) -> Drain {
 /// Runs `server`, and returns once it serves. The handle resolves to the report.
 pub(crate) async fn serve<S>(graceful: &Graceful, server: S) -> JoinHandle<Report>
 where
-    S: Future<Output: ServerOutput> + Send + 'static,
+    S: Future<Output: Completion> + Send + 'static,
 {
     let run = tokio::spawn(graceful.run(server));
     let_others_run().await;

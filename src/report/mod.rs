@@ -1,0 +1,260 @@
+//! What happened, in one value. Plain data.
+
+mod remaining;
+mod task;
+mod text;
+
+use std::{
+    fmt,
+    process::{self, ExitCode},
+    sync::Arc,
+    time::Duration,
+};
+
+pub use self::{
+    remaining::{CutConnection, CutRequest, HeldBy, Remaining, Requests},
+    task::{Fate, TaskKind, TaskReport},
+};
+use crate::phase::Phase;
+
+/// What asked for the stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Trigger {
+    /// SIGTERM; on Windows the console's close, logoff and shutdown events.
+    Terminate,
+    /// SIGINT, which is Ctrl-C; on Windows Ctrl-C and Ctrl-Break.
+    Interrupt,
+    /// A call of [`Graceful::shutdown`](crate::Graceful::shutdown).
+    Shutdown,
+    /// The future given to [`Graceful::drain_on`](crate::Graceful::drain_on).
+    Future,
+    /// A server given to [`Graceful::run`](crate::Graceful::run) ended although nothing had asked
+    /// it to.
+    ServerEnded,
+}
+
+impl fmt::Display for Trigger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Terminate => "SIGTERM",
+            Self::Interrupt => "SIGINT",
+            Self::Shutdown => "shutdown()",
+            Self::Future => "drain_on()",
+            Self::ServerEnded => "server ended",
+        })
+    }
+}
+
+/// How a shutdown ended. Each outcome has an exit code of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// Everything in flight was finished and every server ended. Exit code 0.
+    Clean,
+    /// Something was still running when the drain deadline passed, or when repeated signals cut
+    /// the drain short, or was a worker that did not end in time, and was given up. Exit code 1.
+    Forced,
+    /// What was in flight was finished, but a worker, a cleanup step or a hook failed, panicked, or
+    /// in the case of a cleanup step did not end within its bound. Exit code 2.
+    CleanupFailed,
+    /// Repeated signals ended even the wait for what had been cut. Exit code 3.
+    Abandoned,
+    /// A server ended with an error. What was in flight was finished. Exit code 4.
+    ServerFailed,
+}
+
+impl Outcome {
+    /// The exit code of this outcome: 0 for [`Clean`](Self::Clean), and a number of its own,
+    /// never 0, for each of the others. Stable across versions.
+    #[must_use]
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Clean => 0,
+            Self::Forced => 1,
+            Self::CleanupFailed => 2,
+            Self::Abandoned => 3,
+            Self::ServerFailed => 4,
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Clean => "clean",
+            Self::Forced => "forced",
+            Self::CleanupFailed => "cleanup failed",
+            Self::Abandoned => "abandoned",
+            Self::ServerFailed => "server failed",
+        })
+    }
+}
+
+/// What happened during a shutdown.
+///
+/// [`Graceful::run`](crate::Graceful::run) and [`Graceful::serve`](crate::Graceful::serve) return
+/// it. It converts into an [`ExitCode`], so `main` can return it, its `Display` is a timeline for a
+/// person, at most 80 columns wide, and its parts are there for whoever logs them:
+///
+/// ```text
+/// shutdown by SIGTERM: clean, 1.456 s
+///   lame duck          1.002 s  |======================          |
+///   draining           0.301 s  |                      =======   |
+///   closing            0.003 s  |                            =   |
+///   cleanup            0.150 s  |                             ===|
+///     mailer           0.420 s  |                      ========= |  done
+///     database         0.040 s  |                               =|  done
+///   requests: 12 in flight when it began, 3 more, 15 finished
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use = "the report says whether anything was lost, and is the exit code"]
+pub struct Report {
+    pub(crate) trigger: Trigger,
+    pub(crate) outcome: Outcome,
+    /// Lame duck, draining, closing.
+    pub(crate) phases: [Duration; 3],
+    pub(crate) cleanup: Duration,
+    pub(crate) requests: Requests,
+    pub(crate) remaining: Remaining,
+    pub(crate) given_up: Arc<GivenUp>,
+    pub(crate) tasks: Arc<[TaskReport]>,
+    pub(crate) server_error: Option<String>,
+}
+
+/// What was still there at the cut, one by one. The oldest first.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct GivenUp {
+    pub(crate) requests: Vec<CutRequest>,
+    pub(crate) holds: Vec<HeldBy>,
+    pub(crate) connections: Vec<CutConnection>,
+}
+
+impl Report {
+    /// What asked for the stop.
+    #[must_use]
+    pub fn trigger(&self) -> Trigger {
+        self.trigger
+    }
+
+    /// How it ended.
+    #[must_use]
+    pub fn outcome(&self) -> Outcome {
+        self.outcome
+    }
+
+    /// The outcome as a process exit code: 0 when clean, another number otherwise
+    /// ([`Outcome::exit_code`]).
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        self.outcome.exit_code()
+    }
+
+    /// How long `phase` lasted. Zero for [`Phase::Serving`], which is no part of a shutdown, and
+    /// for [`Phase::Stopped`], which has no end.
+    #[must_use]
+    pub fn time_in(&self, phase: Phase) -> Duration {
+        let [lame_duck, draining, closing] = self.phases;
+        match phase {
+            Phase::LameDuck => lame_duck,
+            Phase::Draining => draining,
+            Phase::Closing => closing,
+            Phase::Serving | Phase::Stopped => Duration::ZERO,
+        }
+    }
+
+    /// How long workers were joined and cleanup steps ran: between [`Phase::Closing`] and the end.
+    #[must_use]
+    pub fn cleanup_time(&self) -> Duration {
+        self.cleanup
+    }
+
+    /// How long it took from the trigger to the end.
+    #[must_use]
+    pub fn duration(&self) -> Duration {
+        self.phases.iter().sum::<Duration>() + self.cleanup
+    }
+
+    /// What became of the requests.
+    #[must_use]
+    pub fn requests(&self) -> Requests {
+        self.requests
+    }
+
+    /// Every worker, hook and cleanup step, in the order they were registered.
+    #[must_use]
+    pub fn tasks(&self) -> &[TaskReport] {
+        &self.tasks
+    }
+
+    /// What was given up at the cut. All zero if there was none.
+    #[must_use]
+    pub fn remaining(&self) -> Remaining {
+        self.remaining
+    }
+
+    /// The requests that were in flight at the cut, the oldest first, if
+    /// [`name_requests`](crate::GracefulBuilder::name_requests) was set. Empty otherwise.
+    #[must_use]
+    pub fn requests_cut(&self) -> &[CutRequest] {
+        &self.given_up.requests
+    }
+
+    /// The [holds](crate::Hold) that were there at the cut, the oldest first.
+    #[must_use]
+    pub fn holds_cut(&self) -> &[HeldBy] {
+        &self.given_up.holds
+    }
+
+    /// The connections that were open at the cut, the oldest first.
+    #[must_use]
+    pub fn connections_cut(&self) -> &[CutConnection] {
+        &self.given_up.connections
+    }
+
+    /// The error with which a server given to [`Graceful::run`](crate::Graceful::run) ended, if
+    /// one did: the first one's.
+    #[must_use]
+    pub fn server_error(&self) -> Option<&str> {
+        self.server_error.as_deref()
+    }
+
+    /// Ends the process with the exit code.
+    ///
+    /// Unlike returning from `main` this does not wait for the runtime, which waits for every
+    /// [`spawn_blocking`](tokio::task::spawn_blocking) that has begun, for as long as it takes. It
+    /// does not run the destructors of what is alive on the stack either.
+    pub fn exit(self) -> ! {
+        process::exit(self.exit_code().into())
+    }
+}
+
+impl From<Report> for ExitCode {
+    fn from(report: Report) -> Self {
+        Self::from(report.exit_code())
+    }
+}
+
+impl process::Termination for Report {
+    fn report(self) -> ExitCode {
+        self.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_outcome_has_an_exit_code_of_its_own_and_only_clean_is_zero() {
+        let codes = [
+            Outcome::Clean,
+            Outcome::Forced,
+            Outcome::CleanupFailed,
+            Outcome::Abandoned,
+            Outcome::ServerFailed,
+        ]
+        .map(Outcome::exit_code);
+        assert_eq!(codes, [0, 1, 2, 3, 4]);
+    }
+}

@@ -1,0 +1,317 @@
+//! The report as a person reads it.
+
+use std::{fmt, time::Duration};
+
+use super::{Fate, Report, TaskKind, TaskReport};
+use crate::phase::Phase;
+
+/// How many of the requests, holds and connections that were given up are named, of each.
+const NAMED: usize = 3;
+
+/// The widths of a row's columns; with what stands between them, 80 in all.
+const NAME: usize = 18;
+const BAR: usize = 32;
+const WIDTH: usize = 80;
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let total = self.duration();
+        let seconds = total.as_secs_f64();
+        write!(
+            f,
+            "shutdown by {}: {}, {seconds:.3} s",
+            self.trigger, self.outcome
+        )?;
+        let mut began = Duration::ZERO;
+        for phase in [Phase::LameDuck, Phase::Draining, Phase::Closing] {
+            let took = self.time_in(phase);
+            row(f, 2, phase.as_str(), began, took, total)?;
+            began += took;
+            if phase == Phase::LameDuck {
+                self.write_tasks(f, total, |task| task.kind == TaskKind::LameDuck)?;
+            }
+        }
+        if self
+            .tasks
+            .iter()
+            .any(|task| task.kind != TaskKind::LameDuck)
+        {
+            row(f, 2, "cleanup", began, self.cleanup, total)?;
+            self.write_tasks(f, total, |task| task.kind == TaskKind::Worker)?;
+            self.write_tasks(f, total, |task| task.kind == TaskKind::Cleanup)?;
+        }
+        self.write_requests(f)?;
+        self.write_given_up(f)?;
+        if let Some(error) = &self.server_error {
+            line(f, 2, &format!("server error: {error}"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Report {
+    fn write_tasks(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        total: Duration,
+        shown: impl Fn(&TaskReport) -> bool,
+    ) -> fmt::Result {
+        for task in self.tasks.iter().filter(|task| shown(task)) {
+            row(f, 4, &task.name, task.began, task.took, total)?;
+            write!(f, "  {}", task.fate)?;
+            if let Fate::Failed(error) | Fate::Panicked(error) = &task.fate {
+                line(f, 6, error)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_requests(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let requests = &self.requests;
+        let figures = [
+            (requests.in_flight, " in flight when it began"),
+            (requests.admitted, " more"),
+            (requests.finished, " finished"),
+            (requests.refused, " refused"),
+            (requests.cut, " cut"),
+        ];
+        let figures = figures.iter().filter(|(count, _)| *count > 0);
+        let figures: Vec<_> = figures
+            .map(|(count, what)| format!("{count}{what}"))
+            .collect();
+        if figures.is_empty() {
+            return Ok(());
+        }
+        line(f, 2, &format!("requests: {}", figures.join(", ")))
+    }
+
+    fn write_given_up(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.remaining.is_nothing() {
+            return Ok(());
+        }
+        line(f, 2, &format!("given up: {}", self.remaining))?;
+        named(f, &self.given_up.requests)?;
+        named(f, &self.given_up.holds)?;
+        named(f, &self.given_up.connections)
+    }
+}
+
+fn named<T: fmt::Display>(f: &mut fmt::Formatter<'_>, given_up: &[T]) -> fmt::Result {
+    for one in given_up.iter().take(NAMED) {
+        line(f, 4, &one.to_string())?;
+    }
+    match given_up.len().saturating_sub(NAMED) {
+        0 => Ok(()),
+        more => line(f, 4, &format!("and {more} more")),
+    }
+}
+
+/// A name, a time, and where in the whole that time lies.
+fn row(
+    f: &mut fmt::Formatter<'_>,
+    indent: usize,
+    name: &str,
+    began: Duration,
+    took: Duration,
+    total: Duration,
+) -> fmt::Result {
+    let column = |at: Duration| {
+        let share = at.as_secs_f64() / total.as_secs_f64().max(f64::MIN_POSITIVE);
+        // Between none and all of the bar.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let column = (share.clamp(0.0, 1.0) * 32.0).round() as usize;
+        column
+    };
+    let from = column(began).min(BAR - 1);
+    let to = column(began + took).clamp(from + 1, BAR);
+    let name = printable(name, NAME + 2 - indent);
+    let seconds = took.as_secs_f64();
+    write!(
+        f,
+        "\n{:indent$}{name:<width$}{seconds:>9.3} s  |{:from$}{}{:rest$}|",
+        "",
+        "",
+        "=".repeat(to - from),
+        "",
+        width = NAME + 2 - indent,
+        rest = BAR - to,
+    )
+}
+
+fn line(f: &mut fmt::Formatter<'_>, indent: usize, text: &str) -> fmt::Result {
+    write!(f, "\n{:indent$}{}", "", printable(text, WIDTH - indent))
+}
+
+/// On one line, and no wider than this.
+fn printable(text: &str, width: usize) -> String {
+    let mut shown: String = text
+        .chars()
+        .map(|char| if char.is_control() { ' ' } else { char })
+        .collect();
+    if shown.chars().count() > width {
+        shown = shown.chars().take(width - 2).collect();
+        shown.push_str("..");
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use http::Method;
+
+    use super::*;
+    use crate::report::{
+        CutConnection, CutRequest, GivenUp, HeldBy, Outcome, Remaining, Requests, Trigger,
+    };
+
+    const fn ms(milliseconds: u64) -> Duration {
+        Duration::from_millis(milliseconds)
+    }
+
+    fn task(name: &str, kind: TaskKind, began: u64, took: u64, fate: Fate) -> TaskReport {
+        TaskReport {
+            name: name.into(),
+            kind,
+            began: ms(began),
+            took: ms(took),
+            fate,
+        }
+    }
+
+    fn clean() -> Report {
+        Report {
+            trigger: Trigger::Terminate,
+            outcome: Outcome::Clean,
+            phases: [ms(5000), ms(1250), ms(3)],
+            cleanup: Duration::ZERO,
+            requests: Requests::default(),
+            remaining: Remaining::default(),
+            given_up: Arc::default(),
+            tasks: Arc::default(),
+            server_error: None,
+        }
+    }
+
+    #[test]
+    fn a_report_is_a_timeline() {
+        assert_eq!(
+            clean().to_string(),
+            "shutdown by SIGTERM: clean, 6.253 s\
+             \n  lame duck             5.000 s  |==========================      |\
+             \n  draining              1.250 s  |                          ======|\
+             \n  closing               0.003 s  |                               =|"
+        );
+    }
+
+    #[test]
+    fn what_was_given_up_is_named() {
+        let mut report = clean();
+        report.outcome = Outcome::Forced;
+        report.phases = [ms(1000), ms(3000), ms(250)];
+        report.cleanup = ms(750);
+        report.requests = Requests {
+            in_flight: 3,
+            admitted: 2,
+            finished: 3,
+            refused: 7,
+            cut: 2,
+        };
+        report.remaining = Remaining {
+            requests: 1,
+            holds: 1,
+            connections: 5,
+            servers: 0,
+            workers: 1,
+        };
+        let connection = |age| CutConnection {
+            peer: Some(([10, 0, 0, 7], 51234).into()),
+            age: ms(age),
+        };
+        report.given_up = Arc::new(GivenUp {
+            requests: vec![CutRequest {
+                method: Method::GET,
+                path: "/export".into(),
+                age: ms(28_440),
+                streaming: true,
+            }],
+            holds: vec![HeldBy {
+                name: "order mail".into(),
+                age: ms(3100),
+            }],
+            connections: [28_440, 300, 200, 100, 0].map(connection).into(),
+        });
+        report.tasks = Arc::new([
+            task("database", TaskKind::Cleanup, 4600, 400, Fate::Done),
+            task("mailer", TaskKind::Worker, 1000, 3600, Fate::Cut),
+            task(
+                "consul",
+                TaskKind::LameDuck,
+                0,
+                20,
+                Fate::Failed("503\nunavailable".into()),
+            ),
+        ]);
+        report.server_error = Some("broken".into());
+        assert_eq!(
+            report.to_string(),
+            "shutdown by SIGTERM: forced, 5.000 s\
+             \n  lame duck             1.000 s  |======                          |\
+             \n    consul              0.020 s  |=                               |  failed\
+             \n      503 unavailable\
+             \n  draining              3.000 s  |      ====================      |\
+             \n  closing               0.250 s  |                          =     |\
+             \n  cleanup               0.750 s  |                           =====|\
+             \n    mailer              3.600 s  |      =======================   |  cut\
+             \n    database            0.400 s  |                             ===|  done\
+             \n  requests: 3 in flight when it began, 2 more, 3 finished, 7 refused, 2 cut\
+             \n  given up: 1 request, 1 hold, 5 connections, 1 worker\
+             \n    GET /export 28.4 s, body streaming\
+             \n    hold order mail 3.1 s\
+             \n    connection from 10.0.0.7:51234 28.4 s\
+             \n    connection from 10.0.0.7:51234 0.3 s\
+             \n    connection from 10.0.0.7:51234 0.2 s\
+             \n    and 2 more\
+             \n  server error: broken"
+        );
+    }
+
+    #[test]
+    fn no_line_is_wider_than_eighty_columns_or_breaks() {
+        let long = "a\nvery \u{1b}[31mlong\u{7} name ".repeat(20);
+        for began in [0, 1, 4_000_000, u64::MAX / 1_000_000] {
+            let mut report = clean();
+            report.phases = [Duration::ZERO, ms(began), ms(5)];
+            report.server_error = Some(long.clone());
+            let request = CutRequest {
+                method: Method::GET,
+                path: long.clone(),
+                age: ms(began),
+                streaming: false,
+            };
+            report.remaining.requests = usize::MAX;
+            report.given_up = Arc::new(GivenUp {
+                requests: vec![request],
+                ..GivenUp::default()
+            });
+            let failed = Fate::Failed(long.clone());
+            report.tasks = Arc::new([
+                task(&long, TaskKind::Worker, began, 5, Fate::EndedEarly),
+                task(&long, TaskKind::LameDuck, 7, 0, failed),
+            ]);
+            for line in report.to_string().lines() {
+                assert!(line.chars().count() <= 80, "{line}");
+                assert!(!line.contains(char::is_control), "{line:?}");
+            }
+            assert_eq!(report.to_string().lines().count(), 11);
+        }
+    }
+
+    #[test]
+    fn a_shutdown_that_took_no_time_is_drawn_too() {
+        let mut report = clean();
+        report.phases = [Duration::ZERO; 3];
+        assert!(report.to_string().contains("|=      "), "{report}");
+    }
+}

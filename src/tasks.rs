@@ -1,0 +1,301 @@
+//! Work besides requests: holds, workers, hooks and cleanup steps.
+
+use std::{
+    borrow::Cow,
+    error::Error,
+    fmt,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::runtime;
+
+use crate::{
+    handle::{Graceful, PhaseReached},
+    phase::Phase,
+    report::TaskKind,
+    work::{self, Completion, Name},
+};
+
+impl Graceful {
+    /// Holds the drain until the returned [`Hold`] is dropped: for work that no response carries,
+    /// such as a job that a request has spawned, or the task of a WebSocket.
+    ///
+    /// It counts in [`in_flight`](Self::in_flight), and not against
+    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight). What holds beyond the drain
+    /// deadline is not waited for, and the report names it. Take it before the request that it
+    /// continues is over, so that the drain does not end in between:
+    ///
+    /// ```
+    /// # use tower_graceful::Graceful;
+    /// # async fn send_mail() {}
+    /// async fn order(graceful: Graceful) -> &'static str {
+    ///     let hold = graceful.hold("order mail");
+    ///     tokio::spawn(async move {
+    ///         send_mail().await;
+    ///         drop(hold);
+    ///     });
+    ///     "ordered"
+    /// }
+    /// ```
+    pub fn hold(&self, name: impl Into<Cow<'static, str>>) -> Hold {
+        let key = self.shared().work.hold(name.into());
+        Hold {
+            graceful: self.clone(),
+            key,
+        }
+    }
+
+    /// Spawns a worker: a task that lives as long as the service, and is told to stop when draining
+    /// starts.
+    ///
+    /// It is waited for after the last request and hold has gone, and before the first
+    /// [cleanup](Self::cleanup) step, for at most
+    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout). Then it is cut: its future is
+    /// dropped, and the outcome is [`Forced`](crate::Outcome::Forced). A worker that fails, panics
+    /// or ends early is logged when it does, and reported; it does not stop the service.
+    ///
+    /// ```
+    /// # use tower_graceful::{Graceful, RegisterError};
+    /// # async fn next_job() -> u32 { 1 }
+    /// # async fn send(_: u32) {}
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), RegisterError> {
+    /// # let graceful = Graceful::new();
+    /// graceful.worker("mailer", |mut stop| async move {
+    ///     loop {
+    ///         tokio::select! {
+    ///             () = &mut stop => break,
+    ///             job = next_job() => send(job).await,
+    ///         }
+    ///     }
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// When workers have been told to stop already, and outside a runtime. Nothing is run then.
+    pub fn worker<F, W>(
+        &self,
+        name: impl Into<Cow<'static, str>>,
+        work: F,
+    ) -> Result<(), RegisterError>
+    where
+        F: FnOnce(Stop) -> W + Send + 'static,
+        W: Future<Output: Completion> + Send + 'static,
+    {
+        let name = name.into();
+        let Ok(runtime) = runtime::Handle::try_current() else {
+            return Err(RegisterError::NoRuntime { name });
+        };
+        self.shared().drive();
+        let shared = self.shared().clone();
+        let stop = Stop::new(self);
+        let spawn = move |key| {
+            runtime.spawn(async move {
+                let fate = work::fate(async move { work(stop).await }).await;
+                shared.task_ended(key, fate);
+            })
+        };
+        let in_time = self.phase() < Phase::Draining;
+        if in_time && self.shared().work.employ(name.clone(), spawn) {
+            Ok(())
+        } else {
+            Err(self.too_late(name))
+        }
+    }
+
+    /// Registers a hook that runs when the lame-duck phase begins, beside it: to deregister from
+    /// service discovery, or to stop a consumer.
+    ///
+    /// It is dropped when `bound` or the delay is over, whichever comes first; where there is no
+    /// delay, at its first wait. Several hooks run beside one another.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_graceful::{Graceful, RegisterError};
+    /// # async fn deregister() -> Result<(), std::io::Error> { Ok(()) }
+    /// # let graceful = Graceful::new();
+    /// graceful.on_lame_duck("deregister", Duration::from_secs(2), deregister())?;
+    /// # Ok::<(), RegisterError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// When a stop has been asked for already.
+    pub fn on_lame_duck<F>(
+        &self,
+        name: impl Into<Cow<'static, str>>,
+        bound: Duration,
+        hook: F,
+    ) -> Result<(), RegisterError>
+    where
+        F: Future<Output: Completion> + Send + 'static,
+    {
+        let in_time = self.phase() == Phase::Serving;
+        self.register(TaskKind::LameDuck, name.into(), bound, hook, in_time)
+    }
+
+    /// Registers a cleanup step: to close the database, or to flush the logs. Steps run after the
+    /// last request, hold and worker has gone, one at a time, in the order registered, and before
+    /// the service counts as [stopped](Self::stopped).
+    ///
+    /// A step that does not end within `bound` is dropped, and like one that fails or panics it is
+    /// reported as [`CleanupFailed`](crate::Outcome::CleanupFailed) and does not stop the rest. The
+    /// share of the grace period that is kept for cleanup cannot be used up by a drain; where the
+    /// steps' bounds are more than what is left of it, each has its part in proportion.
+    ///
+    /// Steps run on tokio's runtime and within the life of the process: await
+    /// [`run`](Self::run), [`serve`](Self::serve) or [`stopped`](Self::stopped) before `main`
+    /// returns.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_graceful::{Graceful, RegisterError};
+    /// # struct Pool;
+    /// # impl Pool { async fn close(self) {} }
+    /// # let (graceful, pool) = (Graceful::new(), Pool);
+    /// graceful.cleanup("database", Duration::from_secs(2), async move {
+    ///     pool.close().await;
+    /// })?;
+    /// # Ok::<(), RegisterError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// When the service is closing already, so that cleaning up may have begun.
+    pub fn cleanup<F>(
+        &self,
+        name: impl Into<Cow<'static, str>>,
+        bound: Duration,
+        step: F,
+    ) -> Result<(), RegisterError>
+    where
+        F: Future<Output: Completion> + Send + 'static,
+    {
+        let in_time = self.phase() < Phase::Closing;
+        self.register(TaskKind::Cleanup, name.into(), bound, step, in_time)
+    }
+
+    fn register<F>(
+        &self,
+        kind: TaskKind,
+        name: Name,
+        bound: Duration,
+        future: F,
+        in_time: bool,
+    ) -> Result<(), RegisterError>
+    where
+        F: Future<Output: Completion> + Send + 'static,
+    {
+        self.shared().drive();
+        let job = Box::pin(work::fate(future));
+        if in_time && self.shared().work.register(kind, name.clone(), bound, job) {
+            Ok(())
+        } else {
+            Err(self.too_late(name))
+        }
+    }
+
+    fn too_late(&self, name: Name) -> RegisterError {
+        RegisterError::TooLate {
+            name,
+            phase: self.phase(),
+        }
+    }
+}
+
+/// Holds the drain until it is dropped. Made by [`Graceful::hold`].
+#[must_use = "the hold ends when this is dropped"]
+pub struct Hold {
+    graceful: Graceful,
+    key: usize,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let shared = self.graceful.shared();
+        let left = shared.work.release(self.key);
+        if left == 0 && shared.word().phase() >= Phase::Draining {
+            shared.ring();
+        }
+    }
+}
+
+impl fmt::Debug for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hold")
+            .field("graceful", &self.graceful)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How a [worker](Graceful::worker) is told to stop: a future that is ready, and a flag that is
+/// up, from the moment draining starts. Clones are told alike.
+#[derive(Clone, Debug)]
+#[must_use = "futures do nothing unless polled"]
+pub struct Stop {
+    graceful: Graceful,
+    draining: PhaseReached,
+}
+
+impl Stop {
+    fn new(graceful: &Graceful) -> Self {
+        Self {
+            graceful: graceful.clone(),
+            draining: graceful.draining(),
+        }
+    }
+
+    /// Whether the worker shall stop.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.graceful.phase() >= Phase::Draining
+    }
+}
+
+impl Future for Stop {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        Pin::new(&mut self.draining).poll(cx)
+    }
+}
+
+/// Work that was not accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RegisterError {
+    /// The service has come too far for it to be done.
+    TooLate {
+        /// The name it was given.
+        name: Cow<'static, str>,
+        /// How far the service has come.
+        phase: Phase,
+    },
+    /// A worker has to be spawned, and there is no tokio runtime here.
+    NoRuntime {
+        /// The name it was given.
+        name: Cow<'static, str>,
+    },
+}
+
+impl fmt::Display for RegisterError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLate { name, phase } => write!(
+                f,
+                "{name:?} was registered too late: the service is {phase} already"
+            ),
+            Self::NoRuntime { name } => write!(
+                f,
+                "worker {name:?} was registered outside a tokio runtime, which is to run it"
+            ),
+        }
+    }
+}
+
+impl Error for RegisterError {}

@@ -1,0 +1,170 @@
+//! What runs besides the requests while the service stops: hooks in the lame-duck phase; and when
+//! nothing is in flight any more, the joining of the workers and the cleanup steps.
+
+use std::time::Duration;
+
+use tokio::{
+    task::{JoinError, JoinHandle},
+    time::{self, Instant},
+};
+
+use super::{Lifecycle, shutdown::Edge};
+use crate::{
+    events,
+    gate::Gate,
+    phase::Phase,
+    plan::instant_after,
+    report::{Fate, TaskKind},
+};
+
+/// How long a task that was cut is given to be gone, before what comes after it begins.
+const GONE: Duration = Duration::from_millis(50);
+
+/// How long a step is given even where no time is left, so that every one has its turn.
+const LEAST_BOUND: Duration = Duration::from_millis(10);
+
+/// A task that is aborted when it is no longer wanted.
+struct Job(JoinHandle<()>);
+
+impl Job {
+    /// Waits for the end of the task, until the deadline. Says whether it has ended; otherwise it
+    /// has been cut.
+    async fn ends_by(&mut self, deadline: Instant) -> bool {
+        let ended = time::timeout_at(deadline, &mut self.0).await.is_ok();
+        if !ended {
+            self.0.abort();
+        }
+        ended
+    }
+
+    /// Waits for what was cut to be gone, unless it holds its thread and cannot be.
+    async fn is_gone(&mut self) {
+        let _: Result<Result<(), JoinError>, _> = time::timeout(GONE, &mut self.0).await;
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Gate<Lifecycle> {
+    /// Starts the hooks of the lame-duck phase. They run beside it, and not longer.
+    pub(super) fn start_hooks(&self) {
+        for hook in self.work.take(TaskKind::LameDuck) {
+            let shared = self.clone();
+            let mut phases = self.phases();
+            tokio::spawn(async move {
+                shared.work.began(hook.key);
+                let fate = tokio::select! {
+                    biased;
+                    fate = hook.job => fate,
+                    () = time::sleep(hook.bound) => Fate::Cut,
+                    _ = phases.wait_for(|phase| *phase >= Phase::Draining) => Fate::Cut,
+                };
+                shared.task_ended(hook.key, fate);
+            });
+        }
+    }
+
+    /// When cleaning up has to be done, if it has begun.
+    pub(super) fn cleanup_deadline(&self) -> Option<Instant> {
+        let state = self.state();
+        let shutdown = state.shutdown.as_ref()?;
+        debug_assert!(shutdown.cleanup.is_none() || shutdown.edge == Edge::Connections);
+        shutdown.cleanup.as_ref().map(|_| shutdown.end)
+    }
+
+    /// Joins the workers, and then runs the steps one after another. Dropping the future gives up
+    /// what is running and what has not begun.
+    pub(super) async fn clean_up(self, deadline: Instant) {
+        self.join_workers(deadline).await;
+        let mut steps = self.work.take(TaskKind::Cleanup).into_iter();
+        while let Some(step) = steps.next() {
+            let rest = steps.as_slice().iter().map(|step| step.bound);
+            let bound = share(deadline, step.bound, rest);
+            self.work.began(step.key);
+            let shared = self.clone();
+            let mut job = Job(tokio::spawn(async move {
+                let fate = step.job.await;
+                shared.task_ended(step.key, fate);
+            }));
+            if !job.ends_by(instant_after(Instant::now(), bound)).await {
+                job.is_gone().await;
+                self.task_ended(step.key, Fate::Cut);
+            }
+        }
+    }
+
+    async fn join_workers(&self, deadline: Instant) {
+        let workers = self.work.dismiss();
+        if workers.is_empty() {
+            return;
+        }
+        let until = instant_after(Instant::now(), self.workers_share(deadline));
+        let mut workers: Vec<_> = workers
+            .into_iter()
+            .map(|(key, handle)| (key, Job(handle)))
+            .collect();
+        let mut cut = Vec::new();
+        for (key, mut job) in workers.drain(..) {
+            if !job.ends_by(until).await {
+                cut.push((key, job));
+            }
+        }
+        for (key, mut job) in cut {
+            job.is_gone().await;
+            self.task_ended(key, Fate::Cut);
+        }
+    }
+
+    /// How long workers are waited for. What they leave is for the steps, which are not to be
+    /// starved by a worker that does not end.
+    fn workers_share(&self, deadline: Instant) -> Duration {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let most = if self.work.has_steps() {
+            left / 2
+        } else {
+            left
+        };
+        self.policy.worker_timeout.unwrap_or(most).min(left)
+    }
+
+    /// Notes how a task came to its end, and has it logged.
+    pub(crate) fn task_ended(&self, key: usize, fate: Fate) {
+        let fate = match fate {
+            // A worker that was not told to.
+            Fate::Done if self.work.is_worker(key) && self.word().phase() < Phase::Draining => {
+                Fate::EndedEarly
+            }
+            fate => fate,
+        };
+        if let Some(task) = self.work.ended(key, fate) {
+            events::task(&task);
+        }
+    }
+
+    /// All that was to be cleaned up is.
+    pub(super) fn cleaned_up(&self) {
+        self.change(|state, _| {
+            let cleanup = state.shutdown.as_mut().and_then(|it| it.cleanup.as_mut());
+            if let Some(cleanup) = cleanup {
+                cleanup.done = true;
+            }
+        });
+    }
+}
+
+/// How much of the time until the deadline a step has: what it asked for, or where all those that
+/// are left have asked for more than there is, its share of it.
+fn share(deadline: Instant, bound: Duration, rest: impl Iterator<Item = Duration>) -> Duration {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let asked = rest.fold(bound, Duration::saturating_add);
+    let bound = if asked <= left {
+        bound
+    } else {
+        left.mul_f64(bound.as_secs_f64() / asked.as_secs_f64())
+    };
+    bound.max(LEAST_BOUND)
+}

@@ -1,0 +1,282 @@
+//! The work besides requests: holds, and what is registered to run during a shutdown.
+//!
+//! What is here is bookkeeping. When what runs is for the timeline to say; `tasks` is the face.
+
+use std::{
+    any::Any,
+    borrow::Cow,
+    cmp::Reverse,
+    error::Error,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::{Pin, pin},
+    sync::Mutex,
+    task::Poll,
+    time::Duration,
+};
+
+use slab::Slab;
+use tokio::{task::JoinHandle, time::Instant};
+
+use crate::{
+    report::{Fate, HeldBy, TaskKind},
+    sync::lock,
+};
+
+/// What somebody calls his work.
+pub(crate) type Name = Cow<'static, str>;
+
+type Job = Pin<Box<dyn Future<Output = Fate> + Send>>;
+
+#[derive(Default)]
+pub(crate) struct Work {
+    holds: Mutex<Slab<(Name, Instant)>>,
+    list: Mutex<List>,
+}
+
+#[derive(Default)]
+struct List {
+    hooks: Registered,
+    workers: Vec<Worker>,
+    workers_closed: bool,
+    steps: Registered,
+    tasks: Vec<Task>,
+}
+
+/// Hooks or steps, in the order they were registered, until they are taken.
+#[derive(Default)]
+struct Registered {
+    jobs: Vec<Registration>,
+    taken: bool,
+}
+
+/// A future that has not begun.
+pub(crate) struct Registration {
+    /// Of the task, for [`Work::began`] and [`Work::ended`].
+    pub(crate) key: usize,
+    pub(crate) bound: Duration,
+    pub(crate) job: Job,
+}
+
+struct Worker {
+    key: usize,
+    handle: JoinHandle<()>,
+}
+
+/// What is known of a worker, a hook or a step.
+#[derive(Clone, Debug)]
+pub(crate) struct Task {
+    pub(crate) name: Name,
+    pub(crate) kind: TaskKind,
+    pub(crate) began: Option<Instant>,
+    pub(crate) ended: Option<(Instant, Fate)>,
+}
+
+impl Work {
+    pub(crate) fn hold(&self, name: Name) -> usize {
+        lock!(self.holds).insert((name, Instant::now()))
+    }
+
+    /// Ends a hold. Says how many are left.
+    pub(crate) fn release(&self, key: usize) -> usize {
+        let mut holds = lock!(self.holds);
+        let held = holds.try_remove(key);
+        let left = holds.len();
+        drop(holds);
+        drop(held);
+        left
+    }
+
+    pub(crate) fn holds(&self) -> usize {
+        lock!(self.holds).len()
+    }
+
+    /// The holds, the oldest first.
+    pub(crate) fn list_holds(&self, now: Instant) -> Vec<HeldBy> {
+        let mut list: Vec<_> = {
+            let holds = lock!(self.holds);
+            let holds = holds.iter().map(|(_, (name, begun))| HeldBy {
+                name: name.clone().into_owned(),
+                age: now.saturating_duration_since(*begun),
+            });
+            holds.collect()
+        };
+        list.sort_by_key(|hold| Reverse(hold.age));
+        list
+    }
+
+    /// Enters a hook or a step, unless those of its kind have been taken.
+    pub(crate) fn register(&self, kind: TaskKind, name: Name, bound: Duration, job: Job) -> bool {
+        let mut list = lock!(self.list);
+        if list.registered(kind).taken {
+            return false;
+        }
+        let key = list.enter(name, kind, None);
+        let registration = Registration { key, bound, job };
+        list.registered(kind).jobs.push(registration);
+        true
+    }
+
+    /// Takes the hooks or the steps, once.
+    pub(crate) fn take(&self, kind: TaskKind) -> Vec<Registration> {
+        let mut list = lock!(self.list);
+        let registered = list.registered(kind);
+        registered.taken = true;
+        std::mem::take(&mut registered.jobs)
+    }
+
+    /// Enters a worker that `spawn` starts, unless workers are no longer wanted.
+    pub(crate) fn employ(&self, name: Name, spawn: impl FnOnce(usize) -> JoinHandle<()>) -> bool {
+        let key = {
+            let mut list = lock!(self.list);
+            if list.workers_closed {
+                return false;
+            }
+            list.enter(name, TaskKind::Worker, Some(Instant::now()))
+        };
+        // Without the lock: a worker may call back, and a runtime that shuts down drops it here.
+        let handle = spawn(key);
+        let mut list = lock!(self.list);
+        if list.workers_closed {
+            handle.abort();
+        } else {
+            list.workers.push(Worker { key, handle });
+        }
+        true
+    }
+
+    /// The workers' handles. From now on there are no new ones.
+    pub(crate) fn dismiss(&self) -> Vec<(usize, JoinHandle<()>)> {
+        let mut list = lock!(self.list);
+        list.workers_closed = true;
+        let workers = std::mem::take(&mut list.workers);
+        workers
+            .into_iter()
+            .map(|worker| (worker.key, worker.handle))
+            .collect()
+    }
+
+    pub(crate) fn began(&self, key: usize) {
+        if let Some(task) = lock!(self.list).tasks.get_mut(key) {
+            task.began = Some(Instant::now());
+        }
+    }
+
+    /// Notes how a task came to its end. The first to say so is right.
+    pub(crate) fn ended(&self, key: usize, fate: Fate) -> Option<Task> {
+        let mut list = lock!(self.list);
+        let task = list.tasks.get_mut(key)?;
+        if task.ended.is_some() {
+            return None;
+        }
+        task.ended = Some((Instant::now(), fate));
+        Some(task.clone())
+    }
+
+    /// There is something to be done when nothing is in flight any more.
+    pub(crate) fn has_cleanup(&self) -> bool {
+        let list = lock!(self.list);
+        !list.workers.is_empty() || !list.steps.jobs.is_empty()
+    }
+
+    pub(crate) fn has_steps(&self) -> bool {
+        !lock!(self.list).steps.jobs.is_empty()
+    }
+
+    pub(crate) fn is_worker(&self, key: usize) -> bool {
+        let list = lock!(self.list);
+        list.tasks
+            .get(key)
+            .is_some_and(|task| task.kind == TaskKind::Worker)
+    }
+
+    pub(crate) fn tasks(&self) -> Vec<Task> {
+        lock!(self.list).tasks.clone()
+    }
+}
+
+impl List {
+    fn registered(&mut self, kind: TaskKind) -> &mut Registered {
+        match kind {
+            TaskKind::LameDuck => &mut self.hooks,
+            TaskKind::Worker | TaskKind::Cleanup => &mut self.steps,
+        }
+    }
+
+    fn enter(&mut self, name: Name, kind: TaskKind, began: Option<Instant>) -> usize {
+        self.tasks.push(Task {
+            name,
+            kind,
+            began,
+            ended: None,
+        });
+        self.tasks.len() - 1
+    }
+}
+
+impl fmt::Debug for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Work")
+            .field("holds", &self.holds())
+            .field("tasks", &self.tasks())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a server, a worker or a cleanup step may resolve to: `()`, or a `Result<(), E>` whose error
+/// is reported.
+///
+/// Sealed: implemented here for those two.
+pub trait Completion: sealed::Sealed {}
+
+impl Completion for () {}
+impl<E: Into<Box<dyn Error + Send + Sync>>> Completion for Result<(), E> {}
+
+mod sealed {
+    use std::error::Error;
+
+    #[allow(unreachable_pub)]
+    pub trait Sealed {
+        fn error(self) -> Option<String>;
+    }
+
+    impl Sealed for () {
+        fn error(self) -> Option<String> {
+            None
+        }
+    }
+
+    impl<E: Into<Box<dyn Error + Send + Sync>>> Sealed for Result<(), E> {
+        fn error(self) -> Option<String> {
+            self.err().map(|error| error.into().to_string())
+        }
+    }
+}
+
+/// The error of what has completed, if it has one.
+pub(crate) fn error(completion: impl Completion) -> Option<String> {
+    sealed::Sealed::error(completion)
+}
+
+/// Runs a future to its end, also if that is a panic.
+pub(crate) async fn fate<F: Future<Output: Completion>>(future: F) -> Fate {
+    let mut future = pin!(future);
+    std::future::poll_fn(|cx| {
+        // A future that has panicked is not polled again.
+        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx).map(error)));
+        match polled {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(None)) => Poll::Ready(Fate::Done),
+            Ok(Poll::Ready(Some(error))) => Poll::Ready(Fate::Failed(error)),
+            Err(payload) => Poll::Ready(Fate::Panicked(message(&*payload))),
+        }
+    })
+    .await
+}
+
+/// What a panic said.
+fn message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("of a type that is no text").to_owned()
+}
