@@ -5,6 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Response, StatusCode};
 
+#[cfg(all(unix, feature = "signal"))]
+use crate::watchdog::Watchdog;
 use crate::{
     handle::Graceful,
     plan::{ConfigError, Knobs},
@@ -66,6 +68,8 @@ pub struct GracefulBuilder {
     knobs: Knobs,
     max_in_flight: Option<usize>,
     name_requests: bool,
+    #[cfg(all(unix, feature = "signal"))]
+    watchdog: bool,
     policy: Policy,
 }
 
@@ -127,6 +131,20 @@ impl GracefulBuilder {
     /// share, and three allocations. Off, it costs nothing.
     pub fn name_requests(mut self, name: bool) -> Self {
         self.name_requests = name;
+        self
+    }
+
+    /// Has a thread of its own end the process with exit code 1 when the grace period is over but
+    /// for half of its margin, if the service has not stopped by then: even when every thread of
+    /// the runtime is blocked, also when it was before the signal came. It says on standard error
+    /// how far the service had come. Default: no.
+    ///
+    /// That end is an immediate one: destructors, cleanup steps that have not begun and buffers
+    /// that are not flushed are skipped, and no [`Report`](crate::Report) is returned. The thread
+    /// is started by [`build`](Self::build) and sleeps until a stop is asked for.
+    #[cfg(all(unix, feature = "signal"))]
+    pub fn watchdog(mut self, watch: bool) -> Self {
+        self.watchdog = watch;
         self
     }
 
@@ -239,7 +257,7 @@ impl GracefulBuilder {
     /// When the shares do not fit the grace period or leave no time to drain, when `close_spread`
     /// is longer than `drain_delay`, when `max_in_flight` or `header_read_timeout` is zero, when
     /// `unready_status` is informational or 200, and when an exempt path does not begin with a
-    /// slash. The message names the numbers.
+    /// slash. The message names the numbers. And when the thread of a watchdog cannot be started.
     pub fn build(self) -> Result<Graceful, ConfigError> {
         let plan = self.knobs.plan()?;
         if self.policy.close_spread > plan.drain_delay() {
@@ -267,10 +285,21 @@ impl GracefulBuilder {
             return Err(ConfigError::ExemptPath(path.clone()));
         }
         let lifecycle = Lifecycle::new(plan, self.policy);
-        Ok(Graceful::from_parts(
-            self.max_in_flight,
-            self.name_requests,
-            lifecycle,
-        ))
+        let graceful = Graceful::from_parts(self.max_in_flight, self.name_requests, lifecycle);
+        #[cfg(all(unix, feature = "signal"))]
+        if self.watchdog {
+            watch(&graceful, plan.last_moment())?;
+        }
+        Ok(graceful)
     }
+}
+
+#[cfg(all(unix, feature = "signal"))]
+fn watch(graceful: &Graceful, last_moment: Duration) -> Result<(), ConfigError> {
+    let shared = graceful.shared().downgrade();
+    let describe = move || Some(shared.upgrade()?.describe());
+    let watchdog = Watchdog::start(last_moment, describe)
+        .map_err(|error| ConfigError::NoWatchdog(error.to_string()))?;
+    let _ = graceful.shared().watchdog.set(watchdog);
+    Ok(())
 }

@@ -86,9 +86,11 @@ impl Graceful {
     /// SIGINT within 100 ms of another is the same Ctrl-C, delivered to the process and to its
     /// group.
     ///
-    /// From then on a signal no longer ends the process by itself, not even after the service has
-    /// stopped or every handle is gone: tokio does not give handlers back. Where the operating system refuses the handlers,
-    /// an error event is logged and signals end the process as before.
+    /// From then on a signal no longer ends the process by itself. On unix it does so again a second
+    /// after the service has stopped, so that whatever `main` does then can be interrupted; but not
+    /// once every handle is gone, because tokio does not give its handlers back. Where the
+    /// operating system refuses the handlers, an error event is logged and signals end the process
+    /// as before.
     ///
     /// # Panics
     ///
@@ -106,7 +108,13 @@ impl Graceful {
         }
         let claim = SignalsClaim(self.shared().downgrade());
         match Signals::install() {
-            Ok(signals) => drop(runtime.spawn(listen(signals, claim, self.subscribe()))),
+            Ok(signals) => {
+                #[cfg(unix)]
+                if let Some(watchdog) = self.shared().watchdog.get() {
+                    watchdog.watch_signals();
+                }
+                drop(runtime.spawn(listen(signals, claim, self.subscribe())));
+            }
             Err(error) => events::no_signals(&error),
         }
     }
@@ -129,6 +137,7 @@ async fn listen(
         };
         crate::events::signal(trigger);
         match claim.0.upgrade() {
+            Some(shared) if shared.is_long_stopped() => crate::signals::default_action(trigger),
             Some(shared) => shared.signal(trigger),
             None => return,
         }

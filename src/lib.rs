@@ -99,6 +99,8 @@ mod spread;
 mod sync;
 mod tasks;
 mod timeline;
+#[cfg(all(unix, feature = "signal"))]
+mod watchdog;
 mod work;
 
 #[cfg(all(feature = "axum", feature = "signal"))]

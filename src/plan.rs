@@ -102,6 +102,12 @@ impl Plan {
         self.interrupt_delay
     }
 
+    /// When the watchdog bites: after the plan is over, and before the process is killed.
+    #[cfg(all(unix, feature = "signal"))]
+    pub(crate) fn last_moment(&self) -> Duration {
+        self.grace_period.saturating_sub(self.margin / 2)
+    }
+
     /// The deadlines of a shutdown that begins with this `delay`.
     pub(crate) fn deadlines(&self, delay: Duration) -> Deadlines {
         let end = self.grace_period.saturating_sub(self.margin);
@@ -151,6 +157,8 @@ pub enum ConfigError {
     /// `header_read_timeout` of zero would close every connection whose request head does not
     /// arrive in one piece.
     NoTimeToRead,
+    /// The operating system did not start the thread of the watchdog, and said why.
+    NoWatchdog(String),
     /// `max_in_flight(0)` would refuse every request.
     NothingInFlight,
     /// A status with which readiness cannot say no, because it is informational (1xx), or is the
@@ -232,6 +240,7 @@ impl fmt::Display for ConfigError {
                 "header_read_timeout is 0, which would close every connection whose request head \
                  does not arrive in one piece; use Duration::MAX for no bound",
             ),
+            Self::NoWatchdog(error) => write!(f, "the watchdog cannot be started: {error}"),
             Self::NothingInFlight => f.write_str(
                 "max_in_flight is 0, which would refuse every request; leave it out for no limit",
             ),

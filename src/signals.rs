@@ -3,6 +3,8 @@
 use std::io;
 
 use crate::report::Trigger;
+#[cfg(unix)]
+use crate::report::{Outcome, Report};
 
 /// Installed handlers. The operating system's default action, to end the process, is off from
 /// the moment this exists and stays off when it is dropped.
@@ -21,13 +23,47 @@ impl Signals {
     }
 }
 
+/// Does what the signal would have done if nobody had listened.
+pub(crate) fn default_action(trigger: Trigger) {
+    os::default_action(trigger);
+}
+
+#[cfg(unix)]
+impl Report {
+    /// Ends the process by the signal that asked for the stop, if it was one and the outcome is
+    /// [`Clean`](Outcome::Clean); as [`exit`](Self::exit) otherwise.
+    ///
+    /// For supervisors that want to see their own signal as the cause of the end: a shell shows
+    /// status 143 for SIGTERM and 130 for SIGINT.
+    pub fn exit_by_signal(self) -> ! {
+        if self.outcome == Outcome::Clean {
+            default_action(self.trigger);
+        }
+        self.exit()
+    }
+}
+
 #[cfg(unix)]
 mod os {
     use std::io;
 
+    use signal_hook::{
+        consts::{SIGINT, SIGTERM},
+        low_level::emulate_default_handler,
+    };
+
     use tokio::signal::unix::{Signal, SignalKind, signal};
 
     use crate::report::Trigger;
+
+    pub(super) fn default_action(trigger: Trigger) {
+        let signal = match trigger {
+            Trigger::Terminate => SIGTERM,
+            Trigger::Interrupt => SIGINT,
+            Trigger::Shutdown | Trigger::Future | Trigger::ServerEnded => return,
+        };
+        let _ = emulate_default_handler(signal);
+    }
 
     #[derive(Debug)]
     pub(super) struct Signals {
@@ -63,6 +99,9 @@ mod os {
     };
 
     use crate::report::Trigger;
+
+    /// There, what a console event does cannot be had again once it is handled.
+    pub(super) fn default_action(_: Trigger) {}
 
     #[derive(Debug)]
     pub(super) struct Signals {
@@ -102,6 +141,8 @@ mod os {
     use std::io;
 
     use crate::report::Trigger;
+
+    pub(super) fn default_action(_: Trigger) {}
 
     #[derive(Debug)]
     pub(super) struct Signals;

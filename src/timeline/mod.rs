@@ -37,6 +37,8 @@ use self::{
     driver::Driver,
     shutdown::{Shutdown, State},
 };
+#[cfg(all(unix, feature = "signal"))]
+use crate::watchdog::Watchdog;
 use crate::{
     events,
     gate::Gate,
@@ -64,6 +66,9 @@ pub(crate) struct Lifecycle {
     pub(crate) connections: Registry,
     pub(crate) work: Work,
     pub(crate) roll: Roll,
+    /// Set where one was asked for.
+    #[cfg(all(unix, feature = "signal"))]
+    pub(crate) watchdog: OnceLock<Watchdog>,
     /// Set once there is a router with the probes' own paths.
     pub(crate) probes: OnceLock<()>,
     phases: watch::Sender<Phase>,
@@ -81,6 +86,8 @@ impl Lifecycle {
             connections: Registry::default(),
             work: Work::default(),
             roll: Roll::default(),
+            #[cfg(all(unix, feature = "signal"))]
+            watchdog: OnceLock::new(),
             probes: OnceLock::new(),
             phases: watch::Sender::new(Phase::Serving),
             edges: watch::Sender::new(Edge::Open),
@@ -230,6 +237,15 @@ impl Gate<Lifecycle> {
         self.state().listening = false;
     }
 
+    /// The service stopped longer ago than a signal that was meant for it may take.
+    #[cfg(feature = "signal")]
+    pub(crate) fn is_long_stopped(&self) -> bool {
+        const LATE: Duration = Duration::from_secs(1);
+
+        let stopped = self.state().stopped;
+        stopped.is_some_and(|stopped| stopped.elapsed() > LATE)
+    }
+
     /// The first signal starts the timeline, each further one skips what is left of the phase.
     #[cfg(feature = "signal")]
     pub(crate) fn signal(&self, trigger: Trigger) {
@@ -299,6 +315,8 @@ impl Gate<Lifecycle> {
         };
         // After the lock, because wakers and subscribers may call back.
         self.connections.tell(told);
+        #[cfg(all(unix, feature = "signal"))]
+        self.tell_watchdog(&transitions);
         advance(&self.edges, edge);
         if let Some(last) = transitions.last() {
             advance(&self.phases, last.to);
@@ -307,6 +325,50 @@ impl Gate<Lifecycle> {
             events::transition(transition);
         }
         next
+    }
+
+    #[cfg(all(unix, feature = "signal"))]
+    fn tell_watchdog(&self, transitions: &[events::Transition]) {
+        let Some(watchdog) = self.watchdog.get() else {
+            return;
+        };
+        for transition in transitions {
+            match transition.to {
+                Phase::LameDuck => watchdog.arm(),
+                Phase::Stopped => watchdog.call_off(),
+                Phase::Serving | Phase::Draining | Phase::Closing => {}
+            }
+        }
+    }
+
+    /// What there is to say when time is over and the service has not stopped.
+    #[cfg(all(unix, feature = "signal"))]
+    pub(crate) fn describe(&self) -> String {
+        let now = Instant::now();
+        let mut text = format!(
+            "shutdown: the grace period is over, and the service is {}: in flight {}, connections \
+             {}; ended by the watchdog",
+            self.word().phase(),
+            self.in_flight(),
+            self.connections.len(),
+        );
+        let requests = self.roll.list(now).into_iter().map(|it| it.to_string());
+        let holds = self
+            .work
+            .list_holds(now)
+            .into_iter()
+            .map(|it| it.to_string());
+        let tasks = self
+            .work
+            .tasks()
+            .into_iter()
+            .filter(|task| task.ended.is_none());
+        let tasks = tasks.map(|task| format!("{} has not ended", task.name));
+        for line in requests.take(3).chain(holds.take(3)).chain(tasks) {
+            text.push_str("\n  ");
+            text.push_str(&line);
+        }
+        text
     }
 
     /// What the connections are to be told.

@@ -147,9 +147,9 @@ impl Gate<Lifecycle> {
             return;
         };
         if to == Phase::Stopped {
+            state.stopped = Some(now);
             let error = state.server_error.take();
-            let (admitted, refused) = self.since_serving();
-            let figures = (admitted, refused);
+            let figures = self.since_serving();
             state.report = Some(shutdown.report(reason, error, figures, self.work.tasks(), now));
         } else {
             shutdown.entered.push(now);

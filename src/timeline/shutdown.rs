@@ -36,6 +36,8 @@ pub(super) struct State {
     pub(super) spread_responses: u64,
     pub(super) server_error: Option<String>,
     pub(super) report: Option<Report>,
+    /// When the report was written.
+    pub(super) stopped: Option<Instant>,
 }
 
 /// What the servers are told, in this order. Only moves forward.

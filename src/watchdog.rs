@@ -1,0 +1,200 @@
+//! A thread that ends the process when the grace period is over, even if every thread of the runtime
+//! is blocked.
+//!
+//! It waits on a pipe. A byte means that a stop has been asked for, and comes from the timeline or,
+//! because the runtime may be blocked already when the signal arrives, from the signal handler.
+
+use std::{
+    io::{self, Read, Write},
+    os::unix::net::UnixStream,
+    sync::{Arc, Mutex, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use signal_hook::{
+    consts::{SIGINT, SIGTERM},
+    low_level::{self, pipe},
+};
+
+use crate::sync::lock;
+
+/// How long standard error may take to accept the last words.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
+const EXIT_CODE: i32 = 1;
+
+#[derive(Debug)]
+pub(crate) struct Watchdog {
+    pipe: UnixStream,
+    /// Nothing is to be watched any more.
+    called_off: Arc<Mutex<bool>>,
+}
+
+impl Watchdog {
+    /// Starts the thread. `after` a stop was asked for it ends the process, having said what
+    /// `describe` returns. If that is nothing, there is nothing left to end.
+    pub(crate) fn start<F>(after: Duration, describe: F) -> io::Result<Self>
+    where
+        F: Fn() -> Option<String> + Send + 'static,
+    {
+        let (pipe, alarm) = UnixStream::pair()?;
+        let called_off = Arc::new(Mutex::new(false));
+        let watch = Watch {
+            alarm,
+            called_off: Arc::clone(&called_off),
+            after,
+        };
+        thread::Builder::new()
+            .name("graceful-watchdog".to_owned())
+            .spawn(move || watch.run(describe))?;
+        Ok(Self { pipe, called_off })
+    }
+
+    /// The time runs from now on, if it does not already.
+    pub(crate) fn arm(&self) {
+        // A byte that does not fit finds others there.
+        let _ = (&self.pipe).write(&[1]);
+    }
+
+    /// Has the signals arm it.
+    pub(crate) fn watch_signals(&self) {
+        for signal in [SIGTERM, SIGINT] {
+            if let Ok(pipe) = self.pipe.try_clone() {
+                let _ = pipe::register(signal, pipe);
+            }
+        }
+    }
+
+    /// The end has come by itself.
+    pub(crate) fn call_off(&self) {
+        *lock!(self.called_off) = true;
+        self.arm();
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.call_off();
+    }
+}
+
+struct Watch {
+    alarm: UnixStream,
+    called_off: Arc<Mutex<bool>>,
+    after: Duration,
+}
+
+impl Watch {
+    fn run(mut self, describe: impl Fn() -> Option<String> + Send + 'static) {
+        let mut deadline = None;
+        loop {
+            let left = deadline.map(|deadline: Instant| {
+                let left = deadline.saturating_duration_since(Instant::now());
+                // Zero would mean for ever.
+                left.max(Duration::from_millis(1))
+            });
+            if self.alarm.set_read_timeout(left).is_err() {
+                return;
+            }
+            let read = self.alarm.read(&mut [0; 64]);
+            if *lock!(self.called_off) {
+                return;
+            }
+            match read {
+                Ok(0) => return,
+                Err(error) if deadline.is_none() => match error.kind() {
+                    io::ErrorKind::Interrupted => continue,
+                    _ => return,
+                },
+                Ok(_) | Err(_) => {}
+            }
+            let now = Instant::now();
+            let deadline = match deadline {
+                Some(deadline) => deadline,
+                // Longer than an `Instant` can hold is never.
+                None => match now.checked_add(self.after) {
+                    Some(first) => *deadline.insert(first),
+                    None => return,
+                },
+            };
+            if now >= deadline {
+                return end(describe);
+            }
+        }
+    }
+}
+
+/// Says what there is to say, and ends the process whether anybody listens or not.
+fn end(describe: impl Fn() -> Option<String> + Send + 'static) {
+    let (said, lives) = mpsc::channel();
+    // On a thread of its own: standard error may be a pipe that nobody empties.
+    let speaker = thread::Builder::new().spawn(move || {
+        let text = describe();
+        let something = text.is_some();
+        if let Some(text) = text {
+            let _ = writeln!(io::stderr(), "{text}");
+        }
+        let _ = said.send(something);
+    });
+    let something = match speaker {
+        Ok(_) => lives.recv_timeout(LAST_WORDS),
+        Err(_) => Err(mpsc::RecvTimeoutError::Timeout),
+    };
+    if something != Ok(false) {
+        low_level::exit(EXIT_CODE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A watchdog whose lifecycle is gone, and a channel that hears when it looked for it.
+    fn watchdog(after: Duration) -> (Watchdog, mpsc::Receiver<()>) {
+        let (looked, looks) = mpsc::channel();
+        let describe = move || {
+            let _ = looked.send(());
+            None
+        };
+        (Watchdog::start(after, describe).unwrap(), looks)
+    }
+
+    #[test]
+    fn it_looks_when_the_time_is_over_that_began_with_the_first_alarm() {
+        let (watchdog, looks) = watchdog(Duration::from_millis(300));
+        let unarmed = looks.recv_timeout(Duration::from_millis(400));
+        assert_eq!(unarmed, Err(mpsc::RecvTimeoutError::Timeout));
+        let begun = Instant::now();
+        watchdog.arm();
+        thread::sleep(Duration::from_millis(250));
+        watchdog.arm();
+        looks.recv_timeout(Duration::from_secs(10)).unwrap();
+        let after = begun.elapsed();
+        assert!(after >= Duration::from_millis(300), "{after:?}");
+        assert!(after < Duration::from_millis(500), "{after:?}");
+    }
+
+    #[test]
+    fn it_goes_when_it_is_called_off_or_dropped() {
+        for drops in [false, true] {
+            let (watchdog, looks) = watchdog(Duration::from_millis(50));
+            watchdog.arm();
+            if drops {
+                drop(watchdog);
+            } else {
+                watchdog.call_off();
+            }
+            let gone = looks.recv_timeout(Duration::from_secs(10));
+            assert_eq!(gone, Err(mpsc::RecvTimeoutError::Disconnected));
+        }
+    }
+
+    #[test]
+    fn a_time_without_end_is_waited_for_without_end() {
+        let (watchdog, looks) = watchdog(Duration::MAX);
+        watchdog.arm();
+        let gone = looks.recv_timeout(Duration::from_secs(10));
+        assert_eq!(gone, Err(mpsc::RecvTimeoutError::Disconnected));
+    }
+}
