@@ -32,6 +32,8 @@ mod refusal;
 mod server;
 #[cfg(unix)]
 mod signals;
+#[cfg(unix)]
+mod work;
 
 /// A promise, who makes it, and how it is kept.
 #[cfg(unix)]
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         in_flight::TESTS,
         refusal::TESTS,
         signals::TESTS,
+        work::TESTS,
     ];
     let mut trials = Vec::new();
     for (name, forms, test) in rooms.into_iter().flatten() {

@@ -38,6 +38,8 @@ pub(crate) struct Exit {
     pub(crate) after: Duration,
     /// What it printed last: the report.
     pub(crate) report: String,
+    /// The lines of its standard output that nobody has expected before, the report last.
+    pub(crate) said: Vec<String>,
     pub(crate) log: String,
 }
 
@@ -192,10 +194,12 @@ impl Server {
             assert!(Instant::now() < deadline, "the process does not end");
             thread::sleep(Duration::from_millis(1));
         };
+        let said: Vec<_> = self.lines.iter().collect();
         Exit {
             after: self.signalled.map_or(Duration::ZERO, |at| at.elapsed()),
             status,
-            report: self.lines.iter().last().unwrap_or_default(),
+            report: said.last().cloned().unwrap_or_default(),
+            said,
             log: self.log.take().unwrap().join().unwrap(),
         }
     }

@@ -15,7 +15,7 @@ use axum::{
 use futures_util::stream;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
-use tower_graceful::{Graceful, Phase};
+use tower_graceful::{Graceful, GracefulBuilder, Phase, Stop};
 
 /// The ways to put the crate under a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
     runtime.block_on(serve(&Knobs(args)))
 }
 
-async fn serve(knobs: &Knobs<'_>) -> ExitCode {
+fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
     let mut builder = Graceful::builder()
         .drain_delay(knobs.millis("delay").unwrap_or(Duration::from_secs(1)))
         .drain_timeout(knobs.millis("drain").unwrap_or(Duration::from_secs(3)))
@@ -89,6 +89,12 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
     if let Some(timeout) = knobs.millis("header_read_timeout") {
         builder = builder.header_read_timeout(timeout);
     }
+    if let Some(timeout) = knobs.millis("worker_timeout") {
+        builder = builder.worker_timeout(timeout);
+    }
+    builder = builder
+        .name_requests(knobs.text("names").is_some())
+        .watchdog(knobs.text("watchdog").is_some());
     if let Some(limit) = knobs.number("limit") {
         builder = builder.max_in_flight(limit.try_into().unwrap());
     }
@@ -96,13 +102,18 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         let status = u16::try_from(status).unwrap();
         builder = builder.unready_status(StatusCode::from_u16(status).unwrap());
     }
-    let graceful = match builder.build() {
+    builder
+}
+
+async fn serve(knobs: &Knobs<'_>) -> ExitCode {
+    let graceful = match builder(knobs).build() {
         Ok(graceful) => graceful,
         Err(error) => {
             eprintln!("{error}");
             return ExitCode::from(64);
         }
     };
+    register(&graceful, knobs);
     let app = app(&graceful);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -161,11 +172,93 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         other => panic!("no such form: {other}"),
     };
     println!("report {}", format!("{report}").replace('\n', " |"));
-    report.into()
+    match knobs.text("exit") {
+        Some("now") => report.exit(),
+        Some("by_signal") => report.exit_by_signal(),
+        Some("late") => {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            report.into()
+        }
+        _ => report.into(),
+    }
+}
+
+/// Registers what the knobs name: `name:ms` or, for what does not end well, `name:ms:how`.
+fn register(graceful: &Graceful, knobs: &Knobs<'_>) {
+    let listed = |knob| {
+        knobs
+            .text(knob)
+            .into_iter()
+            .flat_map(|list| list.split(','))
+    };
+    for hook in listed("hooks") {
+        let (name, work) = work(hook);
+        let bound = Duration::from_secs(2);
+        graceful.on_lame_duck(name, bound, work).unwrap();
+    }
+    for worker in listed("workers") {
+        let (name, work) = work(worker);
+        let told = name.clone();
+        let worker = |stop: Stop| async move {
+            stop.await;
+            println!("{told} is told");
+            work.await
+        };
+        graceful.worker(name, worker).unwrap();
+    }
+    for step in listed("cleanup") {
+        let (name, work) = work(step);
+        let bound = Duration::from_millis(500);
+        graceful.cleanup(name, bound, work).unwrap();
+    }
+}
+
+/// Work of this length that says when it begins and when it is over.
+fn work(
+    text: &str,
+) -> (
+    String,
+    impl Future<Output = Result<(), String>> + Send + use<>,
+) {
+    struct Over(String);
+
+    impl Drop for Over {
+        fn drop(&mut self) {
+            println!("{} is over", self.0);
+        }
+    }
+
+    let mut parts = text.split(':');
+    let name = parts.next().unwrap().to_owned();
+    let length = Duration::from_millis(parts.next().unwrap().parse().unwrap());
+    let how = parts.next().unwrap_or_default().to_owned();
+    let over = Over(name.clone());
+    let work = async move {
+        println!("{} begins", over.0);
+        tokio::time::sleep(length).await;
+        match &*how {
+            "fails" => return Err(format!("{} is broken", over.0)),
+            "panics" => panic!("{} has had enough", over.0),
+            "hangs" => std::future::pending().await,
+            _ => {}
+        }
+        Ok(())
+    };
+    (name, work)
 }
 
 fn app(graceful: &Graceful) -> Router {
     let [counting, connected, stopping, marking] = [(); 4].map(|()| graceful.clone());
+    let holding = graceful.clone();
+    let job = move |Path(ms): Path<u64>| async move {
+        let hold = holding.hold("job");
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+            println!("the job is over");
+            drop(hold);
+        });
+        "begun"
+    };
     let count = move || async move { counting.in_flight().to_string() };
     let connections = move || async move { connected.connections().to_string() };
     let shutdown = move |Path(calls): Path<usize>| async move {
@@ -194,6 +287,9 @@ fn app(graceful: &Graceful) -> Router {
             "/silent",
             get(|| async { Body::from_stream(stream::pending::<io::Result<Bytes>>()) }),
         )
+        .route("/job/{ms}", post(job))
+        .route("/stuck", get(stuck))
+        .route("/spawn-blocking/{ms}", get(spawn_blocking))
         .route("/upgrade", any(upgrade))
         .route("/panic", get(panic))
         .route("/panic-in-body", get(panic_in_body))
@@ -238,6 +334,27 @@ async fn stream(Path((chunks, ms)): Path<(u32, u64)>) -> Body {
 /// Never resolves, whatever becomes of its request.
 async fn never(_request: Request) -> &'static str {
     std::future::pending().await
+}
+
+/// Never resolves, and says when it is dropped.
+async fn stuck() -> &'static str {
+    struct Gone;
+
+    impl Drop for Gone {
+        fn drop(&mut self) {
+            println!("the handler is gone");
+        }
+    }
+
+    let _gone = Gone;
+    std::future::pending().await
+}
+
+/// Begins what no drain can end.
+async fn spawn_blocking(Path(ms): Path<u64>) {
+    tokio::task::spawn_blocking(move || std::thread::sleep(Duration::from_millis(ms)))
+        .await
+        .unwrap();
 }
 
 /// Holds a thread of the runtime.

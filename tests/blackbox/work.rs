@@ -1,0 +1,358 @@
+//! Work besides requests, and the order in which it ends.
+
+use std::{os::unix::process::ExitStatusExt, thread, time::Duration};
+
+use nix::sys::signal::Signal;
+
+use crate::{
+    Test,
+    process::{Exit, Server},
+    server::Form,
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("work::ends_in_order", Form::CUTTING, in_order),
+    (
+        "work::ends_in_order_after_a_cut",
+        Form::CUTTING,
+        in_order_after_a_cut,
+    ),
+    (
+        "work::of_a_step_that_does_not_do_it_does_not_stop_the_rest",
+        Form::CUTTING,
+        failing,
+    ),
+    (
+        "work::of_a_request_is_finished_if_it_is_held",
+        Form::CUTTING,
+        held,
+    ),
+    (
+        "work::that_is_held_for_too_long_is_given_up",
+        Form::CUTTING,
+        held_too_long,
+    ),
+    (
+        "work::that_blocks_is_not_waited_for",
+        Form::CUTTING,
+        blocking,
+    ),
+    (
+        "work::of_cleaning_up_is_not_waited_for_after_a_fourth_signal",
+        Form::CUTTING,
+        fourth_signal,
+    ),
+    (
+        "work::of_a_request_is_known_by_name",
+        Form::CUTTING,
+        requests_are_named,
+    ),
+    (
+        "work::may_end_by_the_signal_itself",
+        Form::CUTTING,
+        by_signal,
+    ),
+    (
+        "work::after_the_stop_can_be_interrupted",
+        Form::CUTTING,
+        interrupted_afterwards,
+    ),
+    (
+        "work::of_a_blocked_runtime_is_ended_by_the_watchdog",
+        Form::CUTTING,
+        watchdog,
+    ),
+    (
+        "work::that_ends_in_time_is_not_the_watchdogs_business",
+        Form::CUTTING,
+        watchdog_sleeps,
+    ),
+];
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+
+/// All that the process has said before its report.
+#[track_caller]
+fn assert_said(exit: &Exit, lines: &[&str]) {
+    let (_, said) = exit.said.split_last().unwrap();
+    assert_eq!(said, lines, "{exit:?}");
+}
+
+fn in_order(form: Form) {
+    let knobs = [
+        "delay=300",
+        "hooks=hook:100",
+        "workers=worker:100",
+        "cleanup=a:100,b:0,c:50",
+    ];
+    let mut server = Server::start(form, &knobs);
+    let slow = server.get_in_background("/sleep/800");
+    server.wait_for_in_flight(1);
+    server.terminate();
+    server.expect_line("hook begins");
+    server.expect_line("hook is over");
+    assert!(server.elapsed() < MS(300), "{:?}", server.elapsed());
+    server.expect_line("worker is told");
+    assert!(server.elapsed() >= MS(300), "{:?}", server.elapsed());
+    server.expect_line("worker begins");
+    server.expect_line("worker is over");
+    assert_eq!(slow.join().unwrap().text(), "slept");
+    let exit = server.exit();
+    let steps = [
+        "a begins",
+        "a is over",
+        "b begins",
+        "b is over",
+        "c begins",
+        "c is over",
+    ];
+    assert_said(&exit, &steps);
+    exit.assert_clean();
+    exit.assert_within(MS(900), MS(1500));
+    for row in ["hook  ", "worker  ", "a  ", "b  ", "c  ", "cleanup  "] {
+        assert!(exit.report.contains(row), "{row}: {exit:?}");
+    }
+    assert!(!exit.report.contains("failed"), "{exit:?}");
+}
+
+fn in_order_after_a_cut(form: Form) {
+    // Its two seconds of cleanup are kept, whatever the drain does.
+    let knobs = [
+        "grace=10000",
+        "delay=0",
+        "drain=500",
+        "workers=worker:200",
+        "cleanup=a:100,b:100,c:100",
+    ];
+    let mut server = Server::start(form, &knobs);
+    let mut stuck = server.connect();
+    stuck.send("GET /stuck HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.wait_for_in_flight(1);
+    server.terminate();
+    server.expect_line("worker is told");
+    server.expect_line("worker begins");
+    server.expect_line("worker is over");
+    server.expect_line("the handler is gone");
+    assert!(server.elapsed() >= MS(500), "{:?}", server.elapsed());
+    let exit = server.exit();
+    let steps = [
+        "a begins",
+        "a is over",
+        "b begins",
+        "b is over",
+        "c begins",
+        "c is over",
+    ];
+    assert_said(&exit, &steps);
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    exit.assert_within(MS(800), MS(1300));
+    assert!(exit.report.contains("1 cut"), "{exit:?}");
+}
+
+fn failing(form: Form) {
+    for (how, most) in [("fails", 600), ("panics", 600), ("hangs", 1100)] {
+        let step = format!("cleanup=a:0,b:100:{how},c:0");
+        let mut server = Server::start(form, &["delay=0", &step]);
+        server.get("/").assert_ok();
+        server.terminate();
+        let exit = server.exit();
+        let steps = [
+            "a begins",
+            "a is over",
+            "b begins",
+            "b is over",
+            "c begins",
+            "c is over",
+        ];
+        assert_said(&exit, &steps);
+        assert_eq!(exit.status.code(), Some(2), "{exit:?}");
+        assert!(exit.report.contains("cleanup failed"), "{exit:?}");
+        exit.assert_within(MS(100), MS(most));
+    }
+}
+
+fn held(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "cleanup=database:0"]);
+    assert_eq!(server.connect().request("POST", "/job/700").text(), "begun");
+    assert_eq!(server.in_flight(), 1);
+    server.terminate();
+    let exit = server.exit();
+    assert_said(
+        &exit,
+        &["the job is over", "database begins", "database is over"],
+    );
+    exit.assert_clean();
+    exit.assert_within(MS(500), MS(1200));
+}
+
+fn held_too_long(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=300", "cleanup=database:0"]);
+    assert_eq!(
+        server.connect().request("POST", "/job/60000").text(),
+        "begun"
+    );
+    server.terminate();
+    let exit = server.exit();
+    assert_said(&exit, &["database begins", "database is over"]);
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    assert!(exit.report.contains("given up: 1 hold"), "{exit:?}");
+    assert!(exit.report.contains("hold job 0."), "{exit:?}");
+    exit.assert_within(MS(300), MS(900));
+}
+
+fn blocking(form: Form) {
+    let knobs = ["delay=0", "drain=500", "cleanup=database:0", "exit=now"];
+    let mut server = Server::start(form, &knobs);
+    let mut client = server.connect();
+    client.send("GET /spawn-blocking/60000 HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.wait_for_in_flight(1);
+    drop(client);
+    server.wait_for_in_flight(0);
+    server.terminate();
+    let exit = server.exit();
+    assert_said(&exit, &["database begins", "database is over"]);
+    exit.assert_clean();
+    exit.assert_within(MS(0), MS(500));
+}
+
+fn fourth_signal(form: Form) {
+    let knobs = ["grace=20000", "delay=9000", "cleanup=a:0,slow:400,b:0"];
+    let mut server = Server::start(form, &knobs);
+    let mut stuck = server.connect();
+    stuck.send("GET /stuck HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.wait_for_in_flight(1);
+    server.terminate();
+    server.wait_for_unready();
+    server.signal(Signal::SIGTERM);
+    server.wait_for_draining();
+    server.signal(Signal::SIGTERM);
+    server.expect_line("the handler is gone");
+    server.expect_line("a begins");
+    server.expect_line("a is over");
+    server.expect_line("slow begins");
+    server.signal(Signal::SIGTERM);
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(3), "{exit:?}");
+    // What was cut may be gone only after the report.
+    let mut said = exit.said.iter();
+    let report = said.find(|line| line.starts_with("report")).unwrap();
+    for words in ["abandoned", "cut", "not run"] {
+        assert!(report.contains(words), "{words}: {exit:?}");
+    }
+    assert!(!exit.said.iter().any(|line| line == "b begins"), "{exit:?}");
+    exit.assert_within(MS(0), MS(2000));
+}
+
+/// In the log while it waits, and in the report when it does no more.
+fn requests_are_named(form: Form) {
+    let knobs = ["delay=0", "drain=2500", "names=yes"];
+    let mut server = Server::start(form, &knobs);
+    let mut stuck = server.connect();
+    stuck.send("GET /never?token=secret HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.wait_for_in_flight(1);
+    thread::sleep(MS(100));
+    let mut streaming = server.connect();
+    streaming.send("GET /silent HTTP/1.1\r\nhost: test\r\n\r\n");
+    assert_eq!(streaming.head().status, 200);
+    server.get("/").assert_ok();
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    let [never, silent] = [
+        "GET /never 2.6 s, no response yet",
+        "GET /silent 2.5 s, body streaming",
+    ];
+    assert!(exit.report.contains(never), "{exit:?}");
+    assert!(exit.report.contains(silent), "{exit:?}");
+    assert!(
+        exit.log
+            .contains("oldest GET /never 2.1 s, no response yet"),
+        "{exit:?}"
+    );
+    assert!(!exit.log.contains("secret") && !exit.report.contains("secret"));
+}
+
+fn by_signal(form: Form) {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut server = Server::start(form, &["delay=0", "exit=by_signal", "cleanup=a:0"]);
+        server.get("/").assert_ok();
+        server.signal(signal);
+        let exit = server.exit();
+        assert_eq!(exit.status.signal(), Some(signal as i32), "{exit:?}");
+        assert_said(&exit, &["a begins", "a is over"]);
+    }
+    // Not if something was lost.
+    let mut server = Server::start(form, &["delay=0", "drain=100", "exit=by_signal"]);
+    let mut stuck = server.connect();
+    stuck.send("GET /never HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.wait_for_in_flight(1);
+    server.terminate();
+    assert_eq!(server.exit().status.code(), Some(1));
+}
+
+fn interrupted_afterwards(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "exit=late"]);
+    server.get("/").assert_ok();
+    server.terminate();
+    server.expect_line("report");
+    // As part of the shutdown it is too late, and not meant for what comes after it.
+    server.signal(Signal::SIGTERM);
+    thread::sleep(MS(1500));
+    server.signal(Signal::SIGTERM);
+    let exit = server.exit();
+    assert_eq!(
+        exit.status.signal(),
+        Some(Signal::SIGTERM as i32),
+        "{exit:?}"
+    );
+    exit.assert_within(MS(1500), MS(3000));
+}
+
+/// Blocked before the signal comes, so that nothing of tokio hears it.
+fn watchdog(form: Form) {
+    let knobs = [
+        "grace=1500",
+        "delay=0",
+        "drain=200",
+        "watchdog=yes",
+        "names=yes",
+    ];
+    let mut server = Server::start(form, &knobs);
+    let blocked: Vec<_> = (0..5)
+        .map(|_| {
+            let mut connection = server.connect();
+            connection.send("GET /block/60000 HTTP/1.1\r\nhost: test\r\n\r\n");
+            thread::sleep(MS(50));
+            connection
+        })
+        .collect();
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    exit.assert_within(MS(1450), MS(1900));
+    assert!(exit.log.contains("ended by the watchdog"), "{exit:?}");
+    assert!(exit.log.contains("GET /block/60000"), "{exit:?}");
+    drop(blocked);
+}
+
+fn watchdog_sleeps(form: Form) {
+    let knobs = [
+        "grace=1500",
+        "delay=0",
+        "drain=200",
+        "watchdog=yes",
+        "exit=late",
+    ];
+    let mut server = Server::start(form, &knobs);
+    server.get("/").assert_ok();
+    server.terminate();
+    server.expect_line("report");
+    thread::sleep(MS(1800));
+    server.signal(Signal::SIGTERM);
+    let exit = server.exit();
+    assert_eq!(
+        exit.status.signal(),
+        Some(Signal::SIGTERM as i32),
+        "{exit:?}"
+    );
+}
