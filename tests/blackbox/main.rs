@@ -19,7 +19,11 @@ mod edge;
 #[cfg(unix)]
 mod goaway;
 #[cfg(unix)]
+mod hostile;
+#[cfg(unix)]
 mod in_flight;
+#[cfg(unix)]
+mod many;
 #[cfg(unix)]
 mod process;
 #[cfg(unix)]
@@ -42,6 +46,8 @@ fn main() {
 
 #[cfg(unix)]
 fn main() -> ExitCode {
+    use std::sync::{PoisonError, RwLock};
+
     use libtest_mimic::{Arguments, Trial};
 
     let mut args = std::env::args().skip(1);
@@ -57,17 +63,31 @@ fn main() -> ExitCode {
         deadline::TESTS,
         edge::TESTS,
         goaway::TESTS,
+        hostile::TESTS,
         in_flight::TESTS,
         refusal::TESTS,
         signals::TESTS,
     ];
+    // These want the machine for themselves: beside them no other test could keep its times.
+    let alone = [hostile::ALONE, many::ALONE, many::SOAK];
+    let tests = rooms.into_iter().flatten().map(|test| (test, false));
+    let tests = tests.chain(alone.into_iter().flatten().map(|test| (test, true)));
     let mut trials = Vec::new();
-    for (name, forms, test) in rooms.into_iter().flatten() {
+    for ((name, forms, test), alone) in tests {
         for &form in *forms {
-            trials.push(Trial::test(format!("{name} [{form:?}]"), move || {
-                test(form);
+            let trial = Trial::test(format!("{name} [{form:?}]"), move || {
+                static MACHINE: RwLock<()> = RwLock::new(());
+                if alone {
+                    let _whole = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+                    test(form);
+                } else {
+                    let _share = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+                    test(form);
+                }
                 Ok(())
-            }));
+            });
+            let soaks = many::SOAK.iter().any(|(soak, ..)| soak == name);
+            trials.push(trial.with_ignored_flag(soaks));
         }
     }
     libtest_mimic::run(&arguments, trials).exit_code()
