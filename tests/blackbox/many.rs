@@ -26,6 +26,11 @@ pub(crate) const ALONE: &[Test] = &[
         leave_nothing,
     ),
     (
+        "many::ten_thousand_connections_in_turn_leave_no_memory_behind",
+        Form::CUTTING,
+        leave_no_memory,
+    ),
+    (
         "many::ten_thousand_stuck_connections_are_cut_in_time",
         Form::CUTTING,
         cut,
@@ -90,9 +95,8 @@ fn wait_for_connections(observer: &mut Connection, count: usize) -> Duration {
     wait_for(&what, || ask(observer, "/connections") == count)
 }
 
-/// Ten thousand connections, in as many waves as that takes. All of a wave are open at once.
-fn ten_thousand(server: &Server, observer: &mut Connection) -> Held {
-    let wave = wave();
+/// Ten thousand connections, so many of them at once.
+fn ten_thousand(server: &Server, observer: &mut Connection, wave: usize) -> Held {
     let mut left = MANY;
     let mut most = held(server);
     while left > 0 {
@@ -115,25 +119,40 @@ fn ten_thousand(server: &Server, observer: &mut Connection) -> Held {
 }
 
 fn leave_nothing(form: Form) {
+    let at_once = wave();
     let mut server = Server::start(form, &["delay=0", ALL_FILES]);
     let mut observer = server.connect();
     observer.get("/").assert_ok();
     let fresh = held(&server);
-    let most = ten_thousand(&server, &mut observer);
-    // The allocator keeps some of what the first ten thousand had.
+    let most = ten_thousand(&server, &mut observer, at_once);
     let warm = held(&server);
-    for _ in 0..2 {
-        ten_thousand(&server, &mut observer);
-    }
+    ten_thousand(&server, &mut observer, at_once);
     let after = held(&server);
     println!("fresh {fresh:?}, at most {most:?}, warm {warm:?}, after {after:?}");
-    assert_eq!((fresh.files, warm.files), (after.files, after.files));
-    // 100 bytes for each of twenty thousand, and what the allocator makes of it.
+    wait_for("the files to close", || held(&server).files == fresh.files);
+    // The allocator gives nothing back, and fills what it has a third less well the second time,
+    // without this crate as with it. Twice as much would be connections that have stayed.
+    let most = warm.memory / 4 * 7;
+    assert!(after.memory <= most, "{warm:?}, then {after:?}");
+    assert_eq!(ask(&mut observer, "/count"), 0);
+    server.terminate();
+    server.exit().assert_clean();
+}
+
+/// A hundred at a time, so that the allocator has no part in it.
+fn leave_no_memory(form: Form) {
+    let mut server = Server::start(form, &["delay=0"]);
+    let mut observer = server.connect();
+    ten_thousand(&server, &mut observer, 100);
+    let warm = held(&server);
+    ten_thousand(&server, &mut observer, 100);
+    let after = held(&server);
+    println!("warm {warm:?}, after {after:?}");
+    // 100 bytes for each.
     assert!(
-        after.memory <= warm.memory + 2_000 + warm.memory / 10,
+        after.memory <= warm.memory + 1_000,
         "{warm:?}, then {after:?}"
     );
-    assert_eq!(ask(&mut observer, "/count"), 0);
     server.terminate();
     server.exit().assert_clean();
 }
@@ -222,6 +241,7 @@ fn soak(form: Form) {
     let counts = [visits, failures].map(AtomicU64::into_inner);
     wait_for_connections(&mut observer, 1);
     wait_for("the last request", || ask(&mut observer, "/count") == 0);
+    wait_for("the files to close", || held(&server).files == fresh.files);
     let after = held(&server);
     let half = memory.len() / 2;
     let (first, second) = memory.split_at_mut(half);
@@ -233,11 +253,7 @@ fn soak(form: Form) {
         counts[0] > 10_000 && counts[1] < counts[0] / 100,
         "{counts:?}"
     );
-    assert_eq!(after.files, fresh.files);
-    assert!(
-        second <= first + first / 20 + 1_000,
-        "{first} KiB, then {second} KiB"
-    );
+    assert!(second <= first + 1_000, "{first} KiB, then {second} KiB");
     server.terminate();
     server.exit().assert_clean();
 }
