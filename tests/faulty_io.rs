@@ -165,11 +165,11 @@ impl Server {
             .route("/", any(|body: Bytes| async move { body }))
             .layer(graceful.layer());
         let (gives, receiver) = mpsc::unbounded_channel();
-        let given = Given(receiver);
+        let listener = Given(receiver);
         let report = match form {
-            Form::Serve => tokio::spawn(graceful.serve(given, app)),
+            Form::Serve => tokio::spawn(graceful.serve(listener, app)),
             Form::Run => {
-                let server = axum::serve(graceful.listener(given), app)
+                let server = axum::serve(graceful.listener(listener), app)
                     .with_graceful_shutdown(graceful.drain());
                 tokio::spawn(graceful.run(server))
             }

@@ -276,7 +276,7 @@ fn torment(
         Ok(())
     };
     let read = || {
-        let mut piece = [0; 64 * 1024];
+        let mut piece = [0; 16 * 1024];
         loop {
             match (&*stream).read(&mut piece) {
                 Ok(1..) => {}
@@ -360,21 +360,18 @@ fn floods(form: Form) {
 
 /// Waits until so many connections and requests are left, not counting who asks.
 #[track_caller]
+fn wait_for_counts(server: &Server, connections: usize, in_flight: usize, what: &str) -> Duration {
+    wait_for(what, || {
+        (server.connections() - 1, server.in_flight()) == (connections, in_flight)
+    })
+}
+
+/// The same, within the time that clients who have gone may be remembered.
+#[track_caller]
 fn nothing_but(server: &Server, connections: usize, in_flight: usize, what: &str) -> Duration {
-    let begun = Instant::now();
-    loop {
-        let left = (server.connections() - 1, server.in_flight());
-        let took = begun.elapsed();
-        if left == (connections, in_flight) {
-            return took;
-        }
-        let expected = (connections, in_flight);
-        assert!(
-            took < SOON,
-            "{what}: {left:?} are left, and not {expected:?}"
-        );
-        thread::sleep(MS(1));
-    }
+    let took = wait_for_counts(server, connections, in_flight, what);
+    assert!(took < SOON, "{what}: {took:?}");
+    took
 }
 
 /// A state to leave in, and whether a request is in flight then.
@@ -519,7 +516,7 @@ fn resets(form: Form) {
     let mut server = Server::start(form, KNOBS);
     for state in STATES {
         let connections = state.enter(&server);
-        nothing_but(&server, COPIES, state.requests(), state.what);
+        wait_for_counts(&server, COPIES, state.requests(), state.what);
         reset(connections);
         nothing_but(&server, 0, 0, state.what);
     }
@@ -537,7 +534,7 @@ fn resets_during_the_drain(form: Form) {
         .map(|state| (state, state.enter(&server)))
         .collect();
     let requests: usize = STATES.iter().map(State::requests).sum();
-    nothing_but(&server, entered.len() * COPIES + 1, requests + 1, "before");
+    wait_for_counts(&server, entered.len() * COPIES + 1, requests + 1, "before");
     server.terminate();
     server.wait_for_draining();
     let mut requests = requests;

@@ -197,7 +197,7 @@ fn cut(form: Form) {
         let given_up = format!("given up: {requests} requests, {} connections", stuck.len());
         assert!(exit.report.contains(&given_up), "{given_up}: {exit:?}");
         exit.assert_within(MS(1000), MS(2500));
-        slowest = slowest.max(exit.after - MS(1000));
+        slowest = slowest.max(exit.after.saturating_sub(MS(1000)));
         left = left.saturating_sub(stuck.len());
     }
     println!("at most {slowest:?} from the deadline to the end of the process");
