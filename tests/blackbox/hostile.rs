@@ -42,6 +42,11 @@ pub(crate) const TESTS: &[Test] = &[
         resets_during_the_drain,
     ),
     (
+        "hostile::a_reset_that_nobody_sees_is_over_at_the_deadline",
+        Form::CUTTING,
+        unseen,
+    ),
+    (
         "hostile::without_descriptors_the_end_comes_in_time",
         Form::CUTTING,
         starved_to_the_end,
@@ -550,6 +555,24 @@ fn resets_during_the_drain(form: Form) {
     }
     drop(holds);
     server.exit().assert_clean();
+}
+
+/// hyper reads nothing, and so learns of nothing, while a handler leaves an upload unread, or while
+/// the next request waits for the answer to this one.
+fn unseen(form: Form) {
+    let upload = b"POST /never HTTP/1.1\r\nhost: test\r\ncontent-length: 8\r\n\r\nhalf";
+    let pipelined = [NEVER, GET].concat();
+    for sends in [&upload[..], pipelined.as_bytes()] {
+        let mut server = Server::start(form, KNOBS);
+        let mut connection = server.connect();
+        connection.try_send(sends).unwrap();
+        server.wait_for_in_flight(1);
+        reset(vec![connection]);
+        server.terminate();
+        let exit = server.exit();
+        assert!(matches!(exit.status.code(), Some(0 | 1)), "{exit:?}");
+        exit.assert_within(MS(200), IN_TIME);
+    }
 }
 
 /// Half of them ask and wait for the answer, the others never end their heads.
