@@ -2,8 +2,9 @@
 //!
 //! The server under test is this very executable, started again with `--server` and the knobs of
 //! the scenario (see `server`). Unless a test says otherwise the delay is one second and the drain
-//! deadline three seconds after it. What takes minutes is run by `cargo test --test blackbox --
-//! --ignored` alone.
+//! deadline three seconds after it.
+//!
+//! What takes minutes is run only when it is asked for: `cargo test --test blackbox -- --ignored`.
 
 #![cfg_attr(not(unix), allow(unused))]
 
