@@ -26,23 +26,25 @@ pub(crate) const ALONE: &[Test] = &[
         leave_nothing,
     ),
     (
-        "many::ten_thousand_connections_in_turn_leave_no_memory_behind",
-        Form::CUTTING,
-        leave_no_memory,
-    ),
-    (
         "many::ten_thousand_stuck_connections_are_cut_in_time",
         Form::CUTTING,
         cut,
     ),
 ];
 
-/// Not for every run of the tests, but before a release: they take a minute each.
-pub(crate) const SOAK: &[Test] = &[(
-    "many::a_minute_of_coming_and_going_leaves_nothing_behind",
-    Form::CUTTING,
-    soak,
-)];
+/// Not for every run of the tests, but before a release: they take their time.
+pub(crate) const SOAK: &[Test] = &[
+    (
+        "many::ten_thousand_connections_in_turn_leave_no_memory_behind",
+        Form::CUTTING,
+        leave_no_memory,
+    ),
+    (
+        "many::a_minute_of_coming_and_going_leaves_nothing_behind",
+        Form::CUTTING,
+        soak,
+    ),
+];
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 const MANY: usize = 10_000;
@@ -148,9 +150,9 @@ fn leave_no_memory(form: Form) {
     ten_thousand(&server, &mut observer, 100);
     let after = held(&server);
     println!("warm {warm:?}, after {after:?}");
-    // 100 bytes for each.
+    // 200 bytes for each.
     assert!(
-        after.memory <= warm.memory + 1_000,
+        after.memory <= warm.memory + 2_000,
         "{warm:?}, then {after:?}"
     );
     server.terminate();
