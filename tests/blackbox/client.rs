@@ -271,12 +271,42 @@ pub(crate) mod frames {
 
     pub(crate) const DATA: u8 = 0;
     pub(crate) const HEADERS: u8 = 1;
-    const SETTINGS: u8 = 4;
-    const PING: u8 = 6;
+    pub(crate) const RST_STREAM: u8 = 3;
+    pub(crate) const SETTINGS: u8 = 4;
+    pub(crate) const PING: u8 = 6;
     pub(crate) const GOAWAY: u8 = 7;
+    pub(crate) const WINDOW_UPDATE: u8 = 8;
+    pub(crate) const CONTINUATION: u8 = 9;
     const ACK: u8 = 1;
     pub(crate) const END_STREAM: u8 = 1;
-    const END_HEADERS: u8 = 4;
+    pub(crate) const END_HEADERS: u8 = 4;
+    pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+    /// A frame as it is sent.
+    pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        let mut frame = length[1..].to_vec();
+        frame.extend([kind, flags]);
+        frame.extend(stream.to_be_bytes());
+        frame.extend(payload);
+        frame
+    }
+
+    /// The payload of HEADERS that ask for this path.
+    pub(crate) fn request(method: Method, path: &str) -> Vec<u8> {
+        // The method and http, and as literals the path and the authority (RFC 7541 §6).
+        let mut head = vec![method as u8, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
+        head.extend(path.as_bytes());
+        head.extend(b"\x01\x04test");
+        head
+    }
+
+    /// Entries of the static table (RFC 7541 Appendix A).
+    #[derive(Clone, Copy)]
+    pub(crate) enum Method {
+        Get = 0x82,
+        Post = 0x83,
+    }
 
     /// A client with prior knowledge. It acknowledges what asks for it.
     pub(crate) struct Connection {
@@ -312,29 +342,19 @@ pub(crate) mod frames {
         pub(crate) fn open(address: SocketAddr) -> Self {
             let mut stream = TcpStream::connect(address).unwrap();
             stream.set_nodelay(true).unwrap();
-            stream
-                .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-                .unwrap();
+            stream.write_all(PREFACE).unwrap();
             let mut connection = Self { stream, next: 1 };
             connection.send(SETTINGS, 0, 0, &[]).unwrap();
             connection
         }
 
         fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> io::Result<()> {
-            let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-            let mut frame = length[1..].to_vec();
-            frame.extend([kind, flags]);
-            frame.extend(stream.to_be_bytes());
-            frame.extend(payload);
-            self.stream.write_all(&frame)
+            self.stream.write_all(&frame(kind, flags, stream, payload))
         }
 
         /// Begins a request, and returns its stream.
         pub(crate) fn begin(&mut self, path: &str) -> io::Result<u32> {
-            // GET, http, and as literals the path and the authority (RFC 7541 §6).
-            let mut head = vec![0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
-            head.extend(path.as_bytes());
-            head.extend(b"\x01\x04test");
+            let head = request(Method::Get, path);
             let stream = self.next;
             self.next += 2;
             self.send(HEADERS, END_STREAM | END_HEADERS, stream, &head)?;

@@ -3,6 +3,8 @@
 //! The server under test is this very executable, started again with `--server` and the knobs of
 //! the scenario (see `server`). Unless a test says otherwise the delay is one second and the drain
 //! deadline three seconds after it.
+//!
+//! What takes minutes is run only when it is asked for: `cargo test --test blackbox -- --ignored`.
 
 #![cfg_attr(not(unix), allow(unused))]
 
@@ -21,7 +23,11 @@ mod edge;
 #[cfg(unix)]
 mod goaway;
 #[cfg(unix)]
+mod hostile;
+#[cfg(unix)]
 mod in_flight;
+#[cfg(unix)]
+mod many;
 #[cfg(unix)]
 mod process;
 #[cfg(unix)]
@@ -46,6 +52,8 @@ fn main() {
 
 #[cfg(unix)]
 fn main() -> ExitCode {
+    use std::sync::{PoisonError, RwLock};
+
     use libtest_mimic::{Arguments, Trial};
 
     let mut args = std::env::args().skip(1);
@@ -62,18 +70,32 @@ fn main() -> ExitCode {
         deadline::TESTS,
         edge::TESTS,
         goaway::TESTS,
+        hostile::TESTS,
         in_flight::TESTS,
         refusal::TESTS,
         signals::TESTS,
         work::TESTS,
     ];
+    // These want the machine for themselves: beside them no other test could keep its times.
+    let alone = [hostile::ALONE, many::ALONE, many::SOAK];
+    let tests = rooms.into_iter().flatten().map(|test| (test, false));
+    let tests = tests.chain(alone.into_iter().flatten().map(|test| (test, true)));
     let mut trials = Vec::new();
-    for (name, forms, test) in rooms.into_iter().flatten() {
+    for ((name, forms, test), alone) in tests {
         for &form in *forms {
-            trials.push(Trial::test(format!("{name} [{form:?}]"), move || {
-                test(form);
+            let trial = Trial::test(format!("{name} [{form:?}]"), move || {
+                static MACHINE: RwLock<()> = RwLock::new(());
+                if alone {
+                    let _whole = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+                    test(form);
+                } else {
+                    let _share = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+                    test(form);
+                }
                 Ok(())
-            }));
+            });
+            // They take their time: `-- --ignored`.
+            trials.push(trial.with_ignored_flag(name.starts_with("many::")));
         }
     }
     libtest_mimic::run(&arguments, trials).exit_code()

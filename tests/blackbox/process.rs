@@ -118,9 +118,13 @@ impl Server {
             .to_owned()
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn signal(&mut self, signal: Signal) {
         self.signalled.get_or_insert_with(Instant::now);
-        let pid = Pid::from_raw(self.child.id().try_into().unwrap());
+        let pid = Pid::from_raw(self.pid().try_into().unwrap());
         signal::kill(pid, signal).unwrap();
     }
 
@@ -165,6 +169,12 @@ impl Server {
     #[track_caller]
     pub(crate) fn in_flight(&self) -> usize {
         self.get("/count").text().parse().unwrap()
+    }
+
+    /// The connections that are open, the one that asks included.
+    #[track_caller]
+    pub(crate) fn connections(&self) -> usize {
+        self.get("/connections").text().parse().unwrap()
     }
 
     #[track_caller]

@@ -59,6 +59,16 @@ impl Knobs<'_> {
     }
 }
 
+/// Has this process open so many files, or as many of them as it may. Says how many.
+pub(crate) fn allow_files(files: u64) -> u64 {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let files = files.min(most);
+    setrlimit(Resource::RLIMIT_NOFILE, files, most).unwrap();
+    files
+}
+
 pub(crate) fn run(args: &[String]) -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(io::stderr)
@@ -106,6 +116,9 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
 }
 
 async fn serve(knobs: &Knobs<'_>) -> ExitCode {
+    if let Some(files) = knobs.number("files") {
+        allow_files(files);
+    }
     let graceful = match builder(knobs).build() {
         Ok(graceful) => graceful,
         Err(error) => {
