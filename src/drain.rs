@@ -14,8 +14,10 @@ impl Graceful {
     /// (on Windows Ctrl-C, Ctrl-Break, and the close, logoff and shutdown events) and resolves
     /// when the server may close.
     ///
-    /// That is when nothing is in flight any more, at the drain deadline at the latest; with
-    /// [`keep_listening(false)`](crate::GracefulBuilder::keep_listening), when draining starts.
+    /// That is when nothing is in flight any more, at the drain deadline at the latest, and where
+    /// connections are tracked up to 250 ms before it, so that those on which nothing is in flight
+    /// are closed and only the others are cut. With
+    /// [`keep_listening(false)`](crate::GracefulBuilder::keep_listening) it is when draining starts.
     /// Without a signal it is pending for ever, unless [`shutdown`](Self::shutdown) is called.
     ///
     /// The handlers are installed by this call, not by the first poll: a SIGTERM during a slow

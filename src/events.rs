@@ -140,6 +140,16 @@ pub(crate) fn task(task: &Task) {
     }
 }
 
+/// The last of a listener's queue cannot be accepted.
+#[cfg(feature = "axum")]
+pub(crate) fn queue_lost(error: &std::io::Error) {
+    event!(
+        warn,
+        { error = &*error.to_string() },
+        "a listener is closed before its queue is empty: {error}"
+    );
+}
+
 #[cfg(feature = "signal")]
 pub(crate) fn signal(trigger: Trigger) {
     event!(

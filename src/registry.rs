@@ -94,6 +94,12 @@ impl Registry {
         lock!(self.open).lines.len()
     }
 
+    /// There is a connection, or could be.
+    pub(crate) fn has_any(&self) -> bool {
+        let open = lock!(self.open);
+        open.listeners.open > 0 || !open.lines.is_empty()
+    }
+
     /// Enters a connection. The key is for [`remove`](Self::remove).
     pub(crate) fn insert(&self, peer: Option<SocketAddr>) -> (usize, Arc<Line>) {
         let opened = Instant::now();

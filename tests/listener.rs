@@ -205,3 +205,31 @@ async fn two_servers_on_one_lifecycle_stop_together() {
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
     }
 }
+
+/// The end of such a response is the end of the connection (RFC 9112 §6.3).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tracked_tcp_stream_is_reset_when_it_is_cut_and_its_peer_reported() {
+    let (listener, address) = std_listener();
+    let listener = TcpListener::from_std(listener).unwrap();
+    let drain = Duration::from_millis(100);
+    let builder = Graceful::builder().drain_delay(Duration::ZERO);
+    let graceful = builder.drain_timeout(drain).build().unwrap();
+    let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+    let mut io = graceful.track(listener.accept().await.unwrap().0);
+    io.write_all(b"HTTP/1.0 200 OK\r\n\r\nhalf of it")
+        .await
+        .unwrap();
+    let (began, begins) = tokio::sync::oneshot::channel();
+    let run = tokio::spawn(graceful.run(async move {
+        began.send(()).unwrap();
+        let _ = io.read(&mut [0]).await;
+    }));
+    begins.await.unwrap();
+    graceful.shutdown();
+    let report = timeout(BOUND, run).await.unwrap().unwrap();
+    let peers = report.connections_cut().iter().map(|cut| cut.peer);
+    let expected = client.local_addr().unwrap();
+    assert_eq!(peers.collect::<Vec<_>>(), [Some(expected)]);
+    let error = client.read_to_end(&mut Vec::new()).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+}

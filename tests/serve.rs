@@ -170,6 +170,142 @@ async fn a_unix_listener_is_served() {
     std::fs::remove_file(&path).unwrap();
 }
 
+/// Accepts as a listener does that shakes hands with its peer before it hands the connection over:
+/// an accept that is dropped in the middle loses the connection.
+struct SlowToAccept {
+    tcp: TcpListener,
+    handshake: Duration,
+}
+
+impl Listener for SlowToAccept {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
+        let accepted = Listener::accept(&mut self.tcp).await;
+        time::sleep(self.handshake).await;
+        accepted
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.tcp.local_addr()
+    }
+}
+
+/// In both forms.
+fn spawn<L: Listener<Addr = SocketAddr>>(
+    own: bool,
+    graceful: &Graceful,
+    listener: L,
+) -> JoinHandle<Report> {
+    let app = router().layer(graceful.layer());
+    if own {
+        return tokio::spawn(graceful.serve(listener, app));
+    }
+    let server = axum::serve(graceful.listener(listener), app);
+    let server = server.with_graceful_shutdown(graceful.drain());
+    tokio::spawn(graceful.run(server))
+}
+
+#[tokio::test]
+async fn an_accept_that_takes_its_time_is_not_disturbed_by_connections_that_end() {
+    let (tcp, address) = listener().await;
+    let handshake = Duration::from_millis(10);
+    let graceful = self::graceful();
+    let server = spawn(true, &graceful, SlowToAccept { tcp, handshake });
+    let clients = (0..30).map(|i| {
+        tokio::spawn(async move {
+            time::sleep(Duration::from_millis(7) * i).await;
+            ask(TcpStream::connect(address).await.unwrap()).await
+        })
+    });
+    for client in clients.collect::<Vec<_>>() {
+        let answer = time::timeout(BOUND, client).await.unwrap().unwrap();
+        assert!(answer.ends_with("hello"), "{answer}");
+    }
+    stop(&graceful, server).await;
+}
+
+#[tokio::test]
+async fn an_accept_that_has_begun_is_finished_at_the_edge() {
+    for own in [true, false] {
+        let (tcp, address) = listener().await;
+        let handshake = Duration::from_millis(40);
+        let graceful = Graceful::builder()
+            .drain_delay(Duration::from_millis(100))
+            .keep_listening(false)
+            .build()
+            .unwrap();
+        let server = spawn(own, &graceful, SlowToAccept { tcp, handshake });
+        time::sleep(Duration::from_millis(20)).await;
+        graceful.shutdown();
+        time::sleep(Duration::from_millis(85)).await;
+        let client = TcpStream::connect(address).await.unwrap();
+        let answer = time::timeout(BOUND, ask(client)).await.unwrap();
+        assert!(answer.ends_with("hello"), "own {own}: {answer:?}");
+        let report = server.await.unwrap();
+        assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+    }
+}
+
+/// Also those that the layer does not count.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_handler_outlives_the_server() {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    struct Alive(Arc<AtomicUsize>);
+
+    impl Drop for Alive {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    for _ in 0..8 {
+        let (tcp, address) = listener().await;
+        let alive = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&alive);
+        let stuck = move || {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let alive = Alive(Arc::clone(&counted));
+            async move {
+                let _alive = alive;
+                std::future::pending::<&'static str>().await
+            }
+        };
+        let graceful = Graceful::builder()
+            .drain_delay(Duration::ZERO)
+            .drain_timeout(Duration::from_millis(100))
+            .build()
+            .unwrap();
+        let app = Router::new().route("/", get(stuck));
+        let server = tokio::spawn(graceful.serve(tcp, app));
+        let io = hyper_util::rt::TokioIo::new(TcpStream::connect(address).await.unwrap());
+        let executor = hyper_util::rt::TokioExecutor::new();
+        let (mut client, connection) = hyper::client::conn::http2::handshake(executor, io)
+            .await
+            .unwrap();
+        tokio::spawn(connection);
+        for _ in 0..100 {
+            let request = hyper::Request::get(format!("http://{address}/"));
+            let request = request.body(axum::body::Body::empty()).unwrap();
+            tokio::spawn(client.send_request(request));
+        }
+        let all_alive = async {
+            while alive.load(Ordering::SeqCst) < 100 {
+                time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        time::timeout(BOUND, all_alive).await.unwrap();
+        graceful.shutdown();
+        let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+        assert_eq!(alive.load(Ordering::SeqCst), 0, "{report}");
+    }
+}
+
 #[tokio::test]
 async fn dropping_the_future_closes_the_listener_and_the_connections() {
     let graceful = graceful();

@@ -13,16 +13,13 @@ use axum::{body::Body, extract::Request, response::Response};
 use http::Version;
 use hyper::{
     body::Incoming,
-    rt::{Sleep, Timer},
+    rt::{Executor, Sleep, Timer},
 };
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo},
-    server::conn::auto,
-    service::TowerToHyperService,
-};
+use hyper_util::{rt::TokioIo, server::conn::auto, service::TowerToHyperService};
 use pin_project_lite::pin_project;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
+    sync::mpsc,
     time,
 };
 use tower_service::Service;
@@ -53,57 +50,85 @@ where
         graceful,
     });
     let heard = io.heard();
-    let mut http = auto::Builder::new(TokioExecutor::new());
-    let timeout = owner.graceful.policy().header_read_timeout;
+    let (streams, mut streams_ended) = Streams::new();
+    let mut http = auto::Builder::new(streams);
     let timer = HeadTimer {
-        timeout,
+        timeout: owner.graceful.policy().header_read_timeout,
         heard: Arc::clone(&heard),
         made: Instant::now(),
     };
+    // That there is one is enough; how long it is, the timer knows.
     http.http1()
         .timer(timer.clone())
-        .header_read_timeout(timeout);
+        .header_read_timeout(Duration::from_secs(1));
     // For WebSockets (RFC 8441).
     http.http2().enable_connect_protocol();
     let service = TowerToHyperService::new(Owned {
         inner: service,
         owner: Arc::clone(&owner),
     });
-    let mut connection = pin!(http.serve_connection_with_upgrades(TokioIo::new(io), service));
-    let is_http2 = || lock!(heard).is_http2();
-    // hyper's timer begins where it is known to be HTTP/1.
-    let mut opening = pin!(timer.timeout(0));
-    let mut opened = false;
-    let mut turn = pin!(None);
-    let mut asked = Told::Stay;
-    poll_fn(|cx| {
-        let told = owner.line.told(cx);
-        if told == Told::Cut {
-            return Poll::Ready(());
-        }
-        loop {
-            // First of all, because what has arrived already is still to be answered.
-            if connection.as_mut().poll(cx).is_ready() {
+    {
+        let is_http2 = || lock!(heard).is_http2();
+        // hyper's timer begins where it is known to be HTTP/1.
+        let mut opening = pin!(timer.timeout(0));
+        let mut opened = false;
+        let mut turn = pin!(None);
+        let mut asked = Told::Stay;
+        let mut connection = pin!(http.serve_connection_with_upgrades(TokioIo::new(io), service));
+        poll_fn(|cx| {
+            let told = owner.line.told(cx);
+            if told == Told::Cut {
                 return Poll::Ready(());
             }
-            opened = opened || lock!(heard).is_decided();
-            if !opened && opening.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(());
+            loop {
+                // First of all, because what has arrived already is still to be answered.
+                if connection.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(());
+                }
+                opened = opened || lock!(heard).is_decided();
+                if !opened && opening.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(());
+                }
+                let leaves = match told {
+                    Told::Stay => false,
+                    Told::TakeTurns => is_http2() && owner.poll_turn(turn.as_mut(), cx).is_ready(),
+                    Told::Leave => is_http2(),
+                    Told::Close | Told::Cut => true,
+                };
+                if !leaves || asked == told {
+                    return Poll::Pending;
+                }
+                asked = told;
+                connection.as_mut().graceful_shutdown();
             }
-            let leaves = match told {
-                Told::Stay => false,
-                Told::TakeTurns => is_http2() && owner.poll_turn(turn.as_mut(), cx).is_ready(),
-                Told::Leave => is_http2(),
-                Told::Close | Told::Cut => true,
-            };
-            if !leaves || asked == told {
-                return Poll::Pending;
-            }
-            asked = told;
-            connection.as_mut().graceful_shutdown();
-        }
-    })
-    .await;
+        })
+        .await;
+    }
+    // What it ran in tasks of their own goes with it.
+    drop(http);
+    streams_ended.recv().await;
+}
+
+/// Runs what hyper runs beside a connection of HTTP/2: each of its streams, in a task of its own.
+#[derive(Clone)]
+struct Streams(mpsc::Sender<Infallible>);
+
+impl Streams {
+    /// And what ends when they have.
+    fn new() -> (Self, mpsc::Receiver<Infallible>) {
+        let (running, ended) = mpsc::channel(1);
+        (Self(running), ended)
+    }
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
+    fn execute(&self, stream: F) {
+        let running = self.0.clone();
+        tokio::spawn(async move {
+            stream.await;
+            drop(running);
+        });
+    }
 }
 
 /// What a connection and its requests share.
@@ -139,11 +164,16 @@ impl Owner {
     /// Asks the peer to leave, with this response, if its turn has come.
     #[cold]
     fn ask_to_leave(&self, response: &mut Response, version: Version, phase: Phase) {
+        let http2 = version == Version::HTTP_2;
         if self.is_spread(phase) && time::Instant::now() < self.turn() {
+            if http2 {
+                // It may have come after the others were told.
+                self.line.tell(Told::TakeTurns);
+            }
             return;
         }
         leaving::say_close(response, version);
-        if version == Version::HTTP_2 {
+        if http2 {
             self.line.tell(Told::Leave);
         }
     }

@@ -1,13 +1,19 @@
 use std::{
+    any::Any,
     fmt, io,
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use pin_project_lite::pin_project;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
 
 use super::heard::Heard;
 use crate::{
@@ -20,7 +26,9 @@ use crate::{
 impl Graceful {
     /// Tracks a connection that you accepted yourself, for a server on hyper or tonic: it counts
     /// in [`connections`](Self::connections) until the returned IO is dropped, the service does
-    /// not count as stopped before that, and at the drain deadline its reads and writes fail.
+    /// not count as stopped before that, and at the drain deadline its reads and writes fail. A
+    /// `TcpStream` on which something has been written is then reset, so that no half response
+    /// looks like a whole one, and the report names its peer; of IO that wraps one neither is known.
     ///
     /// With axum's server use [`listener`](Self::listener) instead.
     ///
@@ -30,8 +38,9 @@ impl Graceful {
     /// let io = graceful.track(stream); // AsyncRead + AsyncWrite, as the stream was
     /// # }
     /// ```
-    pub fn track<I>(&self, io: I) -> GracefulIo<I> {
-        GracefulIo::new(self, io, None)
+    pub fn track<I: 'static>(&self, io: I) -> GracefulIo<I> {
+        let peer = tcp(&io).and_then(|tcp| tcp.peer_addr().ok());
+        GracefulIo::new(self, io, peer)
     }
 }
 
@@ -47,7 +56,7 @@ pin_project! {
         io: I,
         line: Arc<Line>,
         wrote: bool,
-        reset: Option<fn(&I)>,
+        reset: fn(&I),
         heard: Option<Arc<Mutex<Heard>>>,
         // After the IO, so that the connection is closed before it is struck out.
         entry: Entry,
@@ -55,12 +64,22 @@ pin_project! {
 
     impl<I> PinnedDrop for GracefulIo<I> {
         fn drop(this: Pin<&mut Self>) {
-            let Some(reset) = this.reset else { return };
             // The peer must not take a response that was cut off for a whole one.
             if this.wrote && this.line.is_cut() {
-                reset(&this.io);
+                (this.reset)(&this.io);
             }
         }
+    }
+}
+
+fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
+    (io as &dyn Any).downcast_ref()
+}
+
+/// Has the connection reset when it is dropped, where it is one of TCP.
+fn reset<I: 'static>(io: &I) {
+    if let Some(tcp) = tcp(io) {
+        let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
     }
 }
 
@@ -89,7 +108,7 @@ impl Drop for Entry {
     }
 }
 
-impl<I> GracefulIo<I> {
+impl<I: 'static> GracefulIo<I> {
     pub(super) fn new(graceful: &Graceful, io: I, peer: Option<SocketAddr>) -> Self {
         let shared = graceful.shared();
         let (key, line) = shared.connections.insert(peer);
@@ -98,7 +117,7 @@ impl<I> GracefulIo<I> {
             io,
             line,
             wrote: false,
-            reset: None,
+            reset: reset::<I>,
             heard: None,
             entry: Entry {
                 graceful: graceful.clone(),
@@ -106,15 +125,9 @@ impl<I> GracefulIo<I> {
             },
         }
     }
+}
 
-    /// Has the connection reset, by this, instead of closed, if it is cut after something was
-    /// written on it.
-    #[cfg(feature = "axum")]
-    pub(super) fn reset_by(mut self, reset: fn(&I)) -> Self {
-        self.reset = Some(reset);
-        self
-    }
-
+impl<I> GracefulIo<I> {
     /// Notes what is read from now on.
     #[cfg(all(feature = "axum", feature = "signal"))]
     pub(super) fn heard(&mut self) -> Arc<Mutex<Heard>> {

@@ -1,16 +1,14 @@
-use std::{any::Any, fmt, future, io, net::SocketAddr, time::Duration};
+use std::{any::Any, fmt, future, io, net::SocketAddr, pin::pin, time::Duration};
 
 use axum::serve::{Listener, ListenerExt, TapIo};
-use socket2::SockRef;
 use tokio::{
-    net::TcpStream,
     sync::watch,
     time::{self, Instant},
 };
 
 use super::{
     io::GracefulIo,
-    queue::{last_ones, let_in_handshakes, queued, turn_away_handshakes},
+    queue::{is_asked, last_ones, let_in_handshakes, queued, turn_away_handshakes},
 };
 use crate::{
     handle::Graceful,
@@ -20,6 +18,9 @@ use crate::{
 /// How long handshakes that had begun are given to be completed: a few round trips between the
 /// machines of one site.
 const HANDSHAKE: Duration = Duration::from_millis(5);
+
+/// How long a listener that cannot be asked for its queue goes on accepting.
+const UNASKED: Duration = Duration::from_millis(60);
 
 /// What [`Graceful::listener`] returns.
 ///
@@ -38,8 +39,8 @@ impl Graceful {
     /// Give it the `TcpListener` itself, and put `tap_io` after it: `graceful.listener(tcp).tap_io(…)`.
     /// The queue of a `TcpListener` can be emptied to the last connection before it is closed: on
     /// Linux exactly, elsewhere and for a `UnixListener` but for who comes between the last look
-    /// and the close. Of a listener that wraps one only what it accepts by itself is known, and
-    /// connections that arrive in the moment of the close may be reset.
+    /// and the close. A listener that wraps one, for TLS say, goes on accepting for 60 ms, in which
+    /// it may finish a handshake; who comes after that may be reset.
     ///
     /// ```no_run
     /// # #[tokio::main]
@@ -100,7 +101,7 @@ impl<L: Listener> GracefulListener<L> {
 
     fn track(&self, io: L::Io, addr: &L::Addr) -> GracefulIo<L::Io> {
         let peer = (addr as &dyn Any).downcast_ref::<SocketAddr>();
-        GracefulIo::new(&self.graceful, io, peer.copied()).reset_by(reset)
+        GracefulIo::new(&self.graceful, io, peer.copied())
     }
 
     /// Closes the listener. What is still queued can be accepted after that.
@@ -173,11 +174,23 @@ impl<L: Listener> Listener for GracefulListener<L> {
                 }
                 Closing::At(instant) => time::timeout_at(instant, listener.accept()).await.ok(),
                 Closing::No | Closing::Unused | Closing::Done => {
-                    tokio::select! {
-                        accepted = listener.accept() => Some(accepted),
-                        _ = self.edges.wait_for(|edge| *edge > Edge::Open) => {
-                            self.closing = Closing::Until(Instant::now() + LAST_ACCEPTS);
+                    let asked = is_asked(listener);
+                    let mut accept = pin!(listener.accept());
+                    let accepted = tokio::select! {
+                        accepted = &mut accept => Some(accepted),
+                        _ = self.edges.wait_for(|edge| *edge > Edge::Open) => None,
+                    };
+                    let now = Instant::now();
+                    match accepted {
+                        Some(accepted) => Some(accepted),
+                        None if asked => {
+                            self.closing = Closing::Until(now + LAST_ACCEPTS);
                             continue;
+                        }
+                        // What it has begun, a handshake perhaps, it may finish.
+                        None => {
+                            self.closing = Closing::At(now + UNASKED);
+                            time::timeout_at(now + UNASKED, accept).await.ok()
                         }
                     }
                 }
@@ -194,13 +207,6 @@ impl<L: Listener> Listener for GracefulListener<L> {
             Some(listener) => listener.local_addr(),
             None => Err(io::ErrorKind::NotConnected.into()),
         }
-    }
-}
-
-/// Has the connection reset when it is dropped, where it is one of TCP.
-fn reset<I: 'static>(io: &I) {
-    if let Some(tcp) = (io as &dyn Any).downcast_ref::<TcpStream>() {
-        let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
     }
 }
 

@@ -10,6 +10,17 @@ use tokio::{
     task,
 };
 
+use crate::events;
+
+/// Whether it is a listener whose queue can be asked: one of tokio's.
+pub(super) fn is_asked(listener: &dyn Any) -> bool {
+    #[cfg(unix)]
+    if listener.is::<UnixListener>() {
+        return true;
+    }
+    listener.is::<TcpListener>()
+}
+
 /// A connection that is in the accept queue now.
 pub(super) async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::Addr)> {
     let mut accept = pin!(listener.accept());
@@ -88,7 +99,11 @@ fn queue<A>(nonblocking: bool, accept: impl Fn() -> io::Result<A>) -> Vec<A> {
         match accept() {
             Ok(accepted) => last.push(accepted),
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(_) => break,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) => {
+                events::queue_lost(&error);
+                break;
+            }
         }
     }
     last.reverse();

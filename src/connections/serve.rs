@@ -32,7 +32,8 @@ impl Graceful {
     ///   for.
     ///
     /// The signal handlers are installed by this call; the listening begins when the future is
-    /// polled. Dropping the future closes the listener and aborts the connections.
+    /// polled. Dropping the future closes the listener and aborts the connections; those that are
+    /// upgraded belong to their handlers, and stay until the service stops.
     ///
     /// ```no_run
     /// use axum::{Router, routing::get};
@@ -91,17 +92,23 @@ where
         let _ = edges.wait_for(|edge| *edge == Edge::Connections).await;
     });
     let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            (io, remote_addr) = listener.accept() => {
-                let Ok(()) = poll_fn(|cx| app.poll_ready(cx)).await;
-                let Ok(service) = app.call(Accepted::new(io.get_ref(), remote_addr)).await;
-                connections.spawn(connection::serve(io, service, graceful.clone()));
+    'accepting: loop {
+        let (io, remote_addr) = {
+            // One that has begun is not dropped for anything but the end: a listener may be in the
+            // middle of a handshake.
+            let mut accept = pin!(listener.accept());
+            loop {
+                tokio::select! {
+                    accepted = &mut accept => break accepted,
+                    // One that has panicked took nothing but itself.
+                    Some(_) = connections.join_next() => {}
+                    () = &mut told_to_close => break 'accepting,
+                }
             }
-            // One that has panicked took nothing but itself.
-            Some(_) = connections.join_next() => {}
-            () = &mut told_to_close => break,
-        }
+        };
+        let Ok(()) = poll_fn(|cx| app.poll_ready(cx)).await;
+        let Ok(service) = app.call(Accepted::new(io.get_ref(), remote_addr)).await;
+        connections.spawn(connection::serve(io, service, graceful.clone()));
     }
     drop(listener);
     while connections.join_next().await.is_some() {}

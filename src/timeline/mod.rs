@@ -383,7 +383,7 @@ impl Gate<Lifecycle> {
         let phase = self.word().phase();
         if shutdown.edge == Edge::Connections {
             Told::Close
-        } else if phase >= Phase::Draining {
+        } else if phase >= Phase::Draining || shutdown.asks_everybody {
             Told::Leave
         } else if phase == Phase::LameDuck && self.policy.is_spread() {
             Told::TakeTurns

@@ -28,6 +28,22 @@ const MOST_LINGER: Duration = Duration::from_millis(150);
 /// How long a listener may take to empty its accept queue.
 pub(crate) const LAST_ACCEPTS: Duration = Duration::from_millis(100);
 
+/// What is due.
+enum Step {
+    To(Phase, Reason),
+    /// Nothing until then, or until something changes.
+    Until(Instant),
+}
+
+/// The driver cleans up, and says when that is done.
+fn settle_cleanup(shutdown: &mut Shutdown, now: Instant) -> Step {
+    match &shutdown.cleanup {
+        Some(cleanup) if cleanup.done => Step::To(Phase::Stopped, cleanup.after),
+        _ if std::mem::take(&mut shutdown.hurry) => Step::To(Phase::Stopped, Reason::Signal),
+        _ => Step::Until(instant_after(now, Duration::MAX)),
+    }
+}
+
 impl Gate<Lifecycle> {
     /// Takes every step that is due at `now`. Says when to look again, if ever.
     pub(super) fn settle(
@@ -41,98 +57,103 @@ impl Gate<Lifecycle> {
             let servers = state.servers.unwrap_or(0);
             let nobody_serves = state.servers == Some(0) && state.drains == 0;
             let shutdown = state.shutdown.as_mut()?;
-            let (to, reason) = match phase {
-                Phase::Serving => (Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
-                Phase::LameDuck => {
-                    let reason = if std::mem::take(&mut shutdown.hurry) {
-                        Reason::Signal
-                    } else if let Some(reason) = shutdown.delay_over {
-                        reason
-                    } else if now >= shutdown.delay_until {
-                        Reason::DelayOver
-                    } else if nobody_serves {
-                        Reason::NobodyServes
-                    } else {
-                        return Some(shutdown.delay_until);
-                    };
-                    shutdown.delay_over = Some(reason);
-                    // What is in the accept queue is served, and only then is work refused.
-                    if !self.policy.keep_listening {
-                        if let Some(until) = self.close_edge(shutdown, now) {
-                            return Some(until);
-                        }
-                    }
-                    (Phase::Draining, reason)
-                }
-                Phase::Draining => {
-                    if self.is_idle() {
-                        // Whatever it wanted to hurry is over.
-                        shutdown.hurry = false;
-                        (Phase::Closing, Reason::Idle)
-                    } else if std::mem::take(&mut shutdown.hurry) {
-                        self.cut(shutdown, servers, now);
-                        (Phase::Closing, Reason::Signal)
-                    } else if now >= shutdown.drain_until {
-                        self.cut(shutdown, servers, now);
-                        (Phase::Closing, Reason::Deadline)
-                    } else {
-                        return Some(shutdown.drain_until);
-                    }
-                }
-                Phase::Closing if shutdown.cleanup.is_some() => {
-                    let cleanup = shutdown.cleanup.as_ref()?;
-                    if cleanup.done {
-                        (Phase::Stopped, cleanup.after)
-                    } else if std::mem::take(&mut shutdown.hurry) {
-                        (Phase::Stopped, Reason::Signal)
-                    } else {
-                        // The driver, which runs it, says when it is done.
-                        return Some(instant_after(now, Duration::MAX));
-                    }
-                }
-                Phase::Closing => {
-                    if shutdown.edge < Edge::Connections && std::mem::take(&mut shutdown.hurry) {
-                        // Nobody has been told to close yet: they are now.
-                        shutdown.edge = Edge::Connections;
-                    }
-                    let told = self.close_edge(shutdown, now);
-                    let closed = servers == 0
-                        && self.connections.len() == 0
-                        && self.is_idle()
-                        && told.is_none();
-                    if closed && shutdown.cut.is_none() {
-                        (Phase::Stopped, Reason::Closed)
-                    } else if closed {
-                        (Phase::Stopped, Reason::Cut)
-                    } else if shutdown.cut.is_some() {
-                        let until = shutdown.ends(phase)?;
-                        if std::mem::take(&mut shutdown.hurry) {
-                            (Phase::Stopped, Reason::Signal)
-                        } else if now >= until {
-                            (Phase::Stopped, Reason::LetGo)
-                        } else {
-                            return Some(until);
-                        }
-                    } else {
-                        let until = shutdown.ends(phase)?;
-                        let hurried = std::mem::take(&mut shutdown.hurry);
-                        if hurried || now >= until {
-                            self.cut(shutdown, servers, now);
-                            if let Some(cut) = &mut shutdown.cut {
-                                cut.hurried = hurried;
-                            }
-                            continue;
-                        }
-                        return Some(told.map_or(until, |told| told.min(until)));
-                    }
-                }
+            let step = match phase {
+                Phase::Serving => Step::To(Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
+                Phase::LameDuck => self.settle_lame_duck(shutdown, nobody_serves, now),
+                Phase::Draining => self.settle_draining(shutdown, servers, now),
+                Phase::Closing if shutdown.cleanup.is_some() => settle_cleanup(shutdown, now),
+                Phase::Closing => self.settle_closing(shutdown, servers, now),
                 Phase::Stopped => return None,
             };
-            if to == Phase::Stopped && shutdown.begins_cleanup(reason, now, &self.work) {
-                continue;
+            match step {
+                Step::Until(instant) => return Some(instant),
+                Step::To(Phase::Stopped, reason)
+                    if shutdown.begins_cleanup(reason, now, &self.work) => {}
+                Step::To(phase, reason) => self.enter(state, phase, reason, now, transitions),
             }
-            self.enter(state, to, reason, now, transitions);
         }
+    }
+
+    fn settle_lame_duck(&self, shutdown: &mut Shutdown, nobody_serves: bool, now: Instant) -> Step {
+        let reason = if std::mem::take(&mut shutdown.hurry) {
+            Reason::Signal
+        } else if let Some(reason) = shutdown.delay_over {
+            reason
+        } else if now >= shutdown.delay_until {
+            Reason::DelayOver
+        } else if nobody_serves {
+            Reason::NobodyServes
+        } else if now < shutdown.last_words {
+            return Step::Until(shutdown.last_words);
+        } else {
+            shutdown.asks_everybody = true;
+            return Step::Until(shutdown.delay_until);
+        };
+        shutdown.delay_over = Some(reason);
+        // What is in the accept queue is served, and only then is work refused.
+        if !self.policy.keep_listening {
+            if let Some(until) = self.close_edge(shutdown, now) {
+                return Step::Until(until);
+            }
+        }
+        Step::To(Phase::Draining, reason)
+    }
+
+    fn settle_draining(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) -> Step {
+        if self.is_idle() {
+            // Whatever it wanted to hurry is over.
+            shutdown.hurry = false;
+            Step::To(Phase::Closing, Reason::Idle)
+        } else if std::mem::take(&mut shutdown.hurry) {
+            self.cut(shutdown, servers, now);
+            Step::To(Phase::Closing, Reason::Signal)
+        } else if now >= shutdown.drain_until {
+            self.cut(shutdown, servers, now);
+            Step::To(Phase::Closing, Reason::Deadline)
+        } else if now < shutdown.last_call {
+            Step::Until(shutdown.last_call)
+        } else if !self.connections.has_any() {
+            Step::Until(shutdown.drain_until)
+        } else {
+            // Who has been answered is to be gone before the others are cut.
+            let told = self.close_edge(shutdown, now);
+            let until = shutdown.drain_until;
+            Step::Until(told.map_or(until, |told| told.min(until)))
+        }
+    }
+
+    fn settle_closing(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) -> Step {
+        if shutdown.edge < Edge::Connections && std::mem::take(&mut shutdown.hurry) {
+            // Nobody has been told to close yet: they are now.
+            shutdown.edge = Edge::Connections;
+        }
+        let told = self.close_edge(shutdown, now);
+        let closed =
+            servers == 0 && self.connections.len() == 0 && self.is_idle() && told.is_none();
+        let until = shutdown.ends(Phase::Closing).unwrap_or(now);
+        if closed {
+            let was_cut = shutdown.cut.is_some();
+            let reason = if was_cut { Reason::Cut } else { Reason::Closed };
+            return Step::To(Phase::Stopped, reason);
+        }
+        let hurried = std::mem::take(&mut shutdown.hurry);
+        if shutdown.cut.is_some() {
+            return if hurried {
+                Step::To(Phase::Stopped, Reason::Signal)
+            } else if now >= until {
+                Step::To(Phase::Stopped, Reason::LetGo)
+            } else {
+                Step::Until(until)
+            };
+        }
+        if hurried || now >= until {
+            self.cut(shutdown, servers, now);
+            if let Some(cut) = &mut shutdown.cut {
+                cut.hurried = hurried;
+            }
+            return self.settle_closing(shutdown, servers, now);
+        }
+        Step::Until(told.map_or(until, |told| told.min(until)))
     }
 
     fn enter(

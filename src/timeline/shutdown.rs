@@ -21,6 +21,13 @@ const CLOSING_TIME: Duration = Duration::from_millis(250);
 /// of every grace period of 1.5 s and more.
 const LEAST_CLOSING_TIME: Duration = Duration::from_millis(50);
 
+/// How long before the end of the delay peers on HTTP/2 are asked to leave that have not been.
+const LAST_WORDS: Duration = Duration::from_millis(25);
+
+/// How long before the drain deadline connections are closed on which nothing is in flight: long
+/// enough to empty a listener's queue, and to hear what is on its way.
+const LAST_CALL: Duration = Duration::from_millis(250);
+
 #[derive(Default)]
 pub(super) struct State {
     /// A driver is alive.
@@ -59,7 +66,14 @@ pub(super) struct Shutdown {
     pub(super) edge_begun: Option<Instant>,
     /// When each phase so far was entered: lame duck, draining, closing.
     pub(super) entered: Vec<Instant>,
+    /// A little before the end of the delay: who has not been asked to leave by then is asked, so
+    /// that what he sends meanwhile is not refused.
+    pub(super) last_words: Instant,
+    pub(super) asks_everybody: bool,
     pub(super) delay_until: Instant,
+    /// A little before the drain deadline: connections on which nothing is in flight are closed, so
+    /// that only the others are cut.
+    pub(super) last_call: Instant,
     pub(super) drain_until: Instant,
     /// The end of what is planned: the margin, and then the end of the grace period, follow.
     pub(super) end: Instant,
@@ -105,12 +119,23 @@ pub(super) struct Cleanup {
 
 impl Shutdown {
     pub(super) fn new(trigger: Trigger, now: Instant, deadlines: Deadlines) -> Self {
+        // So long before the end of a phase, and in its last eighth in any case.
+        let before = |end: Duration, phase: Duration, lead: Duration| {
+            instant_after(now, end.saturating_sub(lead.min(phase / 8)))
+        };
         Self {
             trigger,
             edge: Edge::Open,
             edge_begun: None,
             entered: Vec::with_capacity(3),
+            last_words: before(deadlines.delay, deadlines.delay, LAST_WORDS),
+            asks_everybody: false,
             delay_until: instant_after(now, deadlines.delay),
+            last_call: before(
+                deadlines.drain,
+                deadlines.drain.saturating_sub(deadlines.delay),
+                LAST_CALL,
+            ),
             drain_until: instant_after(now, deadlines.drain),
             end: instant_after(now, deadlines.end),
             delay_over: None,

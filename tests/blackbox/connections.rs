@@ -28,6 +28,16 @@ pub(crate) const TESTS: &[Test] = &[
         idle,
     ),
     (
+        "connections::may_have_all_the_time_there_is_for_a_head",
+        &[Form::Serve],
+        endless_head,
+    ),
+    (
+        "connections::that_come_late_are_asked_too",
+        &[Form::Serve],
+        late_turns,
+    ),
+    (
         "connections::are_asked_to_leave_in_turns",
         &[Form::Serve],
         turns,
@@ -128,6 +138,42 @@ fn idle(form: Form) {
     server.exit().assert_clean();
 }
 
+fn endless_head(form: Form) {
+    let mut server = Server::start(form, &["header_read_timeout=max", "delay=0"]);
+    let mut connection = server.connect();
+    for piece in ["GET / HT", "TP/1.1\r\nhost: test\r\n", "\r\n"] {
+        connection.send(piece);
+        thread::sleep(MS(100));
+    }
+    connection.response("GET").assert_ok();
+    connection.get("/").assert_ok();
+    server.terminate();
+    server.exit().assert_clean();
+}
+
+/// Those that were not there when the others were told, and have had an answer before their turn.
+fn late_turns(form: Form) {
+    let mut server = Server::start(form, &["delay=3000", "spread=1000"]);
+    server.get("/").assert_ok();
+    server.terminate();
+    server.wait_for_unready();
+    let clients: Vec<_> = (0..8).map(|_| used_http2(&server)).collect();
+    assert!(server.elapsed() < MS(500), "{:?}", server.elapsed());
+    for mut client in clients {
+        client.next(GOAWAY);
+        client.until_closed();
+    }
+    assert!(server.elapsed() < MS(1500), "{:?}", server.elapsed());
+    server.exit().assert_clean();
+}
+
+fn used_http2(server: &Server) -> frames::Connection {
+    let mut client = frames::Connection::open(server.address);
+    client.begin("/").unwrap();
+    assert!(client.next(DATA).flags & END_STREAM != 0);
+    client
+}
+
 /// When each of `count` clients was told to leave, as a fraction of a spread of two seconds.
 fn told<C: Send + 'static>(
     server: &mut Server,
@@ -184,13 +230,7 @@ fn turns(form: Form) {
 
 fn http2_turns(form: Form) {
     let mut server = Server::start(form, SPREAD);
-    let mut clients: Vec<_> = (0..40)
-        .map(|_| frames::Connection::open(server.address))
-        .collect();
-    for client in &mut clients {
-        client.begin("/").unwrap();
-        assert!(client.next(DATA).flags & END_STREAM != 0);
-    }
+    let clients: Vec<_> = (0..40).map(|_| used_http2(&server)).collect();
     // Without another request.
     let told = told(&mut server, clients, |mut client| {
         client.next(GOAWAY);

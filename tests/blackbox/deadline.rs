@@ -25,6 +25,11 @@ pub(crate) const TESTS: &[Test] = &[
         Form::CUTTING,
         resumed_upload,
     ),
+    (
+        "deadline::takes_nothing_from_who_has_been_answered",
+        Form::CUTTING,
+        answered,
+    ),
 ];
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
@@ -145,4 +150,28 @@ fn resumed_upload(form: Form) {
     response.assert_ok();
     assert_eq!(response.text(), "8");
     server.exit().assert_clean();
+}
+
+/// One is stuck; another has a whole response on its way, and reads it only after the process has
+/// ended. The kernel keeps it.
+fn answered(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=500"]);
+    let stuck = enter(&server, b"GET /never HTTP/1.1\r\nhost: test\r\n\r\n");
+    let slow = server.connect();
+    socket2::SockRef::from(slow.stream())
+        .set_recv_buffer_size(4096)
+        .unwrap();
+    let mut slow = slow;
+    slow.send("GET /buffered HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.wait_for_in_flight(1);
+    let idle = server.connect();
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    assert!(exit.report.contains("1 request, 1 connection"), "{exit:?}");
+    let response = slow.response("GET");
+    response.assert_ok();
+    assert_eq!(response.body.len(), 150_000);
+    idle.assert_closed();
+    drop(stuck);
 }

@@ -19,7 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
         with_a_response,
     ),
     (
-        "goaway::comes_when_draining_starts",
+        "goaway::comes_before_draining_refuses",
         &[Form::Serve],
         when_draining_starts,
     ),
@@ -103,6 +103,7 @@ fn when_draining_starts(form: Form) {
     }
     assert!(server.elapsed() < MS(1400), "{:?}", server.elapsed());
     // It listens all the same.
+    server.wait_for_draining();
     assert_eq!(server.get("/").status, 503);
     let head = busy.next(HEADERS);
     assert!(head.is_ok() && head.stream == slow, "{head:?}");

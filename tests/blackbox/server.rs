@@ -296,6 +296,7 @@ fn app(graceful: &Graceful) -> Router {
         .route("/never", any(never))
         .route("/block/{ms}", get(block))
         .route("/large", get(large))
+        .route("/buffered", get(|| async { vec![b'x'; 150_000] }))
         .route(
             "/silent",
             get(|| async { Body::from_stream(stream::pending::<io::Result<Bytes>>()) }),

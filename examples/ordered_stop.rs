@@ -1,0 +1,123 @@
+//! A service that stops in order: HTTP first, then the workers with their queue, then the database,
+//! then the logs. Every job it has accepted is in the database when the process ends.
+//!
+//! ```sh
+//! cargo run --example ordered_stop                      # or: -- 127.0.0.1:3000 jobs.db
+//! curl -i localhost:3000/jobs -d 'write to Ada'         # 202: accepted
+//! kill -TERM $(pgrep -x ordered_stop)                   # Ctrl-C does it without the delay
+//! cat /tmp/ordered_stop.*.log                           # ends with the report
+//! ```
+
+use std::{env, error::Error, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use axum::{Router, extract::State, http::StatusCode, routing::post};
+use sqlx::{SqlitePool, sqlite::SqliteConnectOptions};
+use tokio::sync::{Mutex, mpsc};
+use tower_graceful::{Graceful, Stop};
+
+type Jobs = mpsc::Sender<String>;
+
+#[tokio::main]
+async fn main() -> Result<ExitCode, Box<dyn Error>> {
+    let mut args = env::args().skip(1);
+    let address = args.next().unwrap_or_else(|| "127.0.0.1:3000".into());
+    let database = args
+        .next()
+        .map_or_else(|| env::temp_dir().join("jobs.db"), PathBuf::from);
+
+    // First of all, so that a signal while the database opens is an orderly stop.
+    let graceful = Graceful::builder()
+        .grace_period(Duration::from_secs(30)) // terminationGracePeriodSeconds
+        .drain_timeout(Duration::from_secs(12))
+        .worker_timeout(Duration::from_secs(8))
+        .cleanup_timeout(Duration::from_secs(10))
+        .name_requests(true)
+        .build()?;
+    graceful.handle_signals();
+
+    // Logs go through a buffer, which is written by a thread of its own.
+    let name = format!("ordered_stop.{}.log", std::process::id());
+    let file = tracing_appender::rolling::never(env::temp_dir(), name);
+    let (file, flushed_when_dropped) = tracing_appender::non_blocking(file);
+    tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(file)
+        .init();
+
+    let options = SqliteConnectOptions::new()
+        .filename(database)
+        .create_if_missing(true)
+        .busy_timeout(Duration::from_secs(5));
+    let pool = SqlitePool::connect_with(options).await?;
+    sqlx::query("CREATE TABLE IF NOT EXISTS jobs (job TEXT NOT NULL)")
+        .execute(&pool)
+        .await?;
+
+    // Two workers share the queue. It ends when the last one who could put a job into it is gone:
+    // the router, which goes when HTTP has drained. Only then are the workers waited for.
+    let (jobs, queue) = mpsc::channel(1_000);
+    let queue = Arc::new(Mutex::new(queue));
+    for name in ["writer 1", "writer 2"] {
+        let (queue, pool) = (Arc::clone(&queue), pool.clone());
+        graceful.worker(name, |_stop| write(queue, pool))?;
+    }
+    // One that has no queue is told to stop.
+    let counted = pool.clone();
+    graceful.worker("counter", |stop| count(stop, counted))?;
+
+    // In this order, when the workers are done.
+    graceful.cleanup("database", Duration::from_secs(5), async move {
+        pool.close().await;
+    })?;
+
+    let app = Router::new()
+        .route("/jobs", post(accept))
+        .with_state(jobs)
+        .layer(graceful.layer())
+        .merge(graceful.probes());
+    let listener = tokio::net::TcpListener::bind(address).await?;
+    println!("listening on {}", listener.local_addr()?);
+    let report = graceful.serve(listener, app).await;
+
+    tracing::info!("{report}");
+    println!("{report}");
+    drop(flushed_when_dropped); // last of all, because everything before may log
+    Ok(report.into())
+}
+
+/// Accepts a job: from the 202 on it is ours.
+async fn accept(State(jobs): State<Jobs>, job: String) -> StatusCode {
+    match jobs.send(job).await {
+        Ok(()) => StatusCode::ACCEPTED,
+        Err(_) => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+/// Stores jobs until the queue has ended.
+async fn write(
+    queue: Arc<Mutex<mpsc::Receiver<String>>>,
+    pool: SqlitePool,
+) -> Result<(), sqlx::Error> {
+    loop {
+        let job = queue.lock().await.recv().await;
+        let Some(job) = job else { return Ok(()) };
+        sqlx::query("INSERT INTO jobs VALUES (?)")
+            .bind(job)
+            .execute(&pool)
+            .await?;
+    }
+}
+
+/// Logs how many jobs there are, from time to time.
+async fn count(mut stop: Stop, pool: SqlitePool) -> Result<(), sqlx::Error> {
+    let mut often = tokio::time::interval(Duration::from_secs(10));
+    loop {
+        tokio::select! {
+            () = &mut stop => return Ok(()),
+            _ = often.tick() => {
+                let count: i64 = sqlx::query_scalar("SELECT count(*) FROM jobs").fetch_one(&pool).await?;
+                tracing::info!(count, "jobs");
+            }
+        }
+    }
+}
