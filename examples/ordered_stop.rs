@@ -11,7 +11,10 @@
 use std::{env, error::Error, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use axum::{Router, extract::State, http::StatusCode, routing::post};
-use sqlx::{SqlitePool, sqlite::SqliteConnectOptions};
+use sqlx::{
+    SqlitePool,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
+};
 use tokio::sync::{Mutex, mpsc};
 use tower_graceful::{Graceful, Stop};
 
@@ -47,6 +50,9 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let options = SqliteConnectOptions::new()
         .filename(database)
         .create_if_missing(true)
+        // Survives whatever becomes of the process.
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Normal)
         .busy_timeout(Duration::from_secs(5));
     let pool = SqlitePool::connect_with(options).await?;
     sqlx::query("CREATE TABLE IF NOT EXISTS jobs (job TEXT NOT NULL)")
@@ -55,7 +61,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
 
     // Two workers share the queue. It ends when the last one who could put a job into it is gone:
     // the router, which goes when HTTP has drained. Only then are the workers waited for.
-    let (jobs, queue) = mpsc::channel(1_000);
+    let (jobs, queue) = mpsc::channel(100);
     let queue = Arc::new(Mutex::new(queue));
     for name in ["writer 1", "writer 2"] {
         let (queue, pool) = (Arc::clone(&queue), pool.clone());
