@@ -145,39 +145,48 @@ fn stored(database: &Path) -> HashSet<String> {
 
 #[test]
 fn what_was_accepted_is_stored() {
-    for kill in 0..20_u64 {
-        let database = env::temp_dir().join(format!("jobs-{}-{kill}.db", std::process::id()));
-        let service = Service::start(&database);
-        let address = service.address;
-        let clients: Vec<_> = (0..4)
-            .map(|client| thread::spawn(move || load(address, client)))
-            .collect();
-        thread::sleep(Duration::from_millis(20 + 17 * kill));
-        // Ctrl-C has no delay; a second SIGTERM skips it.
-        if kill % 2 == 0 {
-            service.signal(Signal::SIGINT);
-        } else {
-            service.signal(Signal::SIGTERM);
-            thread::sleep(Duration::from_millis(30));
-            service.signal(Signal::SIGTERM);
+    example();
+    let kills = |first| move || (first..20).step_by(4).for_each(accepted_is_stored);
+    let killers: Vec<_> = (0..4).map(|first| thread::spawn(kills(first))).collect();
+    for killer in killers {
+        if let Err(lost) = killer.join() {
+            std::panic::resume_unwind(lost);
         }
-        let (code, report, log) = service.end();
-        let accepted = clients.into_iter().flat_map(|it| it.join().unwrap());
-        let accepted: HashSet<_> = accepted.collect();
-        let stored = stored(&database);
-        assert!(!accepted.is_empty(), "kill {kill}: {report}");
-        let lost: Vec<_> = accepted.difference(&stored).collect();
-        assert!(
-            lost.is_empty(),
-            "kill {kill}: {lost:?} of {}\n{report}",
-            accepted.len()
-        );
-        assert_eq!(code, Some(0), "kill {kill}: {report}\n{log}");
-        for row in ["writer 1", "writer 2", "counter", "database"] {
-            let row = report.lines().find(|line| line.trim().starts_with(row));
-            assert!(row.unwrap().ends_with("done"), "{report}");
-        }
-        assert!(log.contains(report.trim()), "the log is not flushed: {log}");
-        fs::remove_file(&database).unwrap();
     }
+}
+
+fn accepted_is_stored(kill: u64) {
+    let database = env::temp_dir().join(format!("jobs-{}-{kill}.db", std::process::id()));
+    let service = Service::start(&database);
+    let address = service.address;
+    let clients: Vec<_> = (0..4)
+        .map(|client| thread::spawn(move || load(address, client)))
+        .collect();
+    thread::sleep(Duration::from_millis(20 + 17 * kill));
+    // Ctrl-C has no delay; a second SIGTERM skips it.
+    if kill % 2 == 0 {
+        service.signal(Signal::SIGINT);
+    } else {
+        service.signal(Signal::SIGTERM);
+        thread::sleep(Duration::from_millis(30));
+        service.signal(Signal::SIGTERM);
+    }
+    let (code, report, log) = service.end();
+    let accepted = clients.into_iter().flat_map(|it| it.join().unwrap());
+    let accepted: HashSet<_> = accepted.collect();
+    let stored = stored(&database);
+    assert!(!accepted.is_empty(), "kill {kill}: {report}");
+    let lost: Vec<_> = accepted.difference(&stored).collect();
+    assert!(
+        lost.is_empty(),
+        "kill {kill}: {lost:?} of {}\n{report}",
+        accepted.len()
+    );
+    assert_eq!(code, Some(0), "kill {kill}: {report}\n{log}");
+    for row in ["writer 1", "writer 2", "counter", "database"] {
+        let row = report.lines().find(|line| line.trim().starts_with(row));
+        assert!(row.unwrap().ends_with("done"), "{report}");
+    }
+    assert!(log.contains(report.trim()), "the log is not flushed: {log}");
+    fs::remove_file(&database).unwrap();
 }
