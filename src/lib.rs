@@ -37,6 +37,8 @@
 //! - [`Graceful::drain`] is the future for axum's `with_graceful_shutdown`, driven by signals.
 //! - [`Graceful::listener`] and [`Graceful::track`] count connections and cut them at the
 //!   deadline.
+//! - [`Graceful::hold`], [`Graceful::worker`], [`Graceful::on_lame_duck`] and
+//!   [`Graceful::cleanup`] are for work besides requests, and for the order in which it ends.
 //! - [`Graceful::run`] runs a server to its end and returns a [`Report`].
 //! - [`Graceful::serve`] is all of the above in one call, on connections of its own: over HTTP/2
 //!   only who owns a connection can ask its peer to leave.
@@ -50,7 +52,7 @@
 //! | [`Serving`](Phase::Serving) | yes | served | untouched | first signal, or `shutdown()` |
 //! | [`LameDuck`](Phase::LameDuck) | no | served | `Connection: close` | the delay is over, or a second signal |
 //! | [`Draining`](Phase::Draining) | no | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further signal |
-//! | [`Closing`](Phase::Closing) | – | – | – | connections are closed; those left at the deadline are cut |
+//! | [`Closing`](Phase::Closing) | – | – | – | connections are closed, those left at the deadline cut; then workers have ended and cleanup steps are done |
 //! | [`Stopped`](Phase::Stopped) | | | | |
 //!
 //! # Features
@@ -58,7 +60,8 @@
 //! All on by default. A feature adds to the API and never changes behaviour.
 //!
 //! - `axum`: [`Graceful::probes`], [`Graceful::listener`], and with `signal` [`Graceful::serve`].
-//! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`].
+//! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`]; on unix also
+//!   `GracefulBuilder::watchdog` and `Report::exit_by_signal`.
 //! - `tracing`: an event with target `tower_graceful` for each change of phase, at `INFO` or,
 //!   where something is given up, `WARN`; and while draining a line every two seconds.
 //!

@@ -136,6 +136,7 @@ fn stored(database: &Path) -> HashSet<String> {
         let pool = SqlitePool::connect_with(options).await.unwrap();
         let jobs = sqlx::query_scalar("SELECT job FROM jobs");
         let jobs: Vec<String> = jobs.fetch_all(&pool).await.unwrap();
+        pool.close().await;
         let count = jobs.len();
         let jobs: HashSet<_> = jobs.into_iter().collect();
         assert_eq!(jobs.len(), count, "a job is stored twice");
@@ -156,7 +157,9 @@ fn what_was_accepted_is_stored() {
 }
 
 fn accepted_is_stored(kill: u64) {
-    let database = env::temp_dir().join(format!("jobs-{}-{kill}.db", std::process::id()));
+    let folder = env::temp_dir().join(format!("ordered-stop-{}-{kill}", std::process::id()));
+    fs::create_dir(&folder).unwrap();
+    let database = folder.join("jobs.db");
     let service = Service::start(&database);
     let address = service.address;
     let clients: Vec<_> = (0..4)
@@ -188,5 +191,5 @@ fn accepted_is_stored(kill: u64) {
         assert!(row.unwrap().ends_with("done"), "{report}");
     }
     assert!(log.contains(report.trim()), "the log is not flushed: {log}");
-    fs::remove_file(&database).unwrap();
+    fs::remove_dir_all(&folder).unwrap();
 }

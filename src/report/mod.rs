@@ -98,14 +98,16 @@ impl fmt::Display for Outcome {
 /// person, at most 80 columns wide, and its parts are there for whoever logs them:
 ///
 /// ```text
-/// shutdown by SIGTERM: clean, 1.456 s
-///   lame duck          1.002 s  |======================          |
-///   draining           0.301 s  |                      =======   |
-///   closing            0.003 s  |                            =   |
-///   cleanup            0.150 s  |                             ===|
-///     mailer           0.420 s  |                      ========= |  done
-///     database         0.040 s  |                               =|  done
-///   requests: 12 in flight when it began, 3 more, 15 finished
+/// shutdown by SIGTERM: clean, 1.480 s
+///   lame duck             1.002 s  |======================          |
+///     consul              0.122 s  |===                             |  done
+///   draining              0.411 s  |                      ========= |
+///   closing               0.007 s  |                               =|
+///   cleanup               0.060 s  |                               =|
+///     mailer              0.312 s  |                      ======    |  done
+///     database            0.047 s  |                               =|  done
+///     logs                0.013 s  |                               =|  done
+///   requests: 4 in flight when it began, 1 more, 5 finished
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[must_use = "the report says whether anything was lost, and is the exit code"]
