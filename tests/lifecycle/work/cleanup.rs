@@ -1,6 +1,6 @@
 //! Cleanup steps: in order, one at a time, within the time that is left, and before the end.
 
-use std::{future::pending, time::Duration};
+use std::{future::pending, sync::Barrier, thread, time::Duration};
 
 use tokio::time::{Instant, sleep};
 use tokio_test::{assert_pending, assert_ready, task};
@@ -101,7 +101,7 @@ async fn steps_run_after_the_last_request_hold_connection_and_server() {
 async fn stopped_and_run_wait_for_the_last_step() {
     let graceful = graceful();
     let diary = Diary::begin();
-    step(&graceful, &diary, "step", s(2), s(2));
+    step(&graceful, &diary, "step", s(3), s(2));
     let run = serve(&graceful, server(&graceful)).await;
     let mut stopped = task::spawn(graceful.stopped());
     graceful.shutdown();
@@ -220,12 +220,13 @@ async fn a_failed_server_and_a_forced_stop_outweigh_a_failed_step() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_step_that_ends_in_the_instant_of_its_bound_has_ended() {
+async fn a_step_that_ends_just_before_its_bound_has_ended() {
     let graceful = without_delay();
-    step(&graceful, &Diary::begin(), "step", s(2), s(2));
+    let step = sleep_for(s(2) - ms(1));
+    graceful.cleanup("step", s(2), step).unwrap();
     let report = stop(&graceful).await;
     assert_eq!(fates(&report), [Fate::Done]);
-    assert_eq!(report.duration(), s(2));
+    assert_eq!(report.duration(), s(2) - ms(1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -539,4 +540,24 @@ fn steps_of_a_runtime_that_is_dropped_are_given_up_and_the_stop_completes_in_the
             assert_eq!(report.remaining(), Remaining::default());
         });
     });
+}
+
+#[test]
+fn what_is_registered_while_the_service_stops_is_either_refused_or_not_forgotten() {
+    for _ in 0..2_000 {
+        let graceful = without_delay();
+        let start = Barrier::new(2);
+        let registered = thread::scope(|scope| {
+            let registering = scope.spawn(|| {
+                start.wait();
+                graceful.cleanup("step", s(1), async {}).is_ok()
+            });
+            start.wait();
+            graceful.shutdown();
+            registering.join().unwrap()
+        });
+        // Nobody drives, so a step that was accepted has still to be run.
+        let stopped = graceful.phase() == Phase::Stopped;
+        assert_ne!(registered, stopped);
+    }
 }
