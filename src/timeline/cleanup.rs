@@ -55,7 +55,8 @@ impl Gate<Lifecycle> {
         for hook in self.work.take(TaskKind::LameDuck) {
             let shared = self.clone();
             let mut phases = self.phases();
-            tokio::spawn(async move {
+            let key = hook.key;
+            let handle = tokio::spawn(async move {
                 shared.work.began(hook.key);
                 let fate = tokio::select! {
                     biased;
@@ -65,6 +66,18 @@ impl Gate<Lifecycle> {
                 };
                 shared.task_ended(hook.key, fate);
             });
+            self.work.hook_runs(key, handle);
+        }
+    }
+
+    /// Waits for hooks whose delay was over before they had their one poll, or that have still to
+    /// notice that it is.
+    async fn join_hooks(&self) {
+        let gone = instant_after(Instant::now(), GONE);
+        for (key, handle) in self.work.running_hooks() {
+            if !Job(handle).ends_by(gone).await {
+                self.task_ended(key, Fate::Cut);
+            }
         }
     }
 
@@ -79,6 +92,7 @@ impl Gate<Lifecycle> {
     /// Joins the workers, and then runs the steps one after another. Dropping the future gives up
     /// what is running and what has not begun.
     pub(super) async fn clean_up(self, deadline: Instant) {
+        self.join_hooks().await;
         self.join_workers(deadline).await;
         let mut steps = self.work.take(TaskKind::Cleanup).into_iter();
         while let Some(step) = steps.next() {
