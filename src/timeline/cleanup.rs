@@ -94,7 +94,13 @@ impl Gate<Lifecycle> {
     pub(super) async fn clean_up(self, deadline: Instant) {
         self.join_hooks().await;
         self.join_workers(deadline).await;
-        let mut steps = self.work.take(TaskKind::Cleanup).into_iter();
+        let mut steps = self.work.take(TaskKind::Cleanup);
+        // No bound is more than all there is, so that one without an end leaves the others a share.
+        let most = deadline.saturating_duration_since(Instant::now());
+        for step in &mut steps {
+            step.bound = step.bound.min(most);
+        }
+        let mut steps = steps.into_iter();
         while let Some(step) = steps.next() {
             let rest = steps.as_slice().iter().map(|step| step.bound);
             let bound = share(deadline, step.bound, rest);
