@@ -277,10 +277,11 @@ pub(crate) fn error(completion: impl Completion) -> Option<String> {
 
 /// Runs a future to its end, also if that is a panic.
 pub(crate) async fn fate<F: Future<Output: Completion>>(future: F) -> Fate {
-    let mut future = pin!(future);
+    // The block drops it with the last poll, in case that panics.
+    let mut future = pin!(async move { error(future.await) });
     std::future::poll_fn(|cx| {
         // A future that has panicked is not polled again.
-        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx).map(error)));
+        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
         match polled {
             Ok(Poll::Pending) => Poll::Pending,
             Ok(Poll::Ready(None)) => Poll::Ready(Fate::Done),
