@@ -38,8 +38,8 @@ impl Job {
     }
 
     /// Waits for what was cut to be gone, unless it holds its thread and cannot be.
-    async fn is_gone(&mut self) {
-        let _: Result<Result<(), JoinError>, _> = time::timeout(GONE, &mut self.0).await;
+    async fn is_gone_by(&mut self, deadline: Instant) {
+        let _: Result<Result<(), JoinError>, _> = time::timeout_at(deadline, &mut self.0).await;
     }
 }
 
@@ -73,7 +73,7 @@ impl Gate<Lifecycle> {
     /// Waits for hooks whose delay was over before they had their one poll, or that have still to
     /// notice that it is.
     async fn join_hooks(&self) {
-        let gone = instant_after(Instant::now(), GONE);
+        let gone = gone();
         for (key, handle) in self.work.running_hooks() {
             if !Job(handle).ends_by(gone).await {
                 self.task_ended(key, Fate::Cut);
@@ -111,7 +111,7 @@ impl Gate<Lifecycle> {
                 shared.task_ended(step.key, fate);
             }));
             if !job.ends_by(instant_after(Instant::now(), bound)).await {
-                job.is_gone().await;
+                job.is_gone_by(gone()).await;
                 self.task_ended(step.key, Fate::Cut);
             }
         }
@@ -133,8 +133,9 @@ impl Gate<Lifecycle> {
                 cut.push((key, job));
             }
         }
+        let gone = gone();
         for (key, mut job) in cut {
-            job.is_gone().await;
+            job.is_gone_by(gone).await;
             self.task_ended(key, Fate::Cut);
         }
     }
@@ -174,6 +175,11 @@ impl Gate<Lifecycle> {
             }
         });
     }
+}
+
+/// When what is cut now is given up.
+fn gone() -> Instant {
+    instant_after(Instant::now(), GONE)
 }
 
 /// How much of the time until the deadline a step has: what it asked for, or where all those that
