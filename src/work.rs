@@ -184,10 +184,16 @@ impl Work {
     }
 
     /// There is something to be done, or a hook to be waited for, when nothing is in flight any
-    /// more.
-    pub(crate) fn has_cleanup(&self) -> bool {
-        let list = lock!(self.list);
-        !list.workers.is_empty() || !list.steps.jobs.is_empty() || list.has_hook()
+    /// more. If not, from now on nothing is accepted either.
+    pub(crate) fn has_cleanup_or_closes(&self) -> bool {
+        let mut list = lock!(self.list);
+        if !list.workers.is_empty() || !list.steps.jobs.is_empty() || list.has_hook() {
+            return true;
+        }
+        list.workers_closed = true;
+        list.hooks.taken = true;
+        list.steps.taken = true;
+        false
     }
 
     pub(crate) fn has_steps(&self) -> bool {

@@ -146,8 +146,9 @@ impl Shutdown {
     /// begins.
     pub(super) fn begins_cleanup(&mut self, after: Reason, now: Instant, work: &Work) -> bool {
         // A signal that ends the wait for what was cut does not wait for this either.
-        let begins =
-            self.cleanup.is_none() && !matches!(after, Reason::Signal) && work.has_cleanup();
+        let begins = self.cleanup.is_none()
+            && !matches!(after, Reason::Signal)
+            && work.has_cleanup_or_closes();
         if begins {
             self.cleanup = Some(Cleanup {
                 begun: now,
