@@ -73,7 +73,7 @@ async fn steps_run_after_the_last_request_hold_connection_and_server() {
     let graceful = graceful();
     let diary = Diary::begin();
     step(&graceful, &diary, "step", s(1), ZERO);
-    let (held, hold) = (request(&graceful), graceful.hold("hold"));
+    let (request, hold) = (request(&graceful), graceful.hold("hold"));
     let connection = graceful.track(());
     let drain = server(&graceful);
     let note = diary.clone();
@@ -85,7 +85,7 @@ async fn steps_run_after_the_last_request_hold_connection_and_server() {
     .await;
     graceful.shutdown();
     until(&diary, s(6)).await;
-    drop(held);
+    drop(request);
     until(&diary, s(7)).await;
     drop(hold);
     until(&diary, s(8)).await;

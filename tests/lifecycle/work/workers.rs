@@ -622,7 +622,7 @@ async fn a_worker_may_hold_and_register() {
             graceful.worker("second", obedient).unwrap();
             graceful.on_lame_duck("hook", s(1), async {}).unwrap();
             stop.await;
-            let hold = graceful.hold("rest");
+            let rest = graceful.hold("rest");
             let late = graceful.worker("third", obedient);
             assert!(late.is_err());
             let note = diary.clone();
@@ -630,7 +630,7 @@ async fn a_worker_may_hold_and_register() {
             graceful.cleanup("step", s(1), step).unwrap();
             pass(s(3)).await;
             diary.note("hold ends");
-            drop(hold);
+            drop(rest);
             pass(s(1)).await;
             let late = graceful.cleanup("late", s(1), async {});
             assert!(late.is_err());
@@ -679,18 +679,18 @@ fn workers_that_hold_their_threads_do_not_hold_the_stop() {
         paused_runtime().block_on(async {
             let builder = plan().drain_delay(ZERO).worker_timeout(s(2));
             let graceful = builder.build().unwrap();
-            let (begin, mut begun) = tokio::sync::mpsc::unbounded_channel();
+            let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
             for _ in 0..4 {
-                let (released, begin) = (Arc::clone(&released), begin.clone());
+                let (released, tell) = (Arc::clone(&released), tell.clone());
                 let _elsewhere = elsewhere.enter();
                 let work = |_| async move {
-                    let _ = begin.send(());
+                    let _ = tell.send(());
                     let _ = released.lock().unwrap().recv();
                 };
                 graceful.worker("blocked", work).unwrap();
             }
             for _ in 0..4 {
-                begun.recv().await;
+                told.recv().await;
             }
             let report = stop(&graceful).await;
             assert_eq!(report.outcome(), Outcome::Forced);
