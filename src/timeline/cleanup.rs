@@ -194,3 +194,103 @@ fn share(deadline: Instant, bound: Duration, rest: impl Iterator<Item = Duration
     };
     bound.max(LEAST_BOUND)
 }
+
+#[cfg(all(test, feature = "signal", not(tower_graceful_loom)))]
+mod tests {
+    use std::{future::pending, sync::Arc};
+
+    use super::*;
+    use crate::{
+        handle::Graceful,
+        report::{Outcome, Report, Trigger},
+    };
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn signal(graceful: &Graceful) {
+        graceful.shared().signal(Trigger::Terminate);
+    }
+
+    async fn report(graceful: &Graceful) -> Report {
+        graceful.stopped().await;
+        graceful.shared().report().unwrap()
+    }
+
+    fn fates(report: &Report) -> Vec<Fate> {
+        report.tasks().iter().map(|it| it.fate.clone()).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_further_signal_abandons_the_steps_at_once() {
+        let graceful = Graceful::new();
+        graceful.cleanup("done", SECOND, async {}).unwrap();
+        let (running, waiting) = (pending::<()>(), pending::<()>());
+        graceful.cleanup("running", SECOND * 9, running).unwrap();
+        graceful.cleanup("waiting", SECOND * 9, waiting).unwrap();
+        signal(&graceful);
+        time::sleep(SECOND).await;
+        assert_eq!(graceful.phase(), Phase::Closing);
+        signal(&graceful);
+        assert_eq!(graceful.phase(), Phase::Stopped, "before it returns");
+        let report = report(&graceful).await;
+        assert_eq!(report.outcome(), Outcome::Abandoned);
+        assert_eq!(report.duration(), SECOND);
+        assert_eq!(report.cleanup_time(), SECOND);
+        assert_eq!(fates(&report), [Fate::Done, Fate::Cut, Fate::NotRun]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_further_signal_abandons_the_workers_at_once() {
+        let graceful = Graceful::new();
+        let held = Arc::new(());
+        let kept = Arc::clone(&held);
+        let endless = |_| async move {
+            let _kept = kept;
+            pending::<()>().await;
+        };
+        graceful.worker("endless", endless).unwrap();
+        graceful.cleanup("step", SECOND, async {}).unwrap();
+        signal(&graceful);
+        time::sleep(SECOND).await;
+        signal(&graceful);
+        let report = report(&graceful).await;
+        assert_eq!(report.outcome(), Outcome::Abandoned);
+        assert_eq!(report.duration(), SECOND);
+        assert_eq!(fates(&report), [Fate::Cut, Fate::NotRun]);
+        assert_eq!(report.remaining().workers, 1);
+        time::sleep(SECOND).await;
+        assert_eq!(Arc::strong_count(&held), 1, "it is gone");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_signal_that_ends_the_drain_does_not_end_the_cleanup() {
+        let graceful = Graceful::new();
+        let hold = graceful.hold("hold");
+        let step = time::sleep(SECOND);
+        graceful.cleanup("step", SECOND * 2, step).unwrap();
+        signal(&graceful);
+        time::sleep(SECOND).await;
+        signal(&graceful);
+        assert_eq!(graceful.phase(), Phase::Closing);
+        let report = report(&graceful).await;
+        drop(hold);
+        assert_eq!(report.outcome(), Outcome::Forced);
+        assert_eq!(fates(&report), [Fate::Done]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_signal_in_the_moment_of_the_end_does_not_skip_the_cleanup() {
+        let graceful = Graceful::new();
+        let hold = graceful.hold("hold");
+        graceful.cleanup("step", SECOND, async {}).unwrap();
+        signal(&graceful);
+        signal(&graceful);
+        assert_eq!(graceful.phase(), Phase::Closing);
+        // What was cut ends, and nobody has looked yet.
+        drop(hold);
+        signal(&graceful);
+        let report = report(&graceful).await;
+        assert_eq!(report.outcome(), Outcome::Forced);
+        assert_eq!(fates(&report), [Fate::Done]);
+    }
+}
