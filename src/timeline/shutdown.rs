@@ -150,6 +150,8 @@ impl Shutdown {
             && !matches!(after, Reason::Signal)
             && work.has_cleanup_or_closes();
         if begins {
+            // Whatever it wanted to hurry is over.
+            self.hurry = false;
             self.cleanup = Some(Cleanup {
                 begun: now,
                 after,
