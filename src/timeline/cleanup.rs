@@ -245,8 +245,8 @@ mod tests {
         let held = Arc::new(());
         let kept = Arc::clone(&held);
         let endless = |_| async move {
-            let _kept = kept;
             pending::<()>().await;
+            drop(kept);
         };
         graceful.worker("endless", endless).unwrap();
         graceful.cleanup("step", SECOND, async {}).unwrap();
