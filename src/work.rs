@@ -37,6 +37,7 @@ pub(crate) struct Work {
 #[derive(Default)]
 struct List {
     hooks: Registered,
+    running_hooks: Vec<(usize, JoinHandle<()>)>,
     workers: Vec<Worker>,
     workers_closed: bool,
     steps: Registered,
@@ -156,6 +157,15 @@ impl Work {
             .collect()
     }
 
+    pub(crate) fn hook_runs(&self, key: usize, handle: JoinHandle<()>) {
+        lock!(self.list).running_hooks.push((key, handle));
+    }
+
+    /// The handles of the hooks that have been started.
+    pub(crate) fn running_hooks(&self) -> Vec<(usize, JoinHandle<()>)> {
+        std::mem::take(&mut lock!(self.list).running_hooks)
+    }
+
     pub(crate) fn began(&self, key: usize) {
         if let Some(task) = lock!(self.list).tasks.get_mut(key) {
             task.began = Some(Instant::now());
@@ -173,10 +183,17 @@ impl Work {
         Some(task.clone())
     }
 
-    /// There is something to be done when nothing is in flight any more.
-    pub(crate) fn has_cleanup(&self) -> bool {
-        let list = lock!(self.list);
-        !list.workers.is_empty() || !list.steps.jobs.is_empty()
+    /// There is something to be done, or a hook to be waited for, when nothing is in flight any
+    /// more. If not, from now on nothing is accepted either.
+    pub(crate) fn has_cleanup_or_closes(&self) -> bool {
+        let mut list = lock!(self.list);
+        if !list.workers.is_empty() || !list.steps.jobs.is_empty() || list.has_hook() {
+            return true;
+        }
+        list.workers_closed = true;
+        list.hooks.taken = true;
+        list.steps.taken = true;
+        false
     }
 
     pub(crate) fn has_steps(&self) -> bool {
@@ -201,6 +218,12 @@ impl List {
             TaskKind::LameDuck => &mut self.hooks,
             TaskKind::Worker | TaskKind::Cleanup => &mut self.steps,
         }
+    }
+
+    /// A hook has not begun, or not come to its end.
+    fn has_hook(&self) -> bool {
+        let mut hooks = self.tasks.iter().filter(|it| it.kind == TaskKind::LameDuck);
+        hooks.any(|hook| hook.ended.is_none())
     }
 
     fn enter(&mut self, name: Name, kind: TaskKind, began: Option<Instant>) -> usize {
@@ -260,10 +283,11 @@ pub(crate) fn error(completion: impl Completion) -> Option<String> {
 
 /// Runs a future to its end, also if that is a panic.
 pub(crate) async fn fate<F: Future<Output: Completion>>(future: F) -> Fate {
-    let mut future = pin!(future);
+    // The block drops it with the last poll, in case that panics.
+    let mut future = pin!(async move { error(future.await) });
     std::future::poll_fn(|cx| {
         // A future that has panicked is not polled again.
-        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx).map(error)));
+        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
         match polled {
             Ok(Poll::Pending) => Poll::Pending,
             Ok(Poll::Ready(None)) => Poll::Ready(Fate::Done),

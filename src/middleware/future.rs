@@ -33,8 +33,8 @@ pin_project! {
     #[project = StateProj]
     enum State<F, B> {
         Admitted { #[pin] inner: F, pass: Option<Pass>, version: Version },
-        // Admitted, and on the roll. Boxed, as below.
-        Named { #[pin] inner: F, pass: Option<Pass>, named: Option<Box<Named>>, version: Version },
+        // Admitted, and on the roll. Boxed, as below. Off the roll before it is released.
+        Named { #[pin] inner: F, named: Option<Box<Named>>, pass: Option<Pass>, version: Version },
         // Let pass without being counted, where it would have been refused.
         Exempt { #[pin] inner: F, graceful: Graceful, version: Version },
         // Boxed: it is rare, and would make every admitted request's future larger.

@@ -53,7 +53,7 @@ impl fmt::Display for Remaining {
 
 /// What became of the requests, from the moment the stop was asked for. Requests that were let
 /// pass uncounted, to probes and [exempt](crate::GracefulBuilder::exempt) paths, are not among
-/// them.
+/// them, and neither are [holds](crate::Hold).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Requests {

@@ -38,8 +38,8 @@ impl Job {
     }
 
     /// Waits for what was cut to be gone, unless it holds its thread and cannot be.
-    async fn is_gone(&mut self) {
-        let _: Result<Result<(), JoinError>, _> = time::timeout(GONE, &mut self.0).await;
+    async fn is_gone_by(&mut self, deadline: Instant) {
+        let _: Result<Result<(), JoinError>, _> = time::timeout_at(deadline, &mut self.0).await;
     }
 }
 
@@ -55,7 +55,8 @@ impl Gate<Lifecycle> {
         for hook in self.work.take(TaskKind::LameDuck) {
             let shared = self.clone();
             let mut phases = self.phases();
-            tokio::spawn(async move {
+            let key = hook.key;
+            let handle = tokio::spawn(async move {
                 shared.work.began(hook.key);
                 let fate = tokio::select! {
                     biased;
@@ -65,6 +66,18 @@ impl Gate<Lifecycle> {
                 };
                 shared.task_ended(hook.key, fate);
             });
+            self.work.hook_runs(key, handle);
+        }
+    }
+
+    /// Waits for hooks whose delay was over before they had their one poll, or that have still to
+    /// notice that it is.
+    async fn join_hooks(&self) {
+        let gone = gone();
+        for (key, handle) in self.work.running_hooks() {
+            if !Job(handle).ends_by(gone).await {
+                self.task_ended(key, Fate::Cut);
+            }
         }
     }
 
@@ -79,8 +92,15 @@ impl Gate<Lifecycle> {
     /// Joins the workers, and then runs the steps one after another. Dropping the future gives up
     /// what is running and what has not begun.
     pub(super) async fn clean_up(self, deadline: Instant) {
+        self.join_hooks().await;
         self.join_workers(deadline).await;
-        let mut steps = self.work.take(TaskKind::Cleanup).into_iter();
+        let mut steps = self.work.take(TaskKind::Cleanup);
+        // No bound is more than all there is, so that one without an end leaves the others a share.
+        let most = deadline.saturating_duration_since(Instant::now());
+        for step in &mut steps {
+            step.bound = step.bound.min(most);
+        }
+        let mut steps = steps.into_iter();
         while let Some(step) = steps.next() {
             let rest = steps.as_slice().iter().map(|step| step.bound);
             let bound = share(deadline, step.bound, rest);
@@ -91,7 +111,7 @@ impl Gate<Lifecycle> {
                 shared.task_ended(step.key, fate);
             }));
             if !job.ends_by(instant_after(Instant::now(), bound)).await {
-                job.is_gone().await;
+                job.is_gone_by(gone()).await;
                 self.task_ended(step.key, Fate::Cut);
             }
         }
@@ -113,8 +133,9 @@ impl Gate<Lifecycle> {
                 cut.push((key, job));
             }
         }
+        let gone = gone();
         for (key, mut job) in cut {
-            job.is_gone().await;
+            job.is_gone_by(gone).await;
             self.task_ended(key, Fate::Cut);
         }
     }
@@ -156,6 +177,11 @@ impl Gate<Lifecycle> {
     }
 }
 
+/// When what is cut now is given up.
+fn gone() -> Instant {
+    instant_after(Instant::now(), GONE)
+}
+
 /// How much of the time until the deadline a step has: what it asked for, or where all those that
 /// are left have asked for more than there is, its share of it.
 fn share(deadline: Instant, bound: Duration, rest: impl Iterator<Item = Duration>) -> Duration {
@@ -167,4 +193,104 @@ fn share(deadline: Instant, bound: Duration, rest: impl Iterator<Item = Duration
         left.mul_f64(bound.as_secs_f64() / asked.as_secs_f64())
     };
     bound.max(LEAST_BOUND)
+}
+
+#[cfg(all(test, feature = "signal", not(tower_graceful_loom)))]
+mod tests {
+    use std::{future::pending, sync::Arc};
+
+    use super::*;
+    use crate::{
+        handle::Graceful,
+        report::{Outcome, Report, Trigger},
+    };
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn signal(graceful: &Graceful) {
+        graceful.shared().signal(Trigger::Terminate);
+    }
+
+    async fn report(graceful: &Graceful) -> Report {
+        graceful.stopped().await;
+        graceful.shared().report().unwrap()
+    }
+
+    fn fates(report: &Report) -> Vec<Fate> {
+        report.tasks().iter().map(|it| it.fate.clone()).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_further_signal_abandons_the_steps_at_once() {
+        let graceful = Graceful::new();
+        graceful.cleanup("done", SECOND, async {}).unwrap();
+        let (running, waiting) = (pending::<()>(), pending::<()>());
+        graceful.cleanup("running", SECOND * 9, running).unwrap();
+        graceful.cleanup("waiting", SECOND * 9, waiting).unwrap();
+        signal(&graceful);
+        time::sleep(SECOND).await;
+        assert_eq!(graceful.phase(), Phase::Closing);
+        signal(&graceful);
+        assert_eq!(graceful.phase(), Phase::Stopped, "before it returns");
+        let report = report(&graceful).await;
+        assert_eq!(report.outcome(), Outcome::Abandoned);
+        assert_eq!(report.duration(), SECOND);
+        assert_eq!(report.cleanup_time(), SECOND);
+        assert_eq!(fates(&report), [Fate::Done, Fate::Cut, Fate::NotRun]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_further_signal_abandons_the_workers_at_once() {
+        let graceful = Graceful::new();
+        let held = Arc::new(());
+        let kept = Arc::clone(&held);
+        let endless = |_| async move {
+            pending::<()>().await;
+            drop(kept);
+        };
+        graceful.worker("endless", endless).unwrap();
+        graceful.cleanup("step", SECOND, async {}).unwrap();
+        signal(&graceful);
+        time::sleep(SECOND).await;
+        signal(&graceful);
+        let report = report(&graceful).await;
+        assert_eq!(report.outcome(), Outcome::Abandoned);
+        assert_eq!(report.duration(), SECOND);
+        assert_eq!(fates(&report), [Fate::Cut, Fate::NotRun]);
+        assert_eq!(report.remaining().workers, 1);
+        time::sleep(SECOND).await;
+        assert_eq!(Arc::strong_count(&held), 1, "it is gone");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_signal_that_ends_the_drain_does_not_end_the_cleanup() {
+        let graceful = Graceful::new();
+        let hold = graceful.hold("hold");
+        let step = time::sleep(SECOND);
+        graceful.cleanup("step", SECOND * 2, step).unwrap();
+        signal(&graceful);
+        time::sleep(SECOND).await;
+        signal(&graceful);
+        assert_eq!(graceful.phase(), Phase::Closing);
+        let report = report(&graceful).await;
+        drop(hold);
+        assert_eq!(report.outcome(), Outcome::Forced);
+        assert_eq!(fates(&report), [Fate::Done]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_signal_in_the_moment_of_the_end_does_not_skip_the_cleanup() {
+        let graceful = Graceful::new();
+        let hold = graceful.hold("hold");
+        graceful.cleanup("step", SECOND, async {}).unwrap();
+        signal(&graceful);
+        signal(&graceful);
+        assert_eq!(graceful.phase(), Phase::Closing);
+        // What was cut ends, and nobody has looked yet.
+        drop(hold);
+        signal(&graceful);
+        let report = report(&graceful).await;
+        assert_eq!(report.outcome(), Outcome::Forced);
+        assert_eq!(fates(&report), [Fate::Done]);
+    }
 }

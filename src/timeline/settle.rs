@@ -177,7 +177,7 @@ impl Gate<Lifecycle> {
         }
         if let Some(before) = self.advance(to) {
             if to == Phase::LameDuck {
-                shutdown.in_flight = before.count() + self.work.holds();
+                shutdown.in_flight = before.count();
             }
         }
         let until = shutdown.ends(to).unwrap_or(now);

@@ -84,7 +84,7 @@ pub(super) struct Shutdown {
     pub(super) cut: Option<Cut>,
     /// From the moment workers are joined.
     pub(super) cleanup: Option<Cleanup>,
-    /// Requests and holds when the stop was asked for.
+    /// Requests when the stop was asked for.
     pub(super) in_flight: usize,
     #[cfg(feature = "signal")]
     pub(super) last_interrupt: Option<Instant>,
@@ -173,9 +173,12 @@ impl Shutdown {
     /// begins.
     pub(super) fn begins_cleanup(&mut self, after: Reason, now: Instant, work: &Work) -> bool {
         // A signal that ends the wait for what was cut does not wait for this either.
-        let begins =
-            self.cleanup.is_none() && !matches!(after, Reason::Signal) && work.has_cleanup();
+        let begins = self.cleanup.is_none()
+            && !matches!(after, Reason::Signal)
+            && work.has_cleanup_or_closes();
         if begins {
+            // Whatever it wanted to hurry is over.
+            self.hurry = false;
             self.cleanup = Some(Cleanup {
                 begun: now,
                 after,
@@ -230,7 +233,6 @@ impl Shutdown {
         }
         // What is left of them after the cut has not been answered.
         let begun = self.in_flight + admitted;
-        let given_up = remaining.requests + remaining.holds;
         Report {
             trigger: self.trigger,
             outcome,
@@ -239,9 +241,9 @@ impl Shutdown {
             requests: Requests {
                 in_flight: self.in_flight,
                 admitted,
-                finished: begun.saturating_sub(given_up),
+                finished: begun.saturating_sub(remaining.requests),
                 refused,
-                cut: given_up,
+                cut: remaining.requests,
             },
             remaining,
             given_up: cut.map(|cut| Arc::clone(&cut.given_up)).unwrap_or_default(),

@@ -2,12 +2,19 @@
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
     fmt,
+    future::pending,
     sync::{Arc, Mutex, Once},
+    time::Duration,
 };
 
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Empty;
 use tokio::time::{Instant, sleep};
-use tower_graceful::{Graceful, Outcome, Phase};
+use tower::{Layer as _, Service, service_fn};
+use tower_graceful::{Fate, Graceful, Outcome, Phase};
 use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
@@ -19,7 +26,7 @@ use tracing_subscriber::{
 };
 
 use crate::support::{
-    DEADLINE, DELAY, InFlight, LET_GO, does_not_hang, graceful, ms, pass, paused_runtime,
+    DEADLINE, DELAY, InFlight, LET_GO, does_not_hang, graceful, ms, pass, paused_runtime, plan,
     quick_request, request, s, serve, server, without_delay,
 };
 
@@ -275,6 +282,135 @@ async fn progress_says_so_too_while_connections_close() {
         .collect();
     let expected = "shutdown: closing, in flight 0, connections 1";
     assert_eq!(messages, [expected, expected]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn progress_names_the_oldest_request_where_names_were_asked_for() {
+    let log = Log::new();
+    let builder = plan().drain_delay(Duration::ZERO).name_requests(true);
+    let graceful = builder.build().unwrap();
+    let held = request(&graceful);
+    pass(ms(500)).await;
+    let inner = |_| pending::<Result<Response<Empty<Bytes>>, Infallible>>();
+    let mut other = graceful.layer().layer(service_fn(inner));
+    let _other = other.call(
+        Request::post("/other?q")
+            .body(Empty::<Bytes>::new())
+            .unwrap(),
+    );
+    graceful.shutdown();
+    pass(s(3)).await;
+    drop(held);
+    pass(s(1)).await;
+    let progress = log.progress();
+    let messages: Vec<_> = progress.iter().map(Line::message).collect();
+    assert_eq!(
+        messages,
+        [
+            "shutdown: draining, in flight 2, connections 0, oldest GET / 2.5 s, no response yet",
+            "shutdown: draining, in flight 1, connections 0, oldest POST /other 4.0 s, no response yet",
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn progress_says_that_a_hold_is_in_flight_and_how_long_cleanup_may_take() {
+    let log = Log::new();
+    let graceful = without_delay();
+    let hold = graceful.hold("job");
+    graceful.cleanup("slow", s(5), pass(s(3))).unwrap();
+    graceful.shutdown();
+    pass(s(3)).await;
+    drop(hold);
+    graceful.stopped().await;
+    let mut progress = log.progress();
+    progress.retain(|line| !line.fields.contains_key("fate"));
+    let lines: Vec<_> = progress
+        .iter()
+        .map(|line| (line.message(), &*line.fields["seconds_left"]))
+        .collect();
+    assert_eq!(
+        lines,
+        [
+            ("shutdown: draining, in flight 1, connections 0", "8.0"),
+            ("shutdown: closing, in flight 0, connections 0", "25.0"),
+            ("shutdown: closing, in flight 0, connections 0", "23.0"),
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_every_task_is_an_event_of_its_moment() {
+    async fn panics() {
+        pass(ms(500)).await;
+        std::panic::resume_unwind(Box::new("dropped the tables"));
+    }
+    let log = Log::new();
+    let builder = plan().worker_timeout(s(1));
+    let graceful = builder.build().unwrap();
+    let begun = Instant::now();
+    let early = |_| async { pass(s(3)).await };
+    graceful.worker("early", early).unwrap();
+    let fails = |_| async {
+        pass(s(4)).await;
+        Err("out of luck")
+    };
+    graceful.worker("fails", fails).unwrap();
+    graceful.worker("endless", |_| pending::<()>()).unwrap();
+    graceful.worker("obedient", |stop| stop).unwrap();
+    graceful
+        .on_lame_duck("hook", s(2), pending::<()>())
+        .unwrap();
+    graceful.cleanup("database", s(2), panics()).unwrap();
+    graceful.cleanup("logs", s(2), async {}).unwrap();
+    pass(s(10)).await;
+    graceful.shutdown();
+    graceful.stopped().await;
+    let mut lines = log.progress();
+    lines.retain(|line| line.fields.contains_key("fate"));
+    let lines: Vec<_> = lines
+        .iter()
+        .map(|line| (line.message(), line.at - begun, line.level))
+        .collect();
+    let (info, warn) = (Level::INFO, Level::WARN);
+    assert_eq!(
+        lines,
+        [
+            ("shutdown: worker early: ended early", s(3), warn),
+            ("shutdown: worker fails: failed", s(4), warn),
+            ("shutdown: hook hook: cut", s(12), warn),
+            ("shutdown: worker obedient: done", s(15), info),
+            ("shutdown: worker endless: cut", s(16), warn),
+            ("shutdown: cleanup database: panicked", ms(16_500), warn),
+            ("shutdown: cleanup logs: done", ms(16_500), info),
+        ]
+    );
+    let errors: Vec<_> = log
+        .lines()
+        .iter()
+        .filter_map(|line| line.fields.get("error").cloned())
+        .filter(|error| !error.is_empty())
+        .collect();
+    assert_eq!(errors, ["out of luck", "dropped the tables"]);
+}
+
+#[test]
+fn a_log_that_panics_at_the_end_of_a_task_stops_nothing() {
+    does_not_hang(|| {
+        let _log = Log::with(|_| panic!("the log panics, as the test wants it to"));
+        let graceful = graceful();
+        let report = paused_runtime().block_on(async {
+            graceful.worker("worker", |stop| stop).unwrap();
+            graceful.on_lame_duck("hook", s(1), async {}).unwrap();
+            graceful.cleanup("step", s(1), async {}).unwrap();
+            let run = serve(&graceful, server(&graceful)).await;
+            graceful.shutdown();
+            run.await.unwrap()
+        });
+        assert_eq!(report.outcome(), Outcome::Clean);
+        let done = report.tasks().iter().all(|task| task.fate == Fate::Done);
+        assert!(done, "{report}");
+    });
 }
 
 #[tokio::test(start_paused = true)]

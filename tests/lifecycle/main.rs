@@ -13,3 +13,4 @@ mod phases;
 mod plan;
 mod run;
 mod support;
+mod work;

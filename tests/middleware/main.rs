@@ -6,6 +6,7 @@ mod composition;
 mod exempt;
 mod future;
 mod lame_duck;
+mod named;
 #[cfg(feature = "axum")]
 mod probes;
 mod refusal;

@@ -1,0 +1,113 @@
+//! Work besides requests: holds, workers, hooks and cleanup steps.
+
+mod cleanup;
+mod holds;
+mod hooks;
+mod report;
+mod workers;
+
+use std::{
+    any::Any,
+    future::pending,
+    panic::resume_unwind,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+use tower_graceful::{Fate, Graceful, Report, TaskKind};
+
+use crate::support::let_others_run;
+
+/// The grace period without its margin: when a shutdown has to be over, from the trigger.
+const END: Duration = Duration::from_secs(29);
+
+/// Asks for a stop and waits for the report.
+async fn stop(graceful: &Graceful) -> Report {
+    graceful.shutdown();
+    report(graceful).await
+}
+
+/// The report, once the service has stopped.
+async fn report(graceful: &Graceful) -> Report {
+    graceful.stopped().await;
+    graceful.run(pending::<()>()).await
+}
+
+type Row = (String, TaskKind, Duration, Duration, Fate);
+
+fn row(name: &str, kind: TaskKind, began: Duration, took: Duration, fate: Fate) -> Row {
+    (name.to_owned(), kind, began, took, fate)
+}
+
+/// The report's tasks.
+fn rows(report: &Report) -> Vec<Row> {
+    let tasks = report.tasks().iter().cloned();
+    tasks
+        .map(|task| (task.name, task.kind, task.began, task.took, task.fate))
+        .collect()
+}
+
+fn fates(report: &Report) -> Vec<Fate> {
+    report
+        .tasks()
+        .iter()
+        .map(|task| task.fate.clone())
+        .collect()
+}
+
+/// What happened when, in time since it was begun.
+#[derive(Clone)]
+struct Diary {
+    begun: Instant,
+    lines: Arc<Mutex<Vec<(String, Duration)>>>,
+}
+
+impl Diary {
+    fn begin() -> Self {
+        Self {
+            begun: Instant::now(),
+            lines: Arc::default(),
+        }
+    }
+
+    fn note(&self, what: &str) {
+        let line = (what.to_owned(), self.begun.elapsed());
+        self.lines.lock().unwrap().push(line);
+    }
+
+    fn assert(&self, expected: &[(&str, Duration)]) {
+        let lines = self.lines.lock().unwrap();
+        let lines: Vec<_> = lines.iter().map(|(what, at)| (&**what, *at)).collect();
+        assert_eq!(lines, expected);
+    }
+
+    /// Notes what it is told when it is dropped.
+    fn at_drop(&self, what: &'static str) -> AtDrop {
+        AtDrop(self.clone(), what)
+    }
+}
+
+struct AtDrop(Diary, &'static str);
+
+impl Drop for AtDrop {
+    fn drop(&mut self) {
+        self.0.note(self.1);
+    }
+}
+
+/// Panics, without a word on stderr.
+async fn panics(said: impl Any + Send) {
+    resume_unwind(Box::new(said));
+}
+
+/// Sleeps, from the first poll on.
+async fn sleep_for(time: Duration) {
+    tokio::time::sleep(time).await;
+}
+
+/// Waits until it is so long since the diary was begun.
+async fn until(diary: &Diary, at: Duration) {
+    tokio::time::sleep_until(diary.begun + at).await;
+    let_others_run().await;
+}
