@@ -116,9 +116,9 @@ impl GracefulBuilder {
         self
     }
 
-    /// How long [workers](Graceful::worker) are waited for, once nothing else is in flight. Default:
-    /// half of what is left of the grace period then, or all of it where no cleanup step is
-    /// registered. Always within that.
+    /// How long [workers](Graceful::worker) are waited for, once nothing else is in flight. Default,
+    /// and most: what is left of the grace period then, less the bounds of the cleanup steps, for
+    /// which up to half of it is kept.
     pub fn worker_timeout(mut self, duration: Duration) -> Self {
         self.policy.worker_timeout = Some(duration);
         self

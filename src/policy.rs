@@ -22,7 +22,7 @@ pub(crate) struct Policy {
     /// Over how much of the lame-duck phase clients are asked to leave.
     pub(crate) close_spread: Duration,
     pub(crate) header_read_timeout: Duration,
-    /// How long workers are waited for. `None`: half of the time that is left.
+    /// How long workers are waited for. `None`: as long as there is time.
     pub(crate) worker_timeout: Option<Duration>,
     pub(crate) retry_after: Duration,
     pub(crate) unready_status: StatusCode,

@@ -56,6 +56,10 @@ impl Graceful {
     /// dropped, and the outcome is [`Forced`](crate::Outcome::Forced). A worker that fails, panics
     /// or ends early is logged when it does, and reported; it does not stop the service.
     ///
+    /// Register one for each kind of work, when the service starts: every worker has a row in the
+    /// report. For a job use [`hold`](Self::hold). The future must be able to end; one that only
+    /// loops does not compile, because its output is no [`Completion`].
+    ///
     /// ```
     /// # use tower_graceful::{Graceful, RegisterError};
     /// # async fn next_job() -> u32 { 1 }

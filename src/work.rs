@@ -196,8 +196,11 @@ impl Work {
         false
     }
 
-    pub(crate) fn has_steps(&self) -> bool {
-        !lock!(self.list).steps.jobs.is_empty()
+    /// The sum of the steps' bounds.
+    pub(crate) fn asked_by_steps(&self) -> Duration {
+        let list = lock!(self.list);
+        let bounds = list.steps.jobs.iter().map(|step| step.bound);
+        bounds.fold(Duration::ZERO, Duration::saturating_add)
     }
 
     pub(crate) fn is_worker(&self, key: usize) -> bool {

@@ -12,7 +12,7 @@
 mod accepted;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod connection;
-#[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
+#[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
 mod heard;
 mod io;
 #[cfg(feature = "axum")]

@@ -140,16 +140,21 @@ impl Gate<Lifecycle> {
         }
     }
 
-    /// How long workers are waited for. What they leave is for the steps, which are not to be
-    /// starved by a worker that does not end.
+    /// How long workers are waited for: not into the time that the steps have asked for, as far as
+    /// that is no more than half of what there is.
     fn workers_share(&self, deadline: Instant) -> Duration {
         let left = deadline.saturating_duration_since(Instant::now());
-        let most = if self.work.has_steps() {
-            left / 2
-        } else {
-            left
-        };
-        self.policy.worker_timeout.unwrap_or(most).min(left)
+        let most = left.saturating_sub(self.work.asked_by_steps().min(left / 2));
+        self.policy.worker_timeout.unwrap_or(most).min(most)
+    }
+
+    /// Ends what is still there when the service has stopped without cleaning up.
+    pub(super) fn give_up_work(&self) {
+        for (_, worker) in self.work.dismiss() {
+            worker.abort();
+        }
+        drop(self.work.take(TaskKind::LameDuck));
+        drop(self.work.take(TaskKind::Cleanup));
     }
 
     /// Notes how a task came to its end, and has it logged.

@@ -70,6 +70,8 @@ impl Driver {
                 _ = progress.tick(), if draining => gate.progress(),
             }
         }
+        drop(cleaning);
+        gate.give_up_work();
     }
 
     /// Waits for the trigger without keeping the service alive.

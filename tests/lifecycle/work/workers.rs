@@ -349,9 +349,13 @@ fn endless(graceful: &Graceful, diary: &Diary) {
 }
 
 fn last_step(graceful: &Graceful, diary: &Diary) {
+    step(graceful, diary, s(1));
+}
+
+fn step(graceful: &Graceful, diary: &Diary, bound: Duration) {
     let note = diary.clone();
     let step = async move { note.note("step") };
-    graceful.cleanup("step", s(1), step).unwrap();
+    graceful.cleanup("step", bound, step).unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -378,20 +382,22 @@ async fn a_worker_that_never_ends_is_cut_exactly_at_its_timeout() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn by_default_a_worker_has_half_of_what_is_left_where_there_is_a_step() {
-    let graceful = graceful();
-    let diary = Diary::begin();
-    endless(&graceful, &diary);
-    last_step(&graceful, &diary);
-    let held = request(&graceful);
-    graceful.shutdown();
-    until(&diary, s(9)).await;
-    drop(held);
-    let report = report(&graceful).await;
-    let cut = s(9) + (END - s(9)) / 2;
-    diary.assert(&[("worker is dropped", cut), ("step", cut)]);
-    assert_eq!(report.duration(), cut);
-    assert_eq!(rows(&report)[0].3, cut - DELAY);
+async fn by_default_a_worker_has_what_the_steps_leave_and_half_in_any_case() {
+    for (bound, left) in [(s(1), s(1)), (Duration::MAX, (END - s(9)) / 2)] {
+        let graceful = graceful();
+        let diary = Diary::begin();
+        endless(&graceful, &diary);
+        step(&graceful, &diary, bound);
+        let held = request(&graceful);
+        graceful.shutdown();
+        until(&diary, s(9)).await;
+        drop(held);
+        let report = report(&graceful).await;
+        let cut = END - left;
+        diary.assert(&[("worker is dropped", cut), ("step", cut)]);
+        assert_eq!(report.duration(), cut);
+        assert_eq!(rows(&report)[0].3, cut - DELAY);
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -406,15 +412,16 @@ async fn by_default_a_worker_has_all_that_is_left_where_there_is_no_step() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_timeout_longer_than_what_is_left_is_what_is_left() {
+async fn a_timeout_longer_than_what_the_steps_leave_is_what_they_leave() {
     for timeout in [s(1000), Duration::MAX] {
         let builder = plan().worker_timeout(timeout);
         let graceful = builder.build().unwrap();
         let diary = Diary::begin();
         endless(&graceful, &diary);
-        last_step(&graceful, &diary);
+        step(&graceful, &diary, s(2));
         let report = stop(&graceful).await;
-        diary.assert(&[("worker is dropped", END), ("step", END)]);
+        let cut = END - s(2);
+        diary.assert(&[("worker is dropped", cut), ("step", cut)]);
         assert_eq!(report.outcome(), Outcome::Forced);
     }
 }
