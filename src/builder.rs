@@ -127,8 +127,8 @@ impl GracefulBuilder {
     /// Remembers method, path and start of every request in flight, so that the progress line
     /// names the oldest one, and the report those that were cut. Default: no.
     ///
-    /// The path is kept without its query. It costs each request two turns of a lock that all
-    /// share, and three allocations. Off, it costs nothing.
+    /// The path is kept without its query. It costs each request three turns of a lock that all
+    /// share and three allocations, about a thousand instructions in all. Off, it costs nothing.
     pub fn name_requests(mut self, name: bool) -> Self {
         self.name_requests = name;
         self

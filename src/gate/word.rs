@@ -64,7 +64,7 @@ impl Word {
     }
 
     /// An admission has to do more than to count.
-    pub(super) const fn is_special(self) -> bool {
+    pub(crate) const fn is_special(self) -> bool {
         self.0 & SPECIAL != 0
     }
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::named::Named;
+use super::{held::Held, named::Named};
 use crate::handle::Pass;
 
 pin_project! {
@@ -18,28 +18,36 @@ pin_project! {
     /// Its request is in flight until it ends or is dropped. Data, trailers, size hint and the end
     /// of the stream are passed on as they are.
     pub struct GracefulBody<B> {
+        // `None` of a refusal.
         #[pin]
-        kind: Kind<B>,
-        // After the body, so that the body is dropped while its request is still in flight.
-        pass: Option<Pass>,
+        inner: Option<B>,
+        // After the body, so that it is dropped while its request is still in flight.
+        held: Held<Special>,
     }
 }
 
-pin_project! {
-    #[project = KindProj]
-    enum Kind<B> {
-        Inner { #[pin] body: B },
-        // On the roll for as long as there is a pass. Boxed, because it is rare.
-        Named { #[pin] body: B, named: Option<Box<Named>> },
-        Text { text: Bytes },
-    }
+enum Special {
+    /// In flight and on the roll, struck out first.
+    Named(#[expect(dead_code)] Named, #[expect(dead_code)] Pass),
+    /// Of a refusal.
+    Text(Bytes),
 }
 
 impl<B> GracefulBody<B> {
     pub(super) fn text(text: Bytes) -> Self {
         Self {
-            kind: Kind::Text { text },
-            pass: None,
+            inner: None,
+            held: Held::special(Special::Text(text)),
+        }
+    }
+
+    fn refusal(&self) -> &[u8] {
+        match &self.held {
+            Held::Special(special) => match &**special {
+                Special::Text(text) => text,
+                Special::Named(..) => &[],
+            },
+            Held::Nothing | Held::Pass(_) => &[],
         }
     }
 }
@@ -48,33 +56,37 @@ impl<B> GracefulBody<B> {
 impl<B: Default> Default for GracefulBody<B> {
     fn default() -> Self {
         Self {
-            kind: Kind::Inner { body: B::default() },
-            pass: None,
+            inner: Some(B::default()),
+            held: Held::Nothing,
         }
     }
 }
 
 impl<B: Body> GracefulBody<B> {
-    #[inline]
-    pub(super) fn new(body: B, pass: Option<Pass>) -> Self {
+    pub(super) fn new(body: B, pass: Pass) -> Self {
+        Self::holding(body, Held::Pass(pass))
+    }
+
+    /// For a request that is known by name.
+    pub(super) fn named(body: B, named: Named, pass: Pass) -> Self {
+        Self::holding(body, Held::special(Special::Named(named, pass)))
+    }
+
+    /// For a request that was let pass uncounted.
+    pub(super) fn exempt(body: B) -> Self {
+        Self::holding(body, Held::Nothing)
+    }
+
+    fn holding(body: B, held: Held<Special>) -> Self {
         // An empty body is never polled by some servers, and has nothing left to wait for.
-        let pass = pass.filter(|_| !body.is_end_stream());
+        let held = if body.is_end_stream() {
+            Held::Nothing
+        } else {
+            held
+        };
         Self {
-            kind: Kind::Inner { body },
-            pass,
-        }
-    }
-}
-
-impl<B: Body> GracefulBody<B> {
-    pub(super) fn named(body: B, pass: Option<Pass>, named: Option<Box<Named>>) -> Self {
-        let ended = body.is_end_stream();
-        Self {
-            kind: Kind::Named {
-                named: named.filter(|_| !ended),
-                body,
-            },
-            pass: pass.filter(|_| !ended),
+            inner: Some(body),
+            held,
         }
     }
 }
@@ -86,80 +98,63 @@ where
     type Data = B::Data;
     type Error = B::Error;
 
-    #[inline]
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        let mut this = self.project();
-        match this.kind.as_mut().project() {
-            KindProj::Inner { body } => {
-                let (frame, ended) = ready!(poll_frame(body, cx));
-                if ended {
-                    *this.pass = None;
-                }
-                Poll::Ready(frame)
-            }
-            KindProj::Named { body, named } => {
-                let (frame, ended) = ready!(poll_frame(body, cx));
-                if ended {
-                    *named = None;
-                    *this.pass = None;
-                }
-                Poll::Ready(frame)
-            }
-            KindProj::Text { text } => {
-                let text = std::mem::take(text);
-                if text.is_empty() {
-                    return Poll::Ready(None);
-                }
-                Poll::Ready(Some(Ok(Frame::data(text.into()))))
-            }
+        let this = self.project();
+        let Some(mut body) = this.inner.as_pin_mut() else {
+            return Poll::Ready(take_text(this.held).map(Ok));
+        };
+        let frame = ready!(body.as_mut().poll_frame(cx));
+        let ended = match &frame {
+            Some(Ok(_)) => body.is_end_stream(),
+            Some(Err(_)) | None => true,
+        };
+        if ended {
+            drop(this.held.take());
         }
+        Poll::Ready(frame)
     }
 
-    #[inline]
     fn is_end_stream(&self) -> bool {
-        match &self.kind {
-            Kind::Inner { body } | Kind::Named { body, .. } => body.is_end_stream(),
-            Kind::Text { text } => text.is_empty(),
+        match &self.inner {
+            Some(body) => body.is_end_stream(),
+            None => self.refusal().is_empty(),
         }
     }
 
-    #[inline]
     fn size_hint(&self) -> SizeHint {
-        match &self.kind {
-            Kind::Inner { body } | Kind::Named { body, .. } => body.size_hint(),
-            Kind::Text { text } => SizeHint::with_exact(text.len() as u64),
+        match &self.inner {
+            Some(body) => body.size_hint(),
+            None => SizeHint::with_exact(self.refusal().len() as u64),
         }
     }
 }
 
-/// The next frame, and whether it is the last.
-#[inline]
-#[allow(clippy::type_complexity)] // the trait's own, and a flag
-fn poll_frame<B: Body>(
-    mut body: Pin<&mut B>,
-    cx: &mut Context<'_>,
-) -> Poll<(Option<Result<Frame<B::Data>, B::Error>>, bool)> {
-    let frame = ready!(body.as_mut().poll_frame(cx));
-    let ended = match &frame {
-        Some(Ok(_)) => body.is_end_stream(),
-        Some(Err(_)) | None => true,
-    };
-    Poll::Ready((frame, ended))
+/// The text of a refusal, once.
+#[cold]
+fn take_text<D: From<Bytes>>(held: &mut Held<Special>) -> Option<Frame<D>> {
+    match held.take() {
+        Held::Special(special) => match *special {
+            Special::Text(text) if !text.is_empty() => Some(Frame::data(text.into())),
+            Special::Text(_) | Special::Named(..) => None,
+        },
+        Held::Nothing | Held::Pass(_) => None,
+    }
 }
 
 impl<B> fmt::Debug for GracefulBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match &self.kind {
-            Kind::Inner { .. } => "inner",
-            Kind::Named { .. } => "named",
-            Kind::Text { .. } => "text",
+        let kind = match (&self.inner, &self.held) {
+            (Some(_), Held::Special(_)) => "named",
+            (Some(_), _) => "inner",
+            (None, _) => "text",
         };
+        let in_flight = self.inner.is_some() && !matches!(self.held, Held::Nothing);
         f.debug_struct("GracefulBody")
             .field("kind", &kind)
-            .field("in_flight", &self.pass.is_some())
+            .field("in_flight", &in_flight)
             .finish_non_exhaustive()
     }
 }

@@ -9,7 +9,7 @@ use http::{Response, Version};
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use super::{body::GracefulBody, named::Named, refusal::Refusal};
+use super::{body::GracefulBody, held::Held, named::Named, refusal::Refusal};
 use crate::{
     handle::{Graceful, Pass},
     leaving,
@@ -24,63 +24,49 @@ pin_project! {
     /// Dropping it releases the request. Polled again after it is ready, it stays pending.
     #[must_use = "futures do nothing unless polled"]
     pub struct GracefulFuture<F, B> {
+        // `None` if the request was refused, and once this is ready.
         #[pin]
-        state: State<F, B>,
+        inner: Option<F>,
+        // After the future, so that it is dropped while its request is still in flight.
+        held: Held<Special<B>>,
+        version: Version,
     }
 }
 
-pin_project! {
-    #[project = StateProj]
-    enum State<F, B> {
-        Admitted { #[pin] inner: F, pass: Option<Pass>, version: Version },
-        // Admitted, and on the roll. Boxed, as below. Off the roll before it is released.
-        Named { #[pin] inner: F, named: Option<Box<Named>>, pass: Option<Pass>, version: Version },
-        // Let pass without being counted, where it would have been refused.
-        Exempt { #[pin] inner: F, graceful: Graceful, version: Version },
-        // Boxed: it is rare, and would make every admitted request's future larger.
-        Refused { refusal: Pin<Box<Refusal<B>>> },
-        Done,
-    }
+enum Special<B> {
+    /// In flight and on the roll, struck out first.
+    Named(Named, Pass),
+    /// Let pass without being counted, where it would have been refused.
+    Exempt(Graceful),
+    Refused(Pin<Box<Refusal<B>>>),
 }
 
 impl<F, B> GracefulFuture<F, B> {
-    #[inline]
     pub(super) fn admitted(inner: F, pass: Pass, version: Version) -> Self {
-        Self {
-            state: State::Admitted {
-                inner,
-                pass: Some(pass),
-                version,
-            },
-        }
+        Self::holding(inner, Held::Pass(pass), version)
     }
 
     pub(super) fn named(inner: F, pass: Pass, named: Named, version: Version) -> Self {
-        Self {
-            state: State::Named {
-                inner,
-                pass: Some(pass),
-                named: Some(Box::new(named)),
-                version,
-            },
-        }
+        Self::holding(inner, Held::special(Special::Named(named, pass)), version)
     }
 
     pub(super) fn exempt(inner: F, graceful: Graceful, version: Version) -> Self {
+        Self::holding(inner, Held::special(Special::Exempt(graceful)), version)
+    }
+
+    fn holding(inner: F, held: Held<Special<B>>, version: Version) -> Self {
         Self {
-            state: State::Exempt {
-                inner,
-                graceful,
-                version,
-            },
+            inner: Some(inner),
+            held,
+            version,
         }
     }
 
-    pub(super) fn refused(refusal: Refusal<B>) -> Self {
+    pub(super) fn refused(refusal: Refusal<B>, version: Version) -> Self {
         Self {
-            state: State::Refused {
-                refusal: Box::pin(refusal),
-            },
+            inner: None,
+            held: Held::special(Special::Refused(Box::pin(refusal))),
+            version,
         }
     }
 }
@@ -93,83 +79,94 @@ where
 {
     type Output = Result<Response<GracefulBody<ResBody>>, E>;
 
-    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.project().state;
-        match state.as_mut().project() {
-            StateProj::Admitted {
-                inner,
-                pass,
-                version,
-            } => {
-                let result = ready!(inner.poll(cx));
-                let (pass, version) = (pass.take(), *version);
-                // The inner future goes before its request is released.
-                state.set(State::Done);
-                let mut response = result?;
-                if pass.as_ref().is_some_and(|pass| leaves(pass.gate())) {
-                    leaving::say_close(&mut response, version);
-                }
-                Poll::Ready(Ok(response.map(|body| GracefulBody::new(body, pass))))
-            }
-            StateProj::Named {
-                inner,
-                pass,
-                named,
-                version,
-            } => {
-                let result = ready!(inner.poll(cx));
-                let (pass, named, version) = (pass.take(), named.take(), *version);
-                state.set(State::Done);
-                let mut response = result?;
-                if pass.as_ref().is_some_and(|pass| leaves(pass.gate())) {
-                    leaving::say_close(&mut response, version);
-                }
-                if let Some(named) = &named {
-                    named.streams();
-                }
-                Poll::Ready(Ok(
-                    response.map(|body| GracefulBody::named(body, pass, named))
-                ))
-            }
-            StateProj::Exempt {
-                inner,
-                graceful,
-                version,
-            } => {
-                let result = ready!(inner.poll(cx));
-                let (leaves, version) = (leaves(graceful.shared()), *version);
-                state.set(State::Done);
-                let mut response = result?;
-                if leaves {
-                    leaving::say_close(&mut response, version);
-                }
-                Poll::Ready(Ok(response.map(|body| GracefulBody::new(body, None))))
-            }
-            StateProj::Refused { refusal } => {
-                let response = ready!(refusal.as_mut().poll(cx));
-                Poll::Ready(Ok(response.map(GracefulBody::text)))
-            }
-            StateProj::Done => Poll::Pending,
+        let mut this = self.project();
+        let Some(inner) = this.inner.as_mut().as_pin_mut() else {
+            return poll_refused(this.held, cx);
+        };
+        let result = ready!(inner.poll(cx));
+        // Before its request is released.
+        this.inner.set(None);
+        match this.held.take() {
+            Held::Pass(pass) if !pass.gate().word().is_special() => Poll::Ready(
+                result.map(|response| response.map(|body| GracefulBody::new(body, pass))),
+            ),
+            held => Poll::Ready(specially(result, held, *this.version)),
         }
     }
 }
 
+/// The answer to a refused request; pending for ever once it has been given, and where the future
+/// is polled after it was ready.
+#[cold]
+fn poll_refused<E, ReqBody, ResBody>(
+    held: &mut Held<Special<ReqBody>>,
+    cx: &mut Context<'_>,
+) -> Poll<Result<Response<GracefulBody<ResBody>>, E>>
+where
+    ReqBody: Body,
+{
+    let Held::Special(special) = held else {
+        return Poll::Pending;
+    };
+    let Special::Refused(refusal) = &mut **special else {
+        return Poll::Pending;
+    };
+    let response = ready!(refusal.as_mut().poll(cx));
+    Poll::Ready(Ok(response.map(GracefulBody::text)))
+}
+
+/// A response that is more than the end of a count: while the service stops, to an exempt path, or
+/// with names.
+#[cold]
+fn specially<E, ReqBody, ResBody: Body>(
+    result: Result<Response<ResBody>, E>,
+    held: Held<Special<ReqBody>>,
+    version: Version,
+) -> Result<Response<GracefulBody<ResBody>>, E> {
+    let mut response = result?;
+    let mut ask = |shared: &Shared| {
+        if leaves(shared) {
+            leaving::say_close(&mut response, version);
+        }
+    };
+    Ok(match held {
+        Held::Pass(pass) => {
+            ask(pass.gate());
+            response.map(|body| GracefulBody::new(body, pass))
+        }
+        Held::Special(special) => match *special {
+            Special::Named(named, pass) => {
+                ask(pass.gate());
+                named.streams();
+                response.map(|body| GracefulBody::named(body, named, pass))
+            }
+            Special::Exempt(graceful) => {
+                ask(graceful.shared());
+                response.map(GracefulBody::exempt)
+            }
+            Special::Refused(_) => response.map(GracefulBody::exempt),
+        },
+        Held::Nothing => response.map(GracefulBody::exempt),
+    })
+}
+
 /// Whether a response that goes out now asks its client to leave.
-#[inline]
 fn leaves(shared: &Shared) -> bool {
     let phase = shared.word().phase();
-    phase > Phase::Serving && (phase > Phase::LameDuck || shared.asks_to_leave())
+    phase > Phase::LameDuck || phase == Phase::LameDuck && shared.asks_to_leave()
 }
 
 impl<F, B> fmt::Debug for GracefulFuture<F, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match &self.state {
-            State::Admitted { .. } => "admitted",
-            State::Named { .. } => "named",
-            State::Exempt { .. } => "exempt",
-            State::Refused { .. } => "refused",
-            State::Done => "done",
+        let state = match (&self.inner, &self.held) {
+            (Some(_), Held::Special(special)) => match **special {
+                Special::Named(..) => "named",
+                Special::Exempt(_) | Special::Refused(_) => "exempt",
+            },
+            (Some(_), _) => "admitted",
+            (None, Held::Special(_)) => "refused",
+            (None, _) => "done",
         };
         f.debug_struct("GracefulFuture")
             .field("state", &state)

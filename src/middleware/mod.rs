@@ -11,6 +11,7 @@
 
 mod body;
 mod future;
+mod held;
 mod layer;
 mod named;
 mod refusal;

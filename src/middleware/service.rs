@@ -46,12 +46,10 @@ where
     type Error = S::Error;
     type Future = GracefulFuture<S::Future, ReqBody>;
 
-    #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
     }
 
-    #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         match self.graceful.admit() {
             Some(pass) => {
@@ -85,7 +83,8 @@ impl<S> GracefulService<S> {
                 GracefulFuture::exempt(self.inner.call(request), graceful, version)
             }
             Err(refused) => {
-                GracefulFuture::refused(refusal::refuse(&self.graceful, request, refused))
+                let refusal = refusal::refuse(&self.graceful, request, refused);
+                GracefulFuture::refused(refusal, version)
             }
         }
     }
