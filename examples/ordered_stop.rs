@@ -53,7 +53,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         // Survives whatever becomes of the process.
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Normal)
-        .busy_timeout(Duration::from_secs(5));
+        .busy_timeout(Duration::from_secs(1));
     let pool = SqlitePool::connect_with(options).await?;
     sqlx::query("CREATE TABLE IF NOT EXISTS jobs (job TEXT NOT NULL)")
         .execute(&pool)
@@ -99,18 +99,16 @@ async fn accept(State(jobs): State<Jobs>, job: String) -> StatusCode {
     }
 }
 
-/// Stores jobs until the queue has ended.
-async fn write(
-    queue: Arc<Mutex<mpsc::Receiver<String>>>,
-    pool: SqlitePool,
-) -> Result<(), sqlx::Error> {
+/// Stores jobs until the queue has ended. One that cannot be stored is tried again: it was accepted.
+async fn write(queue: Arc<Mutex<mpsc::Receiver<String>>>, pool: SqlitePool) {
     loop {
         let job = queue.lock().await.recv().await;
-        let Some(job) = job else { return Ok(()) };
-        sqlx::query("INSERT INTO jobs VALUES (?)")
-            .bind(job)
-            .execute(&pool)
-            .await?;
+        let Some(job) = job else { return };
+        let insert = || sqlx::query("INSERT INTO jobs VALUES (?)").bind(&job);
+        while let Err(error) = insert().execute(&pool).await {
+            tracing::warn!(%error, job, "not stored yet");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 }
 

@@ -141,7 +141,10 @@ impl GracefulBuilder {
     ///
     /// That end is an immediate one: destructors, cleanup steps that have not begun and buffers
     /// that are not flushed are skipped, and no [`Report`](crate::Report) is returned. The thread
-    /// is started by [`build`](Self::build) and sleeps until a stop is asked for.
+    /// is started by [`build`](Self::build) and sleeps until a stop is asked for. It goes when the
+    /// service has [stopped](Graceful::stopped): what `main` waits for after that, such as
+    /// `spawn_blocking` work at the end of the runtime, is not its business. For that there is
+    /// [`Report::exit`](crate::Report::exit).
     #[cfg(all(unix, feature = "signal"))]
     pub fn watchdog(mut self, watch: bool) -> Self {
         self.watchdog = watch;
@@ -297,7 +300,7 @@ impl GracefulBuilder {
 #[cfg(all(unix, feature = "signal"))]
 fn watch(graceful: &Graceful, last_moment: Duration) -> Result<(), ConfigError> {
     let shared = graceful.shared().downgrade();
-    let describe = move || Some(shared.upgrade()?.describe());
+    let describe = move || shared.upgrade()?.describe();
     let watchdog = Watchdog::start(last_moment, describe)
         .map_err(|error| ConfigError::NoWatchdog(error.to_string()))?;
     let _ = graceful.shared().watchdog.set(watchdog);

@@ -99,10 +99,13 @@ pub(crate) fn progress(
     in_flight: usize,
     connections: usize,
     time_left: Duration,
-    oldest: Option<&CutRequest>,
+    oldest: &[CutRequest],
 ) {
-    let oldest = oldest.map(|request| format!(", oldest {request}"));
-    let oldest = oldest.unwrap_or_default();
+    let oldest: Vec<_> = oldest.iter().map(CutRequest::to_string).collect();
+    let oldest = match &*oldest {
+        [] => String::new(),
+        oldest => format!(", oldest {}", oldest.join("; ")),
+    };
     event!(
         info,
         {

@@ -34,9 +34,12 @@ impl Report {
     /// [`Clean`](Outcome::Clean); as [`exit`](Self::exit) otherwise.
     ///
     /// For supervisors that want to see their own signal as the cause of the end: a shell shows
-    /// status 143 for SIGTERM and 130 for SIGINT.
+    /// status 143 for SIGTERM and 130 for SIGINT. A process with the id 1, as in most containers,
+    /// cannot be ended by a signal of its own, and exits with that status instead.
     pub fn exit_by_signal(self) -> ! {
         if self.outcome == Outcome::Clean {
+            // As `exit` would; a signal does not.
+            let _ = io::Write::flush(&mut io::stdout());
             default_action(self.trigger);
         }
         self.exit()
@@ -62,6 +65,10 @@ mod os {
             Trigger::Interrupt => SIGINT,
             Trigger::Shutdown | Trigger::Future | Trigger::ServerEnded => return,
         };
+        if std::process::id() == 1 {
+            // The kernel would not deliver it.
+            std::process::exit(128 + signal);
+        }
         let _ = emulate_default_handler(signal);
     }
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::runtime;
+use tokio::{runtime, sync::oneshot};
 
 use crate::{
     handle::{Graceful, PhaseReached},
@@ -98,8 +98,9 @@ impl Graceful {
         self.shared().drive();
         let shared = self.shared().clone();
         let stop = Stop::new(self);
-        let spawn = move |key| {
+        let spawn = move |permission: oneshot::Receiver<usize>| {
             runtime.spawn(async move {
+                let Ok(key) = permission.await else { return };
                 let fate = work::fate(async move { work(stop).await }).await;
                 shared.task_ended(key, fate);
             })

@@ -13,6 +13,7 @@ use std::{
 };
 
 use signal_hook::{
+    SigId,
     consts::{SIGINT, SIGTERM},
     low_level::{self, pipe},
 };
@@ -27,6 +28,11 @@ const EXIT_CODE: i32 = 1;
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     pipe: UnixStream,
+    /// The other end, so that there is one for as long as somebody may write: a pipe that nobody
+    /// reads would be the end of a process that does not ignore SIGPIPE.
+    _alarm: UnixStream,
+    /// What the signals have been told to do.
+    actions: Mutex<Vec<SigId>>,
     /// Nothing is to be watched any more.
     called_off: Arc<Mutex<bool>>,
 }
@@ -41,14 +47,19 @@ impl Watchdog {
         let (pipe, alarm) = UnixStream::pair()?;
         let called_off = Arc::new(Mutex::new(false));
         let watch = Watch {
-            alarm,
+            alarm: alarm.try_clone()?,
             called_off: Arc::clone(&called_off),
             after,
         };
         thread::Builder::new()
             .name("graceful-watchdog".to_owned())
             .spawn(move || watch.run(describe))?;
-        Ok(Self { pipe, called_off })
+        Ok(Self {
+            pipe,
+            _alarm: alarm,
+            actions: Mutex::default(),
+            called_off,
+        })
     }
 
     /// The time runs from now on, if it does not already.
@@ -60,15 +71,18 @@ impl Watchdog {
     /// Has the signals arm it.
     pub(crate) fn watch_signals(&self) {
         for signal in [SIGTERM, SIGINT] {
-            if let Ok(pipe) = self.pipe.try_clone() {
-                let _ = pipe::register(signal, pipe);
-            }
+            let pipe = self.pipe.try_clone();
+            let action = pipe.and_then(|pipe| pipe::register(signal, pipe));
+            lock!(self.actions).extend(action);
         }
     }
 
     /// The end has come by itself.
     pub(crate) fn call_off(&self) {
         *lock!(self.called_off) = true;
+        for action in std::mem::take(&mut *lock!(self.actions)) {
+            low_level::unregister(action);
+        }
         self.arm();
     }
 }

@@ -16,7 +16,7 @@ use std::{
 };
 
 use slab::Slab;
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::{sync::oneshot, task::JoinHandle, time::Instant};
 
 use crate::{
     report::{Fate, HeldBy, TaskKind},
@@ -126,23 +126,24 @@ impl Work {
         std::mem::take(&mut registered.jobs)
     }
 
-    /// Enters a worker that `spawn` starts, unless workers are no longer wanted.
-    pub(crate) fn employ(&self, name: Name, spawn: impl FnOnce(usize) -> JoinHandle<()>) -> bool {
-        let key = {
-            let mut list = lock!(self.list);
-            if list.workers_closed {
-                return false;
-            }
-            list.enter(name, TaskKind::Worker, Some(Instant::now()))
-        };
-        // Without the lock: a worker may call back, and a runtime that shuts down drops it here.
-        let handle = spawn(key);
+    /// Enters a worker that `spawn` starts, unless workers are no longer wanted. The worker is to
+    /// wait for its key, and not to begin without it.
+    pub(crate) fn employ(
+        &self,
+        name: Name,
+        spawn: impl FnOnce(oneshot::Receiver<usize>) -> JoinHandle<()>,
+    ) -> bool {
+        let (permit, permission) = oneshot::channel();
+        // Without the lock: a runtime that shuts down drops the worker here and now.
+        let handle = spawn(permission);
         let mut list = lock!(self.list);
         if list.workers_closed {
-            handle.abort();
-        } else {
-            list.workers.push(Worker { key, handle });
+            return false;
         }
+        let key = list.enter(name, TaskKind::Worker, Some(Instant::now()));
+        list.workers.push(Worker { key, handle });
+        drop(list);
+        let _ = permit.send(key);
         true
     }
 
@@ -183,6 +184,17 @@ impl Work {
         Some(task.clone())
     }
 
+    /// Has a task that ended in good order, but later than this, count as one that was cut.
+    pub(crate) fn was_late(&self, key: usize, latest: Instant) {
+        let mut list = lock!(self.list);
+        let ended = list.tasks.get_mut(key).and_then(|task| task.ended.as_mut());
+        if let Some((ended, fate @ Fate::Done)) = ended {
+            if *ended > latest {
+                *fate = Fate::Cut;
+            }
+        }
+    }
+
     /// There is something to be done, or a hook to be waited for, when nothing is in flight any
     /// more. If not, from now on nothing is accepted either.
     pub(crate) fn has_cleanup_or_closes(&self) -> bool {
@@ -194,6 +206,10 @@ impl Work {
         list.hooks.taken = true;
         list.steps.taken = true;
         false
+    }
+
+    pub(crate) fn has_steps(&self) -> bool {
+        !lock!(self.list).steps.jobs.is_empty()
     }
 
     /// The sum of the steps' bounds.

@@ -125,15 +125,17 @@ fn row(
     let from = column(began).min(BAR - 1);
     let to = column(began + took).clamp(from + 1, BAR);
     let name = printable(name, NAME + 2 - indent);
+    let columns: usize = name.chars().map(width).sum();
     let seconds = took.as_secs_f64();
     write!(
         f,
-        "\n{:indent$}{name:<width$}{seconds:>9.3} s  |{:from$}{}{:rest$}|",
+        "\n{:indent$}{name}{:pad$}{seconds:>9.3} s  |{:from$}{}{:rest$}|",
+        "",
         "",
         "",
         "=".repeat(to - from),
         "",
-        width = NAME + 2 - indent,
+        pad = (NAME + 2 - indent).saturating_sub(columns),
         rest = BAR - to,
     )
 }
@@ -143,16 +145,38 @@ fn line(f: &mut fmt::Formatter<'_>, indent: usize, text: &str) -> fmt::Result {
 }
 
 /// On one line, and no wider than this.
-fn printable(text: &str, width: usize) -> String {
-    let mut shown: String = text
-        .chars()
-        .map(|char| if char.is_control() { ' ' } else { char })
-        .collect();
-    if shown.chars().count() > width {
-        shown = shown.chars().take(width - 2).collect();
-        shown.push_str("..");
+fn printable(text: &str, most: usize) -> String {
+    let clean = |char: char| if char.is_control() { ' ' } else { char };
+    let text: String = text.chars().map(clean).filter(|c| !is_format(*c)).collect();
+    let whole: usize = text.chars().map(width).sum();
+    if whole <= most {
+        return text;
     }
-    shown
+    let mut shown = String::new();
+    let mut left = most.saturating_sub(2);
+    for char in text.chars() {
+        left = match left.checked_sub(width(char)) {
+            Some(left) => left,
+            None => break,
+        };
+        shown.push(char);
+    }
+    shown + ".."
+}
+
+/// What turns the direction of a text, or breaks its lines, unseen.
+fn is_format(char: char) -> bool {
+    matches!(char, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
+/// How many columns a character takes, and rather too many than too few: two for the scripts of
+/// East Asia, and for symbols.
+fn width(char: char) -> usize {
+    match char {
+        '\u{300}'..='\u{36f}' => 0,
+        '\u{1100}'.. => 2,
+        _ => 1,
+    }
 }
 
 #[cfg(test)]
@@ -305,6 +329,27 @@ mod tests {
                 assert!(!line.contains(char::is_control), "{line:?}");
             }
             assert_eq!(report.to_string().lines().count(), 11);
+        }
+    }
+
+    #[test]
+    fn names_in_any_script_keep_the_columns() {
+        let mut report = clean();
+        for (name, columns) in [
+            ("データベース", 12),
+            ("データベースを閉じる", 16),
+            ("cafe\u{301}", 4),
+            ("a\u{202e}b\u{2028}c", 3),
+        ] {
+            report.tasks = Arc::new([task(name, TaskKind::Cleanup, 0, 5, Fate::Done)]);
+            let text = report.to_string();
+            let row = text.lines().last().unwrap();
+            let shown: String = row.chars().take_while(|c| !c.is_ascii_digit()).collect();
+            let wide: usize = shown.chars().map(width).sum();
+            // Up to the digits of "0.005".
+            assert_eq!(wide, 4 + 16 + 4, "{text}");
+            let name: usize = shown.trim().chars().map(width).sum();
+            assert_eq!(name, columns, "{text}");
         }
     }
 

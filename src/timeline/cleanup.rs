@@ -110,10 +110,12 @@ impl Gate<Lifecycle> {
                 let fate = step.job.await;
                 shared.task_ended(step.key, fate);
             }));
-            if !job.ends_by(instant_after(Instant::now(), bound)).await {
+            let until = instant_after(Instant::now(), bound);
+            if !job.ends_by(until).await {
                 job.is_gone_by(gone()).await;
                 self.task_ended(step.key, Fate::Cut);
             }
+            self.was_it_late(step.key, until);
         }
     }
 
@@ -129,7 +131,9 @@ impl Gate<Lifecycle> {
             .collect();
         let mut cut = Vec::new();
         for (key, mut job) in workers.drain(..) {
-            if !job.ends_by(until).await {
+            if job.ends_by(until).await {
+                self.was_it_late(key, until);
+            } else {
                 cut.push((key, job));
             }
         }
@@ -138,6 +142,11 @@ impl Gate<Lifecycle> {
             job.is_gone_by(gone).await;
             self.task_ended(key, Fate::Cut);
         }
+    }
+
+    /// What holds its thread cannot be cut, and may end in good order long after its time.
+    fn was_it_late(&self, key: usize, until: Instant) {
+        self.work.was_late(key, instant_after(until, GONE));
     }
 
     /// How long workers are waited for: not into the time that the steps have asked for, as far as

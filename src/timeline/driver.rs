@@ -1,12 +1,15 @@
 //! The task that lets time pass.
 
 use std::{
+    convert::Infallible,
     future::{pending, poll_fn},
-    sync::Arc,
+    sync::{Arc, mpsc},
+    thread,
     time::Duration,
 };
 
 use tokio::{
+    runtime::{Handle, RuntimeFlavor},
     sync::Notify,
     time::{self, Instant, MissedTickBehavior},
 };
@@ -37,6 +40,7 @@ impl Driver {
         let Some(gate) = self.triggered().await else {
             return;
         };
+        let _clock = Clock::start(Arc::clone(&self.bell));
         let mut progress = time::interval_at(instant_after(Instant::now(), PROGRESS), PROGRESS);
         progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut phase = Phase::Serving;
@@ -87,6 +91,32 @@ impl Driver {
     }
 }
 
+/// Rings the bell every now and then, from a thread of its own, until it is dropped.
+///
+/// Of the threads of a runtime one at a time waits for timers and sockets. If a task that it runs
+/// does not return, nobody does until another has reason to; a ring from outside is one. On a
+/// runtime of a single thread nothing would help.
+struct Clock(#[expect(dead_code)] Option<mpsc::Sender<Infallible>>);
+
+impl Clock {
+    const TICK: Duration = Duration::from_millis(50);
+
+    fn start(bell: Arc<Notify>) -> Self {
+        if Handle::current().runtime_flavor() != RuntimeFlavor::MultiThread {
+            return Self(None);
+        }
+        let (alive, dropped) = mpsc::channel();
+        let clock = thread::Builder::new().name("graceful-clock".to_owned());
+        let ticking = clock.spawn(move || {
+            while dropped.recv_timeout(Self::TICK) == Err(mpsc::RecvTimeoutError::Timeout) {
+                bell.notify_one();
+            }
+        });
+        // Without it there is still the runtime's own.
+        Self(ticking.is_ok().then_some(alive))
+    }
+}
+
 /// The future, if there is one.
 async fn optional(future: &mut Option<impl Future<Output = ()> + Unpin>) {
     match future {
@@ -108,15 +138,10 @@ impl Gate<Lifecycle> {
     fn progress(&self) {
         let phase = self.word().phase();
         if let Some(time_left) = self.time_left(phase) {
-            let oldest = self.roll.list(Instant::now());
+            let mut oldest = self.roll.list(Instant::now());
+            oldest.truncate(3);
             let connections = self.connections.len();
-            events::progress(
-                phase,
-                self.in_flight(),
-                connections,
-                time_left,
-                oldest.first(),
-            );
+            events::progress(phase, self.in_flight(), connections, time_left, &oldest);
         }
     }
 }

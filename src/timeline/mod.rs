@@ -9,7 +9,8 @@
 //! The driver is spawned by the first call that happens inside a runtime. Until something triggers
 //! it holds the state weakly: a service that is built and dropped leaves no task behind. It waits
 //! for a deadline, for the bell that every change rings, and for the gate to become idle. Nothing
-//! is polled by the clock.
+//! is polled by the clock, but that during a shutdown the bell is rung from outside the runtime as
+//! well, in case a task holds the thread that waits for timers.
 //!
 //! `shutdown` is what is known of a shutdown under way, `settle` the steps, `driver` the task; here
 //! is what the rest of the crate asks for.
@@ -343,7 +344,10 @@ impl Gate<Lifecycle> {
 
     /// What there is to say when time is over and the service has not stopped.
     #[cfg(all(unix, feature = "signal"))]
-    pub(crate) fn describe(&self) -> String {
+    pub(crate) fn describe(&self) -> Option<String> {
+        if self.word().phase() == Phase::Stopped {
+            return None;
+        }
         let now = Instant::now();
         let mut text = format!(
             "shutdown: the grace period is over, and the service is {}: in flight {}, connections \
@@ -368,7 +372,7 @@ impl Gate<Lifecycle> {
             text.push_str("\n  ");
             text.push_str(&line);
         }
-        text
+        Some(text)
     }
 
     /// What the connections are to be told.

@@ -225,6 +225,7 @@ impl Gate<Lifecycle> {
             holds: self.work.list_holds(now),
             connections: self.connections.list(now),
         };
+        shutdown.cleans_up = self.work.has_steps();
         shutdown.cut = Some(Cut {
             at: now,
             remaining: Remaining {

@@ -86,6 +86,8 @@ pub(super) struct Shutdown {
     pub(super) cleanup: Option<Cleanup>,
     /// Requests when the stop was asked for.
     pub(super) in_flight: usize,
+    /// Cleanup steps are registered, as far as is known at the cut.
+    pub(super) cleans_up: bool,
     #[cfg(feature = "signal")]
     pub(super) last_interrupt: Option<Instant>,
 }
@@ -143,6 +145,7 @@ impl Shutdown {
             cut: None,
             cleanup: None,
             in_flight: 0,
+            cleans_up: false,
             #[cfg(feature = "signal")]
             last_interrupt: None,
         }
@@ -155,7 +158,7 @@ impl Shutdown {
             (Phase::LameDuck, _) => Some(self.delay_until),
             (Phase::Draining, _) => Some(self.drain_until),
             (Phase::Closing, _) if self.cleanup.is_some() => Some(self.end),
-            (Phase::Closing, Some(cut)) => Some(self.closing_until(cut.at)),
+            (Phase::Closing, Some(cut)) => Some(self.let_go_at(cut.at)),
             (Phase::Closing, None) => {
                 let begun = *self.entered.last()?;
                 Some(self.drain_until.max(self.closing_until(begun)))
@@ -167,6 +170,18 @@ impl Shutdown {
     fn closing_until(&self, begun: Instant) -> Instant {
         let end = self.end.max(begun + LEAST_CLOSING_TIME);
         end.min(begun + CLOSING_TIME)
+    }
+
+    /// When what was cut is no longer waited for: out of the time that is kept for cleaning up it
+    /// takes no more than a part.
+    fn let_go_at(&self, cut: Instant) -> Instant {
+        if !self.cleans_up {
+            return self.closing_until(cut);
+        }
+        let kept = self.end.saturating_duration_since(cut);
+        cut + CLOSING_TIME
+            .min(kept / 8)
+            .max(LEAST_CLOSING_TIME.min(kept / 2))
     }
 
     /// Whether there is cleaning up to be done before the service has stopped. Notes that it

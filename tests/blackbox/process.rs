@@ -79,6 +79,8 @@ impl Server {
             .arg(format!("form={form:?}"))
             .args(knobs)
             .stdin(Stdio::null())
+            // A trace takes long, and panics are part of the tests.
+            .env("RUST_BACKTRACE", "0")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

@@ -252,6 +252,7 @@ fn work(
         match &*how {
             "fails" => return Err(format!("{} is broken", over.0)),
             "panics" => panic!("{} has had enough", over.0),
+            "blocks" => std::thread::sleep(Duration::from_secs(60)),
             "hangs" => std::future::pending().await,
             _ => {}
         }
@@ -295,6 +296,7 @@ fn app(graceful: &Graceful) -> Router {
         )
         .route("/never", any(never))
         .route("/block/{ms}", get(block))
+        .route("/wait-and-block", get(wait_and_block))
         .route("/large", get(large))
         .route("/buffered", get(|| async { vec![b'x'; 150_000] }))
         .route(
@@ -375,6 +377,12 @@ async fn spawn_blocking(Path(ms): Path<u64>) {
 async fn block(Path(ms): Path<u64>) -> &'static str {
     std::thread::sleep(Duration::from_millis(ms));
     "blocked"
+}
+
+/// Holds the thread that has waited for the timer.
+async fn wait_and_block() {
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    std::thread::sleep(Duration::from_secs(60));
 }
 
 /// More than any socket's buffers hold.

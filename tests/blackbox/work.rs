@@ -33,6 +33,11 @@ pub(crate) const TESTS: &[Test] = &[
         held_too_long,
     ),
     (
+        "work::that_holds_the_thread_of_the_timers_is_not_waited_for",
+        Form::CUTTING,
+        holds_the_timers,
+    ),
+    (
         "work::that_blocks_is_not_waited_for",
         Form::CUTTING,
         blocking,
@@ -198,6 +203,41 @@ fn held_too_long(form: Form) {
     assert!(exit.report.contains("given up: 1 hold"), "{exit:?}");
     assert!(exit.report.contains("hold job 0."), "{exit:?}");
     exit.assert_within(MS(300), MS(900));
+}
+
+/// After a wait, so that it is the thread which has waited for the timer that does not return.
+fn holds_the_timers(form: Form) {
+    let cleanup = ["delay=0", "cleanup=a:100:blocks,b:0", "exit=now"];
+    let mut server = Server::start(form, &cleanup);
+    server.get("/").assert_ok();
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(2), "{exit:?}");
+    assert!(exit.said.iter().any(|line| line == "b is over"), "{exit:?}");
+    exit.assert_within(MS(500), MS(1200));
+
+    let worker = [
+        "delay=0",
+        "workers=a:100:blocks",
+        "worker_timeout=300",
+        "exit=now",
+    ];
+    let mut server = Server::start(form, &worker);
+    server.get("/").assert_ok();
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    exit.assert_within(MS(300), MS(1000));
+
+    // A handler, alone on an idle server.
+    let mut server = Server::start(form, &["delay=0", "drain=500", "exit=now"]);
+    let mut stuck = server.connect();
+    stuck.send("GET /wait-and-block HTTP/1.1\r\nhost: test\r\n\r\n");
+    server.wait_for_in_flight(1);
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    exit.assert_within(MS(500), MS(1300));
 }
 
 fn blocking(form: Form) {

@@ -285,7 +285,7 @@ async fn progress_says_so_too_while_connections_close() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn progress_names_the_oldest_request_where_names_were_asked_for() {
+async fn progress_names_the_oldest_requests_where_names_were_asked_for() {
     let log = Log::new();
     let builder = plan().drain_delay(Duration::ZERO).name_requests(true);
     let graceful = builder.build().unwrap();
@@ -307,7 +307,8 @@ async fn progress_names_the_oldest_request_where_names_were_asked_for() {
     assert_eq!(
         messages,
         [
-            "shutdown: draining, in flight 2, connections 0, oldest GET / 2.5 s, no response yet",
+            "shutdown: draining, in flight 2, connections 0, \
+             oldest GET / 2.5 s, no response yet; POST /other 2.0 s, no response yet",
             "shutdown: draining, in flight 1, connections 0, oldest POST /other 4.0 s, no response yet",
         ]
     );
