@@ -179,9 +179,12 @@ impl Shutdown {
             return self.closing_until(cut);
         }
         let kept = self.end.saturating_duration_since(cut);
-        cut + CLOSING_TIME
-            .min(kept / 8)
-            .max(LEAST_CLOSING_TIME.min(kept / 2))
+        let least = if kept.is_zero() {
+            LEAST_CLOSING_TIME
+        } else {
+            LEAST_CLOSING_TIME.min(kept / 2)
+        };
+        cut + CLOSING_TIME.min(kept / 8).max(least)
     }
 
     /// Whether there is cleaning up to be done before the service has stopped. Notes that it
