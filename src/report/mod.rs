@@ -98,15 +98,15 @@ impl fmt::Display for Outcome {
 /// person, at most 80 columns wide, and its parts are there for whoever logs them:
 ///
 /// ```text
-/// shutdown by SIGTERM: clean, 1.480 s
-///   lame duck             1.002 s  |======================          |
-///     consul              0.122 s  |===                             |  done
-///   draining              0.411 s  |                      ========= |
-///   closing               0.007 s  |                               =|
-///   cleanup               0.060 s  |                               =|
-///     mailer              0.312 s  |                      ======    |  done
+/// shutdown by SIGTERM: clean, 1.495 s
+///   lame duck             1.001 s  |=====================           |
+///     consul              0.121 s  |===                             |  done
+///   draining              0.426 s  |                     ========== |
+///   closing               0.006 s  |                               =|
+///   cleanup               0.061 s  |                               =|
+///     mailer              0.315 s  |                     =======    |  done
 ///     database            0.047 s  |                               =|  done
-///     logs                0.013 s  |                               =|  done
+///     logs                0.014 s  |                               =|  done
 ///   requests: 4 in flight when it began, 1 more, 5 finished
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
