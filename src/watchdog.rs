@@ -211,4 +211,24 @@ mod tests {
         let gone = looks.recv_timeout(Duration::from_secs(10));
         assert_eq!(gone, Err(mpsc::RecvTimeoutError::Disconnected));
     }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn it_leaves_no_descriptor_and_no_action_behind() {
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let (first, _) = watchdog(Duration::MAX);
+        first.watch_signals();
+        drop(first);
+        let before = open();
+        for _ in 0..100 {
+            let (watchdog, looks) = watchdog(Duration::MAX);
+            watchdog.watch_signals();
+            drop(watchdog);
+            // The thread has gone, and its end of the pipe with it.
+            let gone = looks.recv_timeout(Duration::from_secs(10));
+            assert_eq!(gone, Err(mpsc::RecvTimeoutError::Disconnected));
+        }
+        // Other tests open some too.
+        assert!(open() < before + 50, "{before} before, {} after", open());
+    }
 }

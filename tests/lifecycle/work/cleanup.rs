@@ -561,3 +561,15 @@ fn what_is_registered_while_the_service_stops_is_either_refused_or_not_forgotten
         assert_ne!(registered, stopped);
     }
 }
+
+/// Not on the paused clock, which stands still while a thread is held.
+#[tokio::test]
+async fn a_step_that_holds_the_only_thread_for_too_long_counts_as_cut() {
+    let graceful = without_delay();
+    let blocks = async { std::thread::sleep(ms(400)) };
+    graceful.cleanup("blocks", ms(50), blocks).unwrap();
+    graceful.cleanup("after", s(1), async {}).unwrap();
+    let report = stop(&graceful).await;
+    assert_eq!(fates(&report), [Fate::Cut, Fate::Done]);
+    assert_eq!(report.outcome(), Outcome::CleanupFailed);
+}
