@@ -163,6 +163,8 @@ fn answered(form: Form) {
         .unwrap();
     let mut slow = slow;
     slow.send("GET /buffered HTTP/1.1\r\nhost: test\r\n\r\n");
+    // It has begun to come.
+    slow.stream().peek(&mut [0]).unwrap();
     server.wait_for_in_flight(1);
     let idle = server.connect();
     server.terminate();

@@ -206,9 +206,10 @@ impl Server {
             assert!(Instant::now() < deadline, "the process does not end");
             thread::sleep(Duration::from_millis(1));
         };
+        let after = self.signalled.map_or(Duration::ZERO, |at| at.elapsed());
         let said: Vec<_> = self.lines.iter().collect();
         Exit {
-            after: self.signalled.map_or(Duration::ZERO, |at| at.elapsed()),
+            after,
             status,
             report: said.last().cloned().unwrap_or_default(),
             said,
