@@ -100,6 +100,12 @@ impl Registry {
         open.listeners.open > 0 || !open.lines.is_empty()
     }
 
+    /// Whether there is a connection that nobody has tried to read yet.
+    pub(crate) fn has_unread(&self) -> bool {
+        let open = lock!(self.open);
+        open.lines.iter().any(|(_, line)| line.is_unread())
+    }
+
     /// Enters a connection. The key is for [`remove`](Self::remove).
     pub(crate) fn insert(&self, peer: Option<SocketAddr>) -> (usize, Arc<Line>) {
         let opened = Instant::now();
@@ -234,6 +240,11 @@ impl Line {
             peer: self.peer,
             age: now.saturating_duration_since(self.opened),
         }
+    }
+
+    fn is_unread(&self) -> bool {
+        let state = lock!(self.state);
+        state.told < Told::Cut && state.wakers[Waiter::Read as usize].is_none()
     }
 
     pub(crate) fn is_cut(&self) -> bool {

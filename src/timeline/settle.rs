@@ -209,9 +209,15 @@ impl Gate<Lifecycle> {
             let asked = shutdown.entered.first().copied();
             let heard = asked.max(self.connections.last_heard());
             let quiet = heard.map_or(now, |heard| heard + LINGER);
-            let until = quiet.min(shutdown.drain_until.min(begun + MOST_LINGER));
+            let most = shutdown.drain_until.min(begun + MOST_LINGER);
+            let until = quiet.min(most);
             if now < until {
                 return Some(until);
+            }
+            // On a busy machine a connection may be accepted long before anybody looks at it.
+            if now < most && self.connections.has_unread() {
+                self.connections.heard();
+                return Some(most.min(now + LINGER));
             }
         }
         shutdown.edge = Edge::Connections;
