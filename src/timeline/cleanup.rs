@@ -125,12 +125,13 @@ impl Gate<Lifecycle> {
             return;
         }
         let until = instant_after(Instant::now(), self.workers_share(deadline));
-        let mut workers: Vec<_> = workers
+        // All at once, so that whoever is not reached is aborted when this is dropped.
+        let workers: Vec<_> = workers
             .into_iter()
             .map(|(key, handle)| (key, Job(handle)))
             .collect();
         let mut cut = Vec::new();
-        for (key, mut job) in workers.drain(..) {
+        for (key, mut job) in workers {
             if job.ends_by(until).await {
                 self.was_it_late(key, until);
             } else {
