@@ -187,6 +187,19 @@ impl GracefulBuilder {
         self
     }
 
+    /// Over how much of the drain long-lived work is told to end, from its start:
+    /// [`draining`](Graceful::draining) resolves, and
+    /// [`until_draining`](Graceful::until_draining) ends its stream, for one after another, evenly,
+    /// in a hundred turns. So ten thousand clients are not sent away, and do not come back
+    /// elsewhere, in the same instant. Who is not told when the drain ends is told then. Must be
+    /// shorter than a drain may take. Default: zero, all are told at once.
+    ///
+    /// [Workers](Graceful::worker) are told at once in any case.
+    pub fn drain_spread(mut self, duration: Duration) -> Self {
+        self.policy.drain_spread = duration;
+        self
+    }
+
     /// How long a request head over HTTP/1 may take to arrive, from its first byte to its last,
     /// before [`serve`](Graceful::serve) closes the connection. Default: 30 s. `Duration::MAX`
     /// means no bound.
@@ -258,7 +271,7 @@ impl GracefulBuilder {
     /// # Errors
     ///
     /// When the shares do not fit the grace period or leave no time to drain, when `close_spread`
-    /// is longer than `drain_delay`, when `max_in_flight` or `header_read_timeout` is zero, when
+    /// is longer than `drain_delay` or `drain_spread` not shorter than a drain, when `max_in_flight` or `header_read_timeout` is zero, when
     /// `unready_status` is informational or 200, and when an exempt path does not begin with a
     /// slash. The message names the numbers. And when the thread of a watchdog cannot be started.
     pub fn build(self) -> Result<Graceful, ConfigError> {
@@ -267,6 +280,13 @@ impl GracefulBuilder {
             return Err(ConfigError::SpreadTooLong {
                 close_spread: self.policy.close_spread,
                 drain_delay: plan.drain_delay(),
+            });
+        }
+        let drain = plan.drain();
+        if self.policy.spreads_drain() && self.policy.drain_spread >= drain {
+            return Err(ConfigError::DrainSpreadTooLong {
+                drain_spread: self.policy.drain_spread,
+                drain,
             });
         }
         if self.policy.header_read_timeout.is_zero() {

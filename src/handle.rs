@@ -14,9 +14,9 @@ use crate::{
     phase::Phase,
     plan::Knobs,
     policy::Policy,
-    reached::Reached,
     report::Trigger,
     timeline::{Lifecycle, Shared},
+    waiters::Seat,
 };
 
 /// A request's permission to be in flight.
@@ -199,9 +199,51 @@ impl Graceful {
     /// stream, to come to an end. Resolves at once if draining has started already.
     ///
     /// The future owns what it needs, can be sent to any task, and may be polled again after it
-    /// is ready: it stays ready. Dropping it has no effect.
+    /// is ready: it stays ready. Dropping it has no effect, and a clone waits anew. It is cheap to
+    /// make thousands of: 40 bytes, and as much in a shared table while it waits. They are told all
+    /// at once, or by and by over [`drain_spread`](crate::GracefulBuilder::drain_spread).
+    ///
+    /// ```
+    /// # use tower_graceful::Graceful;
+    /// # async fn receive() -> Option<u32> { None }
+    /// # async fn use_it(_: u32) {}
+    /// async fn subscription(graceful: Graceful) {
+    ///     let mut draining = graceful.draining();
+    ///     loop {
+    ///         tokio::select! {
+    ///             () = &mut draining => break, // say goodbye
+    ///             message = receive() => match message {
+    ///                 Some(message) => use_it(message).await,
+    ///                 None => break,
+    ///             },
+    ///         }
+    ///     }
+    /// }
+    /// ```
+    ///
+    /// For code that takes a `CancellationToken` of tokio-util, a task that waits and then cancels:
+    ///
+    /// ```
+    /// use tokio_util::sync::CancellationToken;
+    /// # use tower_graceful::Graceful;
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() {
+    /// # let graceful = Graceful::new();
+    /// let token = CancellationToken::new();
+    /// let (draining, cancel) = (graceful.draining(), token.clone());
+    /// tokio::spawn(async move {
+    ///     draining.await;
+    ///     cancel.cancel();
+    /// });
+    /// # graceful.shutdown();
+    /// token.cancelled().await;
+    /// # }
+    /// ```
+    ///
+    /// A stream is ended by [`until_draining`](Self::until_draining).
     pub fn draining(&self) -> PhaseReached {
-        PhaseReached::new(self, Phase::Draining)
+        PhaseReached::new(self, Phase::Draining, self.policy().spreads_drain())
     }
 
     /// Resolves when all is over: nothing is in flight, every tracked connection is closed, every
@@ -210,7 +252,7 @@ impl Graceful {
     /// What waits for it must not itself be waited for: a server given to [`run`](Self::run), or a
     /// tracked connection. Behaves like [`draining`](Self::draining) otherwise.
     pub fn stopped(&self) -> PhaseReached {
-        PhaseReached::new(self, Phase::Stopped)
+        PhaseReached::new(self, Phase::Stopped, false)
     }
 }
 
@@ -254,26 +296,25 @@ pub struct Snapshot {
 #[must_use = "futures do nothing unless polled"]
 pub struct PhaseReached {
     graceful: Graceful,
-    reached: Reached<Phase>,
+    phase: Phase,
+    /// Whether it has a turn in [`drain_spread`](crate::GracefulBuilder::drain_spread).
+    spread: bool,
+    seat: Option<Seat>,
 }
 
 impl PhaseReached {
-    fn new(graceful: &Graceful, phase: Phase) -> Self {
-        graceful.shared.drive();
+    fn new(graceful: &Graceful, phase: Phase, spread: bool) -> Self {
         Self {
             graceful: graceful.clone(),
-            reached: Reached::new(phase),
+            phase,
+            spread,
+            seat: None,
         }
     }
-}
 
-/// The clone waits anew, for the same phase.
-impl Clone for PhaseReached {
-    fn clone(&self) -> Self {
-        Self {
-            graceful: self.graceful.clone(),
-            reached: Reached::new(self.reached.point()),
-        }
+    /// Resolves as soon as draining starts, also where that is told to others by and by.
+    pub(crate) fn at_once(graceful: &Graceful) -> Self {
+        Self::new(graceful, Phase::Draining, false)
     }
 }
 
@@ -281,18 +322,44 @@ impl Future for PhaseReached {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let Self { graceful, reached } = &mut *self;
-        reached.poll(cx, || {
-            graceful.shared.drive();
-            graceful.shared.phases()
-        })
+        let Self {
+            graceful,
+            phase,
+            spread,
+            seat,
+        } = &mut *self;
+        let shared = graceful.shared();
+        // Without a lock, for the thousands who are woken at once.
+        let present = shared.settled_word().phase();
+        if present > *phase || present == *phase && !*spread {
+            return Poll::Ready(());
+        }
+        if seat.is_none() {
+            shared.drive();
+        }
+        shared.waiters.poll(seat, *phase, *spread, cx)
+    }
+}
+
+/// The clone waits anew, for the same phase.
+impl Clone for PhaseReached {
+    fn clone(&self) -> Self {
+        Self::new(&self.graceful, self.phase, self.spread)
+    }
+}
+
+impl Drop for PhaseReached {
+    fn drop(&mut self) {
+        if let Some(seat) = self.seat.take() {
+            self.graceful.shared.waiters.leave(seat);
+        }
     }
 }
 
 impl fmt::Debug for PhaseReached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PhaseReached")
-            .field("awaited", &self.reached.point())
+            .field("awaited", &self.phase)
             .field("present", &self.graceful.phase())
             .finish_non_exhaustive()
     }

@@ -84,6 +84,7 @@ mod drain;
 mod events;
 mod gate;
 mod handle;
+mod hold;
 mod leaving;
 mod middleware;
 mod phase;
@@ -102,6 +103,8 @@ mod spread;
 mod sync;
 mod tasks;
 mod timeline;
+mod until_draining;
+mod waiters;
 #[cfg(all(unix, feature = "signal"))]
 mod watchdog;
 mod work;
@@ -115,6 +118,7 @@ pub use crate::{
     connections::GracefulIo,
     drain::Drain,
     handle::{Graceful, PhaseReached, Snapshot},
+    hold::Hold,
     middleware::{GracefulBody, GracefulFuture, GracefulLayer, GracefulService},
     phase::Phase,
     plan::{ConfigError, Misfit},
@@ -124,7 +128,8 @@ pub use crate::{
         CutConnection, CutRequest, Fate, HeldBy, Outcome, Remaining, Report, Requests, TaskKind,
         TaskReport, Trigger,
     },
-    tasks::{Hold, RegisterError, Stop},
+    tasks::{RegisterError, Stop},
+    until_draining::UntilDraining,
     work::Completion,
 };
 

@@ -108,6 +108,12 @@ impl Plan {
         self.grace_period.saturating_sub(self.margin / 2)
     }
 
+    /// How long a drain may take, after the usual delay.
+    pub(crate) fn drain(&self) -> Duration {
+        let Deadlines { delay, drain, .. } = self.deadlines(self.drain_delay);
+        drain.saturating_sub(delay)
+    }
+
     /// The deadlines of a shutdown that begins with this `delay`.
     pub(crate) fn deadlines(&self, delay: Duration) -> Deadlines {
         let end = self.grace_period.saturating_sub(self.margin);
@@ -153,6 +159,14 @@ pub enum ConfigError {
         close_spread: Duration,
         /// What there is, by default or by [`drain_delay`](crate::GracefulBuilder::drain_delay).
         drain_delay: Duration,
+    },
+    /// The drain would be over before all long-lived work had been told to end.
+    DrainSpreadTooLong {
+        /// What was asked for.
+        drain_spread: Duration,
+        /// How long a drain may take, by [`drain_timeout`](crate::GracefulBuilder::drain_timeout)
+        /// or by what the other shares leave of the grace period.
+        drain: Duration,
     },
     /// `header_read_timeout` of zero would close every connection whose request head does not
     /// arrive in one piece.
@@ -235,6 +249,15 @@ impl fmt::Display for ConfigError {
                 "close_spread {close_spread:?} is longer than drain_delay {drain_delay:?}, so the \
                  last clients would not be asked to leave before they are refused; shorten it, or \
                  lengthen drain_delay"
+            ),
+            Self::DrainSpreadTooLong {
+                drain_spread,
+                drain,
+            } => write!(
+                f,
+                "drain_spread {drain_spread:?} leaves nothing of the {drain:?} that a drain may \
+                 take, so the last to be told to end would be cut; shorten it, or lengthen \
+                 drain_timeout"
             ),
             Self::NoTimeToRead => f.write_str(
                 "header_read_timeout is 0, which would close every connection whose request head \

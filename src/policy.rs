@@ -21,6 +21,8 @@ pub(crate) struct Policy {
     pub(crate) keep_listening: bool,
     /// Over how much of the lame-duck phase clients are asked to leave.
     pub(crate) close_spread: Duration,
+    /// Over how much of the drain long-lived work is told to end.
+    pub(crate) drain_spread: Duration,
     pub(crate) header_read_timeout: Duration,
     /// How long workers are waited for. `None`: as long as there is time.
     pub(crate) worker_timeout: Option<Duration>,
@@ -35,6 +37,11 @@ impl Policy {
     pub(crate) fn is_spread(&self) -> bool {
         !self.close_spread.is_zero()
     }
+
+    /// Long-lived work is told to end by and by.
+    pub(crate) fn spreads_drain(&self) -> bool {
+        !self.drain_spread.is_zero()
+    }
 }
 
 impl Default for Policy {
@@ -42,6 +49,7 @@ impl Default for Policy {
         Self {
             keep_listening: true,
             close_spread: Duration::ZERO,
+            drain_spread: Duration::ZERO,
             // hyper's own.
             header_read_timeout: Duration::from_secs(30),
             worker_timeout: None,

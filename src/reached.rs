@@ -21,10 +21,6 @@ impl<T: Copy + Ord + Send + Sync + 'static> Reached<T> {
         }
     }
 
-    pub(crate) fn point(&self) -> T {
-        self.point
-    }
-
     /// Waits on a receiver from `subscribe`, which is called when there is none yet. Its sender
     /// must outlive the waiting; otherwise this is ready when the sender goes.
     pub(crate) fn poll(

@@ -1,6 +1,7 @@
-//! Who is asked to leave when, while the lame-duck phase asks everybody a little at a time. Pure.
+//! Whose turn it is when, where everybody is told something a little at a time: clients in the
+//! lame-duck phase to leave, long-lived work in the drain to end. Pure.
 //!
-//! Everybody has a [`Place`] in the interval from the start of the spread to its end, and is asked
+//! Everybody has a [`Place`] in the interval from the start of the spread to its end, and is told
 //! from that moment on. The places are those of a Weyl sequence: the fractional parts of the
 //! multiples of the golden ratio, which lie evenly however many of them are taken and from
 //! wherever, more so than random numbers would, and are the same in every run.
@@ -12,12 +13,27 @@ use std::time::Duration;
 pub(crate) struct Place(u32);
 
 impl Place {
+    /// Its turn comes as soon as the spread begins.
+    pub(crate) const FIRST: Self = Self(0);
+    /// When it has come, so has everybody's.
+    pub(crate) const LAST: Self = Self(u32::MAX);
+
     /// The place of number `n`.
     pub(crate) fn nth(n: u64) -> Self {
         /// 2⁶⁴ divided by the golden ratio.
         const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
         let bytes = n.wrapping_mul(STEP).to_be_bytes();
         Self(u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+    }
+
+    /// The last place whose turn has come, so long after the start of a spread this long.
+    pub(crate) fn after(elapsed: Duration, spread: Duration) -> Self {
+        if elapsed >= spread {
+            return Self::LAST;
+        }
+        // Less than one, so it fits.
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        Self((elapsed.as_secs_f64() / spread.as_secs_f64() * 2.0_f64.powi(32)) as u32)
     }
 
     /// When its turn comes, in time since the start of a spread this long.
@@ -50,6 +66,26 @@ mod tests {
                 assert!(off < Duration::from_millis(200), "{i} of {first}: {turn:?}");
             }
         }
+    }
+
+    #[test]
+    fn turns_come_in_the_order_of_places_and_all_by_the_end() {
+        for spread in [1, 3, 1_000, 3_600_000].map(Duration::from_millis) {
+            let mut last = Place::FIRST;
+            for step in 0..=10 {
+                let elapsed = spread * step / 10;
+                let place = Place::after(elapsed, spread);
+                assert!(place >= last, "{elapsed:?} of {spread:?}");
+                assert!(place.turn(spread) <= elapsed);
+                last = place;
+            }
+            assert_eq!(last, Place::LAST);
+        }
+        assert_eq!(Place::after(Duration::ZERO, Duration::ZERO), Place::LAST);
+        assert_eq!(
+            Place::after(Duration::MAX / 2, Duration::MAX),
+            Place(1 << 31)
+        );
     }
 
     #[test]

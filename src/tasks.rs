@@ -1,4 +1,4 @@
-//! Work besides requests: holds, workers, hooks and cleanup steps.
+//! What is registered to run beside requests: workers, hooks and cleanup steps.
 
 use std::{
     borrow::Cow,
@@ -19,34 +19,6 @@ use crate::{
 };
 
 impl Graceful {
-    /// Holds the drain until the returned [`Hold`] is dropped: for work that no response carries,
-    /// such as a job that a request has spawned, or the task of a WebSocket.
-    ///
-    /// It counts in [`in_flight`](Self::in_flight), and not against
-    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight). What holds beyond the drain
-    /// deadline is not waited for, and the report names it. Take it before the request that it
-    /// continues is over, so that the drain does not end in between:
-    ///
-    /// ```
-    /// # use tower_graceful::Graceful;
-    /// # async fn send_mail() {}
-    /// async fn order(graceful: Graceful) -> &'static str {
-    ///     let hold = graceful.hold("order mail");
-    ///     tokio::spawn(async move {
-    ///         send_mail().await;
-    ///         drop(hold);
-    ///     });
-    ///     "ordered"
-    /// }
-    /// ```
-    pub fn hold(&self, name: impl Into<Cow<'static, str>>) -> Hold {
-        let key = self.shared().work.hold(name.into());
-        Hold {
-            graceful: self.clone(),
-            key,
-        }
-    }
-
     /// Spawns a worker: a task that lives as long as the service, and is told to stop when draining
     /// starts.
     ///
@@ -213,31 +185,6 @@ impl Graceful {
     }
 }
 
-/// Holds the drain until it is dropped. Made by [`Graceful::hold`].
-#[must_use = "the hold ends when this is dropped"]
-pub struct Hold {
-    graceful: Graceful,
-    key: usize,
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        let shared = self.graceful.shared();
-        let left = shared.work.release(self.key);
-        if left == 0 && shared.word().phase() >= Phase::Draining {
-            shared.ring();
-        }
-    }
-}
-
-impl fmt::Debug for Hold {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Hold")
-            .field("graceful", &self.graceful)
-            .finish_non_exhaustive()
-    }
-}
-
 /// How a [worker](Graceful::worker) is told to stop: a future that is ready, and a flag that is
 /// up, from the moment draining starts. Clones are told alike.
 #[derive(Clone, Debug)]
@@ -251,7 +198,7 @@ impl Stop {
     fn new(graceful: &Graceful) -> Self {
         Self {
             graceful: graceful.clone(),
-            draining: graceful.draining(),
+            draining: PhaseReached::at_once(graceful),
         }
     }
 

@@ -145,9 +145,10 @@ impl Core {
         Poll::Pending
     }
 
-    /// A snapshot by which to decide that all is over: what the requests did happens before it.
+    /// A snapshot by which to decide that a phase has come, or that all is over: what led to it,
+    /// and what the requests did that have left, happens before it.
     pub(super) fn settled_word(&self) -> Word {
-        // Acquire: partner of the Release in `release`.
+        // Acquire: partner of the Release in `release` and in `update`.
         Word(self.word.load(Ordering::Acquire))
     }
 
@@ -166,9 +167,9 @@ impl Core {
     }
 
     fn update(&self, change: impl Fn(Word) -> Option<Word>) -> Option<Word> {
-        // Relaxed: points 1 and 5 of the module header.
+        // Release: partner of the Acquire load in `settled_word`, point 6 of the module header.
         self.word
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |word| {
+            .fetch_update(Ordering::Release, Ordering::Relaxed, |word| {
                 change(Word(word)).map(|word| word.0)
             })
             .ok()

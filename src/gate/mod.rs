@@ -36,8 +36,8 @@
 //!    so they have a single order. An admission after the advance sees the phase the advance
 //!    wrote, and refuses without writing; an admission before it is in the count the advance
 //!    carried over. Hence in a draining word the count only falls, "idle" once true stays true,
-//!    and exactly one release sees itself as the last. This needs atomicity alone: admit and
-//!    advance are `Relaxed`.
+//!    and exactly one release sees itself as the last. This needs atomicity alone: an admission
+//!    is `Relaxed`.
 //! 2. *The limit is exact.* The comparison with the limit and the addition are one
 //!    compare-and-swap, so the count never passes the limit, not even for an instant, and nobody
 //!    is refused while there is room.
@@ -52,6 +52,10 @@
 //! 5. *Reading the phase for a response header or for readiness is `Relaxed`.* Nothing else is
 //!    published through it; a thread that was told of a phase in any synchronising way reads that
 //!    phase or a later one, because a single variable is coherent.
+//!
+//! 6. *Who is told that a phase has come sees what came before it.* The timeline advances the word
+//!    after it has done what the phase promises; the advance is `Release`, and whoever acts upon a
+//!    phase, rather than put it into a header, reads it with `Acquire`.
 //!
 //! `models` holds these as loom models: every interleaving, and every reordering the orderings
 //! leave open, of this code and not of a copy of it.

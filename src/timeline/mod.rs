@@ -51,6 +51,7 @@ use crate::{
     roll::Roll,
     spread::{Place, TURN},
     sync::lock,
+    waiters::{Moment, Waiters},
     work::Work,
 };
 
@@ -67,6 +68,8 @@ pub(crate) struct Lifecycle {
     pub(crate) connections: Registry,
     pub(crate) work: Work,
     pub(crate) roll: Roll,
+    /// For a phase, by the thousands.
+    pub(crate) waiters: Waiters,
     /// Set where one was asked for.
     #[cfg(all(unix, feature = "signal"))]
     pub(crate) watchdog: OnceLock<Watchdog>,
@@ -87,6 +90,7 @@ impl Lifecycle {
             connections: Registry::default(),
             work: Work::default(),
             roll: Roll::default(),
+            waiters: Waiters::new(),
             #[cfg(all(unix, feature = "signal"))]
             watchdog: OnceLock::new(),
             probes: OnceLock::new(),
@@ -306,13 +310,14 @@ impl Gate<Lifecycle> {
     fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
         let now = Instant::now();
         let mut transitions = Vec::new();
-        let (next, edge, told) = {
+        let (next, edge, told, moment) = {
             let mut state = self.state();
             change(&mut state, now);
             let next = self.settle(&mut state, now, &mut transitions);
             let told = self.told(&state);
             let edge = state.shutdown.as_ref().map(|shutdown| shutdown.edge);
-            (next, edge.unwrap_or(Edge::Open), told)
+            let moment = self.moment(&state, now);
+            (next, edge.unwrap_or(Edge::Open), told, moment)
         };
         // After the lock, because wakers and subscribers may call back.
         self.connections.tell(told);
@@ -321,6 +326,9 @@ impl Gate<Lifecycle> {
         advance(&self.edges, edge);
         if let Some(last) = transitions.last() {
             advance(&self.phases, last.to);
+        }
+        if moment.phase > Phase::LameDuck {
+            self.waiters.tell(moment);
         }
         for transition in &transitions {
             events::transition(transition);
@@ -373,6 +381,17 @@ impl Gate<Lifecycle> {
             text.push_str(&line);
         }
         Some(text)
+    }
+
+    /// How far those who wait for a phase are told.
+    fn moment(&self, state: &State, now: Instant) -> Moment {
+        let phase = self.word().phase();
+        let spreading = (phase == Phase::Draining).then(|| state.draining_since());
+        let place = spreading.flatten().map_or(Place::LAST, |since| {
+            let elapsed = now.saturating_duration_since(since);
+            Place::after(elapsed, self.policy.drain_spread)
+        });
+        Moment { phase, place }
     }
 
     /// What the connections are to be told.

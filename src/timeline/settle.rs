@@ -28,6 +28,12 @@ const MOST_LINGER: Duration = Duration::from_millis(150);
 /// How long a listener may take to empty its accept queue.
 pub(crate) const LAST_ACCEPTS: Duration = Duration::from_millis(100);
 
+/// In how many turns long-lived work is told to end, where that is spread.
+const TURNS: u32 = 100;
+
+/// How long a turn is at least: what a timer of the runtime can tell apart.
+const LEAST_TURN: Duration = Duration::from_millis(1);
+
 /// What is due.
 enum Step {
     To(Phase, Reason),
@@ -66,7 +72,7 @@ impl Gate<Lifecycle> {
                 Phase::Stopped => return None,
             };
             match step {
-                Step::Until(instant) => return Some(instant),
+                Step::Until(instant) => return Some(self.next_turn(state, now).min(instant)),
                 Step::To(Phase::Stopped, reason)
                     if shutdown.begins_cleanup(reason, now, &self.work) => {}
                 Step::To(phase, reason) => self.enter(state, phase, reason, now, transitions),
@@ -154,6 +160,20 @@ impl Gate<Lifecycle> {
             return self.settle_closing(shutdown, servers, now);
         }
         Step::Until(told.map_or(until, |told| told.min(until)))
+    }
+
+    /// When more of the long-lived work is to be told to end.
+    fn next_turn(&self, state: &State, now: Instant) -> Instant {
+        let never = instant_after(now, Duration::MAX);
+        let spread = self.policy.drain_spread;
+        let Some(since) = state.draining_since() else {
+            return never;
+        };
+        let end = instant_after(since, spread);
+        if now >= end {
+            return never;
+        }
+        end.min(instant_after(now, LEAST_TURN.max(spread / TURNS)))
     }
 
     fn enter(

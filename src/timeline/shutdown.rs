@@ -47,6 +47,13 @@ pub(super) struct State {
     pub(super) stopped: Option<Instant>,
 }
 
+impl State {
+    /// When the service began to drain, if it has.
+    pub(super) fn draining_since(&self) -> Option<Instant> {
+        self.shutdown.as_ref()?.entered.get(1).copied()
+    }
+}
+
 /// What the servers are told, in this order. Only moves forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Edge {
