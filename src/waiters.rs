@@ -158,3 +158,170 @@ impl Lane {
         wakers.collect()
     }
 }
+
+#[cfg(all(test, tower_graceful_loom))]
+mod models {
+    use std::{future::poll_fn, sync::Arc};
+
+    use loom::{future::block_on, model, thread};
+
+    use super::*;
+
+    const DRAINING: Moment = Moment {
+        phase: Phase::Draining,
+        place: Place::LAST,
+    };
+
+    /// If the wake-up could be lost, loom would find the execution that never ends.
+    #[test]
+    fn whoever_waits_is_told() {
+        model(|| {
+            let waiters = Arc::new(Waiters::new());
+            let telling = Arc::clone(&waiters);
+            let teller = thread::spawn(move || telling.tell(DRAINING));
+            let mut seat = None;
+            block_on(poll_fn(|cx| {
+                waiters.poll(&mut seat, Phase::Draining, true, cx)
+            }));
+            assert!(seat.is_none());
+            teller.join().unwrap();
+        });
+    }
+
+    /// A seat that is given up is free once, whoever comes first.
+    #[test]
+    fn a_seat_is_given_up_beside_the_telling() {
+        model(|| {
+            let waiters = Arc::new(Waiters::new());
+            let mut first = None;
+            let cx = Context::from_waker(Waker::noop());
+            assert!(
+                waiters
+                    .poll(&mut first, Phase::Draining, true, &cx)
+                    .is_pending()
+            );
+            let telling = Arc::clone(&waiters);
+            let teller = thread::spawn(move || telling.tell(DRAINING));
+            waiters.leave(first.unwrap());
+            let mut second = None;
+            let _ = waiters.poll(&mut second, Phase::Draining, true, &cx);
+            teller.join().unwrap();
+            assert!(
+                waiters
+                    .poll(&mut second, Phase::Draining, true, &cx)
+                    .is_ready()
+            );
+        });
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use std::{
+        future::poll_fn,
+        sync::{Arc, OnceLock},
+        task::Wake,
+    };
+
+    use tokio_test::{assert_pending, assert_ready, task};
+
+    use super::*;
+
+    fn draining(place: Place) -> Moment {
+        let phase = Phase::Draining;
+        Moment { phase, place }
+    }
+
+    async fn told(waiters: &Waiters, spread: bool) {
+        let mut seat = None;
+        poll_fn(|cx| waiters.poll(&mut seat, Phase::Draining, spread, cx)).await;
+    }
+
+    #[test]
+    fn places_are_told_one_after_another_and_the_rest_with_the_next_phase() {
+        let waiters = Waiters::new();
+        let mut all: Vec<_> = (0..100)
+            .map(|_| task::spawn(told(&waiters, true)))
+            .collect();
+        let mut unspread = task::spawn(told(&waiters, false));
+        for waiter in &mut all {
+            assert_pending!(waiter.poll());
+        }
+        assert_pending!(unspread.poll());
+        let half = Place::after(
+            std::time::Duration::from_secs(1),
+            std::time::Duration::from_secs(2),
+        );
+        for (place, least, most) in [(Place::FIRST, 0, 1), (half, 40, 60)] {
+            waiters.tell(draining(place));
+            assert!(unspread.is_woken());
+            let woken = all.iter().filter(|waiter| waiter.is_woken()).count();
+            assert!((least..=most).contains(&woken), "{woken} at {place:?}");
+        }
+        all.retain_mut(|waiter| {
+            let woken = waiter.is_woken();
+            assert_eq!(waiter.poll().is_ready(), woken);
+            !woken
+        });
+        // Whoever comes now does not wait for a turn.
+        assert_ready!(task::spawn(told(&waiters, true)).poll());
+        waiters.tell(Moment {
+            phase: Phase::Closing,
+            place: Place::FIRST,
+        });
+        assert!(all.iter().all(task::Spawn::is_woken));
+    }
+
+    #[test]
+    fn a_waker_may_give_up_other_seats_when_it_is_dropped_or_woken() {
+        struct Leaves(Arc<Waiters>, OnceLock<Seat>);
+
+        impl Wake for Leaves {
+            fn wake(self: Arc<Self>) {}
+        }
+
+        impl Drop for Leaves {
+            fn drop(&mut self) {
+                if let Some(seat) = self.1.get() {
+                    self.0.leave(*seat);
+                }
+            }
+        }
+
+        for last in ["replaced", "left", "told"] {
+            let waiters = Arc::new(Waiters::new());
+            let noop = Context::from_waker(Waker::noop());
+            let mut other = None;
+            assert_pending!(waiters.poll(&mut other, Phase::Draining, false, &noop));
+            let leaves = Leaves(Arc::clone(&waiters), OnceLock::from(other.unwrap()));
+            let waker = Waker::from(Arc::new(leaves));
+            let mut seat = None;
+            let cx = Context::from_waker(&waker);
+            assert_pending!(waiters.poll(&mut seat, Phase::Draining, false, &cx));
+            drop(waker);
+            match last {
+                "replaced" => {
+                    assert_pending!(waiters.poll(&mut seat, Phase::Draining, false, &noop));
+                }
+                "left" => waiters.leave(seat.unwrap()),
+                _ => waiters.tell(draining(Place::LAST)),
+            }
+        }
+    }
+
+    #[test]
+    fn a_seat_given_up_is_given_to_somebody_else_who_is_told() {
+        let waiters = Waiters::new();
+        for _ in 0..3 {
+            let cx = Context::from_waker(Waker::noop());
+            let mut seat = None;
+            assert_pending!(waiters.poll(&mut seat, Phase::Draining, true, &cx));
+            waiters.leave(seat.unwrap());
+        }
+        let mut waiter = task::spawn(told(&waiters, true));
+        assert_pending!(waiter.poll());
+        waiters.tell(draining(Place::LAST));
+        assert!(waiter.is_woken());
+        assert_ready!(waiter.poll());
+    }
+}

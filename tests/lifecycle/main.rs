@@ -8,6 +8,7 @@ mod connections;
 #[cfg(feature = "tracing")]
 mod events;
 mod futures;
+mod long_lived;
 mod misuse;
 mod phases;
 mod plan;
