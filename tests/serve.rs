@@ -11,12 +11,14 @@ use std::{
 
 use axum::{
     Router,
+    body::Body,
     extract::{ConnectInfo, Request, connect_info::Connected},
     handler::{Handler, HandlerWithoutStateExt},
     response::Response,
     routing::get,
     serve::{Listener, ListenerExt},
 };
+use futures_util::{StreamExt, stream};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -24,7 +26,7 @@ use tokio::{
     time,
 };
 use tower::service_fn;
-use tower_graceful::{Accepted, Graceful, Outcome, Report};
+use tower_graceful::{Accepted, Graceful, Outcome, Phase, Report};
 use tower_service::Service;
 
 const BOUND: Duration = Duration::from_secs(10);
@@ -349,4 +351,73 @@ fn the_call_needs_no_runtime() {
         assert!(answer.ends_with("hello"), "{answer}");
         stop(&graceful, server).await;
     });
+}
+
+/// Reads until `text` has come.
+async fn read_to(io: &mut TcpStream, text: &str) -> String {
+    let mut read = Vec::new();
+    while !String::from_utf8_lossy(&read).contains(text) {
+        let byte = time::timeout(BOUND, io.read_u8()).await.unwrap().unwrap();
+        read.push(byte);
+    }
+    String::from_utf8(read).unwrap()
+}
+
+/// What a connection is left with on which a subscription ended, and the request that is to go
+/// out on it meanwhile, if any.
+async fn after_a_subscription(pipelined: &str) -> String {
+    let graceful = graceful();
+    let (listener, address) = listener().await;
+    let ending = graceful.clone();
+    let subscription = move || {
+        let news = stream::iter(["news"]).chain(stream::pending());
+        let news = ending.until_draining(news.map(Ok::<_, Infallible>));
+        async { Body::from_stream(news) }
+    };
+    let app = Router::new()
+        .route("/", get(subscription))
+        .layer(graceful.layer());
+    let server = tokio::spawn(graceful.serve(listener, app));
+    let mut subscriber = TcpStream::connect(address).await.unwrap();
+    subscriber
+        .write_all(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")
+        .await
+        .unwrap();
+    let head = read_to(&mut subscriber, "news\r\n").await;
+    assert!(!head.contains("connection: close"), "{head}");
+    subscriber.write_all(pipelined.as_bytes()).await.unwrap();
+    let mut idle = TcpStream::connect(address).await.unwrap();
+    idle.write_all(b"GET /missing HTTP/1.1\r\nhost: test\r\n\r\n")
+        .await
+        .unwrap();
+    read_to(&mut idle, "\r\n\r\n").await;
+
+    let hold = graceful.hold("so that the drain goes on");
+    graceful.shutdown();
+    let mut rest = String::new();
+    time::timeout(BOUND, subscriber.read_to_string(&mut rest))
+        .await
+        .expect("the connection is closed")
+        .unwrap();
+    assert_eq!(graceful.phase(), Phase::Draining);
+    // Only the connection of a response that could not say so: another's next request is answered.
+    let answer = ask(&mut idle).await;
+    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+    drop(hold);
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+    rest
+}
+
+/// Else whoever comes back on it, as an `EventSource` does, is refused, and gives up for good.
+#[tokio::test]
+async fn a_response_that_ends_while_draining_takes_its_connection_along() {
+    assert_eq!(after_a_subscription("").await, "0\r\n\r\n");
+}
+
+#[tokio::test]
+async fn what_has_come_on_that_connection_meanwhile_is_answered() {
+    let rest = after_a_subscription("GET / HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    assert!(rest.starts_with("0\r\n\r\nHTTP/1.1 503"), "{rest}");
+    assert!(rest.contains("connection: close"), "{rest}");
 }

@@ -10,7 +10,9 @@ use std::{
 };
 
 use axum::{body::Body, extract::Request, response::Response};
+use bytes::Bytes;
 use http::Version;
+use http_body::{Frame, SizeHint};
 use hyper::{
     body::Incoming,
     rt::{Executor, Sleep, Timer},
@@ -38,7 +40,8 @@ use crate::{
 ///
 /// The peer is asked to leave when its turn has come: over HTTP/2 by GOAWAY, which loses no
 /// request, over HTTP/1 by the header of a response. Over HTTP/1 an idle connection is closed only
-/// when everybody is, because a request may be on its way.
+/// when everybody is, because a request may be on its way; but where a response ends while the
+/// service drains, its connection does too.
 pub(super) async fn serve<I, S>(mut io: GracefulIo<I>, service: S, graceful: Graceful)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -190,7 +193,7 @@ impl<S> Service<http::Request<Incoming>> for Owned<S>
 where
     S: Service<Request, Response = Response, Error = Infallible>,
 {
-    type Response = Response;
+    type Response = http::Response<OwnedBody>;
     type Error = Infallible;
     type Future = OwnedFuture<S::Future>;
 
@@ -201,7 +204,7 @@ where
     fn call(&mut self, request: http::Request<Incoming>) -> Self::Future {
         OwnedFuture {
             version: request.version(),
-            owner: Arc::clone(&self.owner),
+            owner: Some(Arc::clone(&self.owner)),
             inner: self.inner.call(request.map(Body::new)),
         }
     }
@@ -212,7 +215,8 @@ pin_project! {
         #[pin]
         inner: F,
         version: Version,
-        owner: Arc<Owner>,
+        // Goes on to the body.
+        owner: Option<Arc<Owner>>,
     }
 }
 
@@ -220,23 +224,71 @@ impl<F> Future for OwnedFuture<F>
 where
     F: Future<Output = Result<Response, Infallible>>,
 {
-    type Output = F::Output;
+    type Output = Result<http::Response<OwnedBody>, Infallible>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let owner = &**this.owner;
+        let Some(owner) = this.owner else {
+            return Poll::Pending;
+        };
         let polled = if owner.is_spread(owner.graceful.phase()) {
             let turn = time::Instant::now() >= owner.turn();
             TURN.sync_scope(turn, || this.inner.poll(cx))
         } else {
             this.inner.poll(cx)
         };
-        let mut result = ready!(polled);
+        let Ok(mut response) = ready!(polled);
         let phase = owner.graceful.phase();
-        if let (Ok(response), true) = (&mut result, phase > Phase::Serving) {
-            owner.ask_to_leave(response, *this.version, phase);
+        if phase > Phase::Serving {
+            owner.ask_to_leave(&mut response, *this.version, phase);
         }
-        Poll::Ready(result)
+        // Over HTTP/2 the peer is asked by other means.
+        let owner = this
+            .owner
+            .take()
+            .filter(|_| *this.version < Version::HTTP_2);
+        Poll::Ready(Ok(response.map(|inner| OwnedBody { inner, owner })))
+    }
+}
+
+/// A response's body that takes its connection along when it ends while draining. Its head may have
+/// gone out long before, and could not say so; and the next request would be refused.
+struct OwnedBody {
+    inner: Body,
+    owner: Option<Arc<Owner>>,
+}
+
+impl OwnedBody {
+    fn ended(&mut self) {
+        if let Some(owner) = self.owner.take() {
+            if owner.graceful.phase() >= Phase::Draining {
+                owner.line.tell(Told::Close);
+            }
+        }
+    }
+}
+
+impl http_body::Body for OwnedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        if !matches!(frame, Some(Ok(_))) || self.inner.is_end_stream() {
+            self.ended();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
     }
 }
 
