@@ -5,7 +5,7 @@ use std::{
     future::poll_fn,
     pin::{Pin, pin},
     sync::{Arc, Mutex},
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,6 @@ use hyper_util::{rt::TokioIo, server::conn::auto, service::TowerToHyperService};
 use pin_project_lite::pin_project;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::mpsc,
     time,
 };
 use tower_service::Service;
@@ -51,10 +50,10 @@ where
     let owner = Arc::new(Owner {
         line: io.line(),
         graceful,
+        streams: Mutex::default(),
     });
     let heard = io.heard();
-    let (streams, mut streams_ended) = Streams::new();
-    let mut http = auto::Builder::new(streams);
+    let mut http = auto::Builder::new(Streams(Arc::clone(&owner)));
     let timer = HeadTimer {
         timeout: owner.graceful.policy().header_read_timeout,
         heard: Arc::clone(&heard),
@@ -75,7 +74,7 @@ where
         // hyper's timer begins where it is known to be HTTP/1.
         let mut opening = pin!(timer.timeout(0));
         let mut opened = false;
-        let mut turn = pin!(None);
+        let mut turn = None;
         let mut asked = Told::Stay;
         let mut connection = pin!(http.serve_connection_with_upgrades(TokioIo::new(io), service));
         poll_fn(|cx| {
@@ -94,7 +93,7 @@ where
                 }
                 let leaves = match told {
                     Told::Stay => false,
-                    Told::TakeTurns => is_http2() && owner.poll_turn(turn.as_mut(), cx).is_ready(),
+                    Told::TakeTurns => is_http2() && owner.poll_turn(&mut turn, cx).is_ready(),
                     Told::Leave => is_http2(),
                     Told::Close | Told::Cut => true,
                 };
@@ -107,26 +106,17 @@ where
         })
         .await;
     }
-    // What it ran in tasks of their own goes with it.
-    drop(http);
-    streams_ended.recv().await;
+    // What it ran in tasks of their own ends with it.
+    poll_fn(|cx| owner.poll_streams_ended(cx)).await;
 }
 
 /// Runs what hyper runs beside a connection of HTTP/2: each of its streams, in a task of its own.
 #[derive(Clone)]
-struct Streams(mpsc::Sender<Infallible>);
-
-impl Streams {
-    /// And what ends when they have.
-    fn new() -> (Self, mpsc::Receiver<Infallible>) {
-        let (running, ended) = mpsc::channel(1);
-        (Self(running), ended)
-    }
-}
+struct Streams(Arc<Owner>);
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     fn execute(&self, stream: F) {
-        let running = self.0.clone();
+        let running = Running::new(Arc::clone(&self.0));
         tokio::spawn(async move {
             stream.await;
             drop(running);
@@ -134,29 +124,63 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     }
 }
 
+/// A stream's task that has not ended.
+struct Running(Arc<Owner>);
+
+impl Running {
+    fn new(owner: Arc<Owner>) -> Self {
+        lock!(owner.streams).running += 1;
+        Self(owner)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let waiter = {
+            let mut streams = lock!(self.0.streams);
+            streams.running -= 1;
+            (streams.running == 0).then(|| streams.waiter.take())
+        };
+        if let Some(waiter) = waiter.flatten() {
+            waiter.wake();
+        }
+    }
+}
+
+#[derive(Default)]
+struct RunningStreams {
+    running: usize,
+    waiter: Option<Waker>,
+}
+
+/// Boxed, because most connections never need it and ten thousand may be idle.
+type RareSleep = Option<Pin<Box<time::Sleep>>>;
+
 /// What a connection and its requests share.
 struct Owner {
     line: Arc<Line>,
     graceful: Graceful,
+    streams: Mutex<RunningStreams>,
 }
 
 impl Owner {
+    fn poll_streams_ended(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut streams = lock!(self.streams);
+        if streams.running == 0 {
+            return Poll::Ready(());
+        }
+        streams.waiter = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
     /// When this connection's turn to leave comes.
     fn turn(&self) -> time::Instant {
         self.graceful.shared().turn(self.line.place)
     }
 
-    fn poll_turn(
-        &self,
-        mut sleep: Pin<&mut Option<time::Sleep>>,
-        cx: &mut Context<'_>,
-    ) -> Poll<()> {
-        if sleep.is_none() {
-            sleep.set(Some(time::sleep_until(self.turn())));
-        }
-        sleep
-            .as_pin_mut()
-            .map_or(Poll::Ready(()), |sleep| sleep.poll(cx))
+    fn poll_turn(&self, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
+        let sleep = sleep.get_or_insert_with(|| Box::pin(time::sleep_until(self.turn())));
+        sleep.as_mut().poll(cx)
     }
 
     /// Whether connections are asked one after another in this phase.
@@ -331,14 +355,11 @@ impl Timer for HeadTimer {
     }
 }
 
-pin_project! {
-    struct HeadTimeout {
-        awaited_from: u64,
-        heard: Arc<Mutex<Heard>>,
-        timeout: Duration,
-        #[pin]
-        sleep: Option<time::Sleep>,
-    }
+struct HeadTimeout {
+    awaited_from: u64,
+    heard: Arc<Mutex<Heard>>,
+    timeout: Duration,
+    sleep: RareSleep,
 }
 
 impl Sleep for HeadTimeout {}
@@ -347,17 +368,17 @@ impl Future for HeadTimeout {
     type Output = ();
 
     /// Polled by hyper each time it has read and the head is not whole.
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let mut this = self.project();
-        if this.sleep.is_none() {
-            if lock!(this.heard).bytes == *this.awaited_from {
-                return Poll::Pending;
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        let sleep = match &mut this.sleep {
+            Some(sleep) => sleep,
+            none => {
+                if lock!(this.heard).bytes == this.awaited_from {
+                    return Poll::Pending;
+                }
+                none.insert(Box::pin(time::sleep(this.timeout)))
             }
-            this.sleep.set(Some(time::sleep(*this.timeout)));
-        }
-        match this.sleep.as_pin_mut() {
-            Some(sleep) => sleep.poll(cx),
-            None => Poll::Pending,
-        }
+        };
+        sleep.as_mut().poll(cx)
     }
 }
