@@ -84,6 +84,8 @@ mod drain;
 mod events;
 mod gate;
 mod handle;
+#[cfg(all(feature = "axum", feature = "signal"))]
+mod heard;
 mod hold;
 mod leaving;
 mod middleware;
