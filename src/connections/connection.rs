@@ -49,6 +49,7 @@ where
 {
     let owner = Arc::new(Owner {
         line: io.noted(),
+        late: graceful.phase() > Phase::Serving,
         graceful,
     });
     let mut http = auto::Builder::new(Streams(Arc::clone(&owner)));
@@ -147,6 +148,8 @@ type RareSleep = Option<Pin<Box<time::Sleep>>>;
 /// What a connection and its requests share.
 struct Owner {
     line: Arc<Line>,
+    /// It has come when others were asked to leave already.
+    late: bool,
     graceful: Graceful,
 }
 
@@ -170,11 +173,11 @@ impl Owner {
     #[cold]
     fn ask_to_leave(&self, response: &mut Response, version: Version, phase: Phase) {
         let http2 = version == Version::HTTP_2;
+        // Else who has no other place to go would come back and be asked again with each request.
+        if http2 && self.late && phase == Phase::LameDuck {
+            return;
+        }
         if self.is_spread(phase) && time::Instant::now() < self.turn() {
-            if http2 {
-                // It may have come after the others were told.
-                self.line.tell(Told::TakeTurns);
-            }
             return;
         }
         leaving::say_close(response, version);
