@@ -173,11 +173,16 @@ impl Owner {
     #[cold]
     fn ask_to_leave(&self, response: &mut Response, version: Version, phase: Phase) {
         let http2 = version == Version::HTTP_2;
-        // Else who has no other place to go would come back and be asked again with each request.
-        if http2 && self.late && phase == Phase::LameDuck {
-            return;
-        }
-        if self.is_spread(phase) && time::Instant::now() < self.turn() {
+        if self.is_spread(phase) {
+            if time::Instant::now() < self.turn() {
+                if http2 {
+                    // It may have come after the others were told.
+                    self.line.tell(Told::TakeTurns);
+                }
+                return;
+            }
+        } else if http2 && self.late && phase == Phase::LameDuck {
+            // Who has no other place to go would come back, and be asked again with each request.
             return;
         }
         leaving::say_close(response, version);
