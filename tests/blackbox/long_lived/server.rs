@@ -61,19 +61,21 @@ pub(crate) fn routes(graceful: &Graceful, code: u16, within: Duration, loud: boo
 
 async fn echo(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
     let hold = sockets.graceful.hold("echo");
-    upgrade.on_upgrade(move |mut socket| async move {
-        let mut draining = sockets.graceful.draining();
-        loop {
-            tokio::select! {
-                () = &mut draining => break,
-                message = socket.recv() => match message {
-                    Some(Ok(message)) => drop(socket.send(message).await),
-                    _ => return,
-                },
+    upgrade
+        .read_buffer_size(4096)
+        .on_upgrade(move |mut socket| async move {
+            let mut draining = sockets.graceful.draining();
+            loop {
+                tokio::select! {
+                    () = &mut draining => break,
+                    message = socket.recv() => match message {
+                        Some(Ok(message)) => drop(socket.send(message).await),
+                        _ => return,
+                    },
+                }
             }
-        }
-        close(hold, socket, sockets).await;
-    })
+            close(hold, socket, sockets).await;
+        })
 }
 
 async fn close(hold: Hold, socket: WebSocket, sockets: Sockets) {
