@@ -68,19 +68,22 @@ fn resident(form: Form, count: usize) -> f64 {
 
 pub(crate) fn measure_memory(rows: &mut Rows) {
     let count = many();
-    let forms = [Form::Plain, Form::Listener, Form::Serve];
-    let mut bytes = forms.map(|_| Vec::new());
+    let mut all = Form::ALL.map(|_| Vec::new());
     for _ in 0..ROUNDS {
-        for (bytes, form) in bytes.iter_mut().zip(forms) {
+        for (bytes, form) in all.iter_mut().zip(Form::ALL) {
             bytes.push(resident(form, count));
         }
     }
-    let [plain, listener, serve] = bytes.map(|bytes| Figures::new(bytes).median());
-    for (row, ours) in [("memory, listener", listener), ("memory, serve", serve)] {
-        let added = ours - plain;
+    let [plain, others @ ..] = all.map(|bytes| Figures::new(bytes).median());
+    for (form, with) in Form::ALL[1..].iter().zip(others) {
+        let added = with - plain;
+        let budget = match form {
+            Form::Listener | Form::Serve => Budget::AtMost(1.0),
+            _ => Budget::None,
+        };
+        let row = format!("memory, {}", form.name());
         let ours = format!("{added:.0} bytes on {plain:.0}");
-        let budget = Budget::AtMost(1.0);
-        rows.add(row, &ours, "256 bytes", added / 256.0, budget);
+        rows.add(&row, &ours, "256 bytes", added / 256.0, budget);
     }
 }
 

@@ -72,6 +72,10 @@ fn main() -> std::process::ExitCode {
         eprintln!("budgets: no such row: {unknown}");
         return ExitCode::from(2);
     }
+    if write && !args.is_empty() {
+        eprintln!("budgets: what is written is of one run, of all of them");
+        return ExitCode::from(2);
+    }
     let mut rows = Rows::default();
     for (name, measure) in ALL {
         if args.is_empty() || args.iter().any(|arg| arg == name) {

@@ -161,6 +161,35 @@ fn lines(rows: &mut Rows) {
         "An atomic addition, and the transfer of a cache line:",
         table,
     );
+    // Whatever else the machine does only adds to it.
+    let transfer = handed.percentile(25) / 1e3;
+    rows.table(
+        "**A model, not a measurement:** microseconds a request adds where each core's next request \
+         takes 10 µs besides, by how many transfers of a cache line it needs:",
+        model(transfer),
+    );
+}
+
+/// `BENCHMARKS.md` says where the formula is from.
+fn model(transfer: f64) -> String {
+    const BESIDES: f64 = 10.0;
+
+    let mut table = String::from("| transfers | 1 core | 8 | 32 | 64 |\n|---|---|---|---|---|\n");
+    for transfers in [1.0, 2.0, 4.0] {
+        let _ = write!(table, "| {transfers} ");
+        let demand = transfers * transfer;
+        for cores in [1.0, 8.0, 32.0, 64.0] {
+            // On one core nothing is ever elsewhere.
+            let added = if cores > 1.0 {
+                demand.max(cores * demand - BESIDES)
+            } else {
+                0.0
+            };
+            let _ = write!(table, "| {added:.2} ");
+        }
+        table.push_str("|\n");
+    }
+    table
 }
 
 /// Nanoseconds until a core sees what another has written, there and back halved.
