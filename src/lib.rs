@@ -39,6 +39,9 @@
 //!   deadline.
 //! - [`Graceful::hold`], [`Graceful::worker`], [`Graceful::on_lame_duck`] and
 //!   [`Graceful::cleanup`] are for work besides requests, and for the order in which it ends.
+//! - [`Graceful::draining`] tells long-lived work that the time has come:
+//!   [`Graceful::until_draining`] ends a stream then, and [`Hold::close_socket`] says goodbye on a
+//!   WebSocket.
 //! - [`Graceful::run`] runs a server to its end and returns a [`Report`].
 //! - [`Graceful::serve`] is all of the above in one call, on connections of its own: over HTTP/2
 //!   only who owns a connection can ask its peer to leave.
@@ -84,6 +87,8 @@ mod drain;
 mod events;
 mod gate;
 mod handle;
+#[cfg(all(feature = "axum", feature = "signal"))]
+mod heard;
 mod hold;
 mod leaving;
 mod middleware;

@@ -21,6 +21,8 @@ use std::{
 use slab::Slab;
 use tokio::time::Instant;
 
+#[cfg(all(feature = "axum", feature = "signal"))]
+use crate::heard::Heard;
 use crate::{report::CutConnection, spread::Place, sync::lock};
 
 #[derive(Default)]
@@ -106,8 +108,8 @@ impl Registry {
         open.lines.iter().any(|(_, line)| line.is_unread())
     }
 
-    /// Enters a connection. The key is for [`remove`](Self::remove).
-    pub(crate) fn insert(&self, peer: Option<SocketAddr>) -> (usize, Arc<Line>) {
+    /// Enters a connection, until [`remove`](Self::remove).
+    pub(crate) fn insert(&self, peer: Option<SocketAddr>) -> Arc<Line> {
         let opened = Instant::now();
         let mut open = lock!(self.open);
         // Who connects while others are asked to leave has a request, and is asked with its answer.
@@ -116,25 +118,33 @@ impl Registry {
         } else {
             Told::Stay
         };
+        let place = Place::nth(open.entered);
+        let entry = open.lines.vacant_entry();
         let line = Arc::new(Line {
+            key: entry.key(),
             peer,
             opened,
-            place: Place::nth(open.entered),
+            place,
             state: Mutex::new(State {
                 told,
+                wrote: false,
+                #[cfg(all(feature = "axum", feature = "signal"))]
+                heard: Heard::default(),
+                #[cfg(all(feature = "axum", feature = "signal"))]
+                streams: 0,
                 wakers: [None, None, None],
             }),
         });
-        let key = open.lines.insert(Arc::clone(&line));
+        entry.insert(Arc::clone(&line));
         open.entered += 1;
         open.last_heard = Some(opened);
-        (key, line)
+        line
     }
 
     /// Strikes out a connection. Says how many are left.
-    pub(crate) fn remove(&self, key: usize) -> usize {
+    pub(crate) fn remove(&self, line: &Line) -> usize {
         let mut open = lock!(self.open);
-        let line = open.lines.try_remove(key);
+        let line = open.lines.try_remove(line.key);
         let left = open.lines.len();
         drop(open);
         drop(line);
@@ -177,11 +187,13 @@ impl fmt::Debug for Registry {
     }
 }
 
-/// One connection: what it has been told, and who is to be woken.
+/// One connection: what it has been told, who is to be woken, and what is known of it. All in one
+/// place, because there may be very many.
 #[derive(Debug)]
 pub(crate) struct Line {
+    key: usize,
     peer: Option<SocketAddr>,
-    opened: Instant,
+    pub(crate) opened: Instant,
     #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
     pub(crate) place: Place,
     state: Mutex<State>,
@@ -190,6 +202,14 @@ pub(crate) struct Line {
 #[derive(Debug)]
 struct State {
     told: Told,
+    /// Something has been written, or tried to be.
+    wrote: bool,
+    /// Noted for who asks: see [`Line::note`].
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    heard: Heard,
+    /// Tasks that run beside the connection's own.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    streams: u32,
     /// One for each [`Waiter`].
     wakers: [Option<Waker>; 3],
 }
@@ -223,8 +243,52 @@ impl Line {
                 "the connection was cut, because the time to shut down is over",
             ));
         }
+        state.wrote |= matches!(waiter, Waiter::Write);
         state.remember(waiter, cx);
         Ok(())
+    }
+
+    /// Notes what was read.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(crate) fn note(&self, read: &[u8]) {
+        lock!(self.state).heard.note(read);
+    }
+
+    /// Asks of what was noted.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(crate) fn heard<T>(&self, ask: impl FnOnce(&mut Heard) -> T) -> T {
+        ask(&mut lock!(self.state).heard)
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(crate) fn stream_began(&self) {
+        lock!(self.state).streams += 1;
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(crate) fn stream_ended(&self) {
+        let owner = {
+            let mut state = lock!(self.state);
+            state.streams -= 1;
+            if state.streams > 0 {
+                return;
+            }
+            state.wakers[Waiter::Owner as usize].take()
+        };
+        if let Some(owner) = owner {
+            owner.wake();
+        }
+    }
+
+    /// Whether the tasks beside have ended. When they have, the task is woken.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(crate) fn streams_ended(&self, cx: &Context<'_>) -> bool {
+        let mut state = lock!(self.state);
+        let ended = state.streams == 0;
+        if !ended {
+            state.remember(Waiter::Owner, cx);
+        }
+        ended
     }
 
     /// What the connection has been told. When it is told more, the task is woken.
@@ -245,6 +309,12 @@ impl Line {
     fn is_unread(&self) -> bool {
         let state = lock!(self.state);
         state.told < Told::Cut && state.wakers[Waiter::Read as usize].is_none()
+    }
+
+    /// It was cut when something had been written, or tried to be.
+    pub(crate) fn is_cut_short(&self) -> bool {
+        let state = lock!(self.state);
+        state.told == Told::Cut && state.wrote
     }
 
     pub(crate) fn is_cut(&self) -> bool {

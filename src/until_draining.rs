@@ -35,6 +35,12 @@ impl Graceful {
     /// }
     /// ```
     ///
+    /// An `EventSource` that comes back while the service is still draining is refused, and takes
+    /// that for final: after a 503 it never tries again, as it would after a connection that was
+    /// refused or closed. Where no balancer leads it elsewhere, let `retry` be longer than the drain
+    /// may take, or the listener be closed with
+    /// [`keep_listening(false)`](crate::GracefulBuilder::keep_listening).
+    ///
     /// A stream of gRPC messages, with a status that has clients try again elsewhere, is ended by
     /// `.and_last(Err(Status::unavailable("moving")))`.
     pub fn until_draining<S: Stream>(&self, stream: S) -> UntilDraining<S> {

@@ -4,8 +4,8 @@ use std::{
     convert::Infallible,
     future::poll_fn,
     pin::{Pin, pin},
-    sync::{Arc, Mutex},
-    task::{Context, Poll, Waker, ready},
+    sync::Arc,
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -25,14 +25,14 @@ use tokio::{
 };
 use tower_service::Service;
 
-use super::{heard::Heard, io::GracefulIo};
+use super::io::GracefulIo;
 use crate::{
     handle::Graceful,
+    heard::Heard,
     leaving,
     phase::Phase,
     registry::{Line, Told},
     spread::TURN,
-    sync::lock,
 };
 
 /// Serves HTTP/1 and HTTP/2 on a connection until it closes or is cut.
@@ -48,17 +48,12 @@ where
     S::Future: Send,
 {
     let owner = Arc::new(Owner {
-        line: io.line(),
+        line: io.noted(),
+        late: graceful.phase() > Phase::Serving,
         graceful,
-        streams: Mutex::default(),
     });
-    let heard = io.heard();
     let mut http = auto::Builder::new(Streams(Arc::clone(&owner)));
-    let timer = HeadTimer {
-        timeout: owner.graceful.policy().header_read_timeout,
-        heard: Arc::clone(&heard),
-        made: Instant::now(),
-    };
+    let timer = HeadTimer(Arc::clone(&owner));
     // That there is one is enough; how long it is, the timer knows.
     http.http1()
         .timer(timer.clone())
@@ -70,7 +65,7 @@ where
         owner: Arc::clone(&owner),
     });
     {
-        let is_http2 = || lock!(heard).is_http2();
+        let is_http2 = || owner.line.heard(|heard| heard.is_http2());
         // hyper's timer begins where it is known to be HTTP/1.
         let mut opening = pin!(timer.timeout(0));
         let mut opened = false;
@@ -87,7 +82,7 @@ where
                 if connection.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(());
                 }
-                opened = opened || lock!(heard).is_decided();
+                opened = opened || owner.line.heard(|heard| heard.is_decided());
                 if !opened && opening.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(());
                 }
@@ -107,7 +102,14 @@ where
         .await;
     }
     // What it ran in tasks of their own ends with it.
-    poll_fn(|cx| owner.poll_streams_ended(cx)).await;
+    poll_fn(|cx| {
+        if owner.line.streams_ended(cx) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    })
+    .await;
 }
 
 /// Runs what hyper runs beside a connection of HTTP/2: each of its streams, in a task of its own.
@@ -129,28 +131,15 @@ struct Running(Arc<Owner>);
 
 impl Running {
     fn new(owner: Arc<Owner>) -> Self {
-        lock!(owner.streams).running += 1;
+        owner.line.stream_began();
         Self(owner)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let waiter = {
-            let mut streams = lock!(self.0.streams);
-            streams.running -= 1;
-            (streams.running == 0).then(|| streams.waiter.take())
-        };
-        if let Some(waiter) = waiter.flatten() {
-            waiter.wake();
-        }
+        self.0.line.stream_ended();
     }
-}
-
-#[derive(Default)]
-struct RunningStreams {
-    running: usize,
-    waiter: Option<Waker>,
 }
 
 /// Boxed, because most connections never need it and ten thousand may be idle.
@@ -159,20 +148,12 @@ type RareSleep = Option<Pin<Box<time::Sleep>>>;
 /// What a connection and its requests share.
 struct Owner {
     line: Arc<Line>,
+    /// It has come when others were asked to leave already.
+    late: bool,
     graceful: Graceful,
-    streams: Mutex<RunningStreams>,
 }
 
 impl Owner {
-    fn poll_streams_ended(&self, cx: &Context<'_>) -> Poll<()> {
-        let mut streams = lock!(self.streams);
-        if streams.running == 0 {
-            return Poll::Ready(());
-        }
-        streams.waiter = Some(cx.waker().clone());
-        Poll::Pending
-    }
-
     /// When this connection's turn to leave comes.
     fn turn(&self) -> time::Instant {
         self.graceful.shared().turn(self.line.place)
@@ -192,11 +173,16 @@ impl Owner {
     #[cold]
     fn ask_to_leave(&self, response: &mut Response, version: Version, phase: Phase) {
         let http2 = version == Version::HTTP_2;
-        if self.is_spread(phase) && time::Instant::now() < self.turn() {
-            if http2 {
-                // It may have come after the others were told.
-                self.line.tell(Told::TakeTurns);
+        if self.is_spread(phase) {
+            if time::Instant::now() < self.turn() {
+                if http2 {
+                    // It may have come after the others were told.
+                    self.line.tell(Told::TakeTurns);
+                }
+                return;
             }
+        } else if http2 && self.late && phase == Phase::LameDuck {
+            // Who has no other place to go would come back, and be asked again with each request.
             return;
         }
         leaving::say_close(response, version);
@@ -322,18 +308,13 @@ impl http_body::Body for OwnedBody {
 /// balancer that takes one up again at that moment loses a request. So this one stands still until
 /// the head's first byte.
 #[derive(Clone)]
-struct HeadTimer {
-    timeout: Duration,
-    heard: Arc<Mutex<Heard>>,
-    made: Instant,
-}
+struct HeadTimer(Arc<Owner>);
 
 impl HeadTimer {
     fn timeout(&self, awaited_from: u64) -> HeadTimeout {
         HeadTimeout {
             awaited_from,
-            heard: Arc::clone(&self.heard),
-            timeout: self.timeout,
+            owner: Arc::clone(&self.0),
             sleep: None,
         }
     }
@@ -341,24 +322,23 @@ impl HeadTimer {
 
 impl Timer for HeadTimer {
     fn sleep(&self, _: Duration) -> Pin<Box<dyn Sleep>> {
-        let awaited_from = lock!(self.heard).await_head();
+        let awaited_from = self.0.line.heard(Heard::await_head);
         Box::pin(self.timeout(awaited_from))
     }
 
     fn sleep_until(&self, _: Instant) -> Pin<Box<dyn Sleep>> {
-        self.sleep(self.timeout)
+        self.sleep(Duration::ZERO)
     }
 
     fn now(&self) -> Instant {
         // For a deadline that is not looked at.
-        self.made
+        self.0.line.opened.into_std()
     }
 }
 
 struct HeadTimeout {
     awaited_from: u64,
-    heard: Arc<Mutex<Heard>>,
-    timeout: Duration,
+    owner: Arc<Owner>,
     sleep: RareSleep,
 }
 
@@ -373,10 +353,11 @@ impl Future for HeadTimeout {
         let sleep = match &mut this.sleep {
             Some(sleep) => sleep,
             none => {
-                if lock!(this.heard).bytes == this.awaited_from {
+                if this.owner.line.heard(|heard| heard.bytes) == this.awaited_from {
                     return Poll::Pending;
                 }
-                none.insert(Box::pin(time::sleep(this.timeout)))
+                let timeout = this.owner.graceful.policy().header_read_timeout;
+                none.insert(Box::pin(time::sleep(timeout)))
             }
         };
         sleep.as_mut().poll(cx)

@@ -3,7 +3,7 @@ use std::{
     fmt, io,
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -15,12 +15,10 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::heard::Heard;
 use crate::{
     handle::Graceful,
     phase::Phase,
     registry::{Line, Waiter},
-    sync::lock,
 };
 
 impl Graceful {
@@ -54,10 +52,9 @@ pin_project! {
     pub struct GracefulIo<I> {
         #[pin]
         io: I,
-        line: Arc<Line>,
-        wrote: bool,
         reset: fn(&I),
-        heard: Option<Arc<Mutex<Heard>>>,
+        // Somebody asks what was read.
+        noted: bool,
         // After the IO, so that the connection is closed before it is struck out.
         entry: Entry,
     }
@@ -65,7 +62,7 @@ pin_project! {
     impl<I> PinnedDrop for GracefulIo<I> {
         fn drop(this: Pin<&mut Self>) {
             // The peer must not take a response that was cut off for a whole one.
-            if this.wrote && this.line.is_cut() {
+            if this.entry.line.is_cut_short() {
                 (this.reset)(&this.io);
             }
         }
@@ -85,7 +82,7 @@ fn reset<I: 'static>(io: &I) {
 
 struct Entry {
     graceful: Graceful,
-    key: usize,
+    line: Arc<Line>,
 }
 
 impl Entry {
@@ -101,7 +98,7 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         let shared = self.graceful.shared();
-        let left = shared.connections.remove(self.key);
+        let left = shared.connections.remove(&self.line);
         if left == 0 && shared.word().phase() == Phase::Closing {
             shared.ring();
         }
@@ -111,32 +108,26 @@ impl Drop for Entry {
 impl<I: 'static> GracefulIo<I> {
     pub(super) fn new(graceful: &Graceful, io: I, peer: Option<SocketAddr>) -> Self {
         let shared = graceful.shared();
-        let (key, line) = shared.connections.insert(peer);
+        let line = shared.connections.insert(peer);
         shared.mark_served();
         Self {
             io,
-            line,
-            wrote: false,
             reset: reset::<I>,
-            heard: None,
+            noted: false,
             entry: Entry {
                 graceful: graceful.clone(),
-                key,
+                line,
             },
         }
     }
 }
 
 impl<I> GracefulIo<I> {
-    /// Notes what is read from now on.
+    /// The connection's line, on which is noted what is read from now on.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(super) fn heard(&mut self) -> Arc<Mutex<Heard>> {
-        Arc::clone(self.heard.get_or_insert_default())
-    }
-
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(super) fn line(&self) -> Arc<Line> {
-        Arc::clone(&self.line)
+    pub(super) fn noted(&mut self) -> Arc<Line> {
+        self.noted = true;
+        Arc::clone(&self.entry.line)
     }
 
     /// The wrapped IO.
@@ -157,13 +148,15 @@ impl<I: AsyncRead> AsyncRead for GracefulIo<I> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.project();
-        this.line.enter(Waiter::Read, cx)?;
+        this.entry.line.enter(Waiter::Read, cx)?;
         let before = buf.filled().len();
         let result = this.io.poll_read(cx, buf);
-        if let read @ [_, ..] = &buf.filled()[before..] {
+        let read = &buf.filled()[before..];
+        if !read.is_empty() {
             this.entry.heard();
-            if let Some(heard) = this.heard {
-                lock!(heard).note(read);
+            #[cfg(all(feature = "axum", feature = "signal"))]
+            if *this.noted {
+                this.entry.line.note(read);
             }
         }
         result
@@ -177,20 +170,19 @@ impl<I: AsyncWrite> AsyncWrite for GracefulIo<I> {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.project();
-        this.line.enter(Waiter::Write, cx)?;
-        *this.wrote = true;
+        this.entry.line.enter(Waiter::Write, cx)?;
         this.io.poll_write(cx, buf)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.project();
-        this.line.enter(Waiter::Write, cx)?;
+        this.entry.line.enter(Waiter::Write, cx)?;
         this.io.poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.project();
-        this.line.enter(Waiter::Write, cx)?;
+        this.entry.line.enter(Waiter::Write, cx)?;
         this.io.poll_shutdown(cx)
     }
 
@@ -200,8 +192,7 @@ impl<I: AsyncWrite> AsyncWrite for GracefulIo<I> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.project();
-        this.line.enter(Waiter::Write, cx)?;
-        *this.wrote = true;
+        this.entry.line.enter(Waiter::Write, cx)?;
         this.io.poll_write_vectored(cx, bufs)
     }
 
@@ -214,7 +205,7 @@ impl<I: fmt::Debug> fmt::Debug for GracefulIo<I> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GracefulIo")
             .field("io", &self.io)
-            .field("cut", &self.line.is_cut())
+            .field("cut", &self.entry.line.is_cut())
             .finish_non_exhaustive()
     }
 }

@@ -13,7 +13,6 @@ mod accepted;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod connection;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
-mod heard;
 mod io;
 #[cfg(feature = "axum")]
 mod listener;

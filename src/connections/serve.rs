@@ -22,8 +22,10 @@ impl Graceful {
     ///
     /// - peers that speak HTTP/2 are asked to leave by GOAWAY
     ///   ([RFC 9113 §6.8](https://www.rfc-editor.org/rfc/rfc9113#section-6.8)): with their next
-    ///   response in the lame-duck phase, and the rest when draining starts, although the listener
-    ///   stays open;
+    ///   response in the lame-duck phase; when draining starts the rest, and who has connected
+    ///   since, although the listener stays open;
+    /// - over HTTP/1, where a response ends while the service drains its connection is closed: its
+    ///   head could not say so, and the next request would be refused;
     /// - [`close_spread`](crate::GracefulBuilder::close_spread) is kept for each connection;
     /// - a request head over HTTP/1 that does not arrive within
     ///   [`header_read_timeout`](crate::GracefulBuilder::header_read_timeout) closes its

@@ -22,7 +22,8 @@ pub(crate) enum Refused {
 #[repr(align(64))]
 pub(super) struct Core {
     word: AtomicUsize,
-    limit: usize,
+    /// The least word above the limit.
+    full: Word,
     waiter: Mutex<Option<Waker>>,
     /// Admissions and refusals after the first phase.
     late: AtomicUsize,
@@ -33,7 +34,7 @@ impl Core {
     pub(super) fn new(limit: Option<usize>, named: bool) -> Self {
         Self {
             word: AtomicUsize::new(Word::SERVING.named(named).0),
-            limit: limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT),
+            full: Word::full(limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT)),
             waiter: Mutex::new(None),
             late: AtomicUsize::new(0),
             refused: AtomicUsize::new(0),
@@ -52,7 +53,7 @@ impl Core {
     pub(super) fn admit(&self) -> bool {
         let mut word = self.word();
         loop {
-            if word.is_special() || word.count() >= self.limit {
+            if !word.is_below(self.full) {
                 return false;
             }
             match self.add_one(word) {
@@ -70,7 +71,7 @@ impl Core {
             if word.refuses() {
                 return Err(Refused::Draining);
             }
-            if word.count() >= self.limit {
+            if word.count() >= self.full.count() {
                 return Err(Refused::Full);
             }
             match self.add_one(word) {
@@ -115,14 +116,22 @@ impl Core {
     #[inline]
     pub(super) fn release(&self) {
         // Release: partner of the Acquire load in `poll_idle`.
-        let before = Word(self.word.fetch_sub(1, Ordering::Release));
+        let before = Word(self.word.fetch_sub(Word::ONE, Ordering::Release));
         debug_assert!(before.count() > 0, "released more than was admitted");
-        if before.refuses() && before.count() == 1 {
+        if before.refuses() {
+            self.left_a_drain(before);
+        }
+    }
+
+    /// Outlined, for all that it is: in most releases nothing drains.
+    #[cold]
+    #[inline(never)]
+    fn left_a_drain(&self, before: Word) {
+        if before.count() == 1 {
             self.last_one_out();
         }
     }
 
-    #[cold]
     fn last_one_out(&self) {
         let waker = lock!(self.waiter).take();
         if let Some(waker) = waker {

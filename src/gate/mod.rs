@@ -6,10 +6,11 @@
 //! # The word
 //!
 //! One machine word holds everything that admission depends on: the phase in its top three bits,
-//! three flags under them ("not ready", "has served", and "named"), and the number of requests in
-//! flight in the rest. Because the phase is on top, "draining or later" is one comparison of the
-//! whole word with a constant; and whether an admission is more than a count, because the service
-//! is no longer just serving or because requests are to be known by name, is one test.
+//! a flag under them ("named"), the number of requests in flight, and at the bottom two flags that
+//! admission does not depend on ("not ready" and "has served"). So the more there is to it, the
+//! larger the word: "draining or later", "no longer just serving, or requests are to be known by
+//! name", and "that, or as many as the limit are in flight" are each one comparison of the whole
+//! word with a constant, and the last of them is all that an admission in Serving asks.
 //!
 //! A separate phase and counter cannot work: a request that reads "serving", is delayed, and then
 //! adds itself to a count which the drain has just read as zero is let in and lost. With one word

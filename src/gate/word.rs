@@ -6,22 +6,23 @@ use std::fmt;
 use crate::phase::Phase;
 
 const PHASE_SHIFT: u32 = usize::BITS - 3;
-const NOT_READY: usize = 1 << (PHASE_SHIFT - 1);
-const SERVED: usize = NOT_READY >> 1;
-const NAMED: usize = SERVED >> 1;
-const COUNT: usize = NAMED - 1;
+const NAMED: usize = 1 << (PHASE_SHIFT - 1);
+const NOT_READY: usize = 1 << 1;
+const SERVED: usize = 1;
+const COUNT: usize = NAMED - Word::ONE;
 const DRAINING: usize = (Phase::Draining as usize) << PHASE_SHIFT;
-/// What makes an admission more than a count: any phase but the first, and names.
-const SPECIAL: usize = (usize::MAX << PHASE_SHIFT) | NAMED;
 
 /// A snapshot of the gate.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Word(pub(super) usize);
 
 impl Word {
+    /// One in flight. The flags are under the count, where no comparison of counts sees them.
+    pub(super) const ONE: usize = 1 << 2;
+
     /// The most requests that can be in flight at once: 2^58 - 1, or 2^26 - 1 where a word has
     /// 32 bits. Admission refuses the next one, so the count cannot spill into the flags.
-    pub(super) const MAX_COUNT: usize = COUNT;
+    pub(super) const MAX_COUNT: usize = COUNT / Self::ONE;
 
     pub(super) const SERVING: Self = Self((Phase::Serving as usize) << PHASE_SHIFT);
 
@@ -36,7 +37,7 @@ impl Word {
     }
 
     pub(crate) const fn count(self) -> usize {
-        self.0 & COUNT
+        (self.0 & COUNT) / Self::ONE
     }
 
     /// What `set_ready` last said, whatever the phase.
@@ -65,7 +66,18 @@ impl Word {
 
     /// An admission has to do more than to count.
     pub(crate) const fn is_special(self) -> bool {
-        self.0 & SPECIAL != 0
+        self.0 >= NAMED
+    }
+
+    /// The least word in which an admission is more than to count: as many as the limit are in
+    /// flight, or it is [special](Self::is_special), whatever the count.
+    pub(super) const fn full(limit: usize) -> Self {
+        Self(limit * Self::ONE)
+    }
+
+    /// There is nothing to an admission but to count, and there is room: `full` is the limit's.
+    pub(super) const fn is_below(self, full: Self) -> bool {
+        self.0 < full.0
     }
 
     /// Draining or later.
@@ -91,7 +103,7 @@ impl Word {
     }
 
     pub(super) const fn plus_one(self) -> Self {
-        Self(self.0 + 1).served()
+        Self(self.0 + Self::ONE).served()
     }
 
     pub(super) const fn served(self) -> Self {
@@ -127,7 +139,7 @@ mod tests {
         for phase in phases {
             for ready in [true, false] {
                 for count in [0, 1, 7, Word::MAX_COUNT] {
-                    let word = Word(Word::SERVING.0 + count)
+                    let word = Word(Word::SERVING.0 + count * Word::ONE)
                         .with_ready(ready)
                         .with_phase(phase);
                     assert_eq!(word.phase(), phase);

@@ -1,14 +1,17 @@
+// What is always inlined here costs less than the call of it, which would move a frame once more.
+#![expect(clippy::inline_always)]
+
 use std::{
     fmt,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::{held::Held, named::Named};
+use super::named::Named;
 use crate::handle::Pass;
 
 pin_project! {
@@ -18,76 +21,78 @@ pin_project! {
     /// Its request is in flight until it ends or is dropped. Data, trailers, size hint and the end
     /// of the stream are passed on as they are.
     pub struct GracefulBody<B> {
-        // `None` of a refusal.
         #[pin]
-        inner: Option<B>,
-        // After the body, so that it is dropped while its request is still in flight.
-        held: Held<Special>,
+        kind: Kind<B>,
     }
 }
 
-enum Special {
-    /// In flight and on the roll, struck out first.
-    Named(#[expect(dead_code)] Named, #[expect(dead_code)] Pass),
-    /// Of a refusal.
-    Text(Bytes),
+pin_project! {
+    #[project = KindProj]
+    enum Kind<B> {
+        Inner {
+            #[pin]
+            body: B,
+            // After the body, so that it is dropped while its request is still in flight.
+            pass: Option<Pass>,
+        },
+        /// Boxed, because it is rare.
+        Special {
+            special: Pin<Box<Special<B>>>,
+        },
+    }
+}
+
+pin_project! {
+    #[project = SpecialProj]
+    enum Special<B> {
+        Named {
+            #[pin]
+            body: B,
+            // In flight and on the roll, struck out first.
+            held: Option<(Named, Pass)>,
+        },
+        /// Of a refusal.
+        Text { text: Bytes },
+    }
 }
 
 impl<B> GracefulBody<B> {
-    pub(super) fn text(text: Bytes) -> Self {
+    #[inline]
+    pub(super) fn inner(body: B, pass: Option<Pass>) -> Self {
         Self {
-            inner: None,
-            held: Held::special(Special::Text(text)),
+            kind: Kind::Inner { body, pass },
         }
     }
 
-    fn refusal(&self) -> &[u8] {
-        match &self.held {
-            Held::Special(special) => match &**special {
-                Special::Text(text) => text,
-                Special::Named(..) => &[],
-            },
-            Held::Nothing | Held::Pass(_) => &[],
+    fn special(special: Special<B>) -> Self {
+        let special = Box::pin(special);
+        Self {
+            kind: Kind::Special { special },
         }
+    }
+
+    pub(super) fn text(text: Bytes) -> Self {
+        Self::special(Special::Text { text })
+    }
+
+    /// For a request that was let pass uncounted.
+    pub(super) fn uncounted(body: B) -> Self {
+        Self::inner(body, None)
     }
 }
 
 /// An empty body that no request is counted for, as other middleware makes to answer by itself.
 impl<B: Default> Default for GracefulBody<B> {
     fn default() -> Self {
-        Self {
-            inner: Some(B::default()),
-            held: Held::Nothing,
-        }
+        Self::uncounted(B::default())
     }
 }
 
 impl<B: Body> GracefulBody<B> {
-    pub(super) fn new(body: B, pass: Pass) -> Self {
-        Self::holding(body, Held::Pass(pass))
-    }
-
     /// For a request that is known by name.
     pub(super) fn named(body: B, named: Named, pass: Pass) -> Self {
-        Self::holding(body, Held::special(Special::Named(named, pass)))
-    }
-
-    /// For a request that was let pass uncounted.
-    pub(super) fn exempt(body: B) -> Self {
-        Self::holding(body, Held::Nothing)
-    }
-
-    fn holding(body: B, held: Held<Special>) -> Self {
-        // An empty body is never polled by some servers, and has nothing left to wait for.
-        let held = if body.is_end_stream() {
-            Held::Nothing
-        } else {
-            held
-        };
-        Self {
-            inner: Some(body),
-            held,
-        }
+        let held = (!body.is_end_stream()).then_some((named, pass));
+        Self::special(Special::Named { body, held })
     }
 }
 
@@ -98,60 +103,114 @@ where
     type Data = B::Data;
     type Error = B::Error;
 
+    #[inline(always)]
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        let this = self.project();
-        let Some(mut body) = this.inner.as_pin_mut() else {
-            return Poll::Ready(take_text(this.held).map(Ok));
-        };
-        let frame = ready!(body.as_mut().poll_frame(cx));
-        let ended = match &frame {
-            Some(Ok(_)) => body.is_end_stream(),
-            Some(Err(_)) | None => true,
-        };
-        if ended {
-            drop(this.held.take());
+        match self.project().kind.project() {
+            KindProj::Inner { body, pass } => poll_holding(body, pass, cx),
+            KindProj::Special { special } => special.as_mut().poll_frame(cx),
         }
-        Poll::Ready(frame)
     }
 
+    #[inline]
     fn is_end_stream(&self) -> bool {
-        match &self.inner {
-            Some(body) => body.is_end_stream(),
-            None => self.refusal().is_empty(),
+        match &self.kind {
+            Kind::Inner { body, .. } => body.is_end_stream(),
+            Kind::Special { special } => special.is_end_stream(),
         }
     }
 
+    #[inline]
     fn size_hint(&self) -> SizeHint {
-        match &self.inner {
-            Some(body) => body.size_hint(),
-            None => SizeHint::with_exact(self.refusal().len() as u64),
+        match &self.kind {
+            Kind::Inner { body, .. } => body.size_hint(),
+            Kind::Special { special } => special.size_hint(),
         }
     }
 }
 
-/// The text of a refusal, once.
-#[cold]
-fn take_text<D: From<Bytes>>(held: &mut Held<Special>) -> Option<Frame<D>> {
-    match held.take() {
-        Held::Special(special) => match *special {
-            Special::Text(text) if !text.is_empty() => Some(Frame::data(text.into())),
-            Special::Text(_) | Special::Named(..) => None,
-        },
-        Held::Nothing | Held::Pass(_) => None,
+type Polled<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>>;
+
+/// Polls a body, and drops what is held for it once it has ended.
+#[inline(always)]
+fn poll_holding<B: Body, H>(
+    mut body: Pin<&mut B>,
+    held: &mut Option<H>,
+    cx: &mut Context<'_>,
+) -> Polled<B> {
+    let mut end = End { held, come: false };
+    match body.as_mut().poll_frame(cx) {
+        Poll::Ready(Some(Ok(frame))) => {
+            end.come = body.is_end_stream();
+            Poll::Ready(Some(Ok(frame)))
+        }
+        Poll::Ready(last) => {
+            end.come = true;
+            Poll::Ready(last)
+        }
+        Poll::Pending => Poll::Pending,
+    }
+}
+
+/// Lets go in its own drop: a frame is long, and by then it is where it is returned.
+struct End<'a, H> {
+    held: &'a mut Option<H>,
+    come: bool,
+}
+
+impl<H> Drop for End<'_, H> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.come {
+            *self.held = None;
+        }
+    }
+}
+
+impl<B: Body<Data: From<Bytes>>> Special<B> {
+    #[cold]
+    #[inline(never)]
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<B> {
+        match self.project() {
+            SpecialProj::Named { body, held } => poll_holding(body, held, cx),
+            // Once.
+            SpecialProj::Text { text } => {
+                let text = std::mem::take(text);
+                Poll::Ready((!text.is_empty()).then(|| Ok(Frame::data(text.into()))))
+            }
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Named { body, .. } => body.is_end_stream(),
+            Self::Text { text } => text.is_empty(),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Named { body, .. } => body.size_hint(),
+            Self::Text { text } => SizeHint::with_exact(text.len() as u64),
+        }
     }
 }
 
 impl<B> fmt::Debug for GracefulBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match (&self.inner, &self.held) {
-            (Some(_), Held::Special(_)) => "named",
-            (Some(_), _) => "inner",
-            (None, _) => "text",
+        let (kind, in_flight) = match &self.kind {
+            Kind::Inner { pass, .. } => ("inner", pass.is_some()),
+            Kind::Special { special } => match &**special {
+                Special::Named { held, .. } => ("named", held.is_some()),
+                Special::Text { .. } => ("text", false),
+            },
         };
-        let in_flight = self.inner.is_some() && !matches!(self.held, Held::Nothing);
         f.debug_struct("GracefulBody")
             .field("kind", &kind)
             .field("in_flight", &in_flight)

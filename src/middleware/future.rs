@@ -1,7 +1,10 @@
+// The call of what is always inlined here would move the response once more.
+#![expect(clippy::inline_always)]
+
 use std::{
     fmt,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
@@ -9,13 +12,8 @@ use http::{Response, Version};
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use super::{body::GracefulBody, held::Held, named::Named, refusal::Refusal};
-use crate::{
-    handle::{Graceful, Pass},
-    leaving,
-    phase::Phase,
-    timeline::Shared,
-};
+use super::{body::GracefulBody, special::SpecialFuture};
+use crate::{handle::Pass, leaving, phase::Phase, timeline::Shared};
 
 pin_project! {
     /// The response future of [`GracefulService`](super::GracefulService).
@@ -24,49 +22,34 @@ pin_project! {
     /// Dropping it releases the request. Polled again after it is ready, it stays pending.
     #[must_use = "futures do nothing unless polled"]
     pub struct GracefulFuture<F, B> {
-        // `None` if the request was refused, and once this is ready.
+        // `None` if the request is special, and once this is ready.
         #[pin]
         inner: Option<F>,
         // After the future, so that it is dropped while its request is still in flight.
-        held: Held<Special<B>>,
+        pass: Option<Pass>,
         version: Version,
+        // Instead of the others. Boxed, because it is rare.
+        special: Option<Pin<Box<SpecialFuture<F, B>>>>,
     }
-}
-
-enum Special<B> {
-    /// In flight and on the roll, struck out first.
-    Named(Named, Pass),
-    /// Let pass without being counted, where it would have been refused.
-    Exempt(Graceful),
-    Refused(Pin<Box<Refusal<B>>>),
 }
 
 impl<F, B> GracefulFuture<F, B> {
-    pub(super) fn admitted(inner: F, pass: Pass, version: Version) -> Self {
-        Self::holding(inner, Held::Pass(pass), version)
-    }
-
-    pub(super) fn named(inner: F, pass: Pass, named: Named, version: Version) -> Self {
-        Self::holding(inner, Held::special(Special::Named(named, pass)), version)
-    }
-
-    pub(super) fn exempt(inner: F, graceful: Graceful, version: Version) -> Self {
-        Self::holding(inner, Held::special(Special::Exempt(graceful)), version)
-    }
-
-    fn holding(inner: F, held: Held<Special<B>>, version: Version) -> Self {
+    #[inline]
+    pub(super) fn counted(inner: F, pass: Pass, version: Version) -> Self {
         Self {
             inner: Some(inner),
-            held,
+            pass: Some(pass),
             version,
+            special: None,
         }
     }
 
-    pub(super) fn refused(refusal: Refusal<B>, version: Version) -> Self {
+    pub(super) fn special(future: SpecialFuture<F, B>) -> Self {
         Self {
             inner: None,
-            held: Held::special(Special::Refused(Box::pin(refusal))),
-            version,
+            pass: None,
+            version: Version::default(),
+            special: Some(Box::pin(future)),
         }
     }
 }
@@ -79,79 +62,52 @@ where
 {
     type Output = Result<Response<GracefulBody<ResBody>>, E>;
 
+    #[inline(always)]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         let Some(inner) = this.inner.as_mut().as_pin_mut() else {
-            return poll_refused(this.held, cx);
+            return poll_special(this.special, cx);
         };
-        let result = ready!(inner.poll(cx));
+        // What is polled stays where it is, and is moved once, into the response that goes out.
+        let mut polled = inner.poll(cx);
+        if polled.is_pending() {
+            return Poll::Pending;
+        }
         // Before its request is released.
         this.inner.set(None);
-        match this.held.take() {
-            Held::Pass(pass) if !pass.gate().word().is_special() => Poll::Ready(
-                result.map(|response| response.map(|body| GracefulBody::new(body, pass))),
-            ),
-            held => Poll::Ready(specially(result, held, *this.version)),
+        let mut pass = this.pass.take();
+        if let (Poll::Ready(Ok(response)), Some(held)) = (&mut polled, &pass) {
+            ask_to_leave(response, held.gate(), *this.version);
+            if response.body().is_end_stream() {
+                pass = None;
+            }
         }
+        polled.map_ok(|response| response.map(|body| GracefulBody::inner(body, pass)))
     }
 }
 
-/// The answer to a refused request; pending for ever once it has been given, and where the future
-/// is polled after it was ready.
 #[cold]
-fn poll_refused<E, ReqBody, ResBody>(
-    held: &mut Held<Special<ReqBody>>,
+#[inline(never)]
+fn poll_special<F: Future>(
+    special: &mut Option<Pin<Box<F>>>,
     cx: &mut Context<'_>,
-) -> Poll<Result<Response<GracefulBody<ResBody>>, E>>
-where
-    ReqBody: Body,
-{
-    let Held::Special(special) = held else {
-        return Poll::Pending;
-    };
-    let Special::Refused(refusal) = &mut **special else {
-        return Poll::Pending;
-    };
-    let response = ready!(refusal.as_mut().poll(cx));
-    Poll::Ready(Ok(response.map(GracefulBody::text)))
+) -> Poll<F::Output> {
+    match special {
+        Some(special) => special.as_mut().poll(cx),
+        None => Poll::Pending,
+    }
 }
 
-/// A response that is more than the end of a count: while the service stops, to an exempt path, or
-/// with names.
-#[cold]
-fn specially<E, ReqBody, ResBody: Body>(
-    result: Result<Response<ResBody>, E>,
-    held: Held<Special<ReqBody>>,
-    version: Version,
-) -> Result<Response<GracefulBody<ResBody>>, E> {
-    let mut response = result?;
-    let mut ask = |shared: &Shared| {
-        if leaves(shared) {
-            leaving::say_close(&mut response, version);
-        }
-    };
-    Ok(match held {
-        Held::Pass(pass) => {
-            ask(pass.gate());
-            response.map(|body| GracefulBody::new(body, pass))
-        }
-        Held::Special(special) => match *special {
-            Special::Named(named, pass) => {
-                ask(pass.gate());
-                named.streams();
-                response.map(|body| GracefulBody::named(body, named, pass))
-            }
-            Special::Exempt(graceful) => {
-                ask(graceful.shared());
-                response.map(GracefulBody::exempt)
-            }
-            Special::Refused(_) => response.map(GracefulBody::exempt),
-        },
-        Held::Nothing => response.map(GracefulBody::exempt),
-    })
+/// Where the service stops, has a response ask its client to leave.
+#[inline]
+pub(super) fn ask_to_leave<B>(response: &mut Response<B>, shared: &Shared, version: Version) {
+    if shared.word().is_special() && leaves(shared) {
+        leaving::say_close(response, version);
+    }
 }
 
 /// Whether a response that goes out now asks its client to leave.
+#[cold]
 fn leaves(shared: &Shared) -> bool {
     let phase = shared.word().phase();
     phase > Phase::LameDuck || phase == Phase::LameDuck && shared.asks_to_leave()
@@ -159,14 +115,10 @@ fn leaves(shared: &Shared) -> bool {
 
 impl<F, B> fmt::Debug for GracefulFuture<F, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match (&self.inner, &self.held) {
-            (Some(_), Held::Special(special)) => match **special {
-                Special::Named(..) => "named",
-                Special::Exempt(_) | Special::Refused(_) => "exempt",
-            },
+        let state = match (&self.inner, &self.special) {
             (Some(_), _) => "admitted",
-            (None, Held::Special(_)) => "refused",
-            (None, _) => "done",
+            (None, Some(special)) => special.state(),
+            (None, None) => "done",
         };
         f.debug_struct("GracefulFuture")
             .field("state", &state)

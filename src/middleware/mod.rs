@@ -11,11 +11,11 @@
 
 mod body;
 mod future;
-mod held;
 mod layer;
 mod named;
 mod refusal;
 mod service;
+mod special;
 
 pub use self::{
     body::GracefulBody, future::GracefulFuture, layer::GracefulLayer, service::GracefulService,

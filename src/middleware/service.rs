@@ -5,7 +5,9 @@ use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
 
-use super::{body::GracefulBody, future::GracefulFuture, named::Named, refusal};
+use super::{
+    body::GracefulBody, future::GracefulFuture, named::Named, refusal, special::SpecialFuture,
+};
 use crate::handle::Graceful;
 
 /// The service a [`GracefulLayer`](super::GracefulLayer) makes. See there for what it does.
@@ -50,11 +52,14 @@ where
         self.inner.poll_ready(cx)
     }
 
+    // The call of it would move the request once more.
+    #[expect(clippy::inline_always)]
+    #[inline(always)]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         match self.graceful.admit() {
             Some(pass) => {
                 let version = request.version();
-                GracefulFuture::admitted(self.inner.call(request), pass, version)
+                GracefulFuture::counted(self.inner.call(request), pass, version)
             }
             None => self.call_specially(request),
         }
@@ -64,6 +69,7 @@ where
 impl<S> GracefulService<S> {
     /// A call that is more than a count: while the service stops, above its limit, or with names.
     #[cold]
+    #[inline(never)]
     fn call_specially<ReqBody>(
         &mut self,
         request: Request<ReqBody>,
@@ -72,20 +78,28 @@ impl<S> GracefulService<S> {
         S: Service<Request<ReqBody>>,
     {
         let version = request.version();
-        match self.graceful.shared().admit_specially() {
+        GracefulFuture::special(match self.graceful.shared().admit_specially() {
             Ok(pass) if pass.gate().word().is_named() => {
                 let named = Named::new(&self.graceful, &request);
-                GracefulFuture::named(self.inner.call(request), pass, named, version)
+                SpecialFuture::Named {
+                    inner: self.inner.call(request),
+                    named,
+                    pass,
+                    version,
+                }
             }
-            Ok(pass) => GracefulFuture::admitted(self.inner.call(request), pass, version),
+            Ok(pass) => return GracefulFuture::counted(self.inner.call(request), pass, version),
             Err(_) if refusal::is_exempt(&self.graceful, &request) => {
                 let graceful = self.graceful.clone();
-                GracefulFuture::exempt(self.inner.call(request), graceful, version)
+                SpecialFuture::Exempt {
+                    inner: self.inner.call(request),
+                    graceful,
+                    version,
+                }
             }
-            Err(refused) => {
-                let refusal = refusal::refuse(&self.graceful, request, refused);
-                GracefulFuture::refused(refusal, version)
-            }
-        }
+            Err(refused) => SpecialFuture::Refused {
+                refusal: refusal::refuse(&self.graceful, request, refused),
+            },
+        })
     }
 }

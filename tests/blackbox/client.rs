@@ -150,13 +150,13 @@ impl Connection {
         Ok(line.trim_end().to_owned())
     }
 
-    fn exactly(&mut self, length: usize) -> io::Result<Vec<u8>> {
+    pub(crate) fn exactly(&mut self, length: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; length];
         self.stream.read_exact(&mut bytes)?;
         Ok(bytes)
     }
 
-    fn chunks(&mut self) -> io::Result<Vec<u8>> {
+    pub(crate) fn chunks(&mut self) -> io::Result<Vec<u8>> {
         let mut body = Vec::new();
         loop {
             let size = usize::from_str_radix(&self.line()?, 16).map_err(io::Error::other)?;
@@ -370,6 +370,8 @@ pub(crate) mod frames {
                 (":scheme", "http"),
                 (":path", path),
                 (":authority", "test"),
+                // Other protocols do not mind.
+                ("sec-websocket-version", "13"),
             ] {
                 head.push(0);
                 for text in [name, value] {

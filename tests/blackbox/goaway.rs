@@ -19,6 +19,11 @@ pub(crate) const TESTS: &[Test] = &[
         with_a_response,
     ),
     (
+        "goaway::comes_at_the_end_of_the_lame_duck_phase_to_who_connects_in_it",
+        &[Form::Serve],
+        late,
+    ),
+    (
         "goaway::comes_before_draining_refuses",
         &[Form::Serve],
         when_draining_starts,
@@ -81,6 +86,28 @@ fn with_a_response(form: Form) {
     assert!(frames.is_empty(), "{frames:?}");
     assert_eq!(idle.next(GOAWAY).last_stream(), ALL_STREAMS);
     idle.until_closed();
+    server.exit().assert_clean();
+}
+
+/// Else a client without a balancer would connect anew for nearly every request of the delay.
+fn late(form: Form) {
+    let mut server = Server::start(form, &[]);
+    server.terminate();
+    server.wait_for_unready();
+    let mut connection = used(&server);
+    while server.elapsed() < MS(800) {
+        connection.begin("/").unwrap();
+        loop {
+            let frame = connection.read().unwrap();
+            assert!(frame.kind != GOAWAY, "after {:?}", server.elapsed());
+            if frame.flags & END_STREAM != 0 {
+                break;
+            }
+        }
+    }
+    assert_eq!(connection.next(GOAWAY).last_stream(), ALL_STREAMS);
+    assert!(server.elapsed() > MS(950), "{:?}", server.elapsed());
+    connection.until_closed();
     server.exit().assert_clean();
 }
 

@@ -27,6 +27,8 @@ mod hostile;
 #[cfg(unix)]
 mod in_flight;
 #[cfg(unix)]
+mod long_lived;
+#[cfg(unix)]
 mod many;
 #[cfg(unix)]
 mod process;
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         goaway::TESTS,
         hostile::TESTS,
         in_flight::TESTS,
+        long_lived::TESTS,
         refusal::TESTS,
         signals::TESTS,
         work::TESTS,

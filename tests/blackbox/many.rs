@@ -9,12 +9,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
 use crate::{
     Test,
     client::{
         Connection,
         frames::{END_HEADERS, END_STREAM, HEADERS, Method, PREFACE, SETTINGS, frame, request},
     },
+    long_lived::peer::{CLOSE, close, handshake, masked},
     process::{Server, wait_for},
     server::{Form, allow_files},
 };
@@ -29,6 +35,11 @@ pub(crate) const ALONE: &[Test] = &[
         "many::ten_thousand_stuck_connections_are_cut_in_time",
         Form::CUTTING,
         cut,
+    ),
+    (
+        "many::ten_thousand_websockets_are_told_and_gone",
+        Form::CUTTING,
+        websockets,
     ),
 ];
 
@@ -70,14 +81,21 @@ struct Held {
 
 #[cfg(target_os = "linux")]
 fn held(server: &Server) -> Held {
-    let process = format!("/proc/{}", server.pid());
-    let status = std::fs::read_to_string(format!("{process}/status")).unwrap();
-    let memory = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let memory = memory.and_then(|memory| memory.split_whitespace().next());
+    let files = format!("/proc/{}/fd", server.pid());
     Held {
-        files: std::fs::read_dir(format!("{process}/fd")).unwrap().count(),
-        memory: memory.unwrap().parse().unwrap(),
+        files: std::fs::read_dir(files).unwrap().count(),
+        memory: memory(server.pid()).unwrap(),
     }
+}
+
+/// Resident memory of a process, in KiB, as long as there is one.
+#[cfg(target_os = "linux")]
+fn memory(pid: u32) -> Option<usize> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let memory = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    memory.split_whitespace().next()?.parse().ok()
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -86,6 +104,11 @@ fn held(_: &Server) -> Held {
         files: 0,
         memory: 0,
     }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn memory(_: u32) -> Option<usize> {
+    None
 }
 
 fn ask(observer: &mut Connection, path: &str) -> usize {
@@ -206,6 +229,99 @@ fn cut(form: Form) {
         left = left.saturating_sub(stuck.len());
     }
     println!("at most {slowest:?} from the deadline to the end of the process");
+}
+
+fn websockets(form: Form) {
+    const DELAY: Duration = Duration::from_millis(200);
+    let sockets = wave();
+    // To close them all takes this machine a second or two; the spread is to be the longer one.
+    for (knob, spread) in [("drain_spread=0", 0), ("drain_spread=4000", 4000)] {
+        let mut server = Server::start(form, &["delay=200", "drain=8000", knob, ALL_FILES]);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let address = server.address;
+        let peers = runtime.block_on(async {
+            let mut peers = Vec::new();
+            // One after another, as above.
+            for _ in 0..sockets {
+                peers.push(open_websocket(address).await.unwrap());
+            }
+            peers
+        });
+        server.wait_for_in_flight(sockets);
+        let open = held(&server).memory;
+        let pid = server.pid();
+        let peak = thread::spawn(move || {
+            let samples = std::iter::from_fn(|| {
+                thread::sleep(MS(2));
+                memory(pid)
+            });
+            samples.max().unwrap_or_default()
+        });
+        server.terminate();
+        let draining = Instant::now() + DELAY;
+        let said_goodbye = thread::spawn(move || {
+            let told = runtime.block_on(async {
+                let peers = peers.into_iter().map(say_goodbye).map(tokio::spawn);
+                let mut told = Vec::new();
+                for peer in peers.collect::<Vec<_>>() {
+                    told.push(peer.await.unwrap().unwrap());
+                }
+                told
+            });
+            let mut told: Vec<_> = told
+                .into_iter()
+                .map(|at| at.saturating_duration_since(draining))
+                .collect();
+            told.sort();
+            told
+        });
+        let exit = server.exit();
+        let told = said_goodbye.join().unwrap();
+        let peak = peak.join().unwrap();
+        let [first, half, last] = [0, sockets / 2, sockets - 1].map(|n| told[n]);
+        let ended = exit.after.saturating_sub(DELAY);
+        println!(
+            "{form:?}, {knob}: {sockets} WebSockets are told from {first:?} on, half by {half:?}, \
+             all by {last:?}; the end of the process {ended:?}; resident {open} KiB, {} each, \
+             at most {peak} KiB",
+            open / sockets
+        );
+        exit.assert_clean();
+        exit.assert_within(DELAY + MS(spread * 9 / 10), DELAY + MS(8000));
+        if spread > 0 {
+            for (quarter, share) in [(1, 10..=40), (2, 35..=65), (3, 60..=90)] {
+                let time = MS(spread) * quarter / 4;
+                let by = told.partition_point(|at| *at <= time) * 100 / sockets;
+                assert!(share.contains(&by), "{by} % by {time:?}");
+            }
+        }
+    }
+}
+
+async fn open_websocket(address: SocketAddr) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(handshake("/ws").as_bytes()).await?;
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await?);
+    }
+    assert!(head.starts_with(b"HTTP/1.1 101 "));
+    Ok(stream)
+}
+
+/// Waits for the server's Close, and answers it. Says when it came.
+async fn say_goodbye(mut stream: TcpStream) -> io::Result<Instant> {
+    let goodbye = [&[0x88, 8], &*close(1001, "deploy")].concat();
+    let mut frame = vec![0; goodbye.len()];
+    stream.read_exact(&mut frame).await?;
+    let at = Instant::now();
+    assert_eq!(frame, goodbye);
+    stream.write_all(&masked(CLOSE, &close(1001, ""))).await?;
+    assert_eq!(stream.read(&mut frame).await?, 0, "the server closes");
+    Ok(at)
 }
 
 const MINUTE: Duration = Duration::from_secs(60);

@@ -17,6 +17,8 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tower_graceful::{Graceful, GracefulBuilder, Phase, Stop};
 
+use crate::long_lived;
+
 /// The ways to put the crate under a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
@@ -96,6 +98,9 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
     if let Some(spread) = knobs.millis("spread") {
         builder = builder.close_spread(spread);
     }
+    if let Some(spread) = knobs.millis("drain_spread") {
+        builder = builder.drain_spread(spread);
+    }
     if let Some(timeout) = knobs.millis("header_read_timeout") {
         builder = builder.header_read_timeout(timeout);
     }
@@ -127,7 +132,7 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         }
     };
     register(&graceful, knobs);
-    let app = app(&graceful);
+    let app = app(&graceful, knobs);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
 
@@ -261,7 +266,7 @@ fn work(
     (name, work)
 }
 
-fn app(graceful: &Graceful) -> Router {
+fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
     let [counting, connected, stopping, marking] = [(); 4].map(|()| graceful.clone());
     let holding = graceful.clone();
     let job = move |Path(ms): Path<u64>| async move {
@@ -317,6 +322,7 @@ fn app(graceful: &Graceful) -> Router {
         .route("/metrics", get(|| async { "metrics" }))
         .route("/shutdown/{calls}", post(shutdown))
         .route("/ready/{ready}", post(set_ready))
+        .merge(long_lived(graceful, knobs))
         .nest(
             "/nested",
             Router::new()
@@ -330,6 +336,17 @@ fn app(graceful: &Graceful) -> Router {
         .merge(graceful.probes())
         .route("/count", get(count))
         .route("/connections", get(connections))
+}
+
+fn long_lived(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
+    let code = knobs.number("close").unwrap_or(1001);
+    let within = knobs.millis("close_within");
+    long_lived::server::routes(
+        graceful,
+        code.try_into().unwrap(),
+        within.unwrap_or(Duration::from_secs(2)),
+        knobs.text("loud").is_some(),
+    )
 }
 
 async fn sleep(Path(ms): Path<u64>) -> impl IntoResponse {

@@ -11,7 +11,12 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body, routing};
+use axum::{
+    Router,
+    body::Body,
+    extract::{FromRef, State},
+    routing,
+};
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body::Body as _;
@@ -407,6 +412,47 @@ async fn two_lifecycles_on_one_router_count_and_refuse_apart() {
 
     drop((both, one, served));
     assert_eq!((first.in_flight(), second.in_flight()), (0, 0));
+}
+
+#[tokio::test]
+async fn handlers_get_the_handle_from_the_state_or_a_part_of_it() {
+    #[derive(Clone)]
+    struct App {
+        graceful: Graceful,
+        _database: Arc<str>,
+    }
+
+    impl FromRef<App> for Graceful {
+        fn from_ref(app: &App) -> Self {
+            app.graceful.clone()
+        }
+    }
+
+    async fn stop(State(graceful): State<Graceful>) -> String {
+        let _hold = graceful.hold("stop");
+        graceful.shutdown();
+        graceful.in_flight().to_string()
+    }
+
+    let (whole, part) = (graceful(), graceful());
+    let apps = [
+        Router::new()
+            .route("/", routing::get(stop))
+            .layer(whole.layer())
+            .with_state(whole.clone()),
+        Router::new()
+            .route("/", routing::get(stop))
+            .layer(part.layer())
+            .with_state(App {
+                graceful: part.clone(),
+                _database: "jobs".into(),
+            }),
+    ];
+    for (app, graceful) in apps.into_iter().zip([whole, part]) {
+        let response = app.oneshot(get("/")).await.unwrap();
+        assert_eq!(text(response.into_body()).await, "2", "it is the same one");
+        assert_eq!(graceful.phase(), Phase::Draining);
+    }
 }
 
 #[tokio::test]

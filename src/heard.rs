@@ -2,27 +2,30 @@
 //! begun to speak at all.
 
 #[derive(Debug, Default)]
-pub(super) struct Heard {
-    pub(super) bytes: u64,
+pub(crate) struct Heard {
+    /// How many there were so far.
+    pub(crate) bytes: u64,
     /// A first head has been awaited.
     awaited: bool,
     /// How much of the preface of HTTP/2 it began with.
-    preface: usize,
+    preface: u8,
 }
 
 impl Heard {
-    pub(super) fn note(&mut self, read: &[u8]) {
+    pub(crate) fn note(&mut self, read: &[u8]) {
         // As long as all there was is preface.
-        if self.bytes == self.preface as u64 {
-            let rest = PREFACE[self.preface..].iter();
-            self.preface += rest.zip(read).take_while(|(a, b)| a == b).count();
+        if self.bytes == u64::from(self.preface) {
+            let rest = PREFACE[usize::from(self.preface)..].iter();
+            for _ in rest.zip(read).take_while(|(a, b)| a == b) {
+                self.preface += 1;
+            }
         }
         self.bytes += read.len() as u64;
     }
 
     /// From which byte on the next head is awaited. The first one is from the start, even if some
     /// of it was read to tell HTTP/1 from HTTP/2.
-    pub(super) fn await_head(&mut self) -> u64 {
+    pub(crate) fn await_head(&mut self) -> u64 {
         if std::mem::replace(&mut self.awaited, true) {
             self.bytes
         } else {
@@ -31,13 +34,13 @@ impl Heard {
     }
 
     /// It is known what the peer speaks.
-    pub(super) fn is_decided(&self) -> bool {
-        self.is_http2() || self.bytes > self.preface as u64
+    pub(crate) fn is_decided(&self) -> bool {
+        self.is_http2() || self.bytes > u64::from(self.preface)
     }
 
     /// The peer speaks HTTP/2.
-    pub(super) fn is_http2(&self) -> bool {
-        self.preface == PREFACE.len()
+    pub(crate) fn is_http2(&self) -> bool {
+        usize::from(self.preface) == PREFACE.len()
     }
 }
 

@@ -1,0 +1,94 @@
+//! gRPC that drains: tonic's routes on `serve`, with the standard health service.
+//!
+//! ```sh
+//! cargo run --example grpc                                  # or: -- 127.0.0.1:50051
+//! pip install grpcio-tools                                  # any client will do
+//! cd examples/grpc
+//! python3 <<'END' &
+//! import grpc, grpc.experimental
+//! messages, calls = grpc.protos_and_services("greeter.proto")
+//! name, here = messages.HelloRequest(name="Ada"), "localhost:50051"
+//! print(calls.Greeter.Hello(name, here, insecure=True))
+//! for tick in calls.Greeter.Ticks(messages.TicksRequest(), here, insecure=True): print(tick)
+//! END
+//! kill -TERM $(pgrep -x grpc)                               # for five seconds more, and then
+//! ```                                                       # UNAVAILABLE: shutting down
+
+use std::{env, error::Error, pin::Pin, process::ExitCode, time::Duration};
+
+use futures_util::{Stream, StreamExt, stream};
+use greeter::{
+    HelloReply, HelloRequest, Tick, TicksRequest,
+    greeter_server::{Greeter, GreeterServer},
+};
+use health::Health;
+use tokio::{net::TcpListener, time};
+use tonic::{Request, Response, Status, service::Routes};
+use tonic_health::{ServingStatus, pb::health_server::HealthServer, server::HealthReporter};
+use tower_graceful::Graceful;
+
+#[allow(clippy::pedantic, unreachable_pub)]
+mod greeter;
+#[allow(unreachable_pub)]
+mod health;
+
+#[tokio::main]
+async fn main() -> Result<ExitCode, Box<dyn Error>> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .init();
+    let address = env::args().nth(1);
+    let address = address.unwrap_or_else(|| "127.0.0.1:50051".into());
+    let graceful = Graceful::new();
+
+    // Who asks for the health of the whole, or of the one service, is told at lame duck.
+    let reporter = HealthReporter::new();
+    reporter.set_serving::<GreeterServer<Service>>().await;
+    let health = HealthServer::new(Health::new(&reporter, &graceful));
+    graceful.on_lame_duck("health", Duration::from_secs(1), async move {
+        reporter
+            .set_service_status("", ServingStatus::NotServing)
+            .await;
+        reporter.set_not_serving::<GreeterServer<Service>>().await;
+    })?;
+
+    let greeter = GreeterServer::new(Service {
+        graceful: graceful.clone(),
+    });
+    let greeter = Routes::new(greeter)
+        .into_axum_router()
+        .layer(graceful.layer());
+    // Added after the layer, because health is told to the end, and is not in flight.
+    let app = Routes::from(greeter).add_service(health).into_axum_router();
+
+    let listener = TcpListener::bind(address).await?;
+    println!("listening on {}", listener.local_addr()?);
+    let report = graceful.serve(listener, app).await;
+    println!("{report}");
+    Ok(report.into())
+}
+
+struct Service {
+    graceful: Graceful,
+}
+
+#[tonic::async_trait]
+impl Greeter for Service {
+    async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
+        let message = format!("hello {}", request.into_inner().name);
+        Ok(Response::new(HelloReply { message }))
+    }
+
+    type TicksStream = Pin<Box<dyn Stream<Item = Result<Tick, Status>> + Send>>;
+
+    async fn ticks(&self, _: Request<TicksRequest>) -> Result<Response<Self::TicksStream>, Status> {
+        let ticks = stream::iter(1..).then(|count| async move {
+            time::sleep(Duration::from_secs(1)).await;
+            Ok(Tick { count })
+        });
+        // A stream that is not told would be waited for, and cut at the drain deadline.
+        let ticks = self.graceful.until_draining(ticks);
+        let last = Err(Status::unavailable("shutting down"));
+        Ok(Response::new(Box::pin(ticks.and_last(last))))
+    }
+}

@@ -1,0 +1,70 @@
+//! WebSockets that say goodbye: 1001, "going away", and the process ends when they have answered.
+//!
+//! ```sh
+//! cargo run --example websocket
+//! npx wscat -c ws://localhost:3000/echo      # or a browser at http://localhost:3000/
+//! kill -TERM $(pgrep -x websocket)           # goes on for five seconds; Ctrl-C: at once
+//! ```
+
+use std::{env, process::ExitCode, time::Duration};
+
+use axum::{
+    Router,
+    extract::{
+        State,
+        ws::{CloseFrame, Message, WebSocketUpgrade, close_code},
+    },
+    response::{Html, Response},
+    routing::{any, get},
+};
+use tower_graceful::Graceful;
+
+#[tokio::main]
+async fn main() -> std::io::Result<ExitCode> {
+    tracing_subscriber::fmt().init();
+    let graceful = Graceful::new();
+    let app = Router::new()
+        .route("/", get(|| async { Html(PAGE) }))
+        .route("/echo", any(echo))
+        .layer(graceful.layer())
+        .merge(graceful.probes())
+        .with_state(graceful.clone());
+
+    let address = env::args().nth(1).unwrap_or("127.0.0.1:3000".into());
+    let listener = tokio::net::TcpListener::bind(address).await?;
+    tracing::info!("listening on http://{}", listener.local_addr()?);
+    let report = graceful.serve(listener, app).await;
+    tracing::info!("{report}");
+    Ok(report.into())
+}
+
+async fn echo(upgrade: WebSocketUpgrade, State(graceful): State<Graceful>) -> Response {
+    let hold = graceful.hold("echo"); // the drain waits
+    upgrade.on_upgrade(move |mut socket| async move {
+        let mut draining = graceful.draining();
+        loop {
+            tokio::select! {
+                () = &mut draining => break, // the handler is told
+                message = socket.recv() => match message {
+                    Some(Ok(message)) => drop(socket.send(message).await),
+                    _ => return,
+                },
+            }
+        }
+        let goodbye = CloseFrame {
+            code: close_code::AWAY,
+            reason: "deploy".into(),
+        };
+        let close = Message::Close(Some(goodbye));
+        hold.close_socket(socket, close, Duration::from_secs(2))
+            .await;
+    })
+}
+
+const PAGE: &str = "<!doctype html><title>WebSocket</title><pre></pre><script>
+    const say = line => document.querySelector('pre').append(line + '\\n');
+    const socket = new WebSocket(`ws://${location.host}/echo`);
+    socket.onopen = () => socket.send('hello');
+    socket.onmessage = message => say(message.data);
+    socket.onclose = close => say(`closed: ${close.code} ${close.reason}, clean: ${close.wasClean}`);
+</script>";

@@ -1,0 +1,99 @@
+//! The response to a request that is more than a count: known by name, let pass uncounted, or
+//! refused.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::{Response, Version};
+use http_body::Body;
+use pin_project_lite::pin_project;
+
+use super::{body::GracefulBody, future::ask_to_leave, named::Named, refusal::Refusal};
+use crate::handle::{Graceful, Pass};
+
+pin_project! {
+    #[project = SpecialProj]
+    #[project_replace = SpecialOwn]
+    pub(super) enum SpecialFuture<F, B> {
+        /// In flight and on the roll, struck out first.
+        Named {
+            #[pin]
+            inner: F,
+            named: Named,
+            pass: Pass,
+            version: Version,
+        },
+        /// Let pass without being counted, where it would have been refused.
+        Exempt {
+            #[pin]
+            inner: F,
+            graceful: Graceful,
+            version: Version,
+        },
+        Refused {
+            #[pin]
+            refusal: Refusal<B>,
+        },
+        Over,
+    }
+}
+
+impl<F, B> SpecialFuture<F, B> {
+    pub(super) fn state(&self) -> &'static str {
+        match self {
+            Self::Named { .. } => "named",
+            Self::Exempt { .. } => "exempt",
+            Self::Refused { .. } => "refused",
+            Self::Over => "done",
+        }
+    }
+}
+
+impl<F, E, ReqBody, ResBody> Future for SpecialFuture<F, ReqBody>
+where
+    F: Future<Output = Result<Response<ResBody>, E>>,
+    ReqBody: Body,
+    ResBody: Body<Data: From<Bytes>>,
+{
+    type Output = Result<Response<GracefulBody<ResBody>>, E>;
+
+    #[cold]
+    #[inline(never)]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let result = match self.as_mut().project() {
+            SpecialProj::Named { inner, .. } | SpecialProj::Exempt { inner, .. } => {
+                ready!(inner.poll(cx))
+            }
+            SpecialProj::Refused { refusal } => {
+                let response = ready!(refusal.poll(cx));
+                return Poll::Ready(Ok(response.map(GracefulBody::text)));
+            }
+            SpecialProj::Over => return Poll::Pending,
+        };
+        // Drops the future inside, before its request is released.
+        let own = self.project_replace(Self::Over);
+        let mut response = result?;
+        Poll::Ready(Ok(match own {
+            SpecialOwn::Named {
+                named,
+                pass,
+                version,
+                ..
+            } => {
+                ask_to_leave(&mut response, pass.gate(), version);
+                named.streams();
+                response.map(|body| GracefulBody::named(body, named, pass))
+            }
+            SpecialOwn::Exempt {
+                graceful, version, ..
+            } => {
+                ask_to_leave(&mut response, graceful.shared(), version);
+                response.map(GracefulBody::uncounted)
+            }
+            SpecialOwn::Refused { .. } | SpecialOwn::Over => response.map(GracefulBody::uncounted),
+        }))
+    }
+}

@@ -1,0 +1,158 @@
+//! The long-lived routes of the server under test.
+
+use std::{convert::Infallible, time::Duration};
+
+use axum::{
+    Router,
+    extract::{
+        Path, State,
+        ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade},
+    },
+    response::{
+        Response,
+        sse::{Event, Sse},
+    },
+    routing::{any, get},
+};
+use futures_util::{Stream, stream};
+use tower_graceful::{Graceful, Hold};
+
+/// What the handlers have, and how they say goodbye to a WebSocket.
+#[derive(Clone)]
+struct Sockets {
+    graceful: Graceful,
+    code: u16,
+    within: Duration,
+    /// Whether they print what becomes of each.
+    loud: bool,
+}
+
+impl Sockets {
+    fn goodbye(&self) -> Message {
+        Message::Close(Some(CloseFrame {
+            code: self.code,
+            reason: "deploy".into(),
+        }))
+    }
+
+    fn say(&self, what: &str) {
+        if self.loud {
+            println!("{what}");
+        }
+    }
+}
+
+/// `code` is what a WebSocket is closed with, and `within` how long its peer has to answer.
+pub(crate) fn routes(graceful: &Graceful, code: u16, within: Duration, loud: bool) -> Router {
+    let sockets = Sockets {
+        graceful: graceful.clone(),
+        code,
+        within,
+        loud,
+    };
+    Router::new()
+        .route("/ws", any(echo))
+        .route("/ws/flood", any(flood))
+        .route("/ws/stubborn", any(stubborn))
+        .route("/sse/silent", get(silent))
+        .route("/sse/{ms}", get(ticking))
+        .with_state(sockets)
+}
+
+async fn echo(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
+    let hold = sockets.graceful.hold("echo");
+    upgrade.on_upgrade(move |mut socket| async move {
+        let mut draining = sockets.graceful.draining();
+        loop {
+            tokio::select! {
+                () = &mut draining => break,
+                message = socket.recv() => match message {
+                    Some(Ok(message)) => drop(socket.send(message).await),
+                    _ => return,
+                },
+            }
+        }
+        close(hold, socket, sockets).await;
+    })
+}
+
+async fn close(hold: Hold, socket: WebSocket, sockets: Sockets) {
+    sockets.say("the socket is told");
+    let closed = hold
+        .close_socket(socket, sockets.goodbye(), sockets.within)
+        .await;
+    sockets.say(&format!("the socket is closed: {closed}"));
+}
+
+/// Sends until draining, whether the peer reads or not.
+async fn flood(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
+    let hold = sockets.graceful.hold("flood");
+    upgrade.on_upgrade(move |mut socket| async move {
+        let mut draining = sockets.graceful.draining();
+        let much = Message::Binary(vec![0; 64 * 1024].into());
+        loop {
+            tokio::select! {
+                () = &mut draining => break,
+                sent = socket.send(much.clone()) => if sent.is_err() {
+                    return;
+                },
+            }
+        }
+        close(hold, socket, sockets).await;
+    })
+}
+
+/// Closes by hand when it is told, and waits for its peer as long as that takes.
+async fn stubborn(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
+    struct Gone(#[expect(dead_code, reason = "goes with it")] Hold);
+
+    impl Drop for Gone {
+        fn drop(&mut self) {
+            println!("the handler is gone");
+        }
+    }
+
+    let gone = Gone(sockets.graceful.hold("stubborn"));
+    upgrade.on_upgrade(move |mut socket| async move {
+        let _gone = gone;
+        sockets.graceful.draining().await;
+        drop(socket.send(sockets.goodbye()).await);
+        while let Some(Ok(_)) = socket.recv().await {}
+    })
+}
+
+fn goodbye() -> Event {
+    let goodbye = Event::default().event("goodbye").data("deploy");
+    goodbye.retry(Duration::from_secs(5))
+}
+
+type Events<S> = Sse<tower_graceful::UntilDraining<S>>;
+
+async fn silent(
+    State(sockets): State<Sockets>,
+) -> Events<impl Stream<Item = Result<Event, Infallible>>> {
+    let nothing = stream::pending();
+    Sse::new(
+        sockets
+            .graceful
+            .until_draining(nothing)
+            .and_last(Ok(goodbye())),
+    )
+}
+
+/// Numbers, one after another.
+async fn ticking(
+    State(sockets): State<Sockets>,
+    Path(ms): Path<u64>,
+) -> Events<impl Stream<Item = Result<Event, Infallible>>> {
+    let ticks = stream::unfold(0_u64, move |number| async move {
+        tokio::time::sleep(Duration::from_millis(ms)).await;
+        Some((Ok(Event::default().data(number.to_string())), number + 1))
+    });
+    Sse::new(
+        sockets
+            .graceful
+            .until_draining(ticks)
+            .and_last(Ok(goodbye())),
+    )
+}
