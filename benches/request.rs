@@ -1,102 +1,164 @@
-//! What the layer adds to a request: through layer, guard and body, beside tower-http's counter,
-//! which counts and does nothing else, and beside no layer at all. `cargo bench`
+//! What it costs to know what is in flight: the gate alone; a request through layer, guard and
+//! body; and a connection. Beside others, and beside nothing at all. `cargo bench --bench request`
 //!
 //! All in one run, so that ratios mean something where times do not.
 
 #![allow(missing_docs)] // of what the macros make
 
 use std::{
-    convert::Infallible,
-    future::{Ready, ready},
-    pin::pin,
+    io,
+    pin::{Pin, pin},
     task::{Context, Poll, Waker},
+    time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use http::{Request, Response};
-use http_body::Body;
-use http_body_util::Full;
-use tower::{Layer, Service};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::TokioIo,
+    server::graceful::{GracefulConnection, GracefulShutdown},
+    service::TowerToHyperService,
+};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tower_graceful::Graceful;
-use tower_http::metrics::InFlightRequestsLayer;
 
-/// A handler that costs as little as one can.
-#[derive(Clone)]
-struct Handler;
+use self::peers::{Handler, Peer, request_of_a_clone};
 
-impl Service<Request<Full<Bytes>>> for Handler {
-    type Response = Response<Full<Bytes>>;
-    type Error = Infallible;
-    type Future = Ready<Result<Self::Response, Infallible>>;
+mod peers;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
+// The gate is private. These are its sources, and all that they need; warnings are for where they
+// belong.
+#[allow(warnings, clippy::pedantic)]
+#[path = "../src/gate/mod.rs"]
+mod gate;
+#[allow(warnings, clippy::pedantic)]
+#[path = "../src/phase.rs"]
+mod phase;
+#[allow(warnings, clippy::pedantic)]
+#[path = "../src/sync.rs"]
+mod sync;
 
-    fn call(&mut self, _: Request<Full<Bytes>>) -> Self::Future {
-        ready(Ok(Response::new(Full::new(Bytes::from_static(b"hello")))))
-    }
+/// Has each of so many threads do it so many times.
+fn by_threads(threads: usize, times: u64, once: impl Fn() + Sync) -> Duration {
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| (0..times).for_each(|_| once()));
+        }
+    });
+    start.elapsed()
 }
 
-/// As axum does it: a clone of the service for each request, and the body to its end.
-fn request<S, B>(service: &S)
-where
-    S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Infallible> + Clone,
-    B: Body,
-{
-    let mut cx = Context::from_waker(Waker::noop());
-    let mut service = service.clone();
-    let future = pin!(service.call(Request::new(Full::default())));
-    let Poll::Ready(Ok(response)) = future.poll(&mut cx) else {
-        unreachable!("the handler is ready at once")
-    };
-    let mut body = pin!(response.into_body());
-    while let Poll::Ready(Some(frame)) = body.as_mut().poll_frame(&mut cx) {
-        std::hint::black_box(frame.is_ok());
-    }
-}
-
-fn add<S, B>(criterion: &mut Criterion, name: &str, service: &S)
-where
-    S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Infallible>,
-    S: Clone + Send + Sync,
-    B: Body,
-{
-    let mut group = criterion.benchmark_group("request");
+fn add(criterion: &mut Criterion, group: &str, name: &str, once: impl Fn() + Sync) {
+    let mut group = criterion.benchmark_group(group);
     for threads in [1, 2] {
         group.bench_function(BenchmarkId::new(name, threads), |bencher| {
-            bencher.iter_custom(|requests| {
-                let start = std::time::Instant::now();
-                std::thread::scope(|scope| {
-                    for _ in 0..threads {
-                        scope.spawn(|| (0..requests).for_each(|_| request(service)));
-                    }
-                });
-                start.elapsed()
-            });
+            bencher.iter_custom(|times| by_threads(threads, times, &once));
         });
     }
     group.finish();
 }
 
+fn gate(criterion: &mut Criterion) {
+    let unlimited = gate::Gate::new(None, false, ());
+    let limited = gate::Gate::new(Some(1_000), false, ());
+    for (name, gate) in [("no limit", &unlimited), ("limit", &limited)] {
+        add(criterion, "gate", name, || {
+            let ticket = gate.admit();
+            assert!(ticket.is_some());
+        });
+    }
+}
+
 fn requests(criterion: &mut Criterion) {
-    let graceful = Graceful::new();
-    let limited = Graceful::builder().max_in_flight(1_000).build().unwrap();
-    let (counting, _counter) = InFlightRequestsLayer::pair();
-    add(criterion, "no layer", &Handler);
-    add(
+    fn add_peer(criterion: &mut Criterion, name: &str, peer: &impl Peer) {
+        add(criterion, "request", name, || request_of_a_clone(peer));
+    }
+
+    add_peer(criterion, "no layer", &Handler);
+    add_peer(
         criterion,
         "tower-http InFlightRequests",
-        &counting.layer(Handler),
+        &peers::tower_http(),
     );
-    add(criterion, "GracefulLayer", &graceful.layer().layer(Handler));
-    add(
+    add_peer(criterion, "GracefulLayer", &peers::graceful());
+    add_peer(
         criterion,
         "GracefulLayer, max_in_flight",
-        &limited.layer().layer(Handler),
+        &peers::graceful_limited(),
+    );
+    add_peer(
+        criterion,
+        "tower ConcurrencyLimit",
+        &peers::concurrency_limit(),
+    );
+    add_peer(criterion, "tokio-util TaskTracker", &peers::task_tracker());
+    add_peer(
+        criterion,
+        "tokio-util CancellationToken",
+        &peers::cancellation_token(),
     );
 }
 
-criterion_group!(benches, requests);
+/// A peer that says nothing and reads nothing.
+struct Silent;
+
+impl AsyncRead for Silent {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        _: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
+}
+
+impl AsyncWrite for Silent {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+        Poll::Pending
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+fn connection<I>(io: I) -> impl GracefulConnection
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let service = TowerToHyperService::new(Handler);
+    http1::Builder::new().serve_connection(TokioIo::new(io), service)
+}
+
+/// A connection is made, waits for its first request, and goes.
+fn connections(criterion: &mut Criterion) {
+    fn once(connection: impl Future) {
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(pin!(connection).poll(&mut cx).is_pending());
+    }
+
+    let graceful = Graceful::new();
+    let shutdown = GracefulShutdown::new();
+    add(criterion, "connection", "not tracked", || {
+        once(connection(Silent));
+    });
+    add(criterion, "connection", "Graceful::track", || {
+        once(connection(graceful.track(Silent)));
+    });
+    add(
+        criterion,
+        "connection",
+        "hyper-util GracefulShutdown",
+        || {
+            once(shutdown.watch(connection(Silent)));
+        },
+    );
+}
+
+criterion_group!(benches, gate, requests, connections);
 criterion_main!(benches);

@@ -1,0 +1,140 @@
+//! Ten thousand connections: what they hold while they are idle, and how fast they are gone when
+//! none of them ends by itself.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use socket2::SockRef;
+
+use super::{
+    child::{Form, Server, allow_files},
+    figures::Figures,
+    rows::{Budget, Rows},
+};
+
+const MANY: usize = 10_000;
+/// What is open besides.
+const OTHER_FILES: u64 = 200;
+const ROUNDS: usize = 3;
+
+fn many() -> usize {
+    let files = allow_files().saturating_sub(OTHER_FILES);
+    let many = MANY.min(usize::try_from(files).expect("a number of files"));
+    if many < MANY {
+        println!("(only {many} connections: more files may not be open)");
+    }
+    many
+}
+
+fn connect(address: SocketAddr, sends: &[u8]) -> TcpStream {
+    let mut stream = TcpStream::connect(address).expect("a connection");
+    stream.write_all(sends).expect("a server that reads");
+    // Leaves no port behind that would have to wait.
+    let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+    stream
+}
+
+/// A connection that has made one request, and waits.
+fn idle(address: SocketAddr) -> TcpStream {
+    let mut stream = connect(address, b"GET / HTTP/1.1\r\nhost: test\r\n\r\n");
+    let mut response = Vec::new();
+    while !response.ends_with(b"hello") {
+        let mut piece = [0; 1024];
+        let length = stream.read(&mut piece).expect("a response");
+        assert!(length > 0, "the server hung up");
+        response.extend_from_slice(&piece[..length]);
+    }
+    stream
+}
+
+/// Resident bytes for each connection.
+fn resident(form: Form, count: usize) -> f64 {
+    /// Until all that there is one of has been made.
+    const WARM: usize = 100;
+
+    let mut server = Server::start(form, 0);
+    let warm: Vec<_> = (0..WARM).map(|_| idle(server.address)).collect();
+    let before = server.ask("memory");
+    let others: Vec<_> = (0..count).map(|_| idle(server.address)).collect();
+    let after = server.ask("memory");
+    drop((warm, others));
+    let bytes = f64::from(after.saturating_sub(before)) * 1024.0;
+    bytes / f64::from(u32::try_from(count).expect("a few thousand"))
+}
+
+pub(crate) fn measure_memory(rows: &mut Rows) {
+    let count = many();
+    let mut all = Form::ALL.map(|_| Vec::new());
+    for _ in 0..ROUNDS {
+        for (bytes, form) in all.iter_mut().zip(Form::ALL) {
+            bytes.push(resident(form, count));
+        }
+    }
+    let [plain, others @ ..] = all.map(|bytes| Figures::new(bytes).median());
+    for (form, with) in Form::ALL[1..].iter().zip(others) {
+        let added = with - plain;
+        let budget = match form {
+            Form::Listener | Form::Serve => Budget::AtMost(1.0),
+            _ => Budget::None,
+        };
+        let row = format!("memory, {}", form.name());
+        let ours = format!("{added:.0} bytes on {plain:.0}");
+        rows.add(&row, &ours, "256 bytes", added / 256.0, budget);
+    }
+}
+
+/// In equal parts: half a head, a handler that never resolves, a stream that never goes on, half an
+/// upload, and a mute peer that speaks HTTP/2.
+const STUCK: [&[u8]; 5] = [
+    b"GET / HTTP/1.1\r\nx-half: ",
+    b"GET /never HTTP/1.1\r\nhost: test\r\n\r\n",
+    b"GET /silent HTTP/1.1\r\nhost: test\r\n\r\n",
+    b"POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 8\r\n\r\nhalf",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
+];
+const IN_FLIGHT: usize = 3;
+
+/// Milliseconds from the deadline until all are closed.
+fn cut(form: Form, count: usize) -> f64 {
+    let mut server = Server::start(form, 2);
+    let mut stuck = Vec::new();
+    for sends in STUCK.iter().cycle().take(count) {
+        stuck.push(connect(server.address, sends));
+        // The queue of the listener is not to run over.
+        if stuck.len() % 500 == 0 {
+            wait_for(&mut server, "connections", stuck.len());
+        }
+    }
+    wait_for(&mut server, "connections", stuck.len());
+    wait_for(
+        &mut server,
+        "in flight",
+        stuck.len() / STUCK.len() * IN_FLIGHT,
+    );
+    f64::from(server.ask("cut")) / 1e3
+}
+
+fn wait_for(server: &mut Server, what: &str, count: usize) {
+    let start = Instant::now();
+    while server.ask(what) as usize != count {
+        assert!(start.elapsed().as_secs() < 30, "waited too long: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+pub(crate) fn measure_cut(rows: &mut Rows) {
+    let count = many() / STUCK.len() * STUCK.len();
+    for (row, form) in [
+        ("cut, listener", Form::Listener),
+        ("cut, serve", Form::Serve),
+    ] {
+        let times: Vec<_> = (0..ROUNDS).map(|_| cut(form, count)).collect();
+        let slowest = Figures::new(times).percentile(100);
+        let ours = format!("at most {slowest:.0} ms");
+        rows.add(row, &ours, "500 ms", slowest / 500.0, Budget::AtMost(1.0));
+    }
+}

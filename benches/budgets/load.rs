@@ -1,0 +1,126 @@
+//! Clients that always want something: on each of their connections a request follows the response
+//! before.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::Request;
+use http_body_util::{BodyExt, Empty};
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+};
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Version {
+    Http1,
+    Http2,
+}
+
+/// At once, on as many connections over HTTP/1 and on two over HTTP/2.
+const REQUESTS: usize = 32;
+
+/// The clients of one server. Their connections stay open.
+pub(crate) enum Load {
+    /// With the length of a response, which is always the same.
+    Http1(Vec<TcpStream>, usize),
+    Http2(Vec<SendRequest<Empty<Bytes>>>),
+}
+
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n";
+
+impl Load {
+    pub(crate) async fn connect(address: SocketAddr, version: Version) -> Self {
+        match version {
+            Version::Http1 => {
+                let mut streams = Vec::new();
+                let mut length = 0;
+                for _ in 0..REQUESTS {
+                    let mut stream = TcpStream::connect(address).await.expect("a connection");
+                    stream.write_all(REQUEST).await.expect("a server");
+                    let mut response = Vec::new();
+                    while !response.ends_with(b"hello") {
+                        let read = stream.read_buf(&mut response).await;
+                        assert!(read.expect("a response") > 0, "the server hung up");
+                    }
+                    length = response.len();
+                    streams.push(stream);
+                }
+                Self::Http1(streams, length)
+            }
+            Version::Http2 => {
+                let mut peers = Vec::new();
+                for _ in 0..2 {
+                    let stream = TcpStream::connect(address).await.expect("a connection");
+                    let _ = stream.set_nodelay(true);
+                    let shaken = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+                    let (peer, connection) = shaken.await.expect("a server of HTTP/2");
+                    tokio::spawn(connection);
+                    peers.extend(vec![peer; REQUESTS / 2]);
+                }
+                Self::Http2(peers)
+            }
+        }
+    }
+
+    /// How many requests are answered in so long, for each second.
+    pub(crate) async fn run(&mut self, time: Duration) -> f64 {
+        let start = Instant::now();
+        let end = start + time;
+        let mut answered = 0;
+        match self {
+            Self::Http1(streams, length) => {
+                let mut clients = JoinSet::new();
+                for stream in streams.drain(..) {
+                    clients.spawn(http1_client(stream, *length, end));
+                }
+                while let Some(client) = clients.join_next().await {
+                    let (stream, count) = client.expect("a client");
+                    streams.push(stream);
+                    answered += count;
+                }
+            }
+            Self::Http2(peers) => {
+                let mut clients = JoinSet::new();
+                for peer in peers {
+                    clients.spawn(http2_client(peer.clone(), end));
+                }
+                while let Some(client) = clients.join_next().await {
+                    answered += client.expect("a client");
+                }
+            }
+        }
+        f64::from(answered) / start.elapsed().as_secs_f64()
+    }
+}
+
+async fn http1_client(mut stream: TcpStream, length: usize, end: Instant) -> (TcpStream, u32) {
+    let mut response = vec![0; length];
+    let mut answered = 0;
+    while Instant::now() < end {
+        stream.write_all(REQUEST).await.expect("a server");
+        stream.read_exact(&mut response).await.expect("a response");
+        answered += 1;
+    }
+    assert!(response.ends_with(b"hello"));
+    (stream, answered)
+}
+
+async fn http2_client(mut peer: SendRequest<Empty<Bytes>>, end: Instant) -> u32 {
+    let mut answered = 0;
+    while Instant::now() < end {
+        peer.ready().await.expect("a connection");
+        let request = Request::get("http://test/").body(Empty::new());
+        let response = peer.send_request(request.expect("a request"));
+        let body = response.await.expect("a response").into_body();
+        assert_eq!(body.collect().await.expect("a body").to_bytes(), "hello");
+        answered += 1;
+    }
+    answered
+}

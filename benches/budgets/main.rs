@@ -1,0 +1,93 @@
+//! The budgets: what the crate may cost, measured beside what it would cost without it or with
+//! another, in one run on one machine.
+//!
+//! `cargo bench --bench budgets` measures all of them, `cargo bench --bench budgets -- wake cut`
+//! some, and with `--write` it writes what it has found into `BENCHMARKS.md` and `benches/plot.svg`.
+//! It exits with 1 if a budget is not met. `BENCHMARKS.md` says what is measured and how.
+
+#[cfg(target_os = "linux")]
+mod child;
+#[cfg(target_os = "linux")]
+mod connections;
+#[cfg(target_os = "linux")]
+mod figures;
+#[cfg(target_os = "linux")]
+mod load;
+#[cfg(target_os = "linux")]
+#[path = "../peers/mod.rs"]
+mod peers;
+#[cfg(target_os = "linux")]
+mod plot;
+#[cfg(target_os = "linux")]
+mod requests;
+#[cfg(target_os = "linux")]
+mod rows;
+#[cfg(target_os = "linux")]
+mod server;
+#[cfg(target_os = "linux")]
+mod throughput;
+#[cfg(target_os = "linux")]
+mod wake;
+
+#[cfg(not(target_os = "linux"))]
+fn main() {
+    println!("budgets: they are measured by what Linux tells of a process");
+}
+
+#[cfg(target_os = "linux")]
+fn main() -> std::process::ExitCode {
+    use std::process::ExitCode;
+
+    use self::rows::Rows;
+
+    type Measure = fn(&mut Rows);
+    const ALL: [(&str, Measure); 5] = [
+        ("requests", requests::measure),
+        ("throughput", throughput::measure),
+        ("wake", wake::measure),
+        ("cut", connections::measure_cut),
+        ("memory", connections::measure_memory),
+    ];
+
+    let mut args: Vec<_> = std::env::args().skip(1).collect();
+    if let [role, rest @ ..] = &*args {
+        if role == server::ROLE {
+            server::run(rest);
+            return ExitCode::SUCCESS;
+        }
+    }
+    // Of cargo. Without `--bench` it is `cargo test`, which wants to know whether it runs.
+    let bench = args.iter().any(|arg| arg == "--bench");
+    let test = args.iter().any(|arg| arg == "--test") || !bench;
+    if test {
+        println!("budgets: measured by `cargo bench --bench budgets`");
+        return ExitCode::SUCCESS;
+    }
+    let write = args.iter().any(|arg| arg == "--write");
+    args.retain(|arg| !arg.starts_with("--"));
+    if let Some(unknown) = args
+        .iter()
+        .find(|arg| !ALL.iter().any(|(name, _)| name == arg))
+    {
+        eprintln!("budgets: no such row: {unknown}");
+        return ExitCode::from(2);
+    }
+    if write && !args.is_empty() {
+        eprintln!("budgets: what is written is of one run, of all of them");
+        return ExitCode::from(2);
+    }
+    let mut rows = Rows::default();
+    for (name, measure) in ALL {
+        if args.is_empty() || args.iter().any(|arg| arg == name) {
+            measure(&mut rows);
+        }
+    }
+    if write {
+        rows.write();
+    }
+    if rows.all_met() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,117 @@
+//! The server that is measured: this executable again, so that what it uses is its own.
+
+use std::{
+    io::{BufRead, stdin},
+    process, thread,
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::Request,
+    routing::{any, get, post},
+};
+use futures_util::stream;
+use tokio::{net::TcpListener, runtime};
+use tower_graceful::{Graceful, Phase};
+use tower_http::metrics::InFlightRequestsLayer;
+
+use super::child::{Form, allow_files, status};
+
+pub(crate) const ROLE: &str = "--server";
+
+/// Room for the connections to be made before they are cut, and for all of it in the grace period.
+const DRAIN: Duration = Duration::from_millis(800);
+
+fn app() -> Router {
+    Router::new()
+        .route("/", get(|| async { "hello" }))
+        .route("/never", any(never))
+        .route(
+            "/silent",
+            get(|| async { Body::from_stream(stream::pending::<std::io::Result<Bytes>>()) }),
+        )
+        .route(
+            "/upload",
+            post(|body: Bytes| async move { body.len().to_string() }),
+        )
+}
+
+async fn never(_request: Request) -> &'static str {
+    std::future::pending().await
+}
+
+/// `--server FORM WORKERS`. Without workers all of it is in this thread.
+pub(crate) fn run(args: &[String]) {
+    let [form, workers] = args else {
+        panic!("a form and a number of workers")
+    };
+    allow_files();
+    let runtime = match workers.parse().expect("a number") {
+        0 => runtime::Builder::new_current_thread().enable_all().build(),
+        workers => runtime::Builder::new_multi_thread()
+            .worker_threads(workers)
+            .enable_all()
+            .build(),
+    };
+    runtime.expect("a runtime").block_on(serve(Form::of(form)));
+}
+
+async fn serve(form: Form) {
+    let graceful = Graceful::builder()
+        .drain_delay(Duration::ZERO)
+        .drain_timeout(DRAIN)
+        .build()
+        .expect("a plan that fits");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    println!("{}", listener.local_addr().expect("an address"));
+    let asked = graceful.clone();
+    thread::spawn(move || answer(&asked));
+    let layered = app().layer(graceful.layer());
+    match form {
+        Form::Plain => axum::serve(listener, app()).await.expect("a server"),
+        Form::Counted => {
+            let (counting, _counter) = InFlightRequestsLayer::pair();
+            let app = app().layer(counting);
+            axum::serve(listener, app).await.expect("a server");
+        }
+        Form::Layer => axum::serve(listener, layered).await.expect("a server"),
+        Form::Listener => {
+            let server = axum::serve(graceful.listener(listener), layered)
+                .with_graceful_shutdown(graceful.drain());
+            drop(graceful.run(server).await);
+        }
+        Form::Serve => {
+            drop(graceful.serve(listener, layered).await);
+        }
+    }
+    // It is the other thread that ends the process.
+    std::future::pending::<()>().await;
+}
+
+/// Answers the parent, line for line, and ends with it.
+fn answer(graceful: &Graceful) {
+    for line in stdin().lock().lines() {
+        match &*line.expect("a line") {
+            "memory" => println!("{}", status("RssAnon:")),
+            "connections" => println!("{}", graceful.connections()),
+            "in flight" => println!("{}", graceful.in_flight()),
+            "cut" => println!("{}", cut(graceful)),
+            other => panic!("no such question: {other}"),
+        }
+    }
+    process::exit(0);
+}
+
+/// Microseconds from the drain deadline until every connection is closed.
+fn cut(graceful: &Graceful) -> u128 {
+    graceful.shutdown();
+    let deadline = Instant::now() + DRAIN;
+    thread::sleep(DRAIN / 2);
+    assert_eq!(graceful.phase(), Phase::Draining);
+    while graceful.connections() > 0 {
+        thread::sleep(Duration::from_micros(500));
+    }
+    deadline.elapsed().as_micros()
+}

@@ -1,0 +1,200 @@
+//! What is measured: a handler that costs as little as one can, and what people put around one to
+//! know what is in flight. Shared by the benches, so that all of them measure the same.
+
+#![allow(dead_code)] // no bench uses all of it
+
+use std::{
+    convert::Infallible,
+    future::{Ready, ready},
+    pin::{Pin, pin},
+    task::{Context, Poll, Waker, ready},
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::Full;
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
+use tower::{Layer, Service, limit::ConcurrencyLimitLayer};
+use tower_graceful::Graceful;
+use tower_http::metrics::{InFlightRequests, InFlightRequestsLayer};
+
+#[derive(Clone)]
+pub(crate) struct Handler;
+
+impl<R> Service<Request<R>> for Handler {
+    type Response = Response<Full<Bytes>>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request<R>) -> Self::Future {
+        ready(Ok(Response::new(Full::new(Bytes::from_static(b"hello")))))
+    }
+}
+
+/// One request, and the body of its response to the end.
+pub(crate) fn request<S, R, B>(service: &mut S)
+where
+    S: Service<Request<R>, Response = Response<B>, Error = Infallible>,
+    R: Default,
+    B: Body,
+{
+    let mut cx = Context::from_waker(Waker::noop());
+    let Poll::Ready(Ok(())) = service.poll_ready(&mut cx) else {
+        unreachable!("there is room")
+    };
+    let future = pin!(service.call(Request::new(R::default())));
+    let Poll::Ready(Ok(response)) = future.poll(&mut cx) else {
+        unreachable!("the handler is ready at once")
+    };
+    let mut body = pin!(response.into_body());
+    while let Poll::Ready(Some(frame)) = body.as_mut().poll_frame(&mut cx) {
+        std::hint::black_box(frame.is_ok());
+    }
+}
+
+/// As axum does it: a clone of the service for each request.
+pub(crate) fn request_of_a_clone<S, B>(service: &S)
+where
+    S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Infallible> + Clone,
+    B: Body,
+{
+    request(&mut service.clone());
+}
+
+pub(crate) fn graceful() -> impl Peer {
+    Graceful::new().layer().layer(Handler)
+}
+
+/// With a limit on requests in flight.
+pub(crate) fn graceful_limited() -> impl Peer {
+    let graceful = Graceful::builder().max_in_flight(1_000).build().unwrap();
+    graceful.layer().layer(Handler)
+}
+
+/// Counts, and does nothing else.
+pub(crate) fn tower_http() -> InFlightRequests<Handler> {
+    let (layer, _counter) = InFlightRequestsLayer::pair();
+    layer.layer(Handler)
+}
+
+/// Limits, and counts only until the head of the response.
+pub(crate) fn concurrency_limit() -> impl Peer {
+    ConcurrencyLimitLayer::new(1_000).layer(Handler)
+}
+
+/// A token of one tracker for each request.
+pub(crate) fn task_tracker() -> impl Peer {
+    let tracker = TaskTracker::new();
+    Guarded {
+        inner: Handler,
+        guard: move || -> TaskTrackerToken { tracker.token() },
+    }
+}
+
+/// A child of one token for each request.
+pub(crate) fn cancellation_token() -> impl Peer {
+    let token = CancellationToken::new();
+    Guarded {
+        inner: Handler,
+        guard: move || token.child_token(),
+    }
+}
+
+/// A service that can be measured.
+pub(crate) trait Peer:
+    Service<Request<Full<Bytes>>, Response = Response<Self::Body>, Error = Infallible>
+    + Clone
+    + Send
+    + Sync
+    + 'static
+{
+    type Body: Body;
+}
+
+impl<S, B> Peer for S
+where
+    S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Infallible>,
+    S: Clone + Send + Sync + 'static,
+    B: Body,
+{
+    type Body = B;
+}
+
+/// A service that takes a guard for each request and keeps it to the end of the response's body, as
+/// one writes it around what is not a layer.
+#[derive(Clone)]
+struct Guarded<S, M> {
+    inner: S,
+    guard: M,
+}
+
+impl<S, M, G, R, B> Service<Request<R>> for Guarded<S, M>
+where
+    S: Service<Request<R>, Response = Response<B>, Future: Unpin>,
+    M: Fn() -> G,
+    G: Unpin,
+{
+    type Response = Response<Guarding<B, G>>;
+    type Error = S::Error;
+    type Future = Guarding<S::Future, G>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<R>) -> Self::Future {
+        let guard = Some((self.guard)());
+        Guarding {
+            inner: self.inner.call(request),
+            guard,
+        }
+    }
+}
+
+/// A future or a body with its guard.
+struct Guarding<T, G> {
+    inner: T,
+    guard: Option<G>,
+}
+
+impl<F, G, B, E> Future for Guarding<F, G>
+where
+    F: Future<Output = Result<Response<B>, E>> + Unpin,
+    G: Unpin,
+{
+    type Output = Result<Response<Guarding<B, G>>, E>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let response = ready!(Pin::new(&mut self.inner).poll(cx))?;
+        let guard = self.guard.take();
+        Poll::Ready(Ok(response.map(|inner| Guarding { inner, guard })))
+    }
+}
+
+impl<B: Body + Unpin, G: Unpin> Body for Guarding<B, G> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        Pin::new(&mut self.inner).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}

@@ -1,0 +1,223 @@
+//! What the layer allocates for a request: nothing. And what a tracked connection holds on the
+//! heap, to the byte.
+//!
+//! Counted for the thread that measures, so that tests do not disturb one another. In each test
+//! the same is done without this crate, and what that allocates is taken off.
+
+use std::{
+    convert::Infallible,
+    future::{Ready, ready},
+    pin::pin,
+    task::{Context, Poll, Waker},
+};
+
+use allocation_counter::measure;
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use http_body_util::Full;
+use tower::{Layer, Service};
+use tower_graceful::Graceful;
+
+const REQUESTS: u64 = 1_000;
+
+#[derive(Clone)]
+struct Handler;
+
+impl Service<Request<Full<Bytes>>> for Handler {
+    type Response = Response<Full<Bytes>>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request<Full<Bytes>>) -> Self::Future {
+        ready(Ok(Response::new(Full::new(Bytes::from_static(b"hello")))))
+    }
+}
+
+/// One request, and the body of its response to the end.
+fn request<S, R, B>(service: &mut S)
+where
+    S: Service<Request<R>, Response = Response<B>, Error = Infallible>,
+    R: Default,
+    B: Body,
+{
+    let mut cx = Context::from_waker(Waker::noop());
+    let future = pin!(service.call(Request::new(R::default())));
+    let Poll::Ready(Ok(response)) = future.poll(&mut cx) else {
+        panic!("the handler is ready at once")
+    };
+    assert_eq!(response.status(), 200);
+    let mut body = pin!(response.into_body());
+    while let Poll::Ready(Some(frame)) = body.as_mut().poll_frame(&mut cx) {
+        assert!(frame.is_ok());
+    }
+}
+
+/// How many allocations so many requests make, after a first one.
+fn allocations(mut request: impl FnMut()) -> u64 {
+    request();
+    measure(|| (0..REQUESTS).for_each(|_| request())).count_total
+}
+
+#[test]
+fn a_request_allocates_nothing() {
+    let graceful = Graceful::new();
+    let limited = Graceful::builder().max_in_flight(1).build().unwrap();
+    assert_eq!(allocations(|| request(&mut Handler)), 0);
+    for graceful in [graceful, limited] {
+        let mut service = graceful.layer().layer(Handler);
+        assert_eq!(allocations(|| request(&mut service)), 0);
+        assert_eq!(allocations(|| request(&mut service.clone())), 0);
+        assert_eq!(graceful.in_flight(), 0);
+    }
+}
+
+/// Kept beside the others, or a counter that counts nothing would pass them all.
+#[test]
+fn what_allocates_is_counted() {
+    let allocating = || drop(std::hint::black_box(vec![0_u8; 100]));
+    assert_eq!(allocations(allocating), REQUESTS);
+}
+
+#[cfg(feature = "axum")]
+mod in_axum {
+    use axum::{Router, extract::State, routing::get};
+    use tower_http::metrics::InFlightRequestsLayer;
+
+    use super::*;
+
+    /// hyper calls a clone of the router for each request.
+    fn of(app: &Router) -> u64 {
+        allocations(|| request::<_, axum::body::Body, _>(&mut app.clone()))
+    }
+
+    /// axum boxes the body of any layer that has one of its own.
+    #[test]
+    fn a_request_through_a_router_allocates_as_much_as_through_another_layer() {
+        let app = Router::new().route("/", get(|| async { "hello" }));
+        let (counting, _counter) = InFlightRequestsLayer::pair();
+        let graceful = Graceful::new();
+        let another = of(&app.clone().layer(counting));
+        assert!(another > 0, "axum boxes futures");
+        assert_eq!(of(&app.layer(graceful.layer())), another);
+    }
+
+    #[test]
+    fn a_handler_that_takes_the_handle_allocates_as_much_as_one_that_does_not() {
+        let without = Router::new().route("/", get(|| async { "hello" }));
+        let with = Router::new()
+            .route("/", get(|_: State<Graceful>| async { "hello" }))
+            .with_state(Graceful::new());
+        assert_eq!(of(&with), of(&without));
+    }
+}
+
+/// Connections that are open, have made one request, and wait.
+#[cfg(all(feature = "axum", feature = "signal"))]
+mod idle_connections {
+    use std::{
+        io::{Read, Write},
+        net::{SocketAddr, TcpStream},
+        thread,
+    };
+
+    use axum::{Router, routing::get};
+    use tokio::{net::TcpListener, runtime, sync::oneshot};
+
+    use super::*;
+
+    /// A power of two, so that tables that double are as full as they can be.
+    const CONNECTIONS: usize = 512;
+
+    fn app() -> Router {
+        Router::new().route("/", get(|| async { "hello" }))
+    }
+
+    fn connect(address: SocketAddr) -> TcpStream {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream
+            .write_all(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")
+            .unwrap();
+        let mut read = Vec::new();
+        while !read.ends_with(b"hello") {
+            let mut piece = [0; 1024];
+            let length = stream.read(&mut piece).unwrap();
+            assert!(length > 0, "the server hung up");
+            read.extend_from_slice(&piece[..length]);
+        }
+        stream
+    }
+
+    /// Bytes on the heap for each connection, all told: hyper's and tokio's too.
+    fn heap_bytes<F>(serve: impl FnOnce(TcpListener) -> F) -> i64
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        // All of the server is on the thread that measures, and none of the clients.
+        let runtime = runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let (listener, address) = runtime.block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            (listener, address)
+        });
+        let _entered = runtime.enter();
+        let server = runtime.spawn(serve(listener));
+        let clients = |count: usize| {
+            let (done, is_done) = oneshot::channel();
+            let clients = thread::spawn(move || {
+                let clients: Vec<_> = (0..count).map(|_| connect(address)).collect();
+                done.send(()).unwrap();
+                clients
+            });
+            runtime.block_on(async { is_done.await.unwrap() });
+            clients.join().unwrap()
+        };
+        let first = clients(1);
+        let mut others = Vec::new();
+        let held = measure(|| others = clients(CONNECTIONS - 1));
+        assert!(!server.is_finished());
+        drop((first, others));
+        held.bytes_current / i64::try_from(CONNECTIONS - 1).unwrap()
+    }
+
+    fn plain() -> i64 {
+        heap_bytes(|listener| async { axum::serve(listener, app()).await.unwrap() })
+    }
+
+    fn listener() -> i64 {
+        heap_bytes(|listener| {
+            let graceful = Graceful::new();
+            let app = app().layer(graceful.layer());
+            let server = axum::serve(graceful.listener(listener), app)
+                .with_graceful_shutdown(graceful.drain());
+            async move { drop(graceful.run(server).await) }
+        })
+    }
+
+    fn serve() -> i64 {
+        heap_bytes(|listener| {
+            let graceful = Graceful::new();
+            let app = app().layer(graceful.layer());
+            async move { drop(graceful.serve(listener, app).await) }
+        })
+    }
+
+    /// Bounds from above, so that nothing grows unnoticed: what an optimised build has, where
+    /// futures are laid out a little larger. tokio rounds tasks up to 128 bytes, so they are coarse.
+    /// Less is welcome, and then the bound is less.
+    #[test]
+    fn a_connection_adds_little_to_one_of_axum() {
+        let [plain, listener, serve] = [plain(), listener(), serve()];
+        let of = format!("{plain} bytes, with the listener {listener}, of serve {serve}");
+        assert!(listener - plain <= 400, "{of}");
+        assert!(serve - plain <= 816, "{of}");
+        println!("{of}");
+    }
+}

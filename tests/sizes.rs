@@ -1,0 +1,46 @@
+//! How much the layer adds to what it wraps: a response future may be moved many times before it
+//! is polled, and a body is held for as long as a client reads it.
+//!
+//! Bounds from above, so that nothing grows unnoticed. Less is welcome, and then the bound is less.
+
+use std::{future::Ready, pin::Pin};
+
+use bytes::Bytes;
+use http::Response;
+use http_body_util::{Full, combinators::UnsyncBoxBody};
+use tower_graceful::{GracefulBody, GracefulFuture, GracefulService};
+
+/// What is on top of `T` in a `W`.
+fn added<W, T>() -> usize {
+    size_of::<W>() - size_of::<T>()
+}
+
+/// A future that boxes, as axum's do, and one that is the response itself.
+type Boxed = Pin<Box<dyn Future<Output = Response<Full<Bytes>>> + Send>>;
+type Direct = Ready<Response<Full<Bytes>>>;
+type BoxedBody = UnsyncBoxBody<Bytes, std::convert::Infallible>;
+
+#[cfg(target_pointer_width = "64")]
+#[test]
+fn a_service_is_one_pointer_larger() {
+    assert!(added::<GracefulService<()>, ()>() <= 8);
+    assert!(added::<GracefulService<Boxed>, Boxed>() <= 8);
+}
+
+/// Two words for its request's place, and one for the version of HTTP, which says how a client is
+/// asked to leave. That a future is gone has room in it, where there is room for anything.
+#[cfg(target_pointer_width = "64")]
+#[test]
+fn a_future_is_three_words_larger() {
+    assert!(added::<GracefulFuture<Boxed, Full<Bytes>>, Boxed>() <= 24);
+    assert!(added::<GracefulFuture<Direct, Full<Bytes>>, Direct>() <= 24);
+}
+
+/// Two words for its request's place. A third where the body has no room to say that there is none,
+/// because the response is a refusal.
+#[cfg(target_pointer_width = "64")]
+#[test]
+fn a_body_is_two_words_larger_or_three() {
+    assert!(added::<GracefulBody<BoxedBody>, BoxedBody>() <= 16);
+    assert!(added::<GracefulBody<Full<Bytes>>, Full<Bytes>>() <= 24);
+}
