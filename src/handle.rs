@@ -332,6 +332,8 @@ impl Future for PhaseReached {
         // Without a lock, for the thousands who are woken at once.
         let present = shared.settled_word().phase();
         if present > *phase || present == *phase && !*spread {
+            // The telling is under way, and empties it.
+            *seat = None;
             return Poll::Ready(());
         }
         if seat.is_none() {

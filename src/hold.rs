@@ -99,41 +99,68 @@ impl Hold {
     /// # Panics
     ///
     /// Outside a tokio runtime with timers, when it is polled.
-    pub async fn close_socket<S, M, E>(self, socket: S, close: M, within: Duration) -> bool
+    // Written so for the order in which what it takes is dropped.
+    #[expect(clippy::manual_async_fn)]
+    pub fn close_socket<S, M, E>(
+        self,
+        socket: S,
+        close: M,
+        within: Duration,
+    ) -> impl Future<Output = bool> + use<S, M, E>
     where
         S: Stream<Item = Result<M, E>> + Sink<M>,
     {
-        let mut socket = pin!(socket);
-        let mut close = Some(close);
-        let mut sending = true;
-        // Reads beside sending: a peer that is sending too may not read before it has been read.
-        let closed = poll_fn(|cx| {
-            if sending && close.is_some() {
-                match socket.as_mut().poll_ready(cx) {
-                    Poll::Ready(Ok(())) => {
-                        sending = close
-                            .take()
-                            .is_some_and(|close| socket.as_mut().start_send(close).is_ok());
-                    }
-                    // What that means, reading tells.
-                    Poll::Ready(Err(_)) => sending = false,
-                    Poll::Pending => {}
-                }
-            }
-            if sending && close.is_none() && socket.as_mut().poll_flush(cx).is_ready() {
-                sending = false;
-            }
-            loop {
-                match ready!(socket.as_mut().poll_next(cx)) {
-                    Some(Ok(_)) => {}
-                    Some(Err(_)) => return Poll::Ready(false),
-                    None => return Poll::Ready(true),
-                }
-            }
-        });
-        time::timeout(within, closed).await.unwrap_or(false)
+        async move {
+            // First, and so dropped before the hold also where this is never polled.
+            let closed = closed(socket, close);
+            let closed = time::timeout(within, closed).await.unwrap_or(false);
+            drop(self);
+            closed
+        }
     }
 }
+
+/// Sends `close`, and resolves when the peer has closed: whether it has.
+async fn closed<S, M, E>(socket: S, close: M) -> bool
+where
+    S: Stream<Item = Result<M, E>> + Sink<M>,
+{
+    let mut socket = pin!(socket);
+    let mut close = Some(close);
+    let mut sending = true;
+    // Reads beside sending: a peer that is sending too may not read before it has been read.
+    poll_fn(|cx| {
+        if sending && close.is_some() {
+            match socket.as_mut().poll_ready(cx) {
+                Poll::Ready(Ok(())) => {
+                    sending = close
+                        .take()
+                        .is_some_and(|close| socket.as_mut().start_send(close).is_ok());
+                }
+                // What that means, reading tells.
+                Poll::Ready(Err(_)) => sending = false,
+                Poll::Pending => {}
+            }
+        }
+        if sending && close.is_none() && socket.as_mut().poll_flush(cx).is_ready() {
+            sending = false;
+        }
+        for _ in 0..MESSAGES {
+            match ready!(socket.as_mut().poll_next(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(_)) => return Poll::Ready(false),
+                None => return Poll::Ready(true),
+            }
+        }
+        // There may be thousands in one buffer, and time is to pass for others.
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await
+}
+
+/// How many messages are read before others have their turn.
+const MESSAGES: usize = 32;
 
 impl Drop for Hold {
     fn drop(&mut self) {

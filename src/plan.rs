@@ -108,9 +108,10 @@ impl Plan {
         self.grace_period.saturating_sub(self.margin / 2)
     }
 
-    /// How long a drain may take, after the usual delay.
+    /// How long a drain may take, after the longer of the two delays.
     pub(crate) fn drain(&self) -> Duration {
-        let Deadlines { delay, drain, .. } = self.deadlines(self.drain_delay);
+        let longest = self.drain_delay.max(self.interrupt_delay);
+        let Deadlines { delay, drain, .. } = self.deadlines(longest);
         drain.saturating_sub(delay)
     }
 

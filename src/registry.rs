@@ -162,6 +162,12 @@ impl Registry {
         list
     }
 
+    /// Whether everybody who was there has been told to leave.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(crate) fn asks_everybody(&self) -> bool {
+        lock!(self.open).told >= Told::Leave
+    }
+
     /// Tells every connection: those that are open, and if it is to close, those that come.
     pub(crate) fn tell(&self, told: Told) {
         let lines: Vec<_> = {

@@ -3,8 +3,9 @@
 //! A waiter is entered on the *lane* of the thread that polls it first, so that threads do not meet
 //! there, and gets a place in its phase: one after another they can be told over a while, instead
 //! of all in the same instant. Telling goes over the lanes, takes from each the wakers of those
-//! whose turn has come, and wakes them after the lane's lock is released. Whoever has been woken
-//! finds by the phase that it has come, without any lock, so ten thousand who wake do not queue.
+//! whose turn has come, and wakes them after the lane's lock is released. Where all are told at once,
+//! whoever is woken finds by the phase that it has come, without any lock, so ten thousand who wake
+//! do not queue; where they are told by and by, few come to their lane at a time.
 //!
 //! No wake-up is lost: what a lane was told and who waits on it are behind one lock. Whoever enters
 //! before the lane is told is found there and woken; whoever comes after sees that it was told.
@@ -311,12 +312,22 @@ mod tests {
 
     #[test]
     fn a_seat_given_up_is_given_to_somebody_else_who_is_told() {
+        struct Nothing;
+
+        impl Wake for Nothing {
+            fn wake(self: Arc<Self>) {}
+        }
+
         let waiters = Waiters::new();
         for _ in 0..3 {
-            let cx = Context::from_waker(Waker::noop());
+            let nothing = Arc::new(Nothing);
+            let waker = Waker::from(Arc::clone(&nothing));
             let mut seat = None;
+            let cx = Context::from_waker(&waker);
             assert_pending!(waiters.poll(&mut seat, Phase::Draining, true, &cx));
+            assert_eq!(Arc::strong_count(&nothing), 3);
             waiters.leave(seat.unwrap());
+            assert_eq!(Arc::strong_count(&nothing), 2, "nothing of it is kept");
         }
         let mut waiter = task::spawn(told(&waiters, true));
         assert_pending!(waiter.poll());

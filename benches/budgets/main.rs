@@ -41,10 +41,11 @@ fn main() -> std::process::ExitCode {
     use self::rows::Rows;
 
     type Measure = fn(&mut Rows);
-    const ALL: [(&str, Measure); 5] = [
+    const ALL: [(&str, Measure); 6] = [
         ("requests", requests::measure),
         ("throughput", throughput::measure),
         ("wake", wake::measure),
+        ("told", wake::measure_told),
         ("cut", connections::measure_cut),
         ("memory", connections::measure_memory),
     ];

@@ -10,7 +10,8 @@ use bytes::Bytes;
 use http::Request;
 use http_body::Body;
 use http_body_util::Full;
-use tokio::{runtime, sync::oneshot, time};
+use tokio::{runtime, sync::oneshot, task::JoinSet, time};
+use tokio_util::sync::CancellationToken;
 use tower::{Layer, Service};
 use tower_graceful::{Graceful, Phase};
 
@@ -41,6 +42,57 @@ pub(crate) fn measure(rows: &mut Rows) {
         let ours = format!("{p50:.0} µs, p99 {p99:.0} µs");
         rows.add(row, &ours, "p99 1000 µs", p99 / 1e3, Budget::AtMost(1.0));
     }
+}
+
+/// Ten thousand tasks are told that draining has started, or that a token is cancelled: until the
+/// last of them runs.
+pub(crate) fn measure_told(rows: &mut Rows) {
+    let runtime = runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let (mut ours, mut tokens) = (Vec::new(), Vec::new());
+    for _ in 0..21 {
+        let builder = Graceful::builder().drain_delay(Duration::ZERO);
+        let graceful = builder.build().expect("a plan that fits");
+        let hold = graceful.hold("until all are told");
+        let told = told(|| graceful.draining(), || graceful.shutdown());
+        ours.push(runtime.block_on(told));
+        drop(hold);
+        let token = CancellationToken::new();
+        let told = self::told(|| token.clone().cancelled_owned(), || token.cancel());
+        tokens.push(runtime.block_on(told));
+    }
+    let [ours, tokens] = [ours, tokens].map(|times| Figures::new(times).percentile(50));
+    let [told, cancelled] = [ours, tokens].map(|time| format!("{time:.1} ms"));
+    rows.add(
+        "told, 10,000 against CancellationToken",
+        &told,
+        &cancelled,
+        ours / tokens,
+        Budget::None,
+    );
+}
+
+async fn told<F>(wait: impl Fn() -> F, tell: impl FnOnce()) -> f64
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut tasks = JoinSet::new();
+    for _ in 0..10_000 {
+        let wait = wait();
+        tasks.spawn(async move {
+            wait.await;
+            Instant::now()
+        });
+    }
+    // Until everybody waits.
+    time::sleep(Duration::from_millis(50)).await;
+    let begun = Instant::now();
+    tell();
+    let last = tasks.join_all().await.into_iter().max();
+    last.map_or(0.0, |last| (last - begun).as_secs_f64() * 1e3)
 }
 
 async fn once() -> Duration {

@@ -11,7 +11,7 @@ use std::{
 
 use axum::{body::Body, extract::Request, response::Response};
 use bytes::Bytes;
-use http::Version;
+use http::{Version, header};
 use http_body::{Frame, SizeHint};
 use hyper::{
     body::Incoming,
@@ -33,14 +33,15 @@ use crate::{
     phase::Phase,
     registry::{Line, Told},
     spread::TURN,
+    timeline::LINGER,
 };
 
 /// Serves HTTP/1 and HTTP/2 on a connection until it closes or is cut.
 ///
 /// The peer is asked to leave when its turn has come: over HTTP/2 by GOAWAY, which loses no
 /// request, over HTTP/1 by the header of a response. Over HTTP/1 an idle connection is closed only
-/// when everybody is, because a request may be on its way; but where a response ends while the
-/// service drains, its connection does too.
+/// when everybody is, because a request may be on its way; but for one whose stream of events has
+/// ended while the service drains.
 pub(super) async fn serve<I, S>(mut io: GracefulIo<I>, service: S, graceful: Graceful)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -183,7 +184,9 @@ impl Owner {
             }
         } else if http2 && self.late && phase == Phase::LameDuck {
             // Who has no other place to go would come back, and be asked again with each request.
-            return;
+            if !self.graceful.shared().connections.asks_everybody() {
+                return;
+            }
         }
         leaving::say_close(response, version);
         if http2 {
@@ -253,16 +256,23 @@ where
             owner.ask_to_leave(&mut response, *this.version, phase);
         }
         // Over HTTP/2 the peer is asked by other means.
-        let owner = this
-            .owner
-            .take()
-            .filter(|_| *this.version < Version::HTTP_2);
+        let comes_back = *this.version < Version::HTTP_2 && is_event_stream(&response);
+        let owner = this.owner.take().filter(|_| comes_back);
         Poll::Ready(Ok(response.map(|inner| OwnedBody { inner, owner })))
     }
 }
 
-/// A response's body that takes its connection along when it ends while draining. Its head may have
-/// gone out long before, and could not say so; and the next request would be refused.
+fn is_event_stream(response: &Response) -> bool {
+    const EVENTS: &[u8] = b"text/event-stream";
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    let kind = kind.and_then(|kind| kind.as_bytes().get(..EVENTS.len()));
+    kind.is_some_and(|kind| kind.eq_ignore_ascii_case(EVENTS))
+}
+
+/// A response's body. One of server-sent events that ends while draining takes its connection along:
+/// the client comes back, on the same connection if it can, and would be refused, which is final to
+/// an `EventSource`; the head went out long ago and could not ask it to leave. Of other responses
+/// the next request is refused in words, because it may be one that is not sent twice.
 struct OwnedBody {
     inner: Body,
     owner: Option<Arc<Owner>>,
@@ -270,11 +280,20 @@ struct OwnedBody {
 
 impl OwnedBody {
     fn ended(&mut self) {
-        if let Some(owner) = self.owner.take() {
-            if owner.graceful.phase() >= Phase::Draining {
+        let Some(owner) = self.owner.take() else {
+            return;
+        };
+        if owner.graceful.phase() < Phase::Draining {
+            return;
+        }
+        let heard = owner.line.heard(|heard| heard.bytes);
+        tokio::spawn(async move {
+            time::sleep(LINGER).await;
+            // What has come meanwhile is answered.
+            if owner.line.heard(|now| now.bytes) == heard {
                 owner.line.tell(Told::Close);
             }
-        }
+        });
     }
 }
 

@@ -24,8 +24,9 @@ impl Graceful {
     ///   ([RFC 9113 §6.8](https://www.rfc-editor.org/rfc/rfc9113#section-6.8)): with their next
     ///   response in the lame-duck phase; when draining starts the rest, and who has connected
     ///   since, although the listener stays open;
-    /// - over HTTP/1, where a response ends while the service drains its connection is closed: its
-    ///   head could not say so, and the next request would be refused;
+    /// - over HTTP/1, where server-sent events end while the service drains their connection is
+    ///   closed 25 ms later, if nothing has come on it: the client comes back, and to an
+    ///   `EventSource` a refusal would be final;
     /// - [`close_spread`](crate::GracefulBuilder::close_spread) is kept for each connection;
     /// - a request head over HTTP/1 that does not arrive within
     ///   [`header_read_timeout`](crate::GracefulBuilder::header_read_timeout) closes its

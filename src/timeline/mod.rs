@@ -33,6 +33,8 @@ use tokio::{
 
 #[cfg(feature = "axum")]
 pub(crate) use self::settle::LAST_ACCEPTS;
+#[cfg(all(feature = "axum", feature = "signal"))]
+pub(crate) use self::settle::LINGER;
 pub(crate) use self::shutdown::{Edge, ServerEnd};
 use self::{
     driver::Driver,

@@ -20,7 +20,7 @@ use crate::{
 /// the server is told to close: a server told so closes silent connections at once, and with them
 /// requests that are on their way. Measured on loopback, where without it a third of the requests
 /// that race with the stop are lost.
-const LINGER: Duration = Duration::from_millis(25);
+pub(crate) const LINGER: Duration = Duration::from_millis(25);
 
 /// How long it waits for that, for clients that are never quiet.
 const MOST_LINGER: Duration = Duration::from_millis(150);

@@ -24,6 +24,11 @@ pub(crate) const TESTS: &[Test] = &[
         late,
     ),
     (
+        "goaway::comes_to_who_connects_in_the_last_moment",
+        &[Form::Serve],
+        last_moment,
+    ),
+    (
         "goaway::comes_before_draining_refuses",
         &[Form::Serve],
         when_draining_starts,
@@ -108,6 +113,21 @@ fn late(form: Form) {
     assert_eq!(connection.next(GOAWAY).last_stream(), ALL_STREAMS);
     assert!(server.elapsed() > MS(950), "{:?}", server.elapsed());
     connection.until_closed();
+    server.exit().assert_clean();
+}
+
+fn last_moment(form: Form) {
+    let mut server = Server::start(form, &["drain=2000"]);
+    let held = server.get_in_background("/sleep/2000");
+    server.terminate();
+    // When all who were there have been asked, and draining has not begun.
+    server.until(MS(983));
+    let mut connection = Connection::open(server.address);
+    connection.begin("/").unwrap();
+    assert_eq!(connection.next(GOAWAY).last_stream(), ALL_STREAMS);
+    assert!(server.elapsed() < MS(1500), "{:?}", server.elapsed());
+    connection.until_closed();
+    held.join().unwrap().assert_ok();
     server.exit().assert_clean();
 }
 

@@ -147,6 +147,14 @@ async fn a_spread_that_outlasts_the_drain_is_refused_with_its_numbers() {
         "{text}"
     );
     assert!(plan().drain_spread(ms(9_999)).build().is_ok());
+    // Of the two delays the longer leaves less.
+    let interrupted = Graceful::builder()
+        .grace_period(s(6))
+        .cleanup_timeout(Duration::ZERO)
+        .drain_delay(Duration::ZERO)
+        .interrupt_delay(ms(4_500))
+        .drain_spread(s(5));
+    assert!(interrupted.build().is_err());
     assert!(
         Graceful::builder()
             .drain_spread(Duration::MAX)
@@ -240,6 +248,8 @@ struct Peer {
     polite: bool,
     closed: bool,
     refuses: bool,
+    /// Without end.
+    talks: Option<&'static str>,
     waker: Option<std::task::Waker>,
 }
 
@@ -248,6 +258,9 @@ impl Stream for Socket {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let mut peer = self.0.lock().unwrap();
+        if let Some(talk) = peer.talks {
+            return Poll::Ready(Some(Ok(talk)));
+        }
         if let Some(said) = peer.says.pop_front() {
             // Whoever has said something has room again.
             peer.room += 1;
@@ -341,6 +354,16 @@ async fn a_peer_that_has_to_be_read_before_it_reads_is() {
     assert_eq!(close(peer).await, (true, Duration::ZERO, vec!["close"]));
 }
 
+#[tokio::test]
+async fn a_peer_that_never_stops_talking_holds_for_the_bound_and_no_longer() {
+    let socket = Socket::default();
+    socket.0.lock().unwrap().talks = Some("and another thing");
+    let begun = std::time::Instant::now();
+    let hold = Graceful::new().hold("socket");
+    assert!(!hold.close_socket(socket, "close", ms(100)).await);
+    assert!(begun.elapsed() < s(5), "{:?}", begun.elapsed());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_peer_that_is_gone_is_not_waited_for() {
     let peer = Peer {
@@ -376,6 +399,52 @@ async fn a_goodbye_that_is_dropped_holds_no_longer() {
     drop(goodbye);
     assert_eq!(graceful.in_flight(), 0);
     assert_eq!(Arc::strong_count(&socket.0), 1);
+}
+
+#[test]
+fn a_goodbye_that_is_never_begun_drops_the_socket_before_the_hold() {
+    struct Dropped(Graceful, Arc<Mutex<Option<usize>>>, Socket);
+
+    impl Drop for Dropped {
+        fn drop(&mut self) {
+            *self.1.lock().unwrap() = Some(self.0.in_flight());
+        }
+    }
+
+    impl Stream for Dropped {
+        type Item = <Socket as Stream>::Item;
+
+        fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+            Pin::new(&mut self.2).poll_next(cx)
+        }
+    }
+
+    impl Sink<&'static str> for Dropped {
+        type Error = &'static str;
+
+        fn poll_ready(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+            Poll::Pending
+        }
+
+        fn start_send(self: Pin<&mut Self>, _: &'static str) -> Result<(), &'static str> {
+            Ok(())
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+            Poll::Pending
+        }
+
+        fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+            Poll::Pending
+        }
+    }
+
+    let graceful = Graceful::new();
+    let in_flight = Arc::new(Mutex::new(None));
+    let socket = Dropped(graceful.clone(), Arc::clone(&in_flight), Socket::default());
+    drop(graceful.hold("socket").close_socket(socket, "close", s(1)));
+    assert_eq!(*in_flight.lock().unwrap(), Some(1));
+    assert_eq!(graceful.in_flight(), 0);
 }
 
 #[tokio::test(start_paused = true)]
