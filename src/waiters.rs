@@ -111,7 +111,8 @@ impl Waiters {
         let entry = lane.waiting.vacant_entry();
         let key = entry.key();
         let place = if spread {
-            Place::nth((key * LANES + number) as u64)
+            // Those of a lane follow one another, so that they lie evenly.
+            Place::nth((number as u64) << 40 | key as u64)
         } else {
             Place::FIRST
         };

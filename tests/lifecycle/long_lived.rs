@@ -43,7 +43,7 @@ async fn a_spread_tells_one_after_another_evenly() {
     for (n, time) in (1..).zip(&times) {
         let even = s(4) * n / 1_000;
         let off = even.abs_diff(*time - begun);
-        assert!(off <= ms(60), "number {n} at {:?}", *time - begun);
+        assert!(off <= ms(50), "number {n} at {:?}", *time - begun);
     }
     assert_eq!(graceful.phase(), Phase::Draining);
 }
