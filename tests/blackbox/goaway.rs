@@ -97,6 +97,8 @@ fn with_a_response(form: Form) {
 /// Else a client without a balancer would connect anew for nearly every request of the delay.
 fn late(form: Form) {
     let mut server = Server::start(form, &[]);
+    // Before it serves, a signal would end it without a delay.
+    server.get("/").assert_ok();
     server.terminate();
     server.wait_for_unready();
     let mut connection = used(&server);
