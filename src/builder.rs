@@ -271,9 +271,10 @@ impl GracefulBuilder {
     /// # Errors
     ///
     /// When the shares do not fit the grace period or leave no time to drain, when `close_spread`
-    /// is longer than `drain_delay` or `drain_spread` not shorter than a drain, when `max_in_flight` or `header_read_timeout` is zero, when
-    /// `unready_status` is informational or 200, and when an exempt path does not begin with a
-    /// slash. The message names the numbers. And when the thread of a watchdog cannot be started.
+    /// is longer than `drain_delay` or `drain_spread` not shorter than a drain, when `max_in_flight`
+    /// or `header_read_timeout` is zero, when `unready_status` is informational or 200, and when an
+    /// exempt path does not begin with a slash. The message names the numbers. And when the thread
+    /// of a watchdog cannot be started.
     pub fn build(self) -> Result<Graceful, ConfigError> {
         let plan = self.knobs.plan()?;
         if self.policy.close_spread > plan.drain_delay() {

@@ -286,15 +286,15 @@ impl Line {
         }
     }
 
-    /// Whether the tasks beside have ended. When they have, the task is woken.
+    /// Ready when no task runs beside. When the last one ends, the task is woken.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(crate) fn streams_ended(&self, cx: &Context<'_>) -> bool {
+    pub(crate) fn poll_streams_ended(&self, cx: &Context<'_>) -> std::task::Poll<()> {
         let mut state = lock!(self.state);
-        let ended = state.streams == 0;
-        if !ended {
-            state.remember(Waiter::Owner, cx);
+        if state.streams == 0 {
+            return std::task::Poll::Ready(());
         }
-        ended
+        state.remember(Waiter::Owner, cx);
+        std::task::Poll::Pending
     }
 
     /// What the connection has been told. When it is told more, the task is woken.

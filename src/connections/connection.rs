@@ -103,14 +103,7 @@ where
         .await;
     }
     // What it ran in tasks of their own ends with it.
-    poll_fn(|cx| {
-        if owner.line.streams_ended(cx) {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
-        }
-    })
-    .await;
+    poll_fn(|cx| owner.line.poll_streams_ended(cx)).await;
 }
 
 /// Runs what hyper runs beside a connection of HTTP/2: each of its streams, in a task of its own.
@@ -182,11 +175,13 @@ impl Owner {
                 }
                 return;
             }
-        } else if http2 && self.late && phase == Phase::LameDuck {
+        } else if http2
+            && self.late
+            && phase == Phase::LameDuck
+            && !self.graceful.shared().connections.asks_everybody()
+        {
             // Who has no other place to go would come back, and be asked again with each request.
-            if !self.graceful.shared().connections.asks_everybody() {
-                return;
-            }
+            return;
         }
         leaving::say_close(response, version);
         if http2 {
