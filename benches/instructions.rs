@@ -2,8 +2,10 @@
 //! under callgrind and compares.
 //!
 //! `instructions STYLE MODE REQUESTS`. A style is how the service is driven: `again`, one service
-//! called again and again; `clone`, a clone of it for each request; `router`, through an axum
-//! router, of which hyper clones one for each request too. A mode is what is around the handler:
+//! called again and again; `clone`, a clone of it for each request; `boxed`, a clone for each, with the
+//! future and the body behind pointers on both sides of the layer, as they are in a server, so that
+//! the compiler sees through nothing; `router`, through an axum router, of which hyper clones one
+//! for each request too. A mode is what is around the handler:
 //! `none`, `tower-http`, `graceful`, or `limited`, which is `graceful` with a limit.
 
 use std::hint::black_box;
@@ -15,11 +17,11 @@ use tower::{Layer, layer::util::Identity};
 use tower_graceful::Graceful;
 use tower_http::metrics::InFlightRequestsLayer;
 
-use self::peers::{Handler, Peer, request, request_of_a_clone};
+use self::peers::{Boxed, Handler, Peer, request, request_behind_pointers, request_of_a_clone};
 
 mod peers;
 
-const STYLES: [&str; 3] = ["again", "clone", "router"];
+const STYLES: [&str; 4] = ["again", "clone", "boxed", "router"];
 const MODES: [&str; 4] = ["none", "tower-http", "graceful", "limited"];
 
 fn main() {
@@ -43,30 +45,42 @@ fn run(style: &str, mode: &str, requests: u32) {
         // A layer that does nothing, because axum's router boxes whatever is in one.
         "none" => {
             let app = app.layer(Identity::new());
-            drive(style, Handler, &app, requests);
+            drive(style, &Identity::new(), &app, requests);
         }
         "tower-http" => {
             let (layer, _counter) = InFlightRequestsLayer::pair();
-            drive(style, layer.layer(Handler), &app.layer(layer), requests);
+            drive(style, &layer, &app.layer(layer.clone()), requests);
         }
         "graceful" => {
             let layer = Graceful::new().layer();
-            drive(style, layer.layer(Handler), &app.layer(layer), requests);
+            drive(style, &layer, &app.layer(layer.clone()), requests);
         }
         "limited" => {
             let limited = Graceful::builder().max_in_flight(1_000).build();
             let layer = limited.expect("a plan that fits").layer();
-            drive(style, layer.layer(Handler), &app.layer(layer), requests);
+            drive(style, &layer, &app.layer(layer.clone()), requests);
         }
         other => panic!("no such mode: {other}"),
     }
 }
 
-fn drive(style: &str, peer: impl Peer, app: &Router, requests: u32) {
-    let mut peer = black_box(peer);
+fn drive<L>(style: &str, layer: &L, app: &Router, requests: u32)
+where
+    L: Layer<Handler, Service: Peer> + Layer<Boxed, Service: Peer>,
+{
     match style {
-        "again" => (0..requests).for_each(|_| request::<_, Full<Bytes>, _>(&mut peer)),
-        "clone" => (0..requests).for_each(|_| request_of_a_clone(&peer)),
+        "again" => {
+            let mut peer = black_box(layer.layer(Handler));
+            (0..requests).for_each(|_| request::<_, Full<Bytes>, _>(&mut peer));
+        }
+        "clone" => {
+            let peer = black_box(layer.layer(Handler));
+            (0..requests).for_each(|_| request_of_a_clone(&peer));
+        }
+        "boxed" => {
+            let peer = black_box(layer.layer(Boxed));
+            (0..requests).for_each(|_| request_behind_pointers(&peer));
+        }
         "router" => (0..requests).for_each(|_| request::<_, Body, _>(&mut app.clone())),
         other => panic!("no such style: {other}"),
     }

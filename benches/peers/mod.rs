@@ -5,7 +5,8 @@
 
 use std::{
     convert::Infallible,
-    future::{Ready, ready},
+    future::{Ready, poll_fn, ready},
+    hint::black_box,
     pin::{Pin, pin},
     task::{Context, Poll, Waker, ready},
 };
@@ -39,6 +40,62 @@ impl<R> Service<Request<R>> for Handler {
     }
 }
 
+/// A handler with a boxed future, ready when it is polled again.
+#[derive(Clone)]
+pub(crate) struct Boxed;
+
+impl<R: Send + 'static> Service<Request<R>> for Boxed {
+    type Response = Response<Full<Bytes>>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<R>) -> Self::Future {
+        Box::pin(async move {
+            let mut again = false;
+            poll_fn(|_| {
+                if std::mem::replace(&mut again, true) {
+                    Poll::Ready(())
+                } else {
+                    Poll::Pending
+                }
+            })
+            .await;
+            drop(request);
+            Ok(Response::new(Full::new(Bytes::from_static(b"hello"))))
+        })
+    }
+}
+
+type BoxBody = Pin<Box<dyn Body<Data = Bytes, Error = Infallible> + Send>>;
+
+/// As a server does it: a clone of the service for each request, its future and its body behind
+/// pointers, and the body asked for its size and whether it has ended.
+pub(crate) fn request_behind_pointers<S: Peer>(service: &S) {
+    let mut cx = Context::from_waker(Waker::noop());
+    let called = service.clone().call(Request::new(Full::default()));
+    let mut future: Pin<Box<dyn Future<Output = Response<BoxBody>> + Send>> =
+        black_box(Box::pin(async move {
+            let Ok(response) = called.await;
+            response.map(|body| Box::pin(body) as BoxBody)
+        }));
+    let response = loop {
+        if let Poll::Ready(response) = future.as_mut().poll(&mut cx) {
+            break response;
+        }
+    };
+    drop(future);
+    let mut body = black_box(response.into_body());
+    black_box(body.size_hint());
+    while !body.is_end_stream() {
+        let frame = body.as_mut().poll_frame(&mut cx);
+        black_box(frame.is_ready());
+    }
+}
+
 /// One request, and the body of its response to the end.
 pub(crate) fn request<S, R, B>(service: &mut S)
 where
@@ -56,7 +113,7 @@ where
     };
     let mut body = pin!(response.into_body());
     while let Poll::Ready(Some(frame)) = body.as_mut().poll_frame(&mut cx) {
-        std::hint::black_box(frame.is_ok());
+        black_box(frame.is_ok());
     }
 }
 
@@ -110,20 +167,21 @@ pub(crate) fn cancellation_token() -> impl Peer {
 
 /// A service that can be measured.
 pub(crate) trait Peer:
-    Service<Request<Full<Bytes>>, Response = Response<Self::Body>, Error = Infallible>
+    Service<Request<Full<Bytes>>, Response = Response<Self::Body>, Error = Infallible, Future: Send>
     + Clone
     + Send
     + Sync
     + 'static
 {
-    type Body: Body;
+    type Body: Body<Data = Bytes, Error = Infallible> + Send + 'static;
 }
 
 impl<S, B> Peer for S
 where
     S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Infallible>,
     S: Clone + Send + Sync + 'static,
-    B: Body,
+    S::Future: Send,
+    B: Body<Data = Bytes, Error = Infallible> + Send + 'static,
 {
     type Body = B;
 }
