@@ -87,6 +87,7 @@ impl Graceful {
         Self { shared }
     }
 
+    #[inline]
     pub(crate) fn shared(&self) -> &Shared {
         &self.shared
     }

@@ -92,6 +92,7 @@ mod heard;
 mod hold;
 mod leaving;
 mod middleware;
+mod notice;
 mod phase;
 mod plan;
 mod policy;

@@ -1,29 +1,31 @@
-//! The connections that are open, and what they are told: to leave, to close, and in the end that
+//! The connections that are open, and the telling of them: to leave, to close, and in the end that
 //! they are cut.
 //!
-//! A connection has a [`Line`]: what it has been told, and the wakers of whoever waits for it to
-//! become readable or writable, and of whoever owns it. The cut tells every connection and then
-//! wakes all of them, so that the next poll, which fails, comes at once. A waker is stored under the
-//! lock under which the connection is told, before the connection is polled: either the cut finds
-//! the waker, or the poll finds the cut.
+//! A connection has a [`Line`]: what is known of it, and its [`Notice`]. The cut tells every
+//! connection and wakes whoever waits for it, so that the next poll, which fails, comes at once.
 //!
 //! Each connection has wakers of its own. One notification shared by all of them would make ten
 //! thousand tasks queue for one lock at the moment of the cut.
 
 use std::{
     cmp::Reverse,
-    fmt, io,
+    fmt,
     net::SocketAddr,
     sync::{Arc, Mutex},
-    task::{Context, Waker},
+    time::Duration,
 };
 
-use slab::Slab;
 use tokio::time::Instant;
 
 #[cfg(all(feature = "axum", feature = "signal"))]
 use crate::heard::Heard;
-use crate::{report::CutConnection, spread::Place, sync::lock};
+use crate::{
+    handle::Graceful,
+    notice::{Notice, Told},
+    report::CutConnection,
+    spread::Place,
+    sync::{AtomicU32, Ordering, lock},
+};
 
 #[derive(Default)]
 pub(crate) struct Registry {
@@ -32,29 +34,16 @@ pub(crate) struct Registry {
 
 #[derive(Default)]
 struct Open {
-    lines: Slab<Arc<Line>>,
+    /// Each knows its seat, which changes when another one leaves.
+    lines: Vec<Arc<Line>>,
     listeners: Listeners,
+    /// When the first connection was opened.
+    first: Option<Instant>,
     last_heard: Option<Instant>,
     /// Connections so far.
     entered: u64,
     /// What everybody has been told.
     told: Told,
-}
-
-/// What a connection is told. It only ever moves forward.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Told {
-    /// To go on.
-    #[default]
-    Stay,
-    /// To leave when its turn in the spread has come.
-    TakeTurns,
-    /// To leave, if the peer can be told so without losing a request: by the GOAWAY of HTTP/2.
-    Leave,
-    /// To close when the last response is out, and at once where there is none to wait for.
-    Close,
-    /// To close now.
-    Cut,
 }
 
 /// Listeners that accept.
@@ -105,12 +94,12 @@ impl Registry {
     /// Whether there is a connection that nobody has tried to read yet.
     pub(crate) fn has_unread(&self) -> bool {
         let open = lock!(self.open);
-        open.lines.iter().any(|(_, line)| line.is_unread())
+        open.lines.iter().any(|line| line.notice.is_unread())
     }
 
     /// Enters a connection, until [`remove`](Self::remove).
-    pub(crate) fn insert(&self, peer: Option<SocketAddr>) -> Arc<Line> {
-        let opened = Instant::now();
+    pub(crate) fn insert(&self, graceful: Graceful, peer: Option<SocketAddr>) -> Arc<Line> {
+        let now = Instant::now();
         let mut open = lock!(self.open);
         // Who connects while others are asked to leave has a request, and is asked with its answer.
         let told = if open.told >= Told::Close {
@@ -118,33 +107,32 @@ impl Registry {
         } else {
             Told::Stay
         };
-        let place = Place::nth(open.entered);
-        let entry = open.lines.vacant_entry();
+        let opened = now.saturating_duration_since(*open.first.get_or_insert(now));
+        let seat = u32::try_from(open.lines.len()).expect("files are counted in 32 bits");
         let line = Arc::new(Line {
-            key: entry.key(),
+            graceful,
             peer,
-            opened,
-            place,
-            state: Mutex::new(State {
-                told,
-                wrote: false,
-                #[cfg(all(feature = "axum", feature = "signal"))]
-                heard: Heard::default(),
-                #[cfg(all(feature = "axum", feature = "signal"))]
-                streams: 0,
-                wakers: [None, None, None],
-            }),
+            opened: u64::try_from(opened.as_nanos()).unwrap_or(u64::MAX),
+            seat: AtomicU32::new(seat),
+            place: Place::nth(open.entered),
+            #[cfg(all(feature = "axum", feature = "signal"))]
+            heard: Heard::default(),
+            notice: Notice::new(told),
         });
-        entry.insert(Arc::clone(&line));
+        open.lines.push(Arc::clone(&line));
         open.entered += 1;
-        open.last_heard = Some(opened);
+        open.last_heard = Some(now);
         line
     }
 
     /// Strikes out a connection. Says how many are left.
     pub(crate) fn remove(&self, line: &Line) -> usize {
         let mut open = lock!(self.open);
-        let line = open.lines.try_remove(line.key);
+        let seat = line.seat.load(Ordering::Relaxed);
+        let line = open.lines.swap_remove(seat as usize);
+        if let Some(moved) = open.lines.get(seat as usize) {
+            moved.seat.store(seat, Ordering::Relaxed);
+        }
         let left = open.lines.len();
         drop(open);
         drop(line);
@@ -155,8 +143,9 @@ impl Registry {
     pub(crate) fn list(&self, now: Instant) -> Vec<CutConnection> {
         let mut list: Vec<_> = {
             let open = lock!(self.open);
+            let first = open.first.unwrap_or(now);
             let lines = open.lines.iter();
-            lines.map(|(_, line)| line.describe(now)).collect()
+            lines.map(|line| line.describe(first, now)).collect()
         };
         list.sort_by_key(|connection| Reverse(connection.age));
         list
@@ -170,17 +159,16 @@ impl Registry {
 
     /// Tells every connection: those that are open, and if it is to close, those that come.
     pub(crate) fn tell(&self, told: Told) {
-        let lines: Vec<_> = {
+        let lines = {
             let mut open = lock!(self.open);
             if open.told >= told {
                 return;
             }
             open.told = told;
-            let lines = open.lines.iter();
-            lines.map(|(_, line)| Arc::clone(line)).collect()
+            open.lines.clone()
         };
         for line in lines {
-            line.tell(told);
+            line.notice.tell(told);
         }
     }
 }
@@ -193,157 +181,40 @@ impl fmt::Debug for Registry {
     }
 }
 
-/// One connection: what it has been told, who is to be woken, and what is known of it. All in one
-/// place, because there may be very many.
-#[derive(Debug)]
+/// One connection: what it is told, and what is known of it. All in one place, and small, because
+/// there may be very many.
 pub(crate) struct Line {
-    key: usize,
+    pub(crate) graceful: Graceful,
     peer: Option<SocketAddr>,
-    pub(crate) opened: Instant,
+    /// Nanoseconds after the first one.
+    opened: u64,
+    /// Where it is in the table. Changes under the table's lock.
+    seat: AtomicU32,
     #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
     pub(crate) place: Place,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    told: Told,
-    /// Something has been written, or tried to be.
-    wrote: bool,
-    /// Noted for who asks: see [`Line::note`].
+    /// Noted for who asks.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    heard: Heard,
-    /// Tasks that run beside the connection's own.
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    streams: u32,
-    /// One for each [`Waiter`].
-    wakers: [Option<Waker>; 3],
-}
-
-impl State {
-    fn remember(&mut self, waiter: Waiter, cx: &Context<'_>) {
-        match &mut self.wakers[waiter as usize] {
-            Some(waker) => waker.clone_from(cx.waker()),
-            empty => *empty = Some(cx.waker().clone()),
-        }
-    }
-}
-
-/// Who waits: for reading and for writing, which may happen in two tasks, and for being told.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Waiter {
-    Read,
-    Write,
-    #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
-    Owner,
+    pub(crate) heard: Heard,
+    pub(crate) notice: Notice,
 }
 
 impl Line {
-    /// To be called before the connection is polled: fails once it is cut, and otherwise sees to
-    /// it that the cut wakes the task that polls.
-    pub(crate) fn enter(&self, waiter: Waiter, cx: &Context<'_>) -> io::Result<()> {
-        let mut state = lock!(self.state);
-        if state.told == Told::Cut {
-            return Err(io::Error::new(
-                io::ErrorKind::ConnectionAborted,
-                "the connection was cut, because the time to shut down is over",
-            ));
-        }
-        state.wrote |= matches!(waiter, Waiter::Write);
-        state.remember(waiter, cx);
-        Ok(())
-    }
-
-    /// Notes what was read.
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(crate) fn note(&self, read: &[u8]) {
-        lock!(self.state).heard.note(read);
-    }
-
-    /// Asks of what was noted.
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(crate) fn heard<T>(&self, ask: impl FnOnce(&mut Heard) -> T) -> T {
-        ask(&mut lock!(self.state).heard)
-    }
-
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(crate) fn stream_began(&self) {
-        lock!(self.state).streams += 1;
-    }
-
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(crate) fn stream_ended(&self) {
-        let owner = {
-            let mut state = lock!(self.state);
-            state.streams -= 1;
-            if state.streams > 0 {
-                return;
-            }
-            state.wakers[Waiter::Owner as usize].take()
-        };
-        if let Some(owner) = owner {
-            owner.wake();
-        }
-    }
-
-    /// Ready when no task runs beside. When the last one ends, the task is woken.
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(crate) fn poll_streams_ended(&self, cx: &Context<'_>) -> std::task::Poll<()> {
-        let mut state = lock!(self.state);
-        if state.streams == 0 {
-            return std::task::Poll::Ready(());
-        }
-        state.remember(Waiter::Owner, cx);
-        std::task::Poll::Pending
-    }
-
-    /// What the connection has been told. When it is told more, the task is woken.
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(crate) fn told(&self, cx: &Context<'_>) -> Told {
-        let mut state = lock!(self.state);
-        state.remember(Waiter::Owner, cx);
-        state.told
-    }
-
-    fn describe(&self, now: Instant) -> CutConnection {
+    fn describe(&self, first: Instant, now: Instant) -> CutConnection {
+        let age = now.saturating_duration_since(first);
         CutConnection {
             peer: self.peer,
-            age: now.saturating_duration_since(self.opened),
+            age: age.saturating_sub(Duration::from_nanos(self.opened)),
         }
     }
+}
 
-    fn is_unread(&self) -> bool {
-        let state = lock!(self.state);
-        state.told < Told::Cut && state.wakers[Waiter::Read as usize].is_none()
-    }
+#[cfg(all(test, target_pointer_width = "64", not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
 
-    /// It was cut when something had been written, or tried to be.
-    pub(crate) fn is_cut_short(&self) -> bool {
-        let state = lock!(self.state);
-        state.told == Told::Cut && state.wrote
-    }
-
-    pub(crate) fn is_cut(&self) -> bool {
-        lock!(self.state).told == Told::Cut
-    }
-
-    /// Tells this connection. Less than it has been told already changes nothing.
-    pub(crate) fn tell(&self, told: Told) {
-        let wakers = {
-            let mut state = lock!(self.state);
-            if state.told >= told {
-                return;
-            }
-            state.told = told;
-            let [_, _, owner] = &mut state.wakers;
-            if told == Told::Cut {
-                std::mem::take(&mut state.wakers)
-            } else {
-                [None, None, owner.take()]
-            }
-        };
-        for waker in wakers.into_iter().flatten() {
-            waker.wake();
-        }
+    /// With the counts of its `Arc` it fills what an allocator has for 120 bytes.
+    #[test]
+    fn a_line_is_small() {
+        assert!(size_of::<Line>() <= 104, "{}", size_of::<Line>());
     }
 }

@@ -209,15 +209,17 @@ mod idle_connections {
         })
     }
 
-    /// Bounds from above, so that nothing grows unnoticed: what an optimised build has, where
-    /// futures are laid out a little larger. tokio rounds tasks up to 128 bytes, so they are coarse.
-    /// Less is welcome, and then the bound is less.
+    /// Bounds from above, so that nothing grows unnoticed, and what is measured. tokio rounds tasks up
+    /// to 128 bytes, so they are coarse. Less is welcome, and then the bound is less.
+    ///
+    /// Almost half of what the listener adds is the layer's: axum copies the router's routes for
+    /// each connection, and any layer with a handle of its own makes five of them 24 bytes larger.
     #[test]
     fn a_connection_adds_little_to_one_of_axum() {
         let [plain, listener, serve] = [plain(), listener(), serve()];
         let of = format!("{plain} bytes, with the listener {listener}, of serve {serve}");
-        assert!(listener - plain <= 400, "{of}");
-        assert!(serve - plain <= 816, "{of}");
+        assert!(listener - plain <= 248, "{of}");
+        assert!(serve <= plain, "{of}");
         println!("{of}");
     }
 }

@@ -2,9 +2,8 @@
 
 use std::{
     convert::Infallible,
-    future::poll_fn,
-    pin::{Pin, pin},
-    sync::Arc,
+    pin::Pin,
+    sync::{Arc, LazyLock},
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -27,11 +26,10 @@ use tower_service::Service;
 
 use super::io::GracefulIo;
 use crate::{
-    handle::Graceful,
-    heard::Heard,
     leaving,
+    notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::{Line, Told},
+    registry::Line,
     spread::TURN,
     timeline::LINGER,
 };
@@ -42,77 +40,141 @@ use crate::{
 /// request, over HTTP/1 by the header of a response. Over HTTP/1 an idle connection is closed only
 /// when everybody is, because a request may be on its way; but for one whose stream of events has
 /// ended while the service drains.
-pub(super) async fn serve<I, S>(mut io: GracefulIo<I>, service: S, graceful: Graceful)
+pub(super) fn serve<I, S>(io: GracefulIo<I>, service: S) -> Serving<I, S>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
-    let owner = Arc::new(Owner {
-        line: io.noted(),
-        late: graceful.phase() > Phase::Serving,
-        graceful,
-    });
-    let mut http = auto::Builder::new(Streams(Arc::clone(&owner)));
-    let timer = HeadTimer(Arc::clone(&owner));
+    let owner = Owner(io.noted());
+    if owner.phase() > Phase::Serving {
+        owner.0.heard.comes_late();
+    }
+    let mut http = auto::Builder::new(Streams(owner.clone()));
     // That there is one is enough; how long it is, the timer knows.
     http.http1()
-        .timer(timer.clone())
+        .timer(HeadTimer(owner.clone()))
         .header_read_timeout(Duration::from_secs(1));
     // For WebSockets (RFC 8441).
     http.http2().enable_connect_protocol();
     let service = TowerToHyperService::new(Owned {
         inner: service,
-        owner: Arc::clone(&owner),
+        owner: owner.clone(),
     });
+    let connection = http.serve_connection_with_upgrades(TokioIo::new(io), service);
+    Serving {
+        // Its own, where there is room for it until the version is known, and none is needed later.
+        connection: Some(connection.into_owned()),
+        owner,
+        stored: Stored::default(),
+        opening: None,
+        opened: false,
+        turn: None,
+        asked: Told::Stay,
+    }
+}
+
+pin_project! {
+    /// A future of its own instead of an `async fn`, which would keep what it was made from.
+    pub(super) struct Serving<I, S>
+    where
+        I: 'static,
+        S: Service<Request, Response = Response, Error = Infallible>,
+        S: Clone,
     {
-        let is_http2 = || owner.line.heard(|heard| heard.is_http2());
-        // hyper's timer begins where it is known to be HTTP/1.
-        let mut opening = pin!(timer.timeout(0));
-        let mut opened = false;
-        let mut turn = None;
-        let mut asked = Told::Stay;
-        let mut connection = pin!(http.serve_connection_with_upgrades(TokioIo::new(io), service));
-        poll_fn(|cx| {
-            let told = owner.line.told(cx);
-            if told == Told::Cut {
+        #[pin]
+        connection: Option<Connection<I, S>>,
+        owner: Owner,
+        stored: Stored,
+        // Until it is known to be HTTP/1, where hyper's timer begins.
+        opening: RareSleep,
+        opened: bool,
+        turn: RareSleep,
+        asked: Told,
+    }
+}
+
+type Connection<I, S> = auto::UpgradeableConnection<
+    'static,
+    TokioIo<GracefulIo<I>>,
+    TowerToHyperService<Owned<S>>,
+    Streams,
+>;
+
+impl<I, S> Future for Serving<I, S>
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if self.connection.is_some() {
+            ready!(self.as_mut().poll_connection(cx));
+            self.as_mut().project().connection.set(None);
+        }
+        let this = self.project();
+        let notice = &this.owner.0.notice;
+        // What it ran in tasks of their own ends with it.
+        ready!(notice.poll_streams_ended(this.stored, cx));
+        notice.owner_left();
+        Poll::Ready(())
+    }
+}
+
+impl<I, S> Serving<I, S>
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    fn poll_connection(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        let heard = &this.owner.0.heard;
+        let told = this.owner.0.notice.enter(this.stored, Waiter::Owner, cx);
+        let Some(mut connection) = this.connection.as_mut().as_pin_mut() else {
+            return Poll::Ready(());
+        };
+        if told == Told::Cut {
+            return Poll::Ready(());
+        }
+        loop {
+            // First of all, because what has arrived already is still to be answered.
+            if connection.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(());
             }
-            loop {
-                // First of all, because what has arrived already is still to be answered.
-                if connection.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(());
-                }
-                opened = opened || owner.line.heard(|heard| heard.is_decided());
-                if !opened && opening.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(());
-                }
-                let leaves = match told {
-                    Told::Stay => false,
-                    Told::TakeTurns => is_http2() && owner.poll_turn(&mut turn, cx).is_ready(),
-                    Told::Leave => is_http2(),
-                    Told::Close | Told::Cut => true,
-                };
-                if !leaves || asked == told {
-                    return Poll::Pending;
-                }
-                asked = told;
-                connection.as_mut().graceful_shutdown();
+            if !*this.opened && heard.is_decided() {
+                *this.opened = true;
+                *this.opening = None;
             }
-        })
-        .await;
+            if !*this.opened && this.owner.poll_head(0, this.opening, cx).is_ready() {
+                return Poll::Ready(());
+            }
+            let leaves = match told {
+                Told::Stay => false,
+                Told::TakeTurns => {
+                    heard.is_http2() && this.owner.poll_turn(this.turn, cx).is_ready()
+                }
+                Told::Leave => heard.is_http2(),
+                Told::Close | Told::Cut => true,
+            };
+            if !leaves || *this.asked == told {
+                return Poll::Pending;
+            }
+            *this.asked = told;
+            connection.as_mut().graceful_shutdown();
+        }
     }
-    // What it ran in tasks of their own ends with it.
-    poll_fn(|cx| owner.line.poll_streams_ended(cx)).await;
 }
 
 /// Runs what hyper runs beside a connection of HTTP/2: each of its streams, in a task of its own.
 #[derive(Clone)]
-struct Streams(Arc<Owner>);
+struct Streams(Owner);
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     fn execute(&self, stream: F) {
-        let running = Running::new(Arc::clone(&self.0));
+        let running = Running::new(self.0.clone());
         tokio::spawn(async move {
             stream.await;
             drop(running);
@@ -121,18 +183,18 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
 }
 
 /// A stream's task that has not ended.
-struct Running(Arc<Owner>);
+struct Running(Owner);
 
 impl Running {
-    fn new(owner: Arc<Owner>) -> Self {
-        owner.line.stream_began();
+    fn new(owner: Owner) -> Self {
+        owner.0.notice.stream_began();
         Self(owner)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.0.line.stream_ended();
+        self.0.0.notice.stream_ended();
     }
 }
 
@@ -140,17 +202,17 @@ impl Drop for Running {
 type RareSleep = Option<Pin<Box<time::Sleep>>>;
 
 /// What a connection and its requests share.
-struct Owner {
-    line: Arc<Line>,
-    /// It has come when others were asked to leave already.
-    late: bool,
-    graceful: Graceful,
-}
+#[derive(Clone)]
+struct Owner(Arc<Line>);
 
 impl Owner {
+    fn phase(&self) -> Phase {
+        self.0.graceful.phase()
+    }
+
     /// When this connection's turn to leave comes.
     fn turn(&self) -> time::Instant {
-        self.graceful.shared().turn(self.line.place)
+        self.0.graceful.shared().turn(self.0.place)
     }
 
     fn poll_turn(&self, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
@@ -158,9 +220,24 @@ impl Owner {
         sleep.as_mut().poll(cx)
     }
 
+    /// Ready when a head has taken too long, from the first byte after those on.
+    fn poll_head(&self, after: u32, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
+        let sleep = match sleep {
+            Some(sleep) => sleep,
+            none => {
+                if self.0.heard.bytes() == after {
+                    return Poll::Pending;
+                }
+                let timeout = self.0.graceful.policy().header_read_timeout;
+                none.insert(Box::pin(time::sleep(timeout)))
+            }
+        };
+        sleep.as_mut().poll(cx)
+    }
+
     /// Whether connections are asked one after another in this phase.
     fn is_spread(&self, phase: Phase) -> bool {
-        phase == Phase::LameDuck && self.graceful.policy().is_spread()
+        phase == Phase::LameDuck && self.0.graceful.policy().is_spread()
     }
 
     /// Asks the peer to leave, with this response, if its turn has come.
@@ -171,21 +248,21 @@ impl Owner {
             if time::Instant::now() < self.turn() {
                 if http2 {
                     // It may have come after the others were told.
-                    self.line.tell(Told::TakeTurns);
+                    self.0.notice.tell(Told::TakeTurns);
                 }
                 return;
             }
         } else if http2
-            && self.late
+            && self.0.heard.is_late()
             && phase == Phase::LameDuck
-            && !self.graceful.shared().connections.asks_everybody()
+            && !self.0.graceful.shared().connections.asks_everybody()
         {
             // Who has no other place to go would come back, and be asked again with each request.
             return;
         }
         leaving::say_close(response, version);
         if http2 {
-            self.line.tell(Told::Leave);
+            self.0.notice.tell(Told::Leave);
         }
     }
 }
@@ -194,7 +271,7 @@ impl Owner {
 #[derive(Clone)]
 struct Owned<S> {
     inner: S,
-    owner: Arc<Owner>,
+    owner: Owner,
 }
 
 impl<S> Service<http::Request<Incoming>> for Owned<S>
@@ -212,7 +289,7 @@ where
     fn call(&mut self, request: http::Request<Incoming>) -> Self::Future {
         OwnedFuture {
             version: request.version(),
-            owner: Some(Arc::clone(&self.owner)),
+            owner: Some(self.owner.clone()),
             inner: self.inner.call(request.map(Body::new)),
         }
     }
@@ -224,7 +301,7 @@ pin_project! {
         inner: F,
         version: Version,
         // Goes on to the body.
-        owner: Option<Arc<Owner>>,
+        owner: Option<Owner>,
     }
 }
 
@@ -239,14 +316,14 @@ where
         let Some(owner) = this.owner else {
             return Poll::Pending;
         };
-        let polled = if owner.is_spread(owner.graceful.phase()) {
+        let polled = if owner.is_spread(owner.phase()) {
             let turn = time::Instant::now() >= owner.turn();
             TURN.sync_scope(turn, || this.inner.poll(cx))
         } else {
             this.inner.poll(cx)
         };
         let Ok(mut response) = ready!(polled);
-        let phase = owner.graceful.phase();
+        let phase = owner.phase();
         if phase > Phase::Serving {
             owner.ask_to_leave(&mut response, *this.version, phase);
         }
@@ -270,7 +347,7 @@ fn is_event_stream(response: &Response) -> bool {
 /// the next request is refused in words, because it may be one that is not sent twice.
 struct OwnedBody {
     inner: Body,
-    owner: Option<Arc<Owner>>,
+    owner: Option<Owner>,
 }
 
 impl OwnedBody {
@@ -278,15 +355,15 @@ impl OwnedBody {
         let Some(owner) = self.owner.take() else {
             return;
         };
-        if owner.graceful.phase() < Phase::Draining {
+        if owner.phase() < Phase::Draining {
             return;
         }
-        let heard = owner.line.heard(|heard| heard.bytes);
+        let heard = owner.0.heard.bytes();
         tokio::spawn(async move {
             time::sleep(LINGER).await;
             // What has come meanwhile is answered.
-            if owner.line.heard(|now| now.bytes) == heard {
-                owner.line.tell(Told::Close);
+            if owner.0.heard.bytes() == heard {
+                owner.0.notice.tell(Told::Close);
             }
         });
     }
@@ -321,23 +398,15 @@ impl http_body::Body for OwnedBody {
 /// hyper starts it when it begins to wait for a head, which would close idle connections too: a
 /// balancer that takes one up again at that moment loses a request. So this one stands still until
 /// the head's first byte.
-#[derive(Clone)]
-struct HeadTimer(Arc<Owner>);
-
-impl HeadTimer {
-    fn timeout(&self, awaited_from: u64) -> HeadTimeout {
-        HeadTimeout {
-            awaited_from,
-            owner: Arc::clone(&self.0),
-            sleep: None,
-        }
-    }
-}
+struct HeadTimer(Owner);
 
 impl Timer for HeadTimer {
     fn sleep(&self, _: Duration) -> Pin<Box<dyn Sleep>> {
-        let awaited_from = self.0.line.heard(Heard::await_head);
-        Box::pin(self.timeout(awaited_from))
+        Box::pin(HeadTimeout {
+            awaited_from: self.0.0.heard.await_head(),
+            owner: self.0.clone(),
+            sleep: None,
+        })
     }
 
     fn sleep_until(&self, _: Instant) -> Pin<Box<dyn Sleep>> {
@@ -345,14 +414,15 @@ impl Timer for HeadTimer {
     }
 
     fn now(&self) -> Instant {
-        // For a deadline that is not looked at.
-        self.0.line.opened.into_std()
+        /// For a deadline that is not looked at.
+        static ANY: LazyLock<Instant> = LazyLock::new(Instant::now);
+        *ANY
     }
 }
 
 struct HeadTimeout {
-    awaited_from: u64,
-    owner: Arc<Owner>,
+    awaited_from: u32,
+    owner: Owner,
     sleep: RareSleep,
 }
 
@@ -364,16 +434,6 @@ impl Future for HeadTimeout {
     /// Polled by hyper each time it has read and the head is not whole.
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
-        let sleep = match &mut this.sleep {
-            Some(sleep) => sleep,
-            none => {
-                if this.owner.line.heard(|heard| heard.bytes) == this.awaited_from {
-                    return Poll::Pending;
-                }
-                let timeout = this.owner.graceful.policy().header_read_timeout;
-                none.insert(Box::pin(time::sleep(timeout)))
-            }
-        };
-        sleep.as_mut().poll(cx)
+        this.owner.poll_head(this.awaited_from, &mut this.sleep, cx)
     }
 }

@@ -17,8 +17,9 @@ use tokio::{
 
 use crate::{
     handle::Graceful,
+    notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::{Line, Waiter},
+    registry::Line,
 };
 
 impl Graceful {
@@ -49,21 +50,19 @@ pin_project! {
     /// Reads and writes go to the wrapped IO as they are, vectored writes included. Once the
     /// connection is cut, every read, write, flush and shutdown fails with
     /// [`ConnectionAborted`](io::ErrorKind::ConnectionAborted), and whoever waits for it is woken.
-    pub struct GracefulIo<I> {
+    pub struct GracefulIo<I: 'static> {
         #[pin]
         io: I,
-        reset: fn(&I),
-        // Somebody asks what was read.
-        noted: bool,
+        stored: Stored,
         // After the IO, so that the connection is closed before it is struck out.
         entry: Entry,
     }
 
-    impl<I> PinnedDrop for GracefulIo<I> {
+    impl<I: 'static> PinnedDrop for GracefulIo<I> {
         fn drop(this: Pin<&mut Self>) {
             // The peer must not take a response that was cut off for a whole one.
-            if this.entry.line.is_cut_short() {
-                (this.reset)(&this.io);
+            if this.entry.0.notice.is_cut_short() {
+                reset(&this.io);
             }
         }
     }
@@ -80,25 +79,42 @@ fn reset<I: 'static>(io: &I) {
     }
 }
 
-struct Entry {
-    graceful: Graceful,
-    line: Arc<Line>,
-}
+/// Strikes out the connection when it is dropped.
+struct Entry(Arc<Line>);
 
 impl Entry {
+    /// To be called before the connection is polled: fails once it is cut, and otherwise sees to
+    /// it that the cut wakes the task that polls.
+    #[inline]
+    fn enter(&self, stored: &mut Stored, waiter: Waiter, cx: &Context<'_>) -> io::Result<()> {
+        if self.0.notice.enter(stored, waiter, cx) == Told::Cut {
+            return Err(cut());
+        }
+        Ok(())
+    }
+
     /// Bytes have come. Of interest only once the time to close may be near.
+    #[inline]
     fn heard(&self) {
-        let shared = self.graceful.shared();
+        let shared = self.0.graceful.shared();
         if shared.word().phase() > Phase::Serving {
             shared.connections.heard();
         }
     }
 }
 
+#[cold]
+fn cut() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::ConnectionAborted,
+        "the connection was cut, because the time to shut down is over",
+    )
+}
+
 impl Drop for Entry {
     fn drop(&mut self) {
-        let shared = self.graceful.shared();
-        let left = shared.connections.remove(&self.line);
+        let shared = self.0.graceful.shared();
+        let left = shared.connections.remove(&self.0);
         if left == 0 && shared.word().phase() == Phase::Closing {
             shared.ring();
         }
@@ -108,26 +124,29 @@ impl Drop for Entry {
 impl<I: 'static> GracefulIo<I> {
     pub(super) fn new(graceful: &Graceful, io: I, peer: Option<SocketAddr>) -> Self {
         let shared = graceful.shared();
-        let line = shared.connections.insert(peer);
+        let line = shared.connections.insert(graceful.clone(), peer);
         shared.mark_served();
         Self {
             io,
-            reset: reset::<I>,
-            noted: false,
-            entry: Entry {
-                graceful: graceful.clone(),
-                line,
-            },
+            stored: Stored::default(),
+            entry: Entry(line),
         }
     }
 }
 
-impl<I> GracefulIo<I> {
+impl<I: 'static> GracefulIo<I> {
     /// The connection's line, on which is noted what is read from now on.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(super) fn noted(&mut self) -> Arc<Line> {
-        self.noted = true;
-        Arc::clone(&self.entry.line)
+    pub(super) fn noted(&self) -> Arc<Line> {
+        self.entry.0.heard.listen();
+        Arc::clone(&self.entry.0)
+    }
+
+    #[inline]
+    fn to_write(self: Pin<&mut Self>, cx: &Context<'_>) -> io::Result<Pin<&mut I>> {
+        let this = self.project();
+        this.entry.enter(this.stored, Waiter::Write, cx)?;
+        Ok(this.io)
     }
 
     /// The wrapped IO.
@@ -141,49 +160,41 @@ impl<I> GracefulIo<I> {
     }
 }
 
-impl<I: AsyncRead> AsyncRead for GracefulIo<I> {
+impl<I: AsyncRead + 'static> AsyncRead for GracefulIo<I> {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.project();
-        this.entry.line.enter(Waiter::Read, cx)?;
+        this.entry.enter(this.stored, Waiter::Read, cx)?;
         let before = buf.filled().len();
         let result = this.io.poll_read(cx, buf);
         let read = &buf.filled()[before..];
         if !read.is_empty() {
             this.entry.heard();
             #[cfg(all(feature = "axum", feature = "signal"))]
-            if *this.noted {
-                this.entry.line.note(read);
-            }
+            this.entry.0.heard.note(read);
         }
         result
     }
 }
 
-impl<I: AsyncWrite> AsyncWrite for GracefulIo<I> {
+impl<I: AsyncWrite + 'static> AsyncWrite for GracefulIo<I> {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let this = self.project();
-        this.entry.line.enter(Waiter::Write, cx)?;
-        this.io.poll_write(cx, buf)
+        self.to_write(cx)?.poll_write(cx, buf)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.project();
-        this.entry.line.enter(Waiter::Write, cx)?;
-        this.io.poll_flush(cx)
+        self.to_write(cx)?.poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.project();
-        this.entry.line.enter(Waiter::Write, cx)?;
-        this.io.poll_shutdown(cx)
+        self.to_write(cx)?.poll_shutdown(cx)
     }
 
     fn poll_write_vectored(
@@ -191,9 +202,7 @@ impl<I: AsyncWrite> AsyncWrite for GracefulIo<I> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let this = self.project();
-        this.entry.line.enter(Waiter::Write, cx)?;
-        this.io.poll_write_vectored(cx, bufs)
+        self.to_write(cx)?.poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -201,11 +210,11 @@ impl<I: AsyncWrite> AsyncWrite for GracefulIo<I> {
     }
 }
 
-impl<I: fmt::Debug> fmt::Debug for GracefulIo<I> {
+impl<I: fmt::Debug + 'static> fmt::Debug for GracefulIo<I> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GracefulIo")
             .field("io", &self.io)
-            .field("cut", &self.entry.line.is_cut())
+            .field("cut", &(self.entry.0.notice.told() == Told::Cut))
             .finish_non_exhaustive()
     }
 }

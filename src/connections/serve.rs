@@ -111,7 +111,7 @@ where
         };
         let Ok(()) = poll_fn(|cx| app.poll_ready(cx)).await;
         let Ok(service) = app.call(Accepted::new(io.get_ref(), remote_addr)).await;
-        connections.spawn(connection::serve(io, service, graceful.clone()));
+        connections.spawn(connection::serve(io, service));
     }
     drop(listener);
     while connections.join_next().await.is_some() {}

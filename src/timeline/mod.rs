@@ -45,10 +45,11 @@ use crate::watchdog::Watchdog;
 use crate::{
     events,
     gate::Gate,
+    notice::Told,
     phase::Phase,
     plan::{Plan, instant_after},
     policy::Policy,
-    registry::{Registry, Told},
+    registry::Registry,
     report::{Report, Trigger},
     roll::Roll,
     spread::{Place, TURN},

@@ -1,0 +1,527 @@
+//! What a connection has been told, and who is woken when it is told more.
+//!
+//! A waker is stored under the lock under which the connection is told, before the connection is
+//! polled: either the cut finds the waker, or the poll finds the cut. Each poller remembers which
+//! waker of his is [`Stored`]. It stays where it is until the cut, so as long as the same task
+//! polls there is nothing to store, and he only looks at what was told, without a lock.
+
+use std::{
+    mem,
+    task::{Context, Waker},
+};
+
+#[cfg(all(feature = "axum", feature = "signal"))]
+use crate::sync::AtomicU32;
+use crate::sync::{AtomicBool, AtomicU8, Mutex, Ordering, lock};
+
+/// What a connection is told. It only ever moves forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(crate) enum Told {
+    /// To go on.
+    #[default]
+    Stay,
+    /// To leave when its turn in the spread has come.
+    TakeTurns,
+    /// To leave, if the peer can be told so without losing a request: by the GOAWAY of HTTP/2.
+    Leave,
+    /// To close when the last response is out, and at once where there is none to wait for.
+    Close,
+    /// To close now.
+    Cut,
+}
+
+impl Told {
+    #[inline]
+    const fn of(told: u8) -> Self {
+        match told {
+            0 => Self::Stay,
+            1 => Self::TakeTurns,
+            2 => Self::Leave,
+            3 => Self::Close,
+            _ => Self::Cut,
+        }
+    }
+}
+
+/// Who waits: for reading and for writing, which may happen in two tasks; for being told; and for
+/// the tasks beside to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiter {
+    Read,
+    Write,
+    Owner,
+    Streams,
+}
+
+impl Waiter {
+    const fn bit(self) -> u8 {
+        1 << self as u8
+    }
+
+    /// Its own, and that of the other waiter that is polled by the same.
+    const fn bits_of_poller(self) -> u8 {
+        match self {
+            Self::Read | Self::Write => Self::Read.bit() | Self::Write.bit(),
+            Self::Owner | Self::Streams => Self::Owner.bit() | Self::Streams.bit(),
+        }
+    }
+}
+
+/// One for each [`Waiter`].
+type Each<T> = [T; 4];
+
+fn only(waiter: Waiter) -> Each<bool> {
+    let mut each = [false; 4];
+    each[waiter as usize] = true;
+    each
+}
+
+#[derive(Debug)]
+pub(crate) struct Notice {
+    /// A [`Told`]. It changes under the lock of the wakers.
+    told: AtomicU8,
+    /// Something has been written, or tried to be.
+    wrote: AtomicBool,
+    /// The waiters whose poller's [`Stored`] waker is the one that is stored for them. It changes
+    /// under the lock of the wakers, and each poller looks only for himself.
+    waits: AtomicU8,
+    /// Tasks that run beside the connection's own.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    streams: AtomicU32,
+    wakers: Mutex<Wakers>,
+}
+
+impl Notice {
+    pub(crate) fn new(told: Told) -> Self {
+        Self {
+            told: AtomicU8::new(told as u8),
+            wrote: AtomicBool::new(false),
+            waits: AtomicU8::new(0),
+            #[cfg(all(feature = "axum", feature = "signal"))]
+            streams: AtomicU32::new(0),
+            wakers: Mutex::new(Wakers::None),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn told(&self) -> Told {
+        Told::of(self.told.load(Ordering::Acquire))
+    }
+
+    /// What has been told. To be called before a poll: when it is told that it is cut, and its
+    /// owner when it is told anything, the task is woken.
+    #[inline]
+    pub(crate) fn enter(&self, stored: &mut Stored, waiter: Waiter, cx: &Context<'_>) -> Told {
+        let waits = self.waits.load(Ordering::Relaxed) & waiter.bit() != 0;
+        if !waits || !stored.is(cx.waker()) {
+            self.store(stored, waiter, cx.waker());
+        }
+        self.told()
+    }
+
+    #[cold]
+    fn store(&self, stored: &mut Stored, waiter: Waiter, waker: &Waker) {
+        {
+            let mut wakers = lock!(self.wakers);
+            wakers.store(waiter, waker);
+            let mut waits = self.waits.load(Ordering::Relaxed);
+            if !stored.is(waker) {
+                waits &= !waiter.bits_of_poller();
+            }
+            self.waits.store(waits | waiter.bit(), Ordering::Relaxed);
+        }
+        if !stored.is(waker) {
+            stored.0 = Some(waker.clone());
+        }
+        if waiter == Waiter::Write && self.told() < Told::Cut {
+            self.wrote.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells more. Less than has been told already changes nothing.
+    pub(crate) fn tell(&self, told: Told) {
+        let woken = {
+            let mut wakers = lock!(self.wakers);
+            if self.told() >= told {
+                return;
+            }
+            self.told.store(told as u8, Ordering::Release);
+            if told == Told::Cut {
+                mem::replace(&mut *wakers, Wakers::None)
+            } else {
+                wakers.of(Waiter::Owner)
+            }
+        };
+        woken.wake();
+    }
+
+    /// It was cut when something had been written, or tried to be. Asked by whoever writes.
+    pub(crate) fn is_cut_short(&self) -> bool {
+        self.told() == Told::Cut && self.wrote.load(Ordering::Relaxed)
+    }
+
+    /// Nobody has tried to read yet, or was cut before.
+    pub(crate) fn is_unread(&self) -> bool {
+        let wakers = lock!(self.wakers);
+        self.told() < Told::Cut && !wakers.have(Waiter::Read)
+    }
+}
+
+#[cfg(all(feature = "axum", feature = "signal"))]
+impl Notice {
+    pub(crate) fn stream_began(&self) {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn stream_ended(&self) {
+        if self.streams.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let woken = lock!(self.wakers).of(Waiter::Streams);
+            woken.wake();
+        }
+    }
+
+    /// Ready when no task runs beside. When the last one ends, the task is woken.
+    pub(crate) fn poll_streams_ended(
+        &self,
+        stored: &mut Stored,
+        cx: &Context<'_>,
+    ) -> std::task::Poll<()> {
+        self.enter(stored, Waiter::Streams, cx);
+        if self.streams.load(Ordering::Acquire) > 0 {
+            return std::task::Poll::Pending;
+        }
+        std::task::Poll::Ready(())
+    }
+
+    /// The owner is gone. Its task would be kept in memory, as long as an upgraded connection is.
+    pub(crate) fn owner_left(&self) {
+        let mut wakers = lock!(self.wakers);
+        let left = [wakers.forget(Waiter::Owner), wakers.forget(Waiter::Streams)];
+        drop(wakers);
+        drop(left);
+    }
+}
+
+/// What a poller remembers: his waker that is stored. Whoever reads and writes is one poller, and
+/// the owner another.
+#[derive(Debug, Default)]
+pub(crate) struct Stored(Option<Waker>);
+
+impl Stored {
+    #[inline]
+    fn is(&self, waker: &Waker) -> bool {
+        let stored = self.0.as_ref();
+        stored.is_some_and(|stored| stored.will_wake(waker))
+    }
+}
+
+/// Mostly it is one task that does all of the waiting, and there may be very many connections.
+#[derive(Debug)]
+enum Wakers {
+    None,
+    One(Waker, Each<bool>),
+    Several(Box<Each<Option<Waker>>>),
+}
+
+impl Wakers {
+    fn store(&mut self, waiter: Waiter, waker: &Waker) {
+        let seat = waiter as usize;
+        match self {
+            Self::None => *self = Self::One(waker.clone(), only(waiter)),
+            Self::One(one, waits) if one.will_wake(waker) => waits[seat] = true,
+            Self::One(one, waits) if *waits == only(waiter) => one.clone_from(waker),
+            Self::One(one, waits) => {
+                let mut several = Box::new(waits.map(|waits| waits.then(|| one.clone())));
+                several[seat] = Some(waker.clone());
+                *self = Self::Several(several);
+            }
+            Self::Several(several) => {
+                match &mut several[seat] {
+                    Some(one) => one.clone_from(waker),
+                    empty => *empty = Some(waker.clone()),
+                }
+                self.merge();
+            }
+        }
+    }
+
+    /// Where all are wakers of one task again, as after an upgrade, one is enough.
+    fn merge(&mut self) {
+        let Self::Several(several) = self else {
+            return;
+        };
+        let mut all = several.iter().flatten();
+        let Some(first) = all.next() else {
+            return;
+        };
+        if all.all(|other| other.will_wake(first)) {
+            let waits = several.each_ref().map(Option::is_some);
+            *self = Self::One(first.clone(), waits);
+        }
+    }
+
+    fn have(&self, waiter: Waiter) -> bool {
+        match self {
+            Self::None => false,
+            Self::One(_, waits) => waits[waiter as usize],
+            Self::Several(several) => several[waiter as usize].is_some(),
+        }
+    }
+
+    /// A copy of those of one.
+    fn of(&self, waiter: Waiter) -> Self {
+        let waker = match self {
+            Self::One(one, waits) if waits[waiter as usize] => one,
+            Self::Several(several) => match &several[waiter as usize] {
+                Some(waker) => waker,
+                None => return Self::None,
+            },
+            Self::None | Self::One(..) => return Self::None,
+        };
+        Self::One(waker.clone(), only(waiter))
+    }
+
+    /// Returns what is to be dropped after the lock.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    fn forget(&mut self, waiter: Waiter) -> Self {
+        match self {
+            Self::None => Self::None,
+            Self::One(_, waits) => {
+                waits[waiter as usize] = false;
+                if waits.contains(&true) {
+                    Self::None
+                } else {
+                    mem::replace(self, Self::None)
+                }
+            }
+            Self::Several(several) => {
+                let Some(waker) = several[waiter as usize].take() else {
+                    return Self::None;
+                };
+                self.merge();
+                Self::One(waker, only(waiter))
+            }
+        }
+    }
+
+    fn wake(self) {
+        match self {
+            Self::None => {}
+            Self::One(waker, _) => waker.wake(),
+            Self::Several(several) => several.into_iter().flatten().for_each(Waker::wake),
+        }
+    }
+}
+
+#[cfg(all(test, tower_graceful_loom))]
+mod models {
+    use std::{
+        future::poll_fn,
+        sync::Arc,
+        task::{Poll, Waker},
+    };
+
+    use loom::{future::block_on, model, thread};
+
+    use super::*;
+
+    /// Stored in the first poll, and only looked at in the second. If the wake-up could be lost,
+    /// loom would find the execution that never ends.
+    #[test]
+    fn whoever_polls_finds_the_cut_or_is_found_by_it() {
+        model(|| {
+            let notice = Arc::new(Notice::new(Told::Stay));
+            let telling = Arc::clone(&notice);
+            let teller = thread::spawn(move || telling.tell(Told::Cut));
+            let mut stored = Stored::default();
+            block_on(poll_fn(|cx| {
+                let first = notice.enter(&mut stored, Waiter::Read, cx);
+                if first == Told::Cut || notice.enter(&mut stored, Waiter::Read, cx) == Told::Cut {
+                    return Poll::Ready(());
+                }
+                Poll::Pending
+            }));
+            teller.join().unwrap();
+        });
+    }
+
+    /// As after an upgrade, when the connection's next task polls it while it is cut.
+    #[test]
+    fn a_poll_by_another_task_is_not_lost_either() {
+        model(|| {
+            let notice = Arc::new(Notice::new(Told::Stay));
+            let mut stored = Stored::default();
+            let noop = &Context::from_waker(Waker::noop());
+            notice.enter(&mut stored, Waiter::Read, noop);
+            notice.enter(&mut stored, Waiter::Write, noop);
+            let telling = Arc::clone(&notice);
+            let teller = thread::spawn(move || telling.tell(Told::Cut));
+            block_on(poll_fn(|cx| {
+                match notice.enter(&mut stored, Waiter::Write, cx) {
+                    Told::Cut => Poll::Ready(()),
+                    _ => Poll::Pending,
+                }
+            }));
+            teller.join().unwrap();
+        });
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    #[test]
+    fn the_last_stream_is_waited_for() {
+        model(|| {
+            let notice = Arc::new(Notice::new(Told::Stay));
+            notice.stream_began();
+            let ending = Arc::clone(&notice);
+            let stream = thread::spawn(move || ending.stream_ended());
+            let mut stored = Stored::default();
+            block_on(poll_fn(|cx| notice.poll_streams_ended(&mut stored, cx)));
+            stream.join().unwrap();
+        });
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering::Relaxed},
+        },
+        task::Wake,
+    };
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Task(AtomicUsize);
+
+    impl Wake for Task {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Relaxed);
+        }
+    }
+
+    impl Task {
+        fn woken(&self) -> usize {
+            self.0.swap(0, Relaxed)
+        }
+
+        /// What it is told when it polls.
+        fn enters(self: &Arc<Self>, notice: &Notice, stored: &mut Stored, waiter: Waiter) -> Told {
+            let waker = Waker::from(Arc::clone(self));
+            notice.enter(stored, waiter, &Context::from_waker(&waker))
+        }
+    }
+
+    fn holds(notice: &Notice) -> Each<bool> {
+        let wakers = lock!(notice.wakers);
+        [Waiter::Read, Waiter::Write, Waiter::Owner, Waiter::Streams]
+            .map(|waiter| wakers.have(waiter))
+    }
+
+    fn is_one(notice: &Notice) -> bool {
+        matches!(*lock!(notice.wakers), Wakers::One(..))
+    }
+
+    #[test]
+    fn a_task_that_does_all_is_woken_once_by_the_cut() {
+        let (notice, task) = (Notice::new(Told::Stay), Arc::<Task>::default());
+        let (mut io, mut owner) = <(Stored, Stored)>::default();
+        assert!(notice.is_unread());
+        for _ in 0..2 {
+            assert_eq!(task.enters(&notice, &mut owner, Waiter::Owner), Told::Stay);
+            task.enters(&notice, &mut io, Waiter::Read);
+            task.enters(&notice, &mut io, Waiter::Write);
+        }
+        assert!(is_one(&notice) && !notice.is_unread());
+        notice.tell(Told::Leave);
+        notice.tell(Told::TakeTurns);
+        assert_eq!(task.woken(), 1);
+        // Its waker is still there.
+        assert_eq!(task.enters(&notice, &mut owner, Waiter::Owner), Told::Leave);
+        notice.tell(Told::Close);
+        assert_eq!(task.woken(), 1);
+        assert!(!notice.is_cut_short());
+        notice.tell(Told::Cut);
+        assert_eq!(task.woken(), 1);
+        assert_eq!(task.enters(&notice, &mut io, Waiter::Read), Told::Cut);
+        assert!(notice.is_cut_short() && !notice.is_unread());
+    }
+
+    #[test]
+    fn only_the_owner_is_woken_for_less_than_the_cut() {
+        let notice = Notice::new(Told::Stay);
+        let [reader, writer, owner] = [(); 3].map(|()| Arc::<Task>::default());
+        let (mut io, mut told) = <(Stored, Stored)>::default();
+        owner.enters(&notice, &mut told, Waiter::Owner);
+        for _ in 0..2 {
+            reader.enters(&notice, &mut io, Waiter::Read);
+            writer.enters(&notice, &mut io, Waiter::Write);
+        }
+        notice.tell(Told::Close);
+        let woken = [&reader, &writer, &owner].map(|task| task.woken());
+        assert_eq!(woken, [0, 0, 1]);
+        notice.tell(Told::Cut);
+        let woken = [&reader, &writer, &owner].map(|task| task.woken());
+        assert_eq!(woken, [1, 1, 1]);
+    }
+
+    #[test]
+    fn whoever_was_cut_before_he_wrote_was_not_cut_short() {
+        let (notice, task) = (Notice::new(Told::Stay), Arc::<Task>::default());
+        let mut io = Stored::default();
+        task.enters(&notice, &mut io, Waiter::Read);
+        notice.tell(Told::Cut);
+        assert_eq!(task.enters(&notice, &mut io, Waiter::Write), Told::Cut);
+        assert!(!notice.is_cut_short());
+    }
+
+    /// Every way in which two tasks may take turns, against a table of who polled last as what.
+    #[test]
+    fn the_cut_wakes_whoever_polled_last_as_anything() {
+        const TURNS: u32 = 6;
+        for turns in 0..4_u32.pow(TURNS) {
+            let notice = Notice::new(Told::Stay);
+            let tasks = [(); 2].map(|()| Arc::<Task>::default());
+            let mut io = Stored::default();
+            let mut last = [None; 2];
+            for turn in 0..TURNS {
+                let [who, what] = [1, 2].map(|bit| (turns >> (2 * turn)) as usize & bit);
+                let waiter = [Waiter::Read, Waiter::Write][what >> 1];
+                tasks[who].enters(&notice, &mut io, waiter);
+                last[what >> 1] = Some(who);
+                assert_eq!(
+                    holds(&notice),
+                    [last[0].is_some(), last[1].is_some(), false, false]
+                );
+                let one = last[0] == last[1] || last.contains(&None);
+                assert_eq!(is_one(&notice), one);
+            }
+            notice.tell(Told::Cut);
+            for (who, task) in tasks.iter().enumerate() {
+                let expected = usize::from(last.contains(&Some(who)));
+                assert_eq!(task.woken(), expected, "{who} in {turns:#b}");
+            }
+        }
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    #[test]
+    fn whoever_has_left_is_not_kept() {
+        let notice = Notice::new(Told::Stay);
+        let [served, upgraded] = [(); 2].map(|()| Arc::<Task>::default());
+        let (mut io, mut owner) = <(Stored, Stored)>::default();
+        served.enters(&notice, &mut owner, Waiter::Owner);
+        served.enters(&notice, &mut io, Waiter::Read);
+        upgraded.enters(&notice, &mut io, Waiter::Read);
+        upgraded.enters(&notice, &mut io, Waiter::Write);
+        notice.owner_left();
+        drop(owner);
+        assert_eq!(holds(&notice), [true, true, false, false]);
+        assert_eq!(Arc::strong_count(&served), 1);
+        notice.tell(Told::Cut);
+        assert_eq!((served.woken(), upgraded.woken()), (0, 1));
+    }
+}
