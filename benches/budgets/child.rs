@@ -16,10 +16,14 @@ use super::server::ROLE;
 pub(crate) enum Form {
     /// axum, and nothing of ours.
     Plain,
+    /// axum with a layer that does nothing: what any layer costs.
+    Passed,
     /// axum with tower-http's counter: what any layer costs that has a body of its own.
     Counted,
     /// axum with the layer.
     Layer,
+    /// axum with the listener and the drain, and no layer.
+    Tracked,
     /// axum with the layer, the listener and the drain.
     Listener,
     /// Our own server, with the layer.
@@ -27,10 +31,12 @@ pub(crate) enum Form {
 }
 
 impl Form {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Plain,
+        Self::Passed,
         Self::Counted,
         Self::Layer,
+        Self::Tracked,
         Self::Listener,
         Self::Serve,
     ];
@@ -43,8 +49,10 @@ impl Form {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Plain => "axum",
+            Self::Passed => "a layer that does nothing",
             Self::Counted => "tower-http",
             Self::Layer => "layer",
+            Self::Tracked => "listener alone",
             Self::Listener => "listener",
             Self::Serve => "serve",
         }

@@ -74,16 +74,29 @@ pub(crate) fn measure_memory(rows: &mut Rows) {
             bytes.push(resident(form, count));
         }
     }
-    let [plain, others @ ..] = all.map(|bytes| Figures::new(bytes).median());
-    for (form, with) in Form::ALL[1..].iter().zip(others) {
-        let added = with - plain;
+    let [plain, passed, others @ ..] = all.map(|bytes| Figures::new(bytes).median());
+    let mut add = |row: String, with: f64, peer: f64, budget| {
+        let added = with - peer;
+        let ours = format!("{added:.0} bytes on {peer:.0}");
+        rows.add(&row, &ours, "256 bytes", added / 256.0, budget);
+    };
+    add(
+        format!("memory, {}", Form::Passed.name()),
+        passed,
+        plain,
+        Budget::None,
+    );
+    for (form, with) in Form::ALL[2..].iter().zip(others) {
         let budget = match form {
-            Form::Listener | Form::Serve => Budget::AtMost(1.0),
+            Form::Tracked | Form::Listener | Form::Serve => Budget::AtMost(1.0),
             _ => Budget::None,
         };
         let row = format!("memory, {}", form.name());
-        let ours = format!("{added:.0} bytes on {plain:.0}");
-        rows.add(&row, &ours, "256 bytes", added / 256.0, budget);
+        add(row.clone(), with, plain, budget);
+        if *form != Form::Tracked {
+            let over = format!("{row}, over {}", Form::Passed.name());
+            add(over, with, passed, Budget::None);
+        }
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::{
     io::{BufRead, stdin},
-    process, thread,
+    process,
+    task::{Context, Poll},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -14,6 +16,7 @@ use axum::{
 };
 use futures_util::stream;
 use tokio::{net::TcpListener, runtime};
+use tower::{Service, layer::layer_fn};
 use tower_graceful::{Graceful, Phase};
 use tower_http::metrics::InFlightRequestsLayer;
 
@@ -40,6 +43,24 @@ fn app() -> Router {
 
 async fn never(_request: Request) -> &'static str {
     std::future::pending().await
+}
+
+/// A service as it is.
+#[derive(Clone)]
+struct Passed<S>(S);
+
+impl<R, S: Service<R>> Service<R> for Passed<S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.0.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: R) -> S::Future {
+        self.0.call(request)
+    }
 }
 
 /// `--server FORM WORKERS`. Without workers all of it is in this thread.
@@ -71,12 +92,23 @@ async fn serve(form: Form) {
     let layered = app().layer(graceful.layer());
     match form {
         Form::Plain => axum::serve(listener, app()).await.expect("a server"),
+        Form::Passed => {
+            let nothing = layer_fn(Passed);
+            axum::serve(listener, app().layer(nothing))
+                .await
+                .expect("a server");
+        }
         Form::Counted => {
             let (counting, _counter) = InFlightRequestsLayer::pair();
             let app = app().layer(counting);
             axum::serve(listener, app).await.expect("a server");
         }
         Form::Layer => axum::serve(listener, layered).await.expect("a server"),
+        Form::Tracked => {
+            let server = axum::serve(graceful.listener(listener), app())
+                .with_graceful_shutdown(graceful.drain());
+            drop(graceful.run(server).await);
+        }
         Form::Listener => {
             let server = axum::serve(graceful.listener(listener), layered)
                 .with_graceful_shutdown(graceful.drain());
