@@ -4,6 +4,11 @@
 //! polled: either the cut finds the waker, or the poll finds the cut. Each poller remembers which
 //! waker of his is [`Stored`]. It stays where it is until the cut, so as long as the same task
 //! polls there is nothing to store, and he only looks at what was told, without a lock.
+//!
+//! That look cannot miss the wake-up that goes with what was told: the waker is his, so a wake-up
+//! before the poll orders what was told before it, and one during the poll makes him poll again.
+//! `waits` and `wrote` are `Relaxed`: the first each poller reads only for what he has written
+//! himself, the second is asked by whoever writes.
 
 use std::{
     mem,
@@ -106,6 +111,7 @@ impl Notice {
 
     #[inline]
     pub(crate) fn told(&self) -> Told {
+        // Acquire: partner of the Release in `tell`.
         Told::of(self.told.load(Ordering::Acquire))
     }
 
@@ -146,6 +152,7 @@ impl Notice {
             if self.told() >= told {
                 return;
             }
+            // Release: partner of the Acquire in `told`.
             self.told.store(told as u8, Ordering::Release);
             if told == Told::Cut {
                 mem::replace(&mut *wakers, Wakers::None)
@@ -175,6 +182,7 @@ impl Notice {
     }
 
     pub(crate) fn stream_ended(&self) {
+        // Release: partner of the Acquire in `poll_streams_ended`. Acquire: the last one speaks for all.
         if self.streams.fetch_sub(1, Ordering::AcqRel) == 1 {
             let woken = lock!(self.wakers).of(Waiter::Streams);
             woken.wake();
@@ -188,6 +196,7 @@ impl Notice {
         cx: &Context<'_>,
     ) -> std::task::Poll<()> {
         self.enter(stored, Waiter::Streams, cx);
+        // Acquire: partner of the Release in `stream_ended`.
         if self.streams.load(Ordering::Acquire) > 0 {
             return std::task::Poll::Pending;
         }

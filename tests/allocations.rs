@@ -127,7 +127,7 @@ mod idle_connections {
 
     use axum::{Router, routing::get};
     use tokio::{net::TcpListener, runtime, sync::oneshot};
-    use tower::layer::layer_fn;
+    use tower::layer::util::Identity;
 
     use super::*;
 
@@ -136,23 +136,6 @@ mod idle_connections {
 
     fn app() -> Router {
         Router::new().route("/", get(|| async { "hello" }))
-    }
-
-    #[derive(Clone)]
-    struct Nothing<S>(S);
-
-    impl<R, S: Service<R>> Service<R> for Nothing<S> {
-        type Response = S::Response;
-        type Error = S::Error;
-        type Future = S::Future;
-
-        fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-            self.0.poll_ready(cx)
-        }
-
-        fn call(&mut self, request: R) -> S::Future {
-            self.0.call(request)
-        }
     }
 
     fn connect(address: SocketAddr) -> TcpStream {
@@ -212,7 +195,7 @@ mod idle_connections {
     /// Of axum with a layer that does nothing: axum copies the routes for each connection, and a
     /// layer is around each of them.
     fn layered() -> i64 {
-        let app = app().layer(layer_fn(Nothing));
+        let app = app().layer(Identity::new());
         heap_bytes(|listener| async { axum::serve(listener, app).await.unwrap() })
     }
 

@@ -2,9 +2,7 @@
 
 use std::{
     io::{BufRead, stdin},
-    process,
-    task::{Context, Poll},
-    thread,
+    process, thread,
     time::{Duration, Instant},
 };
 
@@ -16,7 +14,7 @@ use axum::{
 };
 use futures_util::stream;
 use tokio::{net::TcpListener, runtime};
-use tower::{Service, layer::layer_fn};
+use tower::layer::util::Identity;
 use tower_graceful::{Graceful, Phase};
 use tower_http::metrics::InFlightRequestsLayer;
 
@@ -43,24 +41,6 @@ fn app() -> Router {
 
 async fn never(_request: Request) -> &'static str {
     std::future::pending().await
-}
-
-/// A service as it is.
-#[derive(Clone)]
-struct Passed<S>(S);
-
-impl<R, S: Service<R>> Service<R> for Passed<S> {
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = S::Future;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.0.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: R) -> S::Future {
-        self.0.call(request)
-    }
 }
 
 /// `--server FORM WORKERS`. Without workers all of it is in this thread.
@@ -93,8 +73,7 @@ async fn serve(form: Form) {
     match form {
         Form::Plain => axum::serve(listener, app()).await.expect("a server"),
         Form::Passed => {
-            let nothing = layer_fn(Passed);
-            axum::serve(listener, app().layer(nothing))
+            axum::serve(listener, app().layer(Identity::new()))
                 .await
                 .expect("a server");
         }
