@@ -63,6 +63,8 @@ async fn serve(form: Form) {
     let graceful = Graceful::builder()
         .drain_delay(Duration::ZERO)
         .drain_timeout(DRAIN)
+        // Half heads are to be there still when all are, on a slow machine too.
+        .header_read_timeout(Duration::from_secs(3600))
         .build()
         .expect("a plan that fits");
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
