@@ -60,11 +60,11 @@ fn add(criterion: &mut Criterion, group: &str, name: &str, once: impl Fn() + Syn
 }
 
 fn gate(criterion: &mut Criterion) {
-    let unlimited = gate::Gate::new(None, false, ());
-    let limited = gate::Gate::new(Some(1_000), false, ());
+    let unlimited = gate::Gate::new(None, false, (), |()| ());
+    let limited = gate::Gate::new(Some(1_000), false, (), |()| ());
     for (name, gate) in [("no limit", &unlimited), ("limit", &limited)] {
         add(criterion, "gate", name, || {
-            let ticket = gate.admit();
+            let ticket = gate.door().admit();
             assert!(ticket.is_some());
         });
     }

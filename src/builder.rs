@@ -12,7 +12,6 @@ use crate::{
     plan::{ConfigError, Knobs},
     policy::Policy,
     rejection::{Rejection, RejectionFn},
-    timeline::Lifecycle,
 };
 
 impl Graceful {
@@ -308,8 +307,8 @@ impl GracefulBuilder {
         {
             return Err(ConfigError::ExemptPath(path.clone()));
         }
-        let lifecycle = Lifecycle::new(plan, self.policy);
-        let graceful = Graceful::from_parts(self.max_in_flight, self.name_requests, lifecycle);
+        let graceful =
+            Graceful::from_parts(self.max_in_flight, self.name_requests, self.policy, plan);
         #[cfg(all(unix, feature = "signal"))]
         if self.watchdog {
             watch(&graceful, plan.last_moment())?;

@@ -10,23 +10,33 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    gate::Ticket,
+    gate::{Door, Ticket},
     phase::Phase,
-    plan::Knobs,
+    plan::{Knobs, Plan},
     policy::Policy,
     report::Trigger,
     timeline::{Lifecycle, Shared},
     waiters::Seat,
 };
 
+/// Where the requests of a service come in.
+pub(crate) type Entrance = Door<Policy, Lifecycle>;
+
 /// A request's permission to be in flight.
-pub(crate) type Pass = Ticket<Lifecycle>;
+pub(crate) type Pass = Ticket<Policy, Lifecycle>;
 
 /// The handle on one service's lifecycle: what stops it, and what tells how far it has come.
 ///
 /// It is cheap to clone, and clones share one lifecycle: give one to whatever needs it. The layer,
-/// the probes and every future it hands out keep the lifecycle alive, so a handle may be dropped
-/// as soon as they have been made; dropping never stops a service.
+/// the probes, tracked connections and every future it hands out keep the lifecycle alive, so a
+/// handle may be dropped as soon as they have been made; dropping never stops a service, and a stop
+/// that has begun inside a runtime is completed by itself.
+///
+/// The services that the layer has made, and the requests in them, do not keep it alive: where
+/// nothing else is left, nothing can stop them any more, and they go on as they are. What cleanup
+/// steps and workers have captured is dropped then. Of a lifecycle two kilobytes, and what was set
+/// up in the builder, are never given back, so that a request need not count references: make one
+/// for a process, not one for a request.
 ///
 /// Nothing happens until something asks for a stop: a signal, once [`drain`](Self::drain),
 /// [`handle_signals`](Self::handle_signals) or [`serve`](Self::serve) listens for them;
@@ -72,7 +82,7 @@ impl Graceful {
     #[must_use]
     pub fn new() -> Self {
         match Knobs::default().plan() {
-            Ok(plan) => Self::from_parts(None, false, Lifecycle::new(plan, Policy::default())),
+            Ok(plan) => Self::from_parts(None, false, Policy::default(), plan),
             Err(error) => unreachable!("the default plan fits: {error}"),
         }
     }
@@ -80,25 +90,26 @@ impl Graceful {
     pub(crate) fn from_parts(
         max_in_flight: Option<usize>,
         name_requests: bool,
-        lifecycle: Lifecycle,
+        policy: Policy,
+        plan: Plan,
     ) -> Self {
-        let shared = Shared::new(max_in_flight, name_requests, lifecycle);
+        let shared = Shared::new(max_in_flight, name_requests, policy, |policy| {
+            Lifecycle::new(plan, policy)
+        });
         shared.drive();
         Self { shared }
     }
 
-    #[inline]
     pub(crate) fn shared(&self) -> &Shared {
         &self.shared
     }
 
-    #[inline]
-    pub(crate) fn admit(&self) -> Option<Pass> {
-        self.shared.admit()
+    pub(crate) fn entrance(&self) -> Entrance {
+        self.shared.door()
     }
 
-    pub(crate) fn policy(&self) -> &Policy {
-        &self.shared.policy
+    pub(crate) fn policy(&self) -> &'static Policy {
+        self.shared.policy
     }
 
     /// Asks the service to stop, now. Takes effect before it returns: readiness says no and
@@ -133,7 +144,7 @@ impl Graceful {
     /// The present phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
-        self.shared.word().phase()
+        self.shared.phase()
     }
 
     /// The number of requests in flight: let in by the [layer](Self::layer), and their response

@@ -166,7 +166,7 @@ impl Drop for Hold {
     fn drop(&mut self) {
         let shared = self.graceful.shared();
         let left = shared.work.release(self.key);
-        if left == 0 && shared.word().phase() >= Phase::Draining {
+        if left == 0 && shared.phase() >= Phase::Draining {
             shared.ring();
         }
     }

@@ -12,30 +12,19 @@
 
 use std::{
     array,
-    hash::{BuildHasher, BuildHasherDefault, DefaultHasher},
     task::{Context, Poll, Waker},
-    thread,
 };
 
 use slab::Slab;
 
 use crate::{
+    gate::here,
     phase::Phase,
     spread::Place,
     sync::{Mutex, lock},
 };
 
 const LANES: usize = 16;
-
-thread_local! {
-    static LANE: usize = {
-        let hasher = BuildHasherDefault::<DefaultHasher>::new();
-        // The remainder is a lane.
-        #[expect(clippy::cast_possible_truncation)]
-        let hash = hasher.hash_one(thread::current().id()) as usize;
-        hash % LANES
-    };
-}
 
 /// A point on the timeline: a place in a phase. Every place of a phase comes before the next phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -103,7 +92,7 @@ impl Waiters {
             drop(former);
             return Poll::Pending;
         }
-        let number = LANE.with(|lane| *lane);
+        let number = here() % LANES;
         let mut lane = lock!(self.lanes[number]);
         if lane.told.phase >= phase {
             return Poll::Ready(());

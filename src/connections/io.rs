@@ -97,7 +97,7 @@ impl Entry {
     #[inline]
     fn heard(&self) {
         let shared = self.0.graceful.shared();
-        if shared.word().phase() > Phase::Serving {
+        if shared.phase() > Phase::Serving {
             shared.connections.heard();
         }
     }
@@ -115,7 +115,7 @@ impl Drop for Entry {
     fn drop(&mut self) {
         let shared = self.0.graceful.shared();
         let left = shared.connections.remove(&self.0);
-        if left == 0 && shared.word().phase() == Phase::Closing {
+        if left == 0 && shared.phase() == Phase::Closing {
             shared.ring();
         }
     }

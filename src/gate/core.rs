@@ -1,149 +1,98 @@
-//! The word, the limit and the waiter's slot: the operations the module header argues about.
+//! The lanes of a gate, and what concerns all of them.
 
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 
-use super::word::Word;
+use super::{
+    here::here,
+    lane::{Hall, Lane},
+    word::Word,
+};
 use crate::{
     phase::Phase,
-    sync::{AtomicUsize, Mutex, Ordering, lock},
+    sync::{Ordering, lock},
 };
 
-/// Why a request was not let in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Refused {
-    /// Draining has begun.
-    Draining,
-    /// As many requests as the limit allows are in flight.
-    Full,
+/// As many threads as this do not meet. A power of two; few in a model, which tries every order in
+/// which they can be visited.
+pub(super) const LANES: usize = if cfg!(tower_graceful_loom) { 2 } else { 16 };
+
+pub(super) struct Core<K: 'static, T: 'static> {
+    lanes: [Lane<K, T>; LANES],
+    /// How many of them are used, less one: where there is a limit, one is, so that it is exact.
+    last: usize,
 }
 
-/// On a cache line of its own, so that admissions do not evict what everybody only reads.
-#[derive(Debug)]
-#[repr(align(64))]
-pub(super) struct Core {
-    word: AtomicUsize,
-    /// The least word above the limit.
-    full: Word,
-    waiter: Mutex<Option<Waker>>,
-    /// Admissions and refusals after the first phase.
-    late: AtomicUsize,
-    refused: AtomicUsize,
-}
-
-impl Core {
-    pub(super) fn new(limit: Option<usize>, named: bool) -> Self {
+impl<K, T> Core<K, T> {
+    /// `named`: every admission is to be a special one.
+    pub(super) fn new(limit: Option<usize>, named: bool, rules: K) -> Self {
+        let hall: &'static _ = Box::leak(Box::new(Hall::new(rules)));
         Self {
-            word: AtomicUsize::new(Word::SERVING.named(named).0),
-            full: Word::full(limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT)),
-            waiter: Mutex::new(None),
-            late: AtomicUsize::new(0),
-            refused: AtomicUsize::new(0),
+            lanes: std::array::from_fn(|_| Lane::new(limit, named, hall)),
+            last: if limit.is_some() { 0 } else { LANES - 1 },
         }
     }
 
-    /// A snapshot for headers, probes and figures. `Relaxed`: point 5 of the module header.
+    /// The lane of this thread.
     #[inline]
+    pub(super) fn lane(&self) -> &Lane<K, T> {
+        self.nth(here())
+    }
+
+    #[inline]
+    pub(super) fn nth(&self, n: usize) -> &Lane<K, T> {
+        &self.lanes[n & self.last & (LANES - 1)]
+    }
+
+    /// The one whose phase is the gate's.
+    #[inline]
+    fn first(&self) -> &Lane<K, T> {
+        &self.lanes[0]
+    }
+
+    fn used(&self) -> &[Lane<K, T>] {
+        &self.lanes[..=self.last]
+    }
+
+    pub(super) fn hall(&self) -> &'static Hall<K, T> {
+        self.first().hall()
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.first().word().phase()
+    }
+
+    /// The phase and readiness of the gate, and all who are in flight. `Relaxed`: point 5.
     pub(super) fn word(&self) -> Word {
-        Word(self.word.load(Ordering::Relaxed))
+        Word::sum(self.used().iter().map(Lane::word))
     }
 
-    /// Lets one in, if there is nothing to it but to count. Whoever is let in calls
-    /// [`release`](Self::release) once. Whoever is not asks [`admit_specially`](Self::admit_specially).
-    #[inline]
-    pub(super) fn admit(&self) -> bool {
-        let mut word = self.word();
-        loop {
-            if !word.is_below(self.full) {
-                return false;
-            }
-            match self.add_one(word) {
-                Ok(_) => return true,
-                Err(current) => word = Word(current),
-            }
-        }
-    }
-
-    /// Lets one in, in any phase that lets anybody in, or says why not.
-    #[cold]
-    pub(super) fn admit_specially(&self) -> Result<(), Refused> {
-        let mut word = self.word();
-        loop {
-            if word.refuses() {
-                return Err(Refused::Draining);
-            }
-            if word.count() >= self.full.count() {
-                return Err(Refused::Full);
-            }
-            match self.add_one(word) {
-                Ok(_) => {
-                    if word.phase() > Phase::Serving {
-                        self.late.fetch_add(1, Ordering::Relaxed);
-                    }
-                    return Ok(());
-                }
-                Err(current) => word = Word(current),
-            }
-        }
+    /// As [`word`](Self::word), to decide by: see [`Lane::settled_word`].
+    pub(super) fn settled_word(&self) -> Word {
+        Word::sum(self.used().iter().map(Lane::settled_word))
     }
 
     /// Notes a refusal. Not all who are not let in are refused.
     pub(super) fn refused(&self) {
-        if self.word().phase() > Phase::Serving {
-            self.refused.fetch_add(1, Ordering::Relaxed);
+        if self.phase() > Phase::Serving {
+            self.hall().refused.fetch_add(1, Ordering::Relaxed);
         }
-    }
-
-    /// `Relaxed`: points 1 and 2 of the module header.
-    #[inline]
-    fn add_one(&self, word: Word) -> Result<usize, usize> {
-        self.word.compare_exchange_weak(
-            word.0,
-            word.plus_one().0,
-            Ordering::Relaxed,
-            Ordering::Relaxed,
-        )
     }
 
     /// How many were let in, and how many refused, after the first phase. `Relaxed`: figures.
     pub(super) fn since_serving(&self) -> (usize, usize) {
+        let hall = self.hall();
         (
-            self.late.load(Ordering::Relaxed),
-            self.refused.load(Ordering::Relaxed),
+            hall.late.load(Ordering::Relaxed),
+            hall.refused.load(Ordering::Relaxed),
         )
-    }
-
-    /// Lets one out.
-    #[inline]
-    pub(super) fn release(&self) {
-        // Release: partner of the Acquire load in `poll_idle`.
-        let before = Word(self.word.fetch_sub(Word::ONE, Ordering::Release));
-        debug_assert!(before.count() > 0, "released more than was admitted");
-        if before.refuses() {
-            self.left_a_drain(before);
-        }
-    }
-
-    /// Outlined, for all that it is: in most releases nothing drains.
-    #[cold]
-    #[inline(never)]
-    fn left_a_drain(&self, before: Word) {
-        if before.count() == 1 {
-            self.last_one_out();
-        }
-    }
-
-    fn last_one_out(&self) {
-        let waker = lock!(self.waiter).take();
-        if let Some(waker) = waker {
-            waker.wake();
-        }
     }
 
     /// Ready once draining has begun and nothing is in flight. One task waits at a time.
     pub(super) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut slot = lock!(self.waiter);
-        // Acquire: partner of the Release in `release`. Under the lock: point 4.
-        if Word(self.word.load(Ordering::Acquire)).is_idle() {
+        let mut slot = lock!(self.hall().waiter);
+        // Under the lock: point 4.
+        let mut lanes = self.used().iter();
+        if lanes.all(|lane| lane.settled_word().is_idle()) {
             *slot = None;
             return Poll::Ready(());
         }
@@ -154,35 +103,30 @@ impl Core {
         Poll::Pending
     }
 
-    /// A snapshot by which to decide that a phase has come, or that all is over: what led to it,
-    /// and what the requests did that have left, happens before it.
-    pub(super) fn settled_word(&self) -> Word {
-        // Acquire: partner of the Release in `release` and in `update`.
-        Word(self.word.load(Ordering::Acquire))
-    }
-
     /// Moves on to `phase`, unless that phase or a later one has been reached. Returns the word
-    /// it moved on from, if it did.
+    /// it moved on from, if it did. One at a time: point 7.
     pub(super) fn advance(&self, phase: Phase) -> Option<Word> {
-        self.update(|word| (word.phase() < phase).then(|| word.with_phase(phase)))
+        let advance = |lane: &Lane<K, T>| {
+            lane.update(|word| (word.phase() < phase).then(|| word.with_phase(phase)))
+        };
+        let [first, others @ ..] = self.used() else {
+            unreachable!("one is always used")
+        };
+        let others: Vec<_> = others.iter().map(advance).collect();
+        // Last, because its phase is the gate's.
+        let first = advance(first)?;
+        Some(Word::sum(
+            [first].into_iter().chain(others.into_iter().flatten()),
+        ))
     }
 
     pub(super) fn set_ready(&self, ready: bool) {
-        self.update(|word| Some(word.with_ready(ready)));
+        self.first().update(|word| Some(word.with_ready(ready)));
     }
 
     pub(super) fn mark_served(&self) {
-        self.update(|word| (!word.has_served()).then(|| word.served()));
-    }
-
-    fn update(&self, change: impl Fn(Word) -> Option<Word>) -> Option<Word> {
-        // Release: partner of the Acquire load in `settled_word`, point 6 of the module header.
-        self.word
-            .fetch_update(Ordering::Release, Ordering::Relaxed, |word| {
-                change(Word(word)).map(|word| word.0)
-            })
-            .ok()
-            .map(Word)
+        self.first()
+            .update(|word| (!word.has_served()).then(|| word.served()));
     }
 }
 
@@ -190,7 +134,9 @@ impl Core {
 mod tests {
     use tokio_test::{assert_pending, assert_ready, task};
 
-    use super::*;
+    use super::{super::lane::Refused, *};
+
+    type Core = super::Core<(), ()>;
 
     fn idle(core: &Core) -> impl Future<Output = ()> + '_ {
         std::future::poll_fn(|cx| core.poll_idle(cx))
@@ -198,42 +144,44 @@ mod tests {
 
     #[test]
     fn the_limit_refuses_the_next_one_and_no_earlier() {
-        let core = Core::new(Some(2), false);
-        assert!(core.admit());
-        assert!(core.admit());
-        assert!(!core.admit());
-        assert_eq!(core.admit_specially(), Err(Refused::Full));
+        let core = Core::new(Some(2), false, ());
+        // Whatever the thread.
+        let [lane, other] = [1, 2].map(|thread| core.nth(thread));
+        assert!(lane.admit());
+        assert!(other.admit());
+        assert!(!lane.admit());
+        assert_eq!(lane.admit_specially(), Err(Refused::Full));
         assert_eq!(core.word().count(), 2);
-        core.release();
-        assert!(core.admit());
+        lane.release();
+        assert!(other.admit());
     }
 
     #[test]
     fn draining_refuses_before_full_does() {
-        let core = Core::new(Some(1), false);
-        assert!(core.admit());
+        let core = Core::new(Some(1), false, ());
+        assert!(core.lane().admit());
         core.advance(Phase::Draining);
-        assert!(!core.admit());
-        assert_eq!(core.admit_specially(), Err(Refused::Draining));
+        assert!(!core.lane().admit());
+        assert_eq!(core.lane().admit_specially(), Err(Refused::Draining));
     }
 
     #[test]
     fn a_lame_duck_still_admits() {
-        let core = Core::new(None, false);
+        let core = Core::new(None, false, ());
         core.advance(Phase::LameDuck);
-        assert!(!core.admit(), "there is more to it than to count");
-        assert_eq!(core.admit_specially(), Ok(()));
+        assert!(!core.lane().admit(), "there is more to it than to count");
+        assert_eq!(core.lane().admit_specially(), Ok(()));
         assert_eq!(core.word().count(), 1);
     }
 
     #[test]
     fn what_is_admitted_and_refused_after_serving_is_counted() {
-        let core = Core::new(Some(2), true);
-        core.admit_specially().unwrap();
+        let core = Core::new(Some(2), true, ());
+        core.lane().admit_specially().unwrap();
         core.refused();
         assert_eq!(core.since_serving(), (0, 0));
         core.advance(Phase::LameDuck);
-        core.admit_specially().unwrap();
+        core.lane().admit_specially().unwrap();
         core.refused();
         core.advance(Phase::Draining);
         core.refused();
@@ -241,39 +189,75 @@ mod tests {
     }
 
     #[test]
-    fn a_phase_never_goes_back() {
-        let core = Core::new(None, false);
+    fn a_phase_never_goes_back_on_any_lane() {
+        let core = Core::new(None, false, ());
         assert_eq!(core.advance(Phase::Closing), Some(Word::SERVING));
         assert_eq!(core.advance(Phase::Draining), None);
         assert_eq!(core.advance(Phase::Closing), None);
-        assert_eq!(core.word().phase(), Phase::Closing);
+        for thread in 0..LANES {
+            assert_eq!(core.nth(thread).word().phase(), Phase::Closing);
+        }
     }
 
     #[test]
-    fn idle_waits_for_draining_and_for_the_last_one() {
-        let core = Core::new(None, false);
+    fn all_lanes_are_counted_when_a_phase_comes() {
+        let core = Core::new(None, false, ());
+        for thread in 0..2 * LANES {
+            assert!(core.nth(thread).admit());
+        }
+        assert_eq!(core.word().count(), 2 * LANES);
+        let before = core.advance(Phase::LameDuck).unwrap();
+        assert_eq!(before.count(), 2 * LANES);
+        assert_eq!(before.phase(), Phase::Serving);
+        assert!(before.has_served());
+        assert_eq!(core.settled_word().phase(), Phase::LameDuck);
+    }
+
+    #[test]
+    fn whoever_was_served_on_any_lane_was_served() {
+        let core = Core::new(None, false, ());
+        assert!(!core.word().has_served());
+        assert!(core.nth(LANES - 1).admit());
+        core.nth(LANES - 1).release();
+        assert!(core.word().has_served());
+    }
+
+    #[test]
+    fn idle_waits_for_draining_and_for_the_last_one_of_all_lanes() {
+        let core = Core::new(None, false, ());
         let mut waiting = task::spawn(idle(&core));
-        assert!(core.admit());
-        assert!(core.admit());
+        let [lane, other] = [0, 1].map(|thread| core.nth(thread));
+        assert!(lane.admit());
+        assert!(other.admit());
         assert_pending!(waiting.poll());
-        core.release();
-        assert!(core.admit());
+        lane.release();
+        assert!(lane.admit());
+        assert!(lane.admit());
         core.advance(Phase::Draining);
         assert_pending!(waiting.poll());
-        core.release();
+        lane.release();
         assert!(!waiting.is_woken(), "one is still in flight");
-        core.release();
-        assert!(waiting.is_woken(), "the last one out wakes the waiter");
+        lane.release();
+        assert!(waiting.is_woken(), "the last of a lane wakes the waiter");
+        assert_pending!(waiting.poll());
+        other.release();
+        assert!(waiting.is_woken());
         assert_ready!(waiting.poll());
     }
 
     #[test]
     fn releases_before_draining_wake_nobody() {
-        let core = Core::new(None, false);
+        let core = Core::new(None, false, ());
         let mut waiting = task::spawn(idle(&core));
-        assert!(core.admit());
+        assert!(core.lane().admit());
         assert_pending!(waiting.poll());
-        core.release();
+        core.lane().release();
         assert!(!waiting.is_woken());
+    }
+
+    #[test]
+    fn a_lane_shares_no_cache_line_with_another() {
+        assert!(size_of::<Lane<(), ()>>() >= 128);
+        assert!(align_of::<Lane<(), ()>>() >= 128);
     }
 }

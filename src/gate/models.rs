@@ -15,8 +15,11 @@ use loom::{
     thread,
 };
 
-use super::core::{Core, Refused};
+use super::{core::LANES, lane::Refused};
 use crate::phase::Phase;
+
+type Core = super::core::Core<(), ()>;
+type Lane = super::lane::Lane<(), ()>;
 
 /// As `model`, with at most three involuntary switches in an execution. Three threads have too
 /// many executions for every run of the tests; without the bound these models take minutes.
@@ -27,12 +30,16 @@ fn bounded(check: impl Fn() + Send + Sync + 'static) {
 }
 
 /// As a request is let in.
-fn admit(core: &Core) -> Result<(), Refused> {
-    if core.admit() {
+fn admit(lane: &Lane) -> Result<(), Refused> {
+    if lane.admit() {
         Ok(())
     } else {
-        core.admit_specially()
+        lane.admit_specially()
     }
+}
+
+fn core(limit: Option<usize>) -> Arc<Core> {
+    Arc::new(Core::new(limit, false, ()))
 }
 
 async fn idle(core: &Core) {
@@ -46,25 +53,25 @@ fn shared<T>(value: T) -> (Arc<T>, Arc<T>) {
 
 /// Admission against drain: whoever is let in is waited for, whoever comes later is refused, and
 /// what the admitted did is seen after the wait.
-#[test]
-fn whoever_is_admitted_is_waited_for() {
-    bounded(|| {
-        let core = Arc::new(Core::new(None, false));
-        let requests: Vec<_> = (0..2)
-            .map(|_| {
+fn is_waited_for(lanes: [usize; 2]) {
+    bounded(move || {
+        let core = core(None);
+        let requests: Vec<_> = lanes
+            .map(|lane| {
                 let core = core.clone();
                 let (work, seen) = shared(AtomicUsize::new(0));
                 let request = thread::spawn(move || {
-                    let admitted = admit(&core);
+                    let lane = core.nth(lane);
+                    let admitted = admit(lane);
                     if admitted.is_ok() {
                         work.store(1, Relaxed);
-                        core.release();
+                        lane.release();
                     }
                     admitted
                 });
                 (request, seen)
             })
-            .collect();
+            .into();
         core.advance(Phase::Draining);
         block_on(idle(&core));
         let seen: Vec<_> = requests
@@ -81,21 +88,48 @@ fn whoever_is_admitted_is_waited_for() {
     });
 }
 
+#[test]
+fn whoever_is_admitted_is_waited_for() {
+    is_waited_for([0, 0]);
+}
+
+#[test]
+fn whoever_is_admitted_on_another_lane_is_waited_for() {
+    assert!(LANES > 1);
+    is_waited_for([0, 1]);
+}
+
+/// Once the gate drains, no lane lets anybody in.
+#[test]
+fn no_lane_lags_behind_the_gate() {
+    model(|| {
+        let core = core(None);
+        let advancing = core.clone();
+        let trigger = thread::spawn(move || {
+            advancing.advance(Phase::Draining);
+        });
+        if core.settled_word().phase() == Phase::Draining {
+            for lane in 0..LANES {
+                assert_eq!(admit(core.nth(lane)), Err(Refused::Draining));
+            }
+        }
+        trigger.join().unwrap();
+    });
+}
+
 /// Last release against wait, the drain begun and two inside: the waiter is woken, whichever of
 /// them is last. A lost wake-up is a deadlock, which loom reports.
-#[test]
-fn the_last_one_out_wakes_the_waiter() {
-    model(|| {
-        let core = Arc::new(Core::new(None, false));
-        admit(&core).unwrap();
-        admit(&core).unwrap();
+fn wakes_the_waiter(lanes: [usize; 2]) {
+    model(move || {
+        let core = core(None);
+        for lane in lanes {
+            admit(core.nth(lane)).unwrap();
+        }
         core.advance(Phase::Draining);
-        let requests: Vec<_> = (0..2)
-            .map(|_| {
-                let core = core.clone();
-                thread::spawn(move || core.release())
-            })
-            .collect();
+        let requests = lanes.map(|lane| {
+            let core = core.clone();
+            thread::spawn(move || core.nth(lane).release())
+        });
         block_on(idle(&core));
         assert!(core.settled_word().is_idle());
         for request in requests {
@@ -104,18 +138,28 @@ fn the_last_one_out_wakes_the_waiter() {
     });
 }
 
+#[test]
+fn the_last_one_out_wakes_the_waiter() {
+    wakes_the_waiter([0, 0]);
+}
+
+#[test]
+fn the_last_one_out_of_any_lane_wakes_the_waiter() {
+    wakes_the_waiter([0, 1]);
+}
+
 /// The waiter is there first, draining begins on another thread, and the last request leaves on a
 /// third. Whoever advances rings a bell that the waiter listens to as well (the timeline's, here
 /// loom's own); between the bell and the last one out no wake-up is lost.
 #[test]
 fn a_wake_up_is_not_lost_between_advance_and_release() {
     bounded(|| {
-        let core = Arc::new(Core::new(None, false));
+        let core = core(None);
         let bell = Arc::new(AtomicWaker::new());
-        admit(&core).unwrap();
+        admit(core.nth(1)).unwrap();
         let request = {
             let core = core.clone();
-            thread::spawn(move || core.release())
+            thread::spawn(move || core.nth(1).release())
         };
         let trigger = {
             let (core, bell) = (core.clone(), bell.clone());
@@ -139,26 +183,27 @@ fn a_wake_up_is_not_lost_between_advance_and_release() {
 #[test]
 fn the_limit_is_exact() {
     model(|| {
-        let core = Arc::new(Core::new(Some(1), false));
+        let core = core(Some(1));
         let (inside, most) = shared(AtomicUsize::new(0));
         let other = {
             let (core, inside) = (core.clone(), inside);
-            thread::spawn(move || enter(&core, &inside))
+            // Another lane, if there were one.
+            thread::spawn(move || enter(core.nth(1), &inside))
         };
-        let mine = enter(&core, &most);
+        let mine = enter(core.nth(0), &most);
         let others = other.join().unwrap();
         assert!(mine || others, "there was room for one");
         assert_eq!(core.word().count(), 0);
-        assert_eq!(admit(&core), Ok(()), "the place is free again");
+        assert_eq!(admit(core.nth(0)), Ok(()), "the place is free again");
     });
 
-    fn enter(core: &Core, inside: &AtomicUsize) -> bool {
-        if admit(&core).is_err() {
+    fn enter(lane: &Lane, inside: &AtomicUsize) -> bool {
+        if admit(lane).is_err() {
             return false;
         }
         assert_eq!(inside.fetch_add(1, Relaxed), 0, "two were let in");
         inside.fetch_sub(1, Relaxed);
-        core.release();
+        lane.release();
         true
     }
 }
@@ -168,10 +213,10 @@ fn the_limit_is_exact() {
 #[test]
 fn changes_of_the_word_do_not_overwrite_one_another() {
     model(|| {
-        let core = Arc::new(Core::new(None, false));
+        let core = core(None);
         let request = {
             let core = core.clone();
-            thread::spawn(move || admit(&core).is_ok())
+            thread::spawn(move || admit(core.nth(0)).is_ok())
         };
         let readiness = {
             let core = core.clone();

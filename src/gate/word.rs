@@ -109,6 +109,17 @@ impl Word {
     pub(super) const fn served(self) -> Self {
         Self(self.0 | SERVED)
     }
+
+    /// Of all lanes: phase and flags of the first, what all have in flight, and whether anybody was
+    /// served on any.
+    pub(super) fn sum(lanes: impl IntoIterator<Item = Self>) -> Self {
+        let mut lanes = lanes.into_iter();
+        let first = lanes.next().unwrap_or(Self::SERVING);
+        lanes.fold(first, |sum, lane| {
+            let count = (sum.count() + lane.count()).min(Self::MAX_COUNT);
+            Self((sum.0 & !COUNT) | (count * Self::ONE) | (lane.0 & SERVED))
+        })
+    }
 }
 
 impl fmt::Debug for Word {

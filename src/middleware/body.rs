@@ -110,7 +110,7 @@ where
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         match self.project().kind.project() {
             KindProj::Inner { body, pass } => poll_holding(body, pass, cx),
-            KindProj::Special { special } => special.as_mut().poll_frame(cx),
+            KindProj::Special { special } => special.as_mut().poll_frame(cx).map(|it| *it),
         }
     }
 
@@ -131,7 +131,8 @@ where
     }
 }
 
-type Polled<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>>;
+type Frames<B> = Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>;
+type Polled<B> = Poll<Frames<B>>;
 
 /// Polls a body, and drops what is held for it once it has ended.
 #[inline(always)]
@@ -172,13 +173,15 @@ impl<H> Drop for End<'_, H> {
 impl<B: Body<Data: From<Bytes>>> Special<B> {
     #[cold]
     #[inline(never)]
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<B> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Box<Frames<B>>> {
         match self.project() {
-            SpecialProj::Named { body, held } => poll_holding(body, held, cx),
+            SpecialProj::Named { body, held } => poll_holding(body, held, cx).map(Box::new),
             // Once.
             SpecialProj::Text { text } => {
                 let text = std::mem::take(text);
-                Poll::Ready((!text.is_empty()).then(|| Ok(Frame::data(text.into()))))
+                Poll::Ready(Box::new(
+                    (!text.is_empty()).then(|| Ok(Frame::data(text.into()))),
+                ))
             }
         }
     }

@@ -1,6 +1,3 @@
-// The call of what is always inlined here would move the response once more.
-#![expect(clippy::inline_always)]
-
 use std::{
     fmt,
     pin::Pin,
@@ -12,8 +9,11 @@ use http::{Response, Version};
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use super::{body::GracefulBody, special::SpecialFuture};
-use crate::{handle::Pass, leaving, phase::Phase, timeline::Shared};
+use super::{
+    body::GracefulBody,
+    special::{SpecialFuture, ask_to_leave},
+};
+use crate::handle::Pass;
 
 pin_project! {
     /// The response future of [`GracefulService`](super::GracefulService).
@@ -22,34 +22,45 @@ pin_project! {
     /// Dropping it releases the request. Polled again after it is ready, it stays pending.
     #[must_use = "futures do nothing unless polled"]
     pub struct GracefulFuture<F, B> {
-        // `None` if the request is special, and once this is ready.
         #[pin]
-        inner: Option<F>,
-        // After the future, so that it is dropped while its request is still in flight.
-        pass: Option<Pass>,
-        version: Version,
-        // Instead of the others. Boxed, because it is rare.
-        special: Option<Pin<Box<SpecialFuture<F, B>>>>,
+        state: State<F, B>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    enum State<F, B> {
+        Counted {
+            #[pin]
+            inner: F,
+            // After the future, so that it is dropped while its request is still in flight.
+            // `None` once the body has it.
+            pass: Option<Pass>,
+            version: Version,
+        },
+        // Boxed, because it is rare.
+        Special { special: Pin<Box<SpecialFuture<F, B>>> },
+        Over,
     }
 }
 
 impl<F, B> GracefulFuture<F, B> {
     #[inline]
     pub(super) fn counted(inner: F, pass: Pass, version: Version) -> Self {
+        let pass = Some(pass);
         Self {
-            inner: Some(inner),
-            pass: Some(pass),
-            version,
-            special: None,
+            state: State::Counted {
+                inner,
+                pass,
+                version,
+            },
         }
     }
 
     pub(super) fn special(future: SpecialFuture<F, B>) -> Self {
+        let special = Box::pin(future);
         Self {
-            inner: None,
-            pass: None,
-            version: Version::default(),
-            special: Some(Box::pin(future)),
+            state: State::Special { special },
         }
     }
 }
@@ -62,63 +73,53 @@ where
 {
     type Output = Result<Response<GracefulBody<ResBody>>, E>;
 
-    #[inline(always)]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut this = self.project();
-        let Some(inner) = this.inner.as_mut().as_pin_mut() else {
-            return poll_special(this.special, cx);
-        };
-        // What is polled stays where it is, and is moved once, into the response that goes out.
-        let mut polled = inner.poll(cx);
-        if polled.is_pending() {
-            return Poll::Pending;
-        }
-        // Before its request is released.
-        this.inner.set(None);
-        let mut pass = this.pass.take();
-        if let (Poll::Ready(Ok(response)), Some(held)) = (&mut polled, &pass) {
-            ask_to_leave(response, held.gate(), *this.version);
-            if response.body().is_end_stream() {
-                pass = None;
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.as_mut().project().state.project() {
+            StateProj::Counted {
+                inner,
+                pass: held @ Some(_),
+                version,
+            } => {
+                // What is polled stays where it is, and is moved once, into what is returned.
+                let mut polled = inner.poll(cx);
+                match &mut polled {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(Ok(response)) => {
+                        if let Some(pass) = held.as_ref().filter(|pass| pass.word().is_special()) {
+                            ask_to_leave(response, pass, *version);
+                        }
+                        if !response.body().is_end_stream() {
+                            let pass = held.take();
+                            return polled
+                                .map_ok(|it| it.map(|body| GracefulBody::inner(body, pass)));
+                        }
+                    }
+                    Poll::Ready(Err(_)) => {}
+                }
+                // The future, and then its request.
+                self.project().state.set(State::Over);
+                polled.map_ok(|it| it.map(GracefulBody::uncounted))
             }
+            StateProj::Special { special } => poll_special(special.as_mut(), cx).map(|it| *it),
+            _ => Poll::Pending,
         }
-        polled.map_ok(|response| response.map(|body| GracefulBody::inner(body, pass)))
     }
 }
 
+/// On the heap, so that what is rare needs no room beside the response of every request.
 #[cold]
 #[inline(never)]
-fn poll_special<F: Future>(
-    special: &mut Option<Pin<Box<F>>>,
-    cx: &mut Context<'_>,
-) -> Poll<F::Output> {
-    match special {
-        Some(special) => special.as_mut().poll(cx),
-        None => Poll::Pending,
-    }
-}
-
-/// Where the service stops, has a response ask its client to leave.
-#[inline]
-pub(super) fn ask_to_leave<B>(response: &mut Response<B>, shared: &Shared, version: Version) {
-    if shared.word().is_special() && leaves(shared) {
-        leaving::say_close(response, version);
-    }
-}
-
-/// Whether a response that goes out now asks its client to leave.
-#[cold]
-fn leaves(shared: &Shared) -> bool {
-    let phase = shared.word().phase();
-    phase > Phase::LameDuck || phase == Phase::LameDuck && shared.asks_to_leave()
+fn poll_special<F: Future>(special: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<Box<F::Output>> {
+    special.poll(cx).map(Box::new)
 }
 
 impl<F, B> fmt::Debug for GracefulFuture<F, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match (&self.inner, &self.special) {
-            (Some(_), _) => "admitted",
-            (None, Some(special)) => special.state(),
-            (None, None) => "done",
+        let state = match &self.state {
+            State::Counted { pass: Some(_), .. } => "admitted",
+            State::Special { special } => special.state(),
+            State::Counted { pass: None, .. } | State::Over => "done",
         };
         f.debug_struct("GracefulFuture")
             .field("state", &state)

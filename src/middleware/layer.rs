@@ -76,7 +76,7 @@ impl<S> Layer<S> for GracefulLayer {
     type Service = GracefulService<S>;
 
     fn layer(&self, inner: S) -> GracefulService<S> {
-        GracefulService::new(inner, self.graceful.clone())
+        GracefulService::new(inner, self.graceful.entrance())
     }
 }
 

@@ -1,32 +1,34 @@
 use http::Request;
 
 use super::refusal::original_path;
-use crate::handle::Graceful;
+use crate::{handle::Pass, timeline::Shared};
 
 /// A request on the roll of those in flight. Dropping it strikes it out.
 pub(super) struct Named {
-    graceful: Graceful,
+    shared: Shared,
     key: usize,
 }
 
 impl Named {
-    pub(super) fn new<B>(graceful: &Graceful, request: &Request<B>) -> Self {
-        let path = original_path(request).unwrap_or(request.uri().path());
-        let key = graceful.shared().roll.enter(request.method().clone(), path);
-        Self {
-            graceful: graceful.clone(),
-            key,
+    /// Where requests are known by name, and while there is somebody who could ask.
+    pub(super) fn new<B>(pass: &Pass, request: &Request<B>) -> Option<Self> {
+        if !pass.word().is_named() {
+            return None;
         }
+        let shared = pass.gate()?;
+        let path = original_path(request).unwrap_or(request.uri().path());
+        let key = shared.roll.enter(request.method().clone(), path);
+        Some(Self { shared, key })
     }
 
     /// The head of its response is out.
     pub(super) fn streams(&self) {
-        self.graceful.shared().roll.streams(self.key);
+        self.shared.roll.streams(self.key);
     }
 }
 
 impl Drop for Named {
     fn drop(&mut self) {
-        self.graceful.shared().roll.strike_out(self.key);
+        self.shared.roll.strike_out(self.key);
     }
 }

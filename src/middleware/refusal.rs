@@ -17,12 +17,13 @@ use tokio::{
 
 use crate::{
     gate::Refused,
-    handle::Graceful,
+    handle::Entrance,
     leaving,
     phase::Phase,
     policy,
     reached::Reached,
     rejection::{self, Rejection},
+    timeline::Shared,
 };
 
 /// How much of a refused request's body is read, for how long, and through how long a silence,
@@ -46,14 +47,19 @@ const BEFORE_CUT: Duration = Duration::from_millis(150);
 const FRAMES_AT_ONCE: usize = 64;
 
 /// Whether a request is never refused: a probe, or an exempt path.
-pub(super) fn is_exempt<B>(graceful: &Graceful, request: &Request<B>) -> bool {
+pub(super) fn is_exempt<B>(entrance: Entrance, request: &Request<B>) -> bool {
     let path = request.uri().path();
     // The route where it is known, so that no path under a wildcard passes for a probe.
     let probe = || policy::is_probe(matched_path(request).unwrap_or(path));
-    let exempt = |path: &str| graceful.policy().exempt.iter().any(|exempt| exempt == path);
-    graceful.shared().probes.get().is_some() && probe()
-        || exempt(path)
-        || original_path(request).is_some_and(exempt)
+    let exempts = &entrance.rules().exempt;
+    let exempt = |path: &str| exempts.iter().any(|exempt| exempt == path);
+    // Probes keep what is behind the entrance alive.
+    let probes = || {
+        entrance
+            .gate()
+            .is_some_and(|shared| shared.probes.get().is_some())
+    };
+    probes() && probe() || exempt(path) || original_path(request).is_some_and(exempt)
 }
 
 /// The route axum has chosen.
@@ -80,9 +86,9 @@ pub(super) fn original_path<B>(_: &Request<B>) -> Option<&str> {
     None
 }
 
-pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refused) -> Refusal<B> {
-    graceful.shared().refused();
-    let policy = graceful.policy();
+pub(super) fn refuse<B>(entrance: Entrance, request: Request<B>, refused: Refused) -> Refusal<B> {
+    entrance.refused();
+    let policy = entrance.rules();
     let rejection = Rejection::new(refused, policy.retry_after);
     let grpc = rejection::is_grpc(request.headers());
     let mut response = match &policy.rejection {
@@ -106,7 +112,8 @@ pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refus
         leaving::say_close(&mut response, request.version());
     }
     Refusal {
-        graceful: graceful.clone(),
+        entrance,
+        shared: entrance.gate(),
         response: Some(response),
         // Reading would send the 100 that this answer takes the place of.
         body: (!expects_continue(request.headers())).then(|| request.into_body()),
@@ -122,7 +129,9 @@ pub(super) fn refuse<B>(graceful: &Graceful, request: Request<B>, refused: Refus
 pin_project! {
     /// Reads the request's body within bounds, then resolves to the answer.
     pub(super) struct Refusal<B> {
-        graceful: Graceful,
+        entrance: Entrance,
+        // Nobody's any more, if there is none: then nothing ends the reading early.
+        shared: Option<Shared>,
         response: Option<Response<Bytes>>,
         #[pin]
         body: Option<B>,
@@ -153,8 +162,9 @@ impl<B: Body> Refusal<B> {
     fn poll_body(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let now = Instant::now();
-        let phase = this.graceful.phase();
-        let bound = match this.graceful.shared().time_left(phase) {
+        let phase = this.entrance.phase();
+        let shared = this.shared.as_ref();
+        let bound = match shared.and_then(|shared| shared.time_left(phase)) {
             left if phase >= Phase::Closing => {
                 AFTER_DRAIN.min(left.unwrap_or_default().saturating_sub(BEFORE_CUT))
             }
@@ -192,8 +202,9 @@ impl<B: Body> Refusal<B> {
                         return Poll::Ready(());
                     }
                     // The bounds are others once the drain is over.
-                    let graceful = &*this.graceful;
-                    let _ = this.closing.poll(cx, || graceful.shared().phases());
+                    if let Some(shared) = shared {
+                        let _ = this.closing.poll(cx, || shared.phases());
+                    }
                     match this.timer.as_mut().as_pin_mut() {
                         Some(timer) if timer.deadline() == until => {}
                         Some(timer) => timer.reset(until),

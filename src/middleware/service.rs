@@ -1,4 +1,7 @@
-use std::task::{Context, Poll};
+use std::{
+    fmt,
+    task::{Context, Poll},
+};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -8,18 +11,21 @@ use tower_service::Service;
 use super::{
     body::GracefulBody, future::GracefulFuture, named::Named, refusal, special::SpecialFuture,
 };
-use crate::handle::Graceful;
+use crate::handle::Entrance;
 
 /// The service a [`GracefulLayer`](super::GracefulLayer) makes. See there for what it does.
-#[derive(Clone, Debug)]
+///
+/// To clone it is to clone the service inside and to copy a pointer: it counts requests, and does
+/// not keep the lifecycle alive.
+#[derive(Clone)]
 pub struct GracefulService<S> {
     inner: S,
-    graceful: Graceful,
+    entrance: Entrance,
 }
 
 impl<S> GracefulService<S> {
-    pub(super) fn new(inner: S, graceful: Graceful) -> Self {
-        Self { inner, graceful }
+    pub(super) fn new(inner: S, entrance: Entrance) -> Self {
+        Self { inner, entrance }
     }
 
     /// The service inside.
@@ -56,7 +62,7 @@ where
     #[expect(clippy::inline_always)]
     #[inline(always)]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        match self.graceful.admit() {
+        match self.entrance.admit() {
             Some(pass) => {
                 let version = request.version();
                 GracefulFuture::counted(self.inner.call(request), pass, version)
@@ -77,29 +83,37 @@ impl<S> GracefulService<S> {
     where
         S: Service<Request<ReqBody>>,
     {
+        let entrance = self.entrance;
         let version = request.version();
-        GracefulFuture::special(match self.graceful.shared().admit_specially() {
-            Ok(pass) if pass.gate().word().is_named() => {
-                let named = Named::new(&self.graceful, &request);
-                SpecialFuture::Named {
+        GracefulFuture::special(match entrance.admit_specially() {
+            Ok(pass) => match Named::new(&pass, &request) {
+                None => return GracefulFuture::counted(self.inner.call(request), pass, version),
+                Some(named) => SpecialFuture::Named {
                     inner: self.inner.call(request),
                     named,
                     pass,
                     version,
-                }
-            }
-            Ok(pass) => return GracefulFuture::counted(self.inner.call(request), pass, version),
-            Err(_) if refusal::is_exempt(&self.graceful, &request) => {
-                let graceful = self.graceful.clone();
-                SpecialFuture::Exempt {
-                    inner: self.inner.call(request),
-                    graceful,
-                    version,
-                }
-            }
+                },
+            },
+            Err(_) if refusal::is_exempt(entrance, &request) => SpecialFuture::Exempt {
+                inner: self.inner.call(request),
+                entrance,
+                version,
+            },
             Err(refused) => SpecialFuture::Refused {
-                refusal: refusal::refuse(&self.graceful, request, refused),
+                refusal: refusal::refuse(entrance, request, refused),
             },
         })
+    }
+}
+
+impl<S: fmt::Debug> fmt::Debug for GracefulService<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = self.entrance.word();
+        f.debug_struct("GracefulService")
+            .field("inner", &self.inner)
+            .field("phase", &word.phase())
+            .field("in_flight", &word.count())
+            .finish_non_exhaustive()
     }
 }

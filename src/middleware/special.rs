@@ -11,8 +11,13 @@ use http::{Response, Version};
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use super::{body::GracefulBody, future::ask_to_leave, named::Named, refusal::Refusal};
-use crate::handle::{Graceful, Pass};
+use super::{body::GracefulBody, named::Named, refusal::Refusal};
+use crate::{
+    handle::{Entrance, Pass},
+    leaving,
+    phase::Phase,
+    timeline::Shared,
+};
 
 pin_project! {
     #[project = SpecialProj]
@@ -30,7 +35,7 @@ pin_project! {
         Exempt {
             #[pin]
             inner: F,
-            graceful: Graceful,
+            entrance: Entrance,
             version: Version,
         },
         Refused {
@@ -83,17 +88,37 @@ where
                 version,
                 ..
             } => {
-                ask_to_leave(&mut response, pass.gate(), version);
+                ask_to_leave(&mut response, &pass, version);
                 named.streams();
                 response.map(|body| GracefulBody::named(body, named, pass))
             }
             SpecialOwn::Exempt {
-                graceful, version, ..
+                entrance, version, ..
             } => {
-                ask_to_leave(&mut response, graceful.shared(), version);
+                if leaves(entrance.phase(), || entrance.gate()) {
+                    leaving::say_close(&mut response, version);
+                }
                 response.map(GracefulBody::uncounted)
             }
             SpecialOwn::Refused { .. } | SpecialOwn::Over => response.map(GracefulBody::uncounted),
         }))
+    }
+}
+
+/// Has a response ask its client to leave, if the service stops.
+#[cold]
+#[inline(never)]
+pub(super) fn ask_to_leave<B>(response: &mut Response<B>, pass: &Pass, version: Version) {
+    if leaves(pass.word().phase(), || pass.gate()) {
+        leaving::say_close(response, version);
+    }
+}
+
+/// Whether a response that goes out now asks its client to leave.
+fn leaves(phase: Phase, gate: impl FnOnce() -> Option<Shared>) -> bool {
+    match phase {
+        Phase::Serving => false,
+        Phase::LameDuck => gate().is_none_or(|shared| shared.asks_to_leave()),
+        Phase::Draining | Phase::Closing | Phase::Stopped => true,
     }
 }

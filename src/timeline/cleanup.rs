@@ -8,10 +8,9 @@ use tokio::{
     time::{self, Instant},
 };
 
-use super::{Lifecycle, shutdown::Edge};
+use super::{Shared, shutdown::Edge};
 use crate::{
     events,
-    gate::Gate,
     phase::Phase,
     plan::instant_after,
     report::{Fate, TaskKind},
@@ -49,7 +48,7 @@ impl Drop for Job {
     }
 }
 
-impl Gate<Lifecycle> {
+impl Shared {
     /// Starts the hooks of the lame-duck phase. They run beside it, and not longer.
     pub(super) fn start_hooks(&self) {
         for hook in self.work.take(TaskKind::LameDuck) {
@@ -171,7 +170,7 @@ impl Gate<Lifecycle> {
     pub(crate) fn task_ended(&self, key: usize, fate: Fate) {
         let fate = match fate {
             // A worker that was not told to.
-            Fate::Done if self.work.is_worker(key) && self.word().phase() < Phase::Draining => {
+            Fate::Done if self.work.is_worker(key) && self.phase() < Phase::Draining => {
                 Fate::EndedEarly
             }
             fate => fate,

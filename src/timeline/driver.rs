@@ -10,34 +10,30 @@ use std::{
 
 use tokio::{
     runtime::{Handle, RuntimeFlavor},
-    sync::Notify,
+    sync::{Notify, oneshot},
     time::{self, Instant, MissedTickBehavior},
 };
 
-use super::{Lifecycle, Shared};
-use crate::{
-    events,
-    gate::{Gate, WeakGate},
-    phase::Phase,
-    plan::instant_after,
-};
+use super::{Shared, WeakShared};
+use crate::{events, phase::Phase, plan::instant_after};
 
 /// How often a drain says what it is waiting for.
 const PROGRESS: Duration = Duration::from_secs(2);
 
 /// Sleeps until the next step is due, and takes it.
 pub(super) struct Driver {
-    gate: WeakGate<Lifecycle>,
+    gate: WeakShared,
     bell: Arc<Notify>,
 }
 
 impl Driver {
-    pub(super) fn new(gate: WeakGate<Lifecycle>, bell: Arc<Notify>) -> Self {
+    pub(super) fn new(gate: WeakShared, bell: Arc<Notify>) -> Self {
         Self { gate, bell }
     }
 
-    pub(super) async fn run(self) {
-        let Some(gate) = self.triggered().await else {
+    /// Begins when it is given the service to drive. If that is gone it never will be, and ends.
+    pub(super) async fn run(self, started: oneshot::Receiver<Shared>) {
+        let Ok(gate) = started.await else {
             return;
         };
         let _clock = Clock::start(Arc::clone(&self.bell));
@@ -57,7 +53,7 @@ impl Driver {
                 let deadline = gate.cleanup_deadline();
                 cleaning = deadline.map(|deadline| Box::pin(gate.clone().clean_up(deadline)));
             }
-            let before = std::mem::replace(&mut phase, gate.word().phase());
+            let before = std::mem::replace(&mut phase, gate.phase());
             let draining = phase >= Phase::Draining;
             if draining && before < Phase::Draining {
                 progress.reset();
@@ -76,18 +72,6 @@ impl Driver {
         }
         drop(cleaning);
         gate.give_up_work();
-    }
-
-    /// Waits for the trigger without keeping the service alive.
-    async fn triggered(&self) -> Option<Shared> {
-        loop {
-            let gate = self.gate.upgrade()?;
-            if gate.word().phase() > Phase::Serving {
-                return Some(gate);
-            }
-            drop(gate);
-            self.bell.notified().await;
-        }
     }
 }
 
@@ -134,9 +118,9 @@ impl Drop for Driver {
     }
 }
 
-impl Gate<Lifecycle> {
+impl Shared {
     fn progress(&self) {
-        let phase = self.word().phase();
+        let phase = self.phase();
         if let Some(time_left) = self.time_left(phase) {
             let mut oldest = self.roll.list(Instant::now());
             oldest.truncate(3);

@@ -7,8 +7,8 @@
 //! without a runtime, and only the passing of time needs the driver.
 //!
 //! The driver is spawned by the first call that happens inside a runtime. Until something triggers
-//! it holds the state weakly: a service that is built and dropped leaves no task behind. It waits
-//! for a deadline, for the bell that every change rings, and for the gate to become idle. Nothing
+//! it waits to be given the state, and ends when that is gone: a service that is built and dropped
+//! leaves no task behind. From then on it owns it, and waits for a deadline, for the bell that every change rings, and for the gate to become idle. Nothing
 //! is polled by the clock, but that during a shutdown the bell is rung from outside the runtime as
 //! well, in case a task holds the thread that waits for timers.
 //!
@@ -27,7 +27,7 @@ use std::{
 
 use tokio::{
     runtime,
-    sync::{Notify, watch},
+    sync::{Notify, oneshot, watch},
     time::{self, Instant},
 };
 
@@ -44,7 +44,7 @@ use self::{
 use crate::watchdog::Watchdog;
 use crate::{
     events,
-    gate::Gate,
+    gate::{Gate, WeakGate},
     notice::Told,
     phase::Phase,
     plan::{Plan, instant_after},
@@ -63,11 +63,14 @@ use crate::{
 const DOUBLED: Duration = Duration::from_millis(100);
 
 /// A service's whole state: its gate, and behind it what everybody shares.
-pub(crate) type Shared = Gate<Lifecycle>;
+pub(crate) type Shared = Gate<Policy, Lifecycle>;
+
+/// It, without keeping it alive.
+pub(crate) type WeakShared = WeakGate<Policy, Lifecycle>;
 
 pub(crate) struct Lifecycle {
     pub(crate) plan: Plan,
-    pub(crate) policy: Policy,
+    pub(crate) policy: &'static Policy,
     pub(crate) connections: Registry,
     pub(crate) work: Work,
     pub(crate) roll: Roll,
@@ -86,7 +89,7 @@ pub(crate) struct Lifecycle {
 }
 
 impl Lifecycle {
-    pub(crate) fn new(plan: Plan, policy: Policy) -> Self {
+    pub(crate) fn new(plan: Plan, policy: &'static Policy) -> Self {
         Self {
             plan,
             policy,
@@ -161,14 +164,7 @@ impl Lifecycle {
     }
 }
 
-impl Drop for Lifecycle {
-    fn drop(&mut self) {
-        // The driver finds nothing to upgrade and ends.
-        self.ring();
-    }
-}
-
-impl Gate<Lifecycle> {
+impl Shared {
     /// Requests and holds.
     pub(crate) fn in_flight(&self) -> usize {
         self.word().count() + self.work.holds()
@@ -180,23 +176,46 @@ impl Gate<Lifecycle> {
         self.settled_word().is_idle() && self.work.holds() == 0
     }
 
-    /// Starts the driver, if there is a runtime to run it and none runs already.
+    /// Sees to it that there is a driver, if there is a runtime to run it.
     pub(crate) fn drive(&self) {
+        self.spawn_driver();
+        self.start_driver();
+    }
+
+    fn spawn_driver(&self) {
         let Ok(runtime) = runtime::Handle::try_current() else {
             return;
         };
+        let (start, started) = oneshot::channel();
         {
             let mut state = self.state();
             if state.driven || state.report.is_some() {
                 return;
             }
             state.driven = true;
+            state.start = Some(start);
         }
         let driver = Driver::new(self.downgrade(), Arc::clone(&self.bell));
         // Tells whoever calls, not a task that nobody watches, that the runtime has no timers.
         drop(time::sleep(Duration::ZERO));
         // After the lock: a runtime that shuts down drops the driver here and now.
-        drop(runtime.spawn(driver.run()));
+        drop(runtime.spawn(driver.run(started)));
+    }
+
+    /// Has the driver keep the service alive from now on, if a shutdown is under way: it is to
+    /// complete, whoever has let go of it.
+    fn start_driver(&self) {
+        let start = {
+            let mut state = self.state();
+            if state.shutdown.is_none() {
+                return;
+            }
+            state.start.take()
+        };
+        if let Some(start) = start {
+            // A driver that is gone already gives it back.
+            drop(start.send(self.clone()));
+        }
     }
 
     /// Notes that a server waits for the drain, by whomever it is run.
@@ -297,6 +316,7 @@ impl Gate<Lifecycle> {
                 self.start(state, Trigger::ServerEnded, now);
             }
         });
+        self.start_driver();
     }
 
     /// Makes a change, takes every step that is then due, and has the driver look again.
@@ -356,14 +376,14 @@ impl Gate<Lifecycle> {
     /// What there is to say when time is over and the service has not stopped.
     #[cfg(all(unix, feature = "signal"))]
     pub(crate) fn describe(&self) -> Option<String> {
-        if self.word().phase() == Phase::Stopped {
+        if self.phase() == Phase::Stopped {
             return None;
         }
         let now = Instant::now();
         let mut text = format!(
             "shutdown: the grace period is over, and the service is {}: in flight {}, connections \
              {}; ended by the watchdog",
-            self.word().phase(),
+            self.phase(),
             self.in_flight(),
             self.connections.len(),
         );
@@ -388,7 +408,7 @@ impl Gate<Lifecycle> {
 
     /// How far those who wait for a phase are told.
     fn moment(&self, state: &State, now: Instant) -> Moment {
-        let phase = self.word().phase();
+        let phase = self.phase();
         let spreading = (phase == Phase::Draining).then(|| state.draining_since());
         let place = spreading.flatten().map_or(Place::LAST, |since| {
             let elapsed = now.saturating_duration_since(since);
@@ -406,7 +426,7 @@ impl Gate<Lifecycle> {
         if shutdown.cut.is_some() || state.report.is_some() {
             return Told::Cut;
         }
-        let phase = self.word().phase();
+        let phase = self.phase();
         if shutdown.edge == Edge::Connections {
             Told::Close
         } else if phase >= Phase::Draining || shutdown.asks_everybody {

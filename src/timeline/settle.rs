@@ -5,12 +5,11 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use super::{
-    Lifecycle,
+    Shared,
     shutdown::{Cut, Edge, Shutdown, State},
 };
 use crate::{
     events::{Reason, Transition},
-    gate::Gate,
     phase::Phase,
     plan::instant_after,
     report::{GivenUp, Remaining},
@@ -50,7 +49,7 @@ fn settle_cleanup(shutdown: &mut Shutdown, now: Instant) -> Step {
     }
 }
 
-impl Gate<Lifecycle> {
+impl Shared {
     /// Takes every step that is due at `now`. Says when to look again, if ever.
     pub(super) fn settle(
         &self,
@@ -59,7 +58,7 @@ impl Gate<Lifecycle> {
         transitions: &mut Vec<Transition>,
     ) -> Option<Instant> {
         loop {
-            let phase = self.word().phase();
+            let phase = self.phase();
             let servers = state.servers.unwrap_or(0);
             let nobody_serves = state.servers == Some(0) && state.drains == 0;
             let shutdown = state.shutdown.as_mut()?;

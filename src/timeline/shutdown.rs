@@ -3,8 +3,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 
+use super::Shared;
 use crate::{
     events::Reason,
     phase::Phase,
@@ -32,6 +33,8 @@ const LAST_CALL: Duration = Duration::from_millis(250);
 pub(super) struct State {
     /// A driver is alive.
     pub(super) driven: bool,
+    /// It waits for a shutdown to begin.
+    pub(super) start: Option<oneshot::Sender<Shared>>,
     #[cfg(feature = "signal")]
     pub(super) listening: bool,
     pub(super) shutdown: Option<Shutdown>,

@@ -1,0 +1,175 @@
+//! One word and what can be done with it: the operations the module header argues about.
+
+use std::{
+    sync::{Arc, Weak},
+    task::Waker,
+};
+
+use super::{handle::Shared, word::Word};
+use crate::{
+    phase::Phase,
+    sync::{AtomicUsize, Mutex, Ordering, lock},
+};
+
+/// Why a request was not let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// Draining has begun.
+    Draining,
+    /// As many requests as the limit allows are in flight.
+    Full,
+}
+
+/// What the lanes of a gate share and a request in Serving does not touch.
+pub(super) struct Hall<K: 'static, T: 'static> {
+    pub(super) waiter: Mutex<Option<Waker>>,
+    /// Admissions and refusals after the first phase.
+    pub(super) late: AtomicUsize,
+    pub(super) refused: AtomicUsize,
+    /// What is behind the gate, for as long as somebody owns it.
+    pub(super) owned: Mutex<Weak<Shared<K, T>>>,
+    /// What stays.
+    pub(super) rules: K,
+}
+
+impl<K, T> Hall<K, T> {
+    pub(super) fn new(rules: K) -> Self {
+        Self {
+            waiter: Mutex::new(None),
+            late: AtomicUsize::new(0),
+            refused: AtomicUsize::new(0),
+            owned: Mutex::new(Weak::new()),
+            rules,
+        }
+    }
+
+    #[cold]
+    pub(super) fn owned(&self) -> Option<Arc<Shared<K, T>>> {
+        lock!(self.owned).upgrade()
+    }
+}
+
+/// On cache lines of its own, two because they are fetched in pairs: what one thread writes there no
+/// other reads in Serving.
+#[repr(align(128))]
+pub(super) struct Lane<K: 'static, T: 'static> {
+    word: AtomicUsize,
+    /// The least word above the limit. Here, where the word is, so that no other line is touched.
+    full: Word,
+    hall: &'static Hall<K, T>,
+}
+
+impl<K, T> Lane<K, T> {
+    pub(super) fn new(limit: Option<usize>, named: bool, hall: &'static Hall<K, T>) -> Self {
+        Self {
+            word: AtomicUsize::new(Word::SERVING.named(named).0),
+            full: Word::full(limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT)),
+            hall,
+        }
+    }
+
+    pub(super) fn hall(&self) -> &'static Hall<K, T> {
+        self.hall
+    }
+
+    /// A snapshot for headers, probes and figures. `Relaxed`: point 5 of the module header.
+    #[inline]
+    pub(super) fn word(&self) -> Word {
+        Word(self.word.load(Ordering::Relaxed))
+    }
+
+    /// A snapshot by which to decide that a phase has come, or that all is over: what led to it,
+    /// and what the requests did that have left, happens before it.
+    pub(super) fn settled_word(&self) -> Word {
+        // Acquire: partner of the Release in `release` and in `update`.
+        Word(self.word.load(Ordering::Acquire))
+    }
+
+    /// Lets one in, if there is nothing to it but to count. Whoever is let in calls
+    /// [`release`](Self::release) once. Whoever is not asks [`admit_specially`](Self::admit_specially).
+    #[inline]
+    pub(super) fn admit(&self) -> bool {
+        let mut word = self.word();
+        loop {
+            if !word.is_below(self.full) {
+                return false;
+            }
+            match self.add_one(word) {
+                Ok(_) => return true,
+                Err(current) => word = Word(current),
+            }
+        }
+    }
+
+    /// Lets one in, in any phase that lets anybody in, or says why not.
+    #[cold]
+    pub(super) fn admit_specially(&self) -> Result<(), Refused> {
+        let mut word = self.word();
+        loop {
+            if word.refuses() {
+                return Err(Refused::Draining);
+            }
+            if word.count() >= self.full.count() {
+                return Err(Refused::Full);
+            }
+            match self.add_one(word) {
+                Ok(_) => {
+                    if word.phase() > Phase::Serving {
+                        self.hall.late.fetch_add(1, Ordering::Relaxed);
+                    }
+                    return Ok(());
+                }
+                Err(current) => word = Word(current),
+            }
+        }
+    }
+
+    /// `Relaxed`: points 1 and 2 of the module header.
+    #[inline]
+    fn add_one(&self, word: Word) -> Result<usize, usize> {
+        self.word.compare_exchange_weak(
+            word.0,
+            word.plus_one().0,
+            Ordering::Relaxed,
+            Ordering::Relaxed,
+        )
+    }
+
+    /// Lets one out.
+    #[inline]
+    pub(super) fn release(&self) {
+        // Release: partner of the Acquire load in `settled_word`.
+        let before = Word(self.word.fetch_sub(Word::ONE, Ordering::Release));
+        debug_assert!(before.count() > 0, "released more than was admitted");
+        if before.refuses() {
+            self.left_a_drain(before);
+        }
+    }
+
+    /// Outlined, for all that it is: in most releases nothing drains.
+    #[cold]
+    #[inline(never)]
+    fn left_a_drain(&self, before: Word) {
+        if before.count() == 1 {
+            self.last_one_out();
+        }
+    }
+
+    fn last_one_out(&self) {
+        let waker = lock!(self.hall.waiter).take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Changes the word, and returns what it was, unless there is nothing to change.
+    pub(super) fn update(&self, change: impl Fn(Word) -> Option<Word>) -> Option<Word> {
+        // Release: partner of the Acquire load in `settled_word`, point 6 of the module header.
+        self.word
+            .fetch_update(Ordering::Release, Ordering::Relaxed, |word| {
+                change(Word(word)).map(|word| word.0)
+            })
+            .ok()
+            .map(Word)
+    }
+}
