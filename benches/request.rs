@@ -22,7 +22,10 @@ use hyper_util::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tower_graceful::Graceful;
 
-use self::peers::{Handler, Peer, request_of_a_clone};
+use self::peers::{
+    Boxed, Handler, Peer, cancellation_token, concurrency_limit, graceful, graceful_limited,
+    request_behind_pointers, task_tracker, tower_http,
+};
 
 mod peers;
 
@@ -71,32 +74,25 @@ fn gate(criterion: &mut Criterion) {
 }
 
 fn requests(criterion: &mut Criterion) {
-    fn add_peer(criterion: &mut Criterion, name: &str, peer: &impl Peer) {
-        add(criterion, "request", name, || request_of_a_clone(peer));
+    fn add_peer<P: Peer>(criterion: &mut Criterion, name: &str, peer: &P) {
+        add(criterion, "request", name, || request_behind_pointers(peer));
     }
 
-    add_peer(criterion, "no layer", &Handler);
+    let peers = criterion;
+    add_peer(peers, "no layer", &Boxed);
+    add_peer(peers, "tower-http InFlightRequests", &tower_http(Boxed));
+    add_peer(peers, "GracefulLayer", &graceful(Boxed));
     add_peer(
-        criterion,
-        "tower-http InFlightRequests",
-        &peers::tower_http(),
-    );
-    add_peer(criterion, "GracefulLayer", &peers::graceful());
-    add_peer(
-        criterion,
+        peers,
         "GracefulLayer, max_in_flight",
-        &peers::graceful_limited(),
+        &graceful_limited(Boxed),
     );
+    add_peer(peers, "tower ConcurrencyLimit", &concurrency_limit(Boxed));
+    add_peer(peers, "tokio-util TaskTracker", &task_tracker(Boxed));
     add_peer(
-        criterion,
-        "tower ConcurrencyLimit",
-        &peers::concurrency_limit(),
-    );
-    add_peer(criterion, "tokio-util TaskTracker", &peers::task_tracker());
-    add_peer(
-        criterion,
+        peers,
         "tokio-util CancellationToken",
-        &peers::cancellation_token(),
+        &cancellation_token(Boxed),
     );
 }
 

@@ -14,7 +14,7 @@ use std::{
 
 use super::{
     figures::{Figures, pairs},
-    peers::{self, Handler, Peer, request_of_a_clone},
+    peers::{self, Boxed, Handler, Peer, request_behind_pointers, request_of_a_clone},
     plot::Plot,
     rows::{Budget, Rows},
 };
@@ -61,68 +61,120 @@ struct Timed {
     times: [Vec<f64>; 2],
 }
 
-fn timed(name: &'static str, peer: impl Peer) -> Timed {
+fn timed<P: Peer>(name: &'static str, peer: P, request: fn(&P)) -> Timed {
     Timed {
         name,
-        time: Box::new(move |threads| time(threads, |_| request_of_a_clone(&peer))),
+        time: Box::new(move |threads| time(threads, |_| request(&peer))),
         times: [const { Vec::new() }; 2],
     }
 }
 
-pub(crate) fn measure(rows: &mut Rows) {
-    const NONE: usize = 0;
-    const PEER: usize = 1;
-    const OURS: usize = 2;
+const NONE: usize = 0;
+const PEER: usize = 1;
+const OURS: usize = 2;
 
-    let mut all = [
-        timed("no layer", Handler),
-        timed("tower-http InFlightRequests", peers::tower_http()),
-        timed("GracefulLayer", peers::graceful()),
-        timed("GracefulLayer, max_in_flight", peers::graceful_limited()),
-        timed("tower ConcurrencyLimit", peers::concurrency_limit()),
-        timed("TaskTracker", peers::task_tracker()),
-        timed("CancellationToken", peers::cancellation_token()),
-    ];
+/// All peers around a handler, each driven in the same way.
+macro_rules! all {
+    ($handler:expr, $request:path) => {
+        [
+            timed("no layer", $handler, $request),
+            timed(
+                "tower-http InFlightRequests",
+                peers::tower_http($handler),
+                $request,
+            ),
+            timed("GracefulLayer", peers::graceful($handler), $request),
+            timed(
+                "GracefulLayer, max_in_flight",
+                peers::graceful_limited($handler),
+                $request,
+            ),
+            timed(
+                "tower ConcurrencyLimit",
+                peers::concurrency_limit($handler),
+                $request,
+            ),
+            timed("TaskTracker", peers::task_tracker($handler), $request),
+            timed(
+                "CancellationToken",
+                peers::cancellation_token($handler),
+                $request,
+            ),
+        ]
+    };
+}
+
+pub(crate) fn measure(rows: &mut Rows) {
+    let mut served = all!(Boxed, request_behind_pointers);
+    let mut seen_through = all!(Handler, request_of_a_clone);
+    for all in [&mut served, &mut seen_through] {
+        run(all);
+    }
+    compare(rows, "requests", &served, 0.6);
+    compare(rows, "requests seen through", &seen_through, 1.0);
+
+    let (table, bars) = tabulate(&served);
+    let title = "Nanoseconds for a request without a layer, and what each adds, for each thread:";
+    rows.table(title, table);
+    rows.plot(Plot::new(bars));
+    let (table, _) = tabulate(&seen_through);
+    let title = "The same where the compiler sees through handler and layer:";
+    rows.table(title, table);
+    lines(rows);
+}
+
+fn run(all: &mut [Timed]) {
     for round in 0..ROUNDS {
         for (i, threads) in THREADS.into_iter().enumerate() {
             // Nobody always comes after the same one.
             for turn in 0..all.len() {
-                let peer = &mut all[(turn + round) % all.len()];
-                let time = (peer.time)(threads);
-                peer.times[i].push(time);
+                let next = (turn + round) % all.len();
+                let time = (all[next].time)(threads);
+                all[next].times[i].push(time);
             }
         }
     }
+}
 
-    let added = |peer: usize, i: usize| {
-        pairs(&all[peer].times[i], &all[NONE].times[i], |with, without| {
-            with - without
-        })
-    };
+/// What a peer adds to each request.
+fn added(all: &[Timed], peer: usize, i: usize) -> Figures {
+    pairs(&all[peer].times[i], &all[NONE].times[i], |with, without| {
+        with - without
+    })
+}
+
+/// `most_by_two`: what two threads may take of what the peer does.
+fn compare(rows: &mut Rows, name: &str, all: &[Timed], most_by_two: f64) {
     let ns = |figures: &Figures| format!("{} ns", figures.text());
-    for (i, budget) in [1.0, 0.6].into_iter().enumerate() {
-        let [ours, peer] = [OURS, PEER].map(|who| added(who, i));
-        let row = ["requests, 1 thread", "requests, 2 threads"][i];
+    for (i, (threads, budget)) in [("1 thread", 1.0), ("2 threads", most_by_two)]
+        .into_iter()
+        .enumerate()
+    {
+        let [ours, peer] = [OURS, PEER].map(|who| added(all, who, i));
+        let row = format!("{name}, {threads}");
         let ratio = ours.median() / peer.median();
-        rows.add(row, &ns(&ours), &ns(&peer), ratio, Budget::AtMost(budget));
+        rows.add(&row, &ns(&ours), &ns(&peer), ratio, Budget::AtMost(budget));
     }
     // Two threads slow each other down also where they share nothing, on some machines by half.
     let [alone, both] = [0, 1].map(|i| Figures::new(all[NONE].times[i].clone()).median());
     for (who, budget) in [(OURS, Budget::AtMost(1.25)), (PEER, Budget::None)] {
-        let [one, two] = [added(who, 0), added(who, 1)].map(|added| added.median());
+        let [one, two] = [0, 1].map(|i| added(all, who, i).median());
         let ours = format!("+{two:.1} ns on {both:.1} by 2 threads");
         let peer = format!("+{one:.1} ns on {alone:.1} by 1");
-        let row = format!("contention, {}", all[who].name);
+        let row = format!("contention, {name}, {}", all[who].name);
         rows.add(&row, &ours, &peer, two / one / (both / alone), budget);
     }
+}
 
+/// A table of what each adds, and its bars.
+fn tabulate(all: &[Timed]) -> (String, Vec<(&'static str, [f64; 2])>) {
     let mut table = String::from("| | 1 thread | 2 threads |\n|---|---|---|\n");
     let mut bars = Vec::new();
     for (who, peer) in all.iter().enumerate() {
         let figures = if who == NONE {
             peer.times.clone().map(Figures::new)
         } else {
-            let added = [added(who, 0), added(who, 1)];
+            let added = [0, 1].map(|i| added(all, who, i));
             bars.push((peer.name, added.clone().map(|added| added.median())));
             added
         };
@@ -130,10 +182,7 @@ pub(crate) fn measure(rows: &mut Rows) {
         let [one, two] = figures.map(|figures| figures.text());
         let _ = writeln!(table, "| {} | {plus}{one} | {plus}{two} |", peer.name);
     }
-    let title = "Nanoseconds for a request without a layer, and what each adds, for each thread:";
-    rows.table(title, table);
-    rows.plot(Plot::new(bars));
-    lines(rows);
+    (table, bars)
 }
 
 /// On lines of their own, however many of them the processor fetches at a time.

@@ -76,7 +76,12 @@ type BoxBody = Pin<Box<dyn Body<Data = Bytes, Error = Infallible> + Send>>;
 /// pointers, and the body asked for its size and whether it has ended.
 pub(crate) fn request_behind_pointers<S: Peer>(service: &S) {
     let mut cx = Context::from_waker(Waker::noop());
-    let called = service.clone().call(Request::new(Full::default()));
+    let mut service = service.clone();
+    let Poll::Ready(Ok(())) = service.poll_ready(&mut cx) else {
+        unreachable!("there is room")
+    };
+    let called = service.call(Request::new(Full::default()));
+    drop(service);
     let mut future: Pin<Box<dyn Future<Output = Response<BoxBody>> + Send>> =
         black_box(Box::pin(async move {
             let Ok(response) = called.await;
@@ -126,41 +131,46 @@ where
     request(&mut service.clone());
 }
 
-pub(crate) fn graceful() -> impl Peer {
-    Graceful::new().layer().layer(Handler)
+/// What peers are put around.
+pub(crate) trait Inner: Peer<Body = Full<Bytes>, Future: Unpin> {}
+
+impl<S: Peer<Body = Full<Bytes>, Future: Unpin>> Inner for S {}
+
+pub(crate) fn graceful(inner: impl Inner) -> impl Peer {
+    Graceful::new().layer().layer(inner)
 }
 
 /// With a limit on requests in flight.
-pub(crate) fn graceful_limited() -> impl Peer {
+pub(crate) fn graceful_limited(inner: impl Inner) -> impl Peer {
     let graceful = Graceful::builder().max_in_flight(1_000).build().unwrap();
-    graceful.layer().layer(Handler)
+    graceful.layer().layer(inner)
 }
 
 /// Counts, and does nothing else.
-pub(crate) fn tower_http() -> InFlightRequests<Handler> {
+pub(crate) fn tower_http<S: Inner>(inner: S) -> InFlightRequests<S> {
     let (layer, _counter) = InFlightRequestsLayer::pair();
-    layer.layer(Handler)
+    layer.layer(inner)
 }
 
 /// Limits, and counts only until the head of the response.
-pub(crate) fn concurrency_limit() -> impl Peer {
-    ConcurrencyLimitLayer::new(1_000).layer(Handler)
+pub(crate) fn concurrency_limit(inner: impl Inner) -> impl Peer {
+    ConcurrencyLimitLayer::new(1_000).layer(inner)
 }
 
 /// A token of one tracker for each request.
-pub(crate) fn task_tracker() -> impl Peer {
+pub(crate) fn task_tracker(inner: impl Inner) -> impl Peer {
     let tracker = TaskTracker::new();
     Guarded {
-        inner: Handler,
+        inner,
         guard: move || -> TaskTrackerToken { tracker.token() },
     }
 }
 
 /// A child of one token for each request.
-pub(crate) fn cancellation_token() -> impl Peer {
+pub(crate) fn cancellation_token(inner: impl Inner) -> impl Peer {
     let token = CancellationToken::new();
     Guarded {
-        inner: Handler,
+        inner,
         guard: move || token.child_token(),
     }
 }
