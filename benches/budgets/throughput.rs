@@ -12,11 +12,22 @@ use super::{
     rows::{Budget, Rows},
 };
 
-/// Plain axum first, which the others are compared with.
-const FORMS: [Form; 5] = [
+/// Each with what it is compared with, and by how much it may be slower.
+const ROWS: [(Form, Form, Budget); 7] = [
+    (Form::Counted, Form::Plain, Budget::None),
+    (Form::Layer, Form::Plain, Budget::None),
+    (Form::Tracked, Form::Plain, Budget::AtLeast(0.98)),
+    (Form::Listener, Form::Plain, Budget::AtLeast(0.98)),
+    (Form::Listener, Form::Counted, Budget::AtLeast(0.98)),
+    (Form::Serve, Form::Plain, Budget::None),
+    (Form::Serve, Form::Counted, Budget::None),
+];
+
+const FORMS: [Form; 6] = [
     Form::Plain,
     Form::Counted,
     Form::Layer,
+    Form::Tracked,
     Form::Listener,
     Form::Serve,
 ];
@@ -78,24 +89,25 @@ async fn measure_version(rows: &mut Rows, name: &str, version: Version) {
             all[next].round().await;
         }
     }
-    let [plain, ours @ ..] = &*all else {
-        unreachable!("there are several")
-    };
-    for (ours, form) in ours.iter().zip(&FORMS[1..]) {
-        let budget = match form {
-            Form::Listener => Budget::AtLeast(0.98),
-            _ => Budget::None,
+    let of = |form| &all[FORMS.iter().position(|it| *it == form).expect("measured")];
+    for (form, peer_form, budget) in ROWS {
+        let [ours, peer] = [form, peer_form].map(of);
+        let row = |what: &str| {
+            let over = match peer_form {
+                Form::Plain => String::new(),
+                peer => format!(", over {}", peer.name()),
+            };
+            format!("{what} {name}, {}{over}", form.name())
         };
-        let of = |what: &str| format!("{what} {name}, {}", form.name());
         let per_second = |figures: &[f64]| {
             let median = Figures::new(figures.to_vec()).median();
             format!("{median:.0}/s")
         };
-        let ratio = pairs(&ours.requests, &plain.requests, |ours, plain| ours / plain);
+        let ratio = pairs(&ours.requests, &peer.requests, |ours, peer| ours / peer);
         rows.add(
-            &of("throughput"),
+            &row("throughput"),
             &per_second(&ours.requests),
-            &per_second(&plain.requests),
+            &per_second(&peer.requests),
             ratio.median(),
             budget,
         );
@@ -104,11 +116,11 @@ async fn measure_version(rows: &mut Rows, name: &str, version: Version) {
             format!("{median:.2} µs")
         };
         // As a share of what it could do with the same time.
-        let ratio = pairs(&ours.cpu, &plain.cpu, |ours, plain| plain / ours);
+        let ratio = pairs(&ours.cpu, &peer.cpu, |ours, peer| peer / ours);
         rows.add(
-            &of("throughput by CPU time"),
+            &row("throughput by CPU time"),
             &each(&ours.cpu),
-            &each(&plain.cpu),
+            &each(&peer.cpu),
             ratio.median(),
             budget,
         );

@@ -110,7 +110,7 @@ where
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         match self.project().kind.project() {
             KindProj::Inner { body, pass } => poll_holding(body, pass, cx),
-            KindProj::Special { special } => special.as_mut().poll_frame(cx).map(|it| *it),
+            KindProj::Special { special } => special.as_mut().poll_frame(cx),
         }
     }
 
@@ -131,8 +131,7 @@ where
     }
 }
 
-type Frames<B> = Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>;
-type Polled<B> = Poll<Frames<B>>;
+type Polled<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>>;
 
 /// Polls a body, and drops what is held for it once it has ended.
 #[inline(always)]
@@ -173,15 +172,13 @@ impl<H> Drop for End<'_, H> {
 impl<B: Body<Data: From<Bytes>>> Special<B> {
     #[cold]
     #[inline(never)]
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Box<Frames<B>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<B> {
         match self.project() {
-            SpecialProj::Named { body, held } => poll_holding(body, held, cx).map(Box::new),
+            SpecialProj::Named { body, held } => poll_holding(body, held, cx),
             // Once.
             SpecialProj::Text { text } => {
                 let text = std::mem::take(text);
-                Poll::Ready(Box::new(
-                    (!text.is_empty()).then(|| Ok(Frame::data(text.into()))),
-                ))
+                Poll::Ready((!text.is_empty()).then(|| Ok(Frame::data(text.into()))))
             }
         }
     }
