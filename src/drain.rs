@@ -89,12 +89,11 @@ impl Graceful {
     /// group.
     ///
     /// From then on a signal no longer ends the process by itself. On unix it does so again a second
-    /// after the service has stopped, so that whatever `main` does then can be interrupted. Where the
+    /// after the service has stopped, so that whatever `main` does then can be interrupted; but not
+    /// once the lifecycle is gone, because tokio does not give its handlers back. So keep a handle,
+    /// or what else [keeps it alive](Graceful), for as long as signals are to be answered. Where the
     /// operating system refuses the handlers, an error event is logged and signals end the process
     /// as before.
-    ///
-    /// A task of the runtime listens, and keeps the lifecycle alive for as long as the runtime
-    /// lasts: whoever else lets go of it, a signal is answered.
     ///
     /// # Panics
     ///
@@ -110,31 +109,40 @@ impl Graceful {
         if !self.shared().claim_signals() {
             return;
         }
-        let claim = SignalsClaim(self.shared().clone());
+        let claim = SignalsClaim(self.shared().downgrade());
         match Signals::install() {
             Ok(signals) => {
                 #[cfg(unix)]
                 if let Some(watchdog) = self.shared().watchdog.get() {
                     watchdog.watch_signals();
                 }
-                drop(runtime.spawn(listen(signals, claim)));
+                drop(runtime.spawn(listen(signals, claim, self.subscribe())));
             }
             Err(error) => events::no_signals(&error),
         }
     }
 }
 
-/// Passes signals on for as long as there is a runtime to hear them.
+/// Passes signals on for as long as the lifecycle lives.
 #[cfg(feature = "signal")]
-async fn listen(mut signals: crate::signals::Signals, claim: SignalsClaim) {
-    let shared = &claim.0;
+async fn listen(
+    mut signals: crate::signals::Signals,
+    claim: SignalsClaim,
+    mut phases: tokio::sync::watch::Receiver<crate::phase::Phase>,
+) {
     loop {
-        let trigger = signals.next().await;
+        let trigger = tokio::select! {
+            trigger = signals.next() => trigger,
+            gone = phases.changed() => match gone {
+                Ok(()) => continue,
+                Err(_) => return,
+            },
+        };
         crate::events::signal(trigger);
-        if shared.is_long_stopped() {
-            crate::signals::default_action(trigger);
-        } else {
-            shared.signal(trigger);
+        match claim.0.upgrade() {
+            Some(shared) if shared.is_long_stopped() => crate::signals::default_action(trigger),
+            Some(shared) => shared.signal(trigger),
+            None => return,
         }
     }
 }
@@ -142,12 +150,14 @@ async fn listen(mut signals: crate::signals::Signals, claim: SignalsClaim) {
 /// Given back when the task that listens ends, with its runtime for example: another call of
 /// `handle_signals` then listens anew.
 #[cfg(feature = "signal")]
-struct SignalsClaim(crate::timeline::Shared);
+struct SignalsClaim(crate::timeline::WeakShared);
 
 #[cfg(feature = "signal")]
 impl Drop for SignalsClaim {
     fn drop(&mut self) {
-        self.0.release_signals();
+        if let Some(shared) = self.0.upgrade() {
+            shared.release_signals();
+        }
     }
 }
 

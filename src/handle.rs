@@ -32,11 +32,12 @@ pub(crate) type Pass = Ticket<Policy, Lifecycle>;
 /// handle may be dropped as soon as they have been made; dropping never stops a service, and a stop
 /// that has begun inside a runtime is completed by itself.
 ///
-/// The services that the layer has made, and the requests in them, do not keep it alive: where
+/// The services that the layer has made do not keep it alive, nor do the requests in them, but for
+/// those that are known [by name](crate::GracefulBuilder::name_requests) or being refused: where
 /// nothing else is left, nothing can stop them any more, and they go on as they are. What cleanup
-/// steps and workers have captured is dropped then. Of a lifecycle two kilobytes, and what was set
-/// up in the builder, are never given back, so that a request need not count references: make one
-/// for a process, not one for a request.
+/// steps have captured is dropped then. Of a lifecycle some two kilobytes, and what was set up in the
+/// builder, are never given back, so that a request need not count references: make one for a
+/// process, not one for a request.
 ///
 /// Nothing happens until something asks for a stop: a signal, once [`drain`](Self::drain),
 /// [`handle_signals`](Self::handle_signals) or [`serve`](Self::serve) listens for them;
@@ -149,6 +150,11 @@ impl Graceful {
 
     /// The number of requests in flight: let in by the [layer](Self::layer), and their response
     /// body neither ended nor dropped. [Holds](Self::hold) are among them.
+    ///
+    /// Threads count apart, so while requests come and go on several of them the sum is not of one
+    /// moment, and may miss one that ends on one thread while another begins on the next. From
+    /// draining on, when none begins, it is exact, and so it is with a
+    /// [limit](crate::GracefulBuilder::max_in_flight).
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.shared.in_flight()
@@ -286,7 +292,7 @@ impl fmt::Debug for Graceful {
     }
 }
 
-/// A service's state at one moment. Made by [`Graceful::snapshot`].
+/// A service's state. Made by [`Graceful::snapshot`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Snapshot {
@@ -342,7 +348,7 @@ impl Future for PhaseReached {
         } = &mut *self;
         let shared = graceful.shared();
         // Without a lock, for the thousands who are woken at once.
-        let present = shared.settled_word().phase();
+        let present = shared.settled_phase();
         if present > *phase || present == *phase && !*spread {
             // The telling is under way, and empties it.
             *seat = None;

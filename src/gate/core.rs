@@ -4,7 +4,7 @@ use std::task::{Context, Poll};
 
 use super::{
     here::here,
-    lane::{Hall, Lane},
+    lane::{Hall, Lane, Refused},
     word::Word,
 };
 use crate::{
@@ -61,7 +61,11 @@ impl<K, T> Core<K, T> {
         self.first().word().phase()
     }
 
-    /// The phase and readiness of the gate, and all who are in flight. `Relaxed`: point 5.
+    pub(super) fn settled_phase(&self) -> Phase {
+        self.first().settled_word().phase()
+    }
+
+    /// The phase and readiness of the gate, and all who are in flight: point 8. `Relaxed`: point 5.
     pub(super) fn word(&self) -> Word {
         Word::sum(self.used().iter().map(Lane::word))
     }
@@ -72,8 +76,9 @@ impl<K, T> Core<K, T> {
     }
 
     /// Notes a refusal. Not all who are not let in are refused.
-    pub(super) fn refused(&self) {
-        if self.phase() > Phase::Serving {
+    pub(super) fn refused(&self, refused: Refused) {
+        // Whoever found his lane draining may find the gate a phase behind.
+        if refused == Refused::Draining || self.phase() > Phase::Serving {
             self.hall().refused.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -134,7 +139,7 @@ impl<K, T> Core<K, T> {
 mod tests {
     use tokio_test::{assert_pending, assert_ready, task};
 
-    use super::{super::lane::Refused, *};
+    use super::*;
 
     type Core = super::Core<(), ()>;
 
@@ -178,13 +183,13 @@ mod tests {
     fn what_is_admitted_and_refused_after_serving_is_counted() {
         let core = Core::new(Some(2), true, ());
         core.lane().admit_specially().unwrap();
-        core.refused();
+        core.refused(Refused::Full);
         assert_eq!(core.since_serving(), (0, 0));
         core.advance(Phase::LameDuck);
         core.lane().admit_specially().unwrap();
-        core.refused();
+        core.refused(Refused::Full);
         core.advance(Phase::Draining);
-        core.refused();
+        core.refused(Refused::Draining);
         assert_eq!(core.since_serving(), (1, 2));
     }
 

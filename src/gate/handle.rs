@@ -62,6 +62,11 @@ impl<K, T> Gate<K, T> {
         self.0.core.phase()
     }
 
+    /// The present phase, by which to act upon it: what led to it happens before.
+    pub(crate) fn settled_phase(&self) -> Phase {
+        self.0.core.settled_phase()
+    }
+
     /// The present phase and readiness, and the count of all who are in flight.
     pub(crate) fn word(&self) -> Word {
         self.0.core.word()
@@ -143,8 +148,8 @@ impl<K, T> Door<K, T> {
     }
 
     /// Notes a refusal. Not all who are not let in are refused.
-    pub(crate) fn refused(self) {
-        self.0.refused();
+    pub(crate) fn refused(self, refused: Refused) {
+        self.0.refused(refused);
     }
 
     /// What holds at this gate for ever.

@@ -20,6 +20,16 @@ pub(crate) enum Refused {
     Full,
 }
 
+impl Refused {
+    /// What the phase is at least, whatever other lanes say.
+    pub(crate) fn least_phase(self) -> Phase {
+        match self {
+            Self::Draining => Phase::Draining,
+            Self::Full => Phase::Serving,
+        }
+    }
+}
+
 /// What the lanes of a gate share and a request in Serving does not touch.
 pub(super) struct Hall<K: 'static, T: 'static> {
     pub(super) waiter: Mutex<Option<Waker>>,

@@ -63,14 +63,18 @@
 //!    one of them not idle is woken by the last one out of that one, and looks again.
 //! 5. *Reading the phase for a response header or for readiness is `Relaxed`.* Nothing else is
 //!    published through it; a thread that was told of a phase in any synchronising way reads that
-//!    phase or a later one, because a single variable is coherent.
+//!    phase or a later one on any lane, because each is coherent, and point 7.
 //! 6. *Who is told that a phase has come sees what came before it.* The timeline advances the words
 //!    after it has done what the phase promises; the advance is `Release`, and whoever acts upon a
 //!    phase, rather than put it into a header, reads it with `Acquire`.
 //! 7. *When the gate has a phase, every lane has it.* One advances at a time (the timeline, under
 //!    its lock), and the first lane comes last, so whoever has the phase from there, with `Acquire`,
-//!    sees it on all lanes. The other way round a request may find its lane in a phase an instant
-//!    before the gate is: it is refused, or asked to leave, as it would be just after.
+//!    sees it on all lanes. The other way round a request may find its lane in a phase before it
+//!    finds the gate in it: it is refused, or asked to leave, as it would be just after, and whatever
+//!    is decided for it after that goes by the later of the two.
+//! 8. *The count is exact when it matters.* The words are read one after another, so while requests
+//!    come and go on several lanes the sum is not of one moment. In a draining word the count only
+//!    falls, and with a limit there is one word.
 //!
 //! `models` holds these as loom models: every interleaving, and every reordering the orderings
 //! leave open, of this code and not of a copy of it.

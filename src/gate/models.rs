@@ -117,6 +117,23 @@ fn no_lane_lags_behind_the_gate() {
     });
 }
 
+/// Also where the gate is found in an earlier phase than the lane.
+#[test]
+fn whoever_is_refused_by_a_drain_is_counted() {
+    model(|| {
+        let core = core(None);
+        let advancing = core.clone();
+        let trigger = thread::spawn(move || {
+            advancing.advance(Phase::Draining);
+        });
+        if let Err(refused) = admit(core.nth(1)) {
+            core.refused(refused);
+            assert_eq!(core.since_serving(), (0, 1));
+        }
+        trigger.join().unwrap();
+    });
+}
+
 /// Last release against wait, the drain begun and two inside: the waiter is woken, whichever of
 /// them is last. A lost wake-up is a deadlock, which loom reports.
 fn wakes_the_waiter(lanes: [usize; 2]) {

@@ -29,13 +29,13 @@ pin_project! {
 
 pin_project! {
     #[project = StateProj]
+    #[project_replace = StateOwn]
     enum State<F, B> {
         Counted {
             #[pin]
             inner: F,
             // After the future, so that it is dropped while its request is still in flight.
-            // `None` once the body has it.
-            pass: Option<Pass>,
+            pass: Pass,
             version: Version,
         },
         // Boxed, because it is rare.
@@ -47,7 +47,6 @@ pin_project! {
 impl<F, B> GracefulFuture<F, B> {
     #[inline]
     pub(super) fn counted(inner: F, pass: Pass, version: Version) -> Self {
-        let pass = Some(pass);
         Self {
             state: State::Counted {
                 inner,
@@ -78,31 +77,30 @@ where
         match self.as_mut().project().state.project() {
             StateProj::Counted {
                 inner,
-                pass: held @ Some(_),
+                pass,
                 version,
             } => {
                 // What is polled stays where it is, and is moved once, into what is returned.
                 let mut polled = inner.poll(cx);
-                match &mut polled {
+                let ends = match &mut polled {
                     Poll::Pending => return Poll::Pending,
                     Poll::Ready(Ok(response)) => {
-                        if let Some(pass) = held.as_ref().filter(|pass| pass.word().is_special()) {
+                        if pass.word().is_special() {
                             ask_to_leave(response, pass, *version);
                         }
-                        if !response.body().is_end_stream() {
-                            let pass = held.take();
-                            return polled
-                                .map_ok(|it| it.map(|body| GracefulBody::inner(body, pass)));
-                        }
+                        response.body().is_end_stream()
                     }
-                    Poll::Ready(Err(_)) => {}
-                }
-                // The future, and then its request.
-                self.project().state.set(State::Over);
-                polled.map_ok(|it| it.map(GracefulBody::uncounted))
+                    Poll::Ready(Err(_)) => true,
+                };
+                // The future, and then its request, unless the body has it.
+                let pass = match self.project().state.project_replace(State::Over) {
+                    StateOwn::Counted { pass, .. } if !ends => Some(pass),
+                    _ => None,
+                };
+                polled.map_ok(|it| it.map(|body| GracefulBody::inner(body, pass)))
             }
             StateProj::Special { special } => poll_special(special.as_mut(), cx).map(|it| *it),
-            _ => Poll::Pending,
+            StateProj::Over => Poll::Pending,
         }
     }
 }
@@ -117,9 +115,9 @@ fn poll_special<F: Future>(special: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<B
 impl<F, B> fmt::Debug for GracefulFuture<F, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match &self.state {
-            State::Counted { pass: Some(_), .. } => "admitted",
+            State::Counted { .. } => "admitted",
             State::Special { special } => special.state(),
-            State::Counted { pass: None, .. } | State::Over => "done",
+            State::Over => "done",
         };
         f.debug_struct("GracefulFuture")
             .field("state", &state)

@@ -87,7 +87,7 @@ pub(super) fn original_path<B>(_: &Request<B>) -> Option<&str> {
 }
 
 pub(super) fn refuse<B>(entrance: Entrance, request: Request<B>, refused: Refused) -> Refusal<B> {
-    entrance.refused();
+    entrance.refused(refused);
     let policy = entrance.rules();
     let rejection = Rejection::new(refused, policy.retry_after);
     let grpc = rejection::is_grpc(request.headers());
@@ -113,6 +113,7 @@ pub(super) fn refuse<B>(entrance: Entrance, request: Request<B>, refused: Refuse
     }
     Refusal {
         entrance,
+        least_phase: refused.least_phase(),
         shared: entrance.gate(),
         response: Some(response),
         // Reading would send the 100 that this answer takes the place of.
@@ -130,6 +131,7 @@ pin_project! {
     /// Reads the request's body within bounds, then resolves to the answer.
     pub(super) struct Refusal<B> {
         entrance: Entrance,
+        least_phase: Phase,
         // Nobody's any more, if there is none: then nothing ends the reading early.
         shared: Option<Shared>,
         response: Option<Response<Bytes>>,
@@ -162,7 +164,7 @@ impl<B: Body> Refusal<B> {
     fn poll_body(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let now = Instant::now();
-        let phase = this.entrance.phase();
+        let phase = this.entrance.phase().max(*this.least_phase);
         let shared = this.shared.as_ref();
         let bound = match shared.and_then(|shared| shared.time_left(phase)) {
             left if phase >= Phase::Closing => {

@@ -15,8 +15,8 @@ use crate::handle::Entrance;
 
 /// The service a [`GracefulLayer`](super::GracefulLayer) makes. See there for what it does.
 ///
-/// To clone it is to clone the service inside and to copy a pointer: it counts requests, and does
-/// not keep the lifecycle alive.
+/// To clone it is to clone the service inside and to copy a pointer. It does not keep the lifecycle
+/// alive: see [`Graceful`](crate::Graceful).
 #[derive(Clone)]
 pub struct GracefulService<S> {
     inner: S,
@@ -95,9 +95,10 @@ impl<S> GracefulService<S> {
                     version,
                 },
             },
-            Err(_) if refusal::is_exempt(entrance, &request) => SpecialFuture::Exempt {
+            Err(refused) if refusal::is_exempt(entrance, &request) => SpecialFuture::Exempt {
                 inner: self.inner.call(request),
                 entrance,
+                least_phase: refused.least_phase(),
                 version,
             },
             Err(refused) => SpecialFuture::Refused {

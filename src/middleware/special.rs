@@ -36,6 +36,7 @@ pin_project! {
             #[pin]
             inner: F,
             entrance: Entrance,
+            least_phase: Phase,
             version: Version,
         },
         Refused {
@@ -93,9 +94,12 @@ where
                 response.map(|body| GracefulBody::named(body, named, pass))
             }
             SpecialOwn::Exempt {
-                entrance, version, ..
+                entrance,
+                least_phase,
+                version,
+                ..
             } => {
-                if leaves(entrance.phase(), || entrance.gate()) {
+                if leaves(entrance.phase().max(least_phase), || entrance.gate()) {
                     leaving::say_close(&mut response, version);
                 }
                 response.map(GracefulBody::uncounted)

@@ -8,9 +8,10 @@
 //!
 //! The driver is spawned by the first call that happens inside a runtime. Until something triggers
 //! it waits to be given the state, and ends when that is gone: a service that is built and dropped
-//! leaves no task behind. From then on it owns it, and waits for a deadline, for the bell that every change rings, and for the gate to become idle. Nothing
-//! is polled by the clock, but that during a shutdown the bell is rung from outside the runtime as
-//! well, in case a task holds the thread that waits for timers.
+//! leaves no task behind. From then on it owns it, and waits for a deadline, for the bell that every
+//! change rings, and for the gate to become idle. Nothing is polled by the clock, but that during a
+//! shutdown the bell is rung from outside the runtime as well, in case a task holds the thread that
+//! waits for timers.
 //!
 //! `shutdown` is what is known of a shutdown under way, `settle` the steps, `driver` the task; here
 //! is what the rest of the crate asks for.

@@ -145,6 +145,28 @@ impl<T: Unpin> Future for Witness<'_, T> {
 }
 
 #[test]
+fn the_inner_future_is_gone_once_the_response_is_there() {
+    let graceful = Graceful::new();
+    let mut seen = None;
+    let inner = Witness {
+        graceful: &graceful,
+        seen: &mut seen,
+        output: Some(Ok::<_, &str>(Response::new(whole("hi")))),
+    };
+    let mut request = start(&graceful, inner);
+    let response = assert_ready_ok!(request.poll());
+    assert_eq!(graceful.in_flight(), 1, "held by the body");
+    drop(response);
+    assert_eq!(graceful.in_flight(), 0);
+    drop(request);
+    assert_eq!(
+        seen,
+        Some(1),
+        "it was dropped after its request was released"
+    );
+}
+
+#[test]
 fn the_inner_future_is_gone_before_its_request_is_released() {
     let outputs: [Option<Answer<Empty<Bytes>>>; 3] = [
         Some(Ok(Response::new(Empty::new()))),
