@@ -9,7 +9,8 @@ use std::{
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::server::ROLE;
+/// What this program is told to be the server.
+pub(crate) const ROLE: &str = "--server";
 
 /// Who serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -52,7 +52,7 @@ fn main() -> std::process::ExitCode {
 
     let mut args: Vec<_> = std::env::args().skip(1).collect();
     if let [role, rest @ ..] = &*args {
-        if role == server::ROLE {
+        if role == child::ROLE {
             server::run(rest);
             return ExitCode::SUCCESS;
         }

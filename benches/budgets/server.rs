@@ -20,8 +20,6 @@ use tower_http::metrics::InFlightRequestsLayer;
 
 use super::child::{Form, allow_files, status};
 
-pub(crate) const ROLE: &str = "--server";
-
 /// Room for the connections to be made before they are cut, and for all of it in the grace period.
 const DRAIN: Duration = Duration::from_millis(800);
 

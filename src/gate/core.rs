@@ -16,13 +16,13 @@ use crate::{
 /// which they can be visited.
 pub(super) const LANES: usize = if cfg!(tower_graceful_loom) { 2 } else { 16 };
 
-pub(super) struct Core<K: 'static, T: 'static> {
-    lanes: [Lane<K, T>; LANES],
+pub(super) struct Core<K: 'static, S: 'static> {
+    lanes: [Lane<K, S>; LANES],
     /// How many of them are used, less one: where there is a limit, one is, so that it is exact.
     last: usize,
 }
 
-impl<K, T> Core<K, T> {
+impl<K, S> Core<K, S> {
     /// `named`: every admission is to be a special one.
     pub(super) fn new(limit: Option<usize>, named: bool, rules: K) -> Self {
         let hall: &'static _ = Box::leak(Box::new(Hall::new(rules)));
@@ -34,26 +34,26 @@ impl<K, T> Core<K, T> {
 
     /// The lane of this thread.
     #[inline]
-    pub(super) fn lane(&self) -> &Lane<K, T> {
+    pub(super) fn lane(&self) -> &Lane<K, S> {
         self.nth(here())
     }
 
     #[inline]
-    pub(super) fn nth(&self, n: usize) -> &Lane<K, T> {
+    pub(super) fn nth(&self, n: usize) -> &Lane<K, S> {
         &self.lanes[n & self.last & (LANES - 1)]
     }
 
     /// The one whose phase is the gate's.
     #[inline]
-    fn first(&self) -> &Lane<K, T> {
+    fn first(&self) -> &Lane<K, S> {
         &self.lanes[0]
     }
 
-    fn used(&self) -> &[Lane<K, T>] {
+    fn used(&self) -> &[Lane<K, S>] {
         &self.lanes[..=self.last]
     }
 
-    pub(super) fn hall(&self) -> &'static Hall<K, T> {
+    pub(super) fn hall(&self) -> &'static Hall<K, S> {
         self.first().hall()
     }
 
@@ -111,7 +111,7 @@ impl<K, T> Core<K, T> {
     /// Moves on to `phase`, unless that phase or a later one has been reached. Returns the word
     /// it moved on from, if it did. One at a time: point 7.
     pub(super) fn advance(&self, phase: Phase) -> Option<Word> {
-        let advance = |lane: &Lane<K, T>| {
+        let advance = |lane: &Lane<K, S>| {
             lane.update(|word| (word.phase() < phase).then(|| word.with_phase(phase)))
         };
         let [first, others @ ..] = self.used() else {

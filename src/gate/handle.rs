@@ -19,8 +19,8 @@ use crate::{phase::Phase, sync::lock};
 /// `T` lives as long as one of the clones does.
 pub(crate) struct Gate<K: 'static, T: 'static>(Arc<Shared<K, T>>);
 
-pub(super) struct Shared<K: 'static, T: 'static> {
-    core: &'static Core<K, T>,
+struct Shared<K: 'static, T: 'static> {
+    core: &'static Core<K, Shared<K, T>>,
     value: T,
 }
 
@@ -130,7 +130,7 @@ impl<K, T> WeakGate<K, T> {
 }
 
 /// Where requests come in. It owns nothing, so to clone it is to copy a pointer.
-pub(crate) struct Door<K: 'static, T: 'static>(&'static Core<K, T>);
+pub(crate) struct Door<K: 'static, T: 'static>(&'static Core<K, Shared<K, T>>);
 
 impl<K, T> Door<K, T> {
     /// Lets one request in, if there is nothing to it but to count.
@@ -181,7 +181,7 @@ impl<K, T> Copy for Door<K, T> {}
 
 /// Proof of admission. Dropping it lets the request out.
 #[must_use = "dropping the ticket lets the request out at once"]
-pub(crate) struct Ticket<K: 'static, T: 'static>(&'static Lane<K, T>);
+pub(crate) struct Ticket<K: 'static, T: 'static>(&'static Lane<K, Shared<K, T>>);
 
 impl<K, T> Ticket<K, T> {
     /// The phase as this request sees it, and how many share its lane.

@@ -5,7 +5,7 @@ use std::{
     task::Waker,
 };
 
-use super::{handle::Shared, word::Word};
+use super::word::Word;
 use crate::{
     phase::Phase,
     sync::{AtomicUsize, Mutex, Ordering, lock},
@@ -31,18 +31,18 @@ impl Refused {
 }
 
 /// What the lanes of a gate share and a request in Serving does not touch.
-pub(super) struct Hall<K: 'static, T: 'static> {
+pub(super) struct Hall<K: 'static, S: 'static> {
     pub(super) waiter: Mutex<Option<Waker>>,
     /// Admissions and refusals after the first phase.
     pub(super) late: AtomicUsize,
     pub(super) refused: AtomicUsize,
-    /// What is behind the gate, for as long as somebody owns it.
-    pub(super) owned: Mutex<Weak<Shared<K, T>>>,
+    /// What the owners of the gate share, for as long as there is one.
+    pub(super) owned: Mutex<Weak<S>>,
     /// What stays.
     pub(super) rules: K,
 }
 
-impl<K, T> Hall<K, T> {
+impl<K, S> Hall<K, S> {
     pub(super) fn new(rules: K) -> Self {
         Self {
             waiter: Mutex::new(None),
@@ -54,7 +54,7 @@ impl<K, T> Hall<K, T> {
     }
 
     #[cold]
-    pub(super) fn owned(&self) -> Option<Arc<Shared<K, T>>> {
+    pub(super) fn owned(&self) -> Option<Arc<S>> {
         lock!(self.owned).upgrade()
     }
 }
@@ -62,15 +62,15 @@ impl<K, T> Hall<K, T> {
 /// On cache lines of its own, two because they are fetched in pairs: what one thread writes there no
 /// other reads in Serving.
 #[repr(align(128))]
-pub(super) struct Lane<K: 'static, T: 'static> {
+pub(super) struct Lane<K: 'static, S: 'static> {
     word: AtomicUsize,
     /// The least word above the limit. Here, where the word is, so that no other line is touched.
     full: Word,
-    hall: &'static Hall<K, T>,
+    hall: &'static Hall<K, S>,
 }
 
-impl<K, T> Lane<K, T> {
-    pub(super) fn new(limit: Option<usize>, named: bool, hall: &'static Hall<K, T>) -> Self {
+impl<K, S> Lane<K, S> {
+    pub(super) fn new(limit: Option<usize>, named: bool, hall: &'static Hall<K, S>) -> Self {
         Self {
             word: AtomicUsize::new(Word::SERVING.named(named).0),
             full: Word::full(limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT)),
@@ -78,7 +78,7 @@ impl<K, T> Lane<K, T> {
         }
     }
 
-    pub(super) fn hall(&self) -> &'static Hall<K, T> {
+    pub(super) fn hall(&self) -> &'static Hall<K, S> {
         self.hall
     }
 
