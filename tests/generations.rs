@@ -15,7 +15,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tokio::time;
+use tokio::{task, time};
 use tower_graceful::{Graceful, Outcome, Trigger};
 
 const BOUND: Duration = Duration::from_secs(10);
@@ -54,7 +54,8 @@ async fn a_signal_is_for_the_lifecycles_that_are_alive() {
     time::sleep(Duration::from_millis(1_200)).await;
     let third = without_delay();
     let run = tokio::spawn(third.run(third.drain()));
-    time::sleep(Duration::from_millis(50)).await;
+    // On the one thread there is, it serves from here on.
+    task::yield_now().await;
     kill(Pid::this(), Signal::SIGTERM).unwrap();
     let report = time::timeout(BOUND, run).await.expect("in time").unwrap();
     assert_eq!(report.trigger(), Trigger::Terminate);
