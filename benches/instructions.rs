@@ -6,7 +6,8 @@
 //! future and the body behind pointers on both sides of the layer, as they are in a server, so that
 //! the compiler sees through nothing; `router`, through an axum router, of which hyper clones one
 //! for each request too. A mode is what is around the handler:
-//! `none`, `tower-http`, `graceful`, or `limited`, which is `graceful` with a limit.
+//! `none`, `tower-http`, `bare`, which only counts, `graceful`, or `limited`, which is `graceful` with
+//! a limit.
 
 use std::hint::black_box;
 
@@ -17,12 +18,14 @@ use tower::{Layer, layer::util::Identity};
 use tower_graceful::Graceful;
 use tower_http::metrics::InFlightRequestsLayer;
 
-use self::peers::{Boxed, Handler, Peer, request, request_behind_pointers, request_of_a_clone};
+use self::peers::{
+    Bare, Boxed, Handler, Peer, request, request_behind_pointers, request_of_a_clone,
+};
 
 mod peers;
 
 const STYLES: [&str; 4] = ["again", "clone", "boxed", "router"];
-const MODES: [&str; 4] = ["none", "tower-http", "graceful", "limited"];
+const MODES: [&str; 5] = ["none", "tower-http", "bare", "graceful", "limited"];
 
 fn main() {
     let args: Vec<_> = std::env::args().skip(1).collect();
@@ -51,6 +54,7 @@ fn run(style: &str, mode: &str, requests: u32) {
             let (layer, _counter) = InFlightRequestsLayer::pair();
             drive(style, &layer, &app.layer(layer.clone()), requests);
         }
+        "bare" => drive(style, &Bare, &app.layer(Bare), requests),
         "graceful" => {
             let layer = Graceful::new().layer();
             drive(style, &layer, &app.layer(layer.clone()), requests);
@@ -81,7 +85,11 @@ where
             let peer = black_box(layer.layer(Boxed));
             (0..requests).for_each(|_| request_behind_pointers(&peer));
         }
-        "router" => (0..requests).for_each(|_| request::<_, Body, _>(&mut app.clone())),
+        "router" => {
+            // As `axum::serve` does it for each connection, so that no request has to.
+            let app = app.clone().with_state(());
+            (0..requests).for_each(|_| request::<_, Body, _>(&mut app.clone()));
+        }
         other => panic!("no such style: {other}"),
     }
 }

@@ -19,7 +19,10 @@ pub(crate) enum Form {
     Plain,
     /// axum with a layer that does nothing: what any layer costs.
     Passed,
-    /// axum with tower-http's counter: what any layer costs that has a body of its own.
+    /// axum with a layer that wraps the body and does nothing: what any layer costs that follows a
+    /// response to its end.
+    Wrapped,
+    /// axum with tower-http's counter.
     Counted,
     /// axum with the layer.
     Layer,
@@ -32,9 +35,10 @@ pub(crate) enum Form {
 }
 
 impl Form {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Plain,
         Self::Passed,
+        Self::Wrapped,
         Self::Counted,
         Self::Layer,
         Self::Tracked,
@@ -51,6 +55,7 @@ impl Form {
         match self {
             Self::Plain => "axum",
             Self::Passed => "a layer that does nothing",
+            Self::Wrapped => "a wrapped body",
             Self::Counted => "tower-http",
             Self::Layer => "layer",
             Self::Tracked => "listener alone",

@@ -1,6 +1,7 @@
 //! The server that is measured: this executable again, so that what it uses is its own.
 
 use std::{
+    convert::identity,
     io::{BufRead, stdin},
     process, thread,
     time::{Duration, Instant},
@@ -10,11 +11,13 @@ use axum::{
     Router,
     body::{Body, Bytes},
     extract::Request,
+    response::Response,
     routing::{any, get, post},
 };
 use futures_util::stream;
+use http_body_util::BodyExt;
 use tokio::{net::TcpListener, runtime};
-use tower::layer::util::Identity;
+use tower::{layer::util::Identity, util::MapResponseLayer};
 use tower_graceful::{Graceful, Phase};
 use tower_http::metrics::InFlightRequestsLayer;
 
@@ -74,6 +77,14 @@ async fn serve(form: Form) {
         Form::Plain => axum::serve(listener, app()).await.expect("a server"),
         Form::Passed => {
             axum::serve(listener, app().layer(Identity::new()))
+                .await
+                .expect("a server");
+        }
+        Form::Wrapped => {
+            let wrap = MapResponseLayer::new(|response: Response| {
+                response.map(|body| body.map_err(identity::<axum::Error>))
+            });
+            axum::serve(listener, app().layer(wrap))
                 .await
                 .expect("a server");
         }

@@ -13,18 +13,21 @@ use super::{
 };
 
 /// Each with what it is compared with, and by how much it may be slower.
-const ROWS: [(Form, Form, Budget); 7] = [
+const ROWS: [(Form, Form, Budget); 9] = [
+    (Form::Wrapped, Form::Plain, Budget::None),
     (Form::Counted, Form::Plain, Budget::None),
     (Form::Layer, Form::Plain, Budget::None),
     (Form::Tracked, Form::Plain, Budget::AtLeast(0.98)),
     (Form::Listener, Form::Plain, Budget::AtLeast(0.98)),
+    (Form::Listener, Form::Wrapped, Budget::AtLeast(0.98)),
     (Form::Listener, Form::Counted, Budget::AtLeast(0.98)),
     (Form::Serve, Form::Plain, Budget::None),
     (Form::Serve, Form::Counted, Budget::None),
 ];
 
-const FORMS: [Form; 6] = [
+const FORMS: [Form; 7] = [
     Form::Plain,
+    Form::Wrapped,
     Form::Counted,
     Form::Layer,
     Form::Tracked,

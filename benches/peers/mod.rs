@@ -8,6 +8,10 @@ use std::{
     future::{Ready, poll_fn, ready},
     hint::black_box,
     pin::{Pin, pin},
+    sync::atomic::{
+        AtomicUsize,
+        Ordering::{Relaxed, Release},
+    },
     task::{Context, Poll, Waker, ready},
 };
 
@@ -157,6 +161,38 @@ pub(crate) fn concurrency_limit(inner: impl Inner) -> impl Peer {
     ConcurrencyLimitLayer::new(1_000).layer(inner)
 }
 
+/// Counts in one place that is never freed, refuses nobody, and counts until the body is dropped:
+/// what there is to a layer before it is of any use.
+#[derive(Clone)]
+pub(crate) struct Bare;
+
+impl<S> Layer<S> for Bare {
+    type Service = Guarded<S, Self>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Guarded { inner, guard: Self }
+    }
+}
+
+impl Guards for Bare {
+    type Guard = BareGuard;
+
+    fn guard(&self) -> BareGuard {
+        IN_FLIGHT.fetch_add(1, Relaxed);
+        BareGuard
+    }
+}
+
+static IN_FLIGHT: AtomicUsize = AtomicUsize::new(0);
+
+pub(crate) struct BareGuard;
+
+impl Drop for BareGuard {
+    fn drop(&mut self) {
+        IN_FLIGHT.fetch_sub(1, Release);
+    }
+}
+
 /// A token of one tracker for each request.
 pub(crate) fn task_tracker(inner: impl Inner) -> impl Peer {
     let tracker = TaskTracker::new();
@@ -196,30 +232,44 @@ where
     type Body = B;
 }
 
+/// What gives a guard to each request.
+pub(crate) trait Guards {
+    type Guard;
+
+    fn guard(&self) -> Self::Guard;
+}
+
+impl<F: Fn() -> G, G> Guards for F {
+    type Guard = G;
+
+    fn guard(&self) -> G {
+        self()
+    }
+}
+
 /// A service that takes a guard for each request and keeps it to the end of the response's body, as
 /// one writes it around what is not a layer.
 #[derive(Clone)]
-struct Guarded<S, M> {
+pub(crate) struct Guarded<S, M> {
     inner: S,
     guard: M,
 }
 
-impl<S, M, G, R, B> Service<Request<R>> for Guarded<S, M>
+impl<S, M, R, B> Service<Request<R>> for Guarded<S, M>
 where
     S: Service<Request<R>, Response = Response<B>, Future: Unpin>,
-    M: Fn() -> G,
-    G: Unpin,
+    M: Guards<Guard: Unpin>,
 {
-    type Response = Response<Guarding<B, G>>;
+    type Response = Response<Guarding<B, M::Guard>>;
     type Error = S::Error;
-    type Future = Guarding<S::Future, G>;
+    type Future = Guarding<S::Future, M::Guard>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, request: Request<R>) -> Self::Future {
-        let guard = Some((self.guard)());
+        let guard = Some(self.guard.guard());
         Guarding {
             inner: self.inner.call(request),
             guard,
@@ -228,7 +278,7 @@ where
 }
 
 /// A future or a body with its guard.
-struct Guarding<T, G> {
+pub(crate) struct Guarding<T, G> {
     inner: T,
     guard: Option<G>,
 }

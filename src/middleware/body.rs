@@ -146,9 +146,14 @@ fn poll_holding<B: Body, H>(
             end.come = body.is_end_stream();
             Poll::Ready(Some(Ok(frame)))
         }
-        Poll::Ready(last) => {
+        // An arm for each: to pass on two of them as one would move the frames of all once more.
+        Poll::Ready(Some(Err(error))) => {
             end.come = true;
-            Poll::Ready(last)
+            Poll::Ready(Some(Err(error)))
+        }
+        Poll::Ready(None) => {
+            end.come = true;
+            Poll::Ready(None)
         }
         Poll::Pending => Poll::Pending,
     }
