@@ -20,22 +20,20 @@ use tokio::time::Instant;
 #[cfg(all(feature = "axum", feature = "signal"))]
 use crate::heard::Heard;
 use crate::{
-    handle::Graceful,
     notice::{Notice, Told},
     report::CutConnection,
     spread::Place,
     sync::{AtomicU32, Ordering, lock},
 };
 
-#[derive(Default)]
-pub(crate) struct Registry {
-    open: Mutex<Open>,
+/// Each connection keeps its owner `O` alive.
+pub(crate) struct Registry<O> {
+    open: Mutex<Open<O>>,
 }
 
-#[derive(Default)]
-struct Open {
+struct Open<O> {
     /// Each knows its seat, which changes when another one leaves.
-    lines: Vec<Arc<Line>>,
+    lines: Vec<Arc<Line<O>>>,
     listeners: Listeners,
     /// When the first connection was opened.
     first: Option<Instant>,
@@ -55,7 +53,22 @@ pub(crate) struct Listeners {
     pub(crate) any: bool,
 }
 
-impl Registry {
+impl<O> Default for Registry<O> {
+    fn default() -> Self {
+        Self {
+            open: Mutex::new(Open {
+                lines: Vec::new(),
+                listeners: Listeners::default(),
+                first: None,
+                last_heard: None,
+                entered: 0,
+                told: Told::default(),
+            }),
+        }
+    }
+}
+
+impl<O> Registry<O> {
     pub(crate) fn listeners(&self) -> Listeners {
         lock!(self.open).listeners
     }
@@ -98,7 +111,7 @@ impl Registry {
     }
 
     /// Enters a connection, until [`remove`](Self::remove).
-    pub(crate) fn insert(&self, graceful: Graceful, peer: Option<SocketAddr>) -> Arc<Line> {
+    pub(crate) fn insert(&self, owner: O, peer: Option<SocketAddr>) -> Arc<Line<O>> {
         let now = Instant::now();
         let mut open = lock!(self.open);
         // Who connects while others are asked to leave has a request, and is asked with its answer.
@@ -110,7 +123,7 @@ impl Registry {
         let opened = now.saturating_duration_since(*open.first.get_or_insert(now));
         let seat = u32::try_from(open.lines.len()).expect("files are counted in 32 bits");
         let line = Arc::new(Line {
-            graceful,
+            owner,
             peer,
             opened: u64::try_from(opened.as_nanos()).unwrap_or(u64::MAX),
             seat: AtomicU32::new(seat),
@@ -126,7 +139,7 @@ impl Registry {
     }
 
     /// Strikes out a connection. Says how many are left.
-    pub(crate) fn remove(&self, line: &Line) -> usize {
+    pub(crate) fn remove(&self, line: &Line<O>) -> usize {
         let mut open = lock!(self.open);
         let seat = line.seat.load(Ordering::Relaxed);
         let line = open.lines.swap_remove(seat as usize);
@@ -173,7 +186,7 @@ impl Registry {
     }
 }
 
-impl fmt::Debug for Registry {
+impl<O> fmt::Debug for Registry<O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Registry")
             .field("open", &self.len())
@@ -183,8 +196,8 @@ impl fmt::Debug for Registry {
 
 /// One connection: what it is told, and what is known of it. All in one place, and small, because
 /// there may be very many.
-pub(crate) struct Line {
-    pub(crate) graceful: Graceful,
+pub(crate) struct Line<O> {
+    pub(crate) owner: O,
     peer: Option<SocketAddr>,
     /// Nanoseconds after the first one.
     opened: u64,
@@ -198,7 +211,7 @@ pub(crate) struct Line {
     pub(crate) notice: Notice,
 }
 
-impl Line {
+impl<O> Line<O> {
     fn describe(&self, first: Instant, now: Instant) -> CutConnection {
         let age = now.saturating_duration_since(first);
         CutConnection {
@@ -215,6 +228,10 @@ mod tests {
     /// With the counts of its `Arc` it fills what an allocator has for 120 bytes.
     #[test]
     fn a_line_is_small() {
-        assert!(size_of::<Line>() <= 104, "{}", size_of::<Line>());
+        assert!(
+            size_of::<Line<Arc<()>>>() <= 104,
+            "{}",
+            size_of::<Line<Arc<()>>>()
+        );
     }
 }

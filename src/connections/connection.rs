@@ -24,12 +24,11 @@ use tokio::{
 };
 use tower_service::Service;
 
-use super::io::GracefulIo;
+use super::{Line, io::GracefulIo};
 use crate::{
     leaving,
     notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::Line,
     spread::TURN,
     timeline::LINGER,
 };
@@ -207,12 +206,12 @@ struct Owner(Arc<Line>);
 
 impl Owner {
     fn phase(&self) -> Phase {
-        self.0.graceful.phase()
+        self.0.owner.phase()
     }
 
     /// When this connection's turn to leave comes.
     fn turn(&self) -> time::Instant {
-        self.0.graceful.shared().turn(self.0.place)
+        self.0.owner.turn(self.0.place)
     }
 
     fn poll_turn(&self, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
@@ -228,7 +227,7 @@ impl Owner {
                 if self.0.heard.bytes() == after {
                     return Poll::Pending;
                 }
-                let timeout = self.0.graceful.policy().header_read_timeout;
+                let timeout = self.0.owner.policy.header_read_timeout;
                 none.insert(Box::pin(time::sleep(timeout)))
             }
         };
@@ -237,7 +236,7 @@ impl Owner {
 
     /// Whether connections are asked one after another in this phase.
     fn is_spread(&self, phase: Phase) -> bool {
-        phase == Phase::LameDuck && self.0.graceful.policy().is_spread()
+        phase == Phase::LameDuck && self.0.owner.policy.is_spread()
     }
 
     /// Asks the peer to leave, with this response, if its turn has come.
@@ -255,7 +254,7 @@ impl Owner {
         } else if http2
             && self.0.heard.is_late()
             && phase == Phase::LameDuck
-            && !self.0.graceful.shared().connections.asks_everybody()
+            && !self.0.owner.connections.asks_everybody()
         {
             // Who has no other place to go would come back, and be asked again with each request.
             return;

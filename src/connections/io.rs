@@ -15,11 +15,11 @@ use tokio::{
     net::TcpStream,
 };
 
+use super::Line;
 use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::Line,
 };
 
 impl Graceful {
@@ -96,7 +96,7 @@ impl Entry {
     /// Bytes have come. Of interest only once the time to close may be near.
     #[inline]
     fn heard(&self) {
-        let shared = self.0.graceful.shared();
+        let shared = &self.0.owner;
         if shared.phase() > Phase::Serving {
             shared.connections.heard();
         }
@@ -113,7 +113,7 @@ fn cut() -> io::Error {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        let shared = self.0.graceful.shared();
+        let shared = &self.0.owner;
         let left = shared.connections.remove(&self.0);
         if left == 0 && shared.phase() == Phase::Closing {
             shared.ring();
@@ -124,7 +124,7 @@ impl Drop for Entry {
 impl<I: 'static> GracefulIo<I> {
     pub(super) fn new(graceful: &Graceful, io: I, peer: Option<SocketAddr>) -> Self {
         let shared = graceful.shared();
-        let line = shared.connections.insert(graceful.clone(), peer);
+        let line = shared.connections.insert(shared.clone(), peer);
         shared.mark_served();
         Self {
             io,

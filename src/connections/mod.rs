@@ -26,3 +26,7 @@ pub use self::accepted::Accepted;
 pub use self::io::GracefulIo;
 #[cfg(feature = "axum")]
 pub use self::listener::{GracefulListener, TrackedListener};
+use crate::{registry, timeline::Shared};
+
+/// A connection, which keeps its lifecycle alive.
+type Line = registry::Line<Shared>;

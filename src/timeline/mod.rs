@@ -72,7 +72,7 @@ pub(crate) type WeakShared = WeakGate<Policy, Lifecycle>;
 pub(crate) struct Lifecycle {
     pub(crate) plan: Plan,
     pub(crate) policy: &'static Policy,
-    pub(crate) connections: Registry,
+    pub(crate) connections: Registry<Shared>,
     pub(crate) work: Work,
     pub(crate) roll: Roll,
     /// For a phase, by the thousands.
