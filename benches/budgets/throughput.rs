@@ -19,7 +19,7 @@ const ROWS: [(Form, Form, Budget); 9] = [
     (Form::Layer, Form::Plain, Budget::None),
     (Form::Tracked, Form::Plain, Budget::AtLeast(0.98)),
     (Form::Listener, Form::Plain, Budget::AtLeast(0.98)),
-    (Form::Listener, Form::Wrapped, Budget::AtLeast(0.98)),
+    (Form::Listener, Form::Wrapped, Budget::None),
     (Form::Listener, Form::Counted, Budget::AtLeast(0.98)),
     (Form::Serve, Form::Plain, Budget::None),
     (Form::Serve, Form::Counted, Budget::None),
