@@ -2,13 +2,14 @@
 //!
 //! A waker is stored under the lock under which the connection is told, before the connection is
 //! polled: either the cut finds the waker, or the poll finds the cut. Each poller remembers which
-//! waker of his is [`Stored`]. It stays where it is until the cut, so as long as the same task
-//! polls there is nothing to store, and he only looks at what was told, without a lock.
+//! waker of his is [`Stored`]. It stays where it is until the cut takes it, so as long as the same
+//! task polls there is nothing to store, and he only looks at what was told, without a lock.
 //!
 //! That look cannot miss the wake-up that goes with what was told: the waker is his, so a wake-up
 //! before the poll orders what was told before it, and one during the poll makes him poll again.
-//! `waits` and `wrote` are `Relaxed`: the first each poller reads only for what he has written
-//! himself, the second is asked by whoever writes.
+//! `waits` and `wrote` are `Relaxed`: of the first each poller reads what he has written himself, or
+//! that the cut took his waker, which is followed by a wake-up as well; the second is asked by
+//! whoever writes.
 
 use std::{
     mem,
@@ -128,15 +129,18 @@ impl Notice {
 
     #[cold]
     fn store(&self, stored: &mut Stored, waiter: Waiter, waker: &Waker) {
-        {
+        let former = {
             let mut wakers = lock!(self.wakers);
-            wakers.store(waiter, waker);
+            let former = wakers.store(waiter, waker);
             let mut waits = self.waits.load(Ordering::Relaxed);
             if !stored.is(waker) {
                 waits &= !waiter.bits_of_poller();
             }
             self.waits.store(waits | waiter.bit(), Ordering::Relaxed);
-        }
+            former
+        };
+        // After the lock, because dropping a waker may run anything.
+        drop(former);
         if !stored.is(waker) {
             stored.0 = Some(waker.clone());
         }
@@ -155,6 +159,8 @@ impl Notice {
             // Release: partner of the Acquire in `told`.
             self.told.store(told as u8, Ordering::Release);
             if told == Told::Cut {
+                // Whoever has more to wait for is stored again by the poll that the wake-up brings.
+                self.waits.store(0, Ordering::Relaxed);
                 mem::replace(&mut *wakers, Wakers::None)
             } else {
                 wakers.of(Waiter::Owner)
@@ -234,25 +240,27 @@ enum Wakers {
 }
 
 impl Wakers {
-    fn store(&mut self, waiter: Waiter, waker: &Waker) {
+    /// Returns what is to be dropped after the lock, if it is the last of its kind.
+    fn store(&mut self, waiter: Waiter, waker: &Waker) -> Option<Waker> {
         let seat = waiter as usize;
         match self {
             Self::None => *self = Self::One(waker.clone(), only(waiter)),
             Self::One(one, waits) if one.will_wake(waker) => waits[seat] = true,
-            Self::One(one, waits) if *waits == only(waiter) => one.clone_from(waker),
+            Self::One(one, waits) if *waits == only(waiter) => {
+                return Some(mem::replace(one, waker.clone()));
+            }
             Self::One(one, waits) => {
                 let mut several = Box::new(waits.map(|waits| waits.then(|| one.clone())));
                 several[seat] = Some(waker.clone());
                 *self = Self::Several(several);
             }
             Self::Several(several) => {
-                match &mut several[seat] {
-                    Some(one) => one.clone_from(waker),
-                    empty => *empty = Some(waker.clone()),
-                }
+                let former = several[seat].replace(waker.clone());
                 self.merge();
+                return former;
             }
         }
+        None
     }
 
     /// Where all are wakers of one task again, as after an upgrade, one is enough.
@@ -325,15 +333,12 @@ impl Wakers {
 
 #[cfg(all(test, tower_graceful_loom))]
 mod models {
-    use std::{
-        future::poll_fn,
-        sync::Arc,
-        task::{Poll, Waker},
-    };
+    use std::{sync::Arc, task::Poll};
 
-    use loom::{future::block_on, model, thread};
+    use loom::{model, thread};
 
     use super::*;
+    use crate::sync::wait;
 
     /// Stored in the first poll, and only looked at in the second. If the wake-up could be lost,
     /// loom would find the execution that never ends.
@@ -344,13 +349,13 @@ mod models {
             let telling = Arc::clone(&notice);
             let teller = thread::spawn(move || telling.tell(Told::Cut));
             let mut stored = Stored::default();
-            block_on(poll_fn(|cx| {
+            wait(|cx| {
                 let first = notice.enter(&mut stored, Waiter::Read, cx);
                 if first == Told::Cut || notice.enter(&mut stored, Waiter::Read, cx) == Told::Cut {
                     return Poll::Ready(());
                 }
                 Poll::Pending
-            }));
+            });
             teller.join().unwrap();
         });
     }
@@ -366,12 +371,10 @@ mod models {
             notice.enter(&mut stored, Waiter::Write, noop);
             let telling = Arc::clone(&notice);
             let teller = thread::spawn(move || telling.tell(Told::Cut));
-            block_on(poll_fn(|cx| {
-                match notice.enter(&mut stored, Waiter::Write, cx) {
-                    Told::Cut => Poll::Ready(()),
-                    _ => Poll::Pending,
-                }
-            }));
+            wait(|cx| match notice.enter(&mut stored, Waiter::Write, cx) {
+                Told::Cut => Poll::Ready(()),
+                _ => Poll::Pending,
+            });
             teller.join().unwrap();
         });
     }
@@ -385,8 +388,25 @@ mod models {
             let ending = Arc::clone(&notice);
             let stream = thread::spawn(move || ending.stream_ended());
             let mut stored = Stored::default();
-            block_on(poll_fn(|cx| notice.poll_streams_ended(&mut stored, cx)));
+            wait(|cx| notice.poll_streams_ended(&mut stored, cx));
             stream.join().unwrap();
+        });
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    #[test]
+    fn the_last_stream_is_waited_for_whenever_the_cut_comes() {
+        model(|| {
+            let notice = Arc::new(Notice::new(Told::Stay));
+            notice.stream_began();
+            let other = Arc::clone(&notice);
+            let teller = thread::spawn(move || {
+                other.tell(Told::Cut);
+                other.stream_ended();
+            });
+            let mut stored = Stored::default();
+            wait(|cx| notice.poll_streams_ended(&mut stored, cx));
+            teller.join().unwrap();
         });
     }
 }
@@ -485,6 +505,23 @@ mod tests {
         notice.tell(Told::Cut);
         assert_eq!(task.enters(&notice, &mut io, Waiter::Write), Told::Cut);
         assert!(!notice.is_cut_short());
+    }
+
+    /// The cut takes all wakers, but whoever waits for streams is not done with it.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    #[test]
+    fn the_last_stream_wakes_after_the_cut_too() {
+        let (notice, task) = (Notice::new(Told::Stay), Arc::<Task>::default());
+        let waker = Waker::from(Arc::clone(&task));
+        let (mut stored, cx) = (Stored::default(), &mut Context::from_waker(&waker));
+        notice.stream_began();
+        assert!(notice.poll_streams_ended(&mut stored, cx).is_pending());
+        notice.tell(Told::Cut);
+        assert_eq!(task.woken(), 1);
+        assert!(notice.poll_streams_ended(&mut stored, cx).is_pending());
+        notice.stream_ended();
+        assert_eq!(task.woken(), 1);
+        assert!(notice.poll_streams_ended(&mut stored, cx).is_ready());
     }
 
     /// Every way in which two tasks may take turns, against a table of who polled last as what.

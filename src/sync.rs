@@ -27,3 +27,17 @@ macro_rules! lock {
     };
 }
 pub(crate) use lock;
+
+/// In a model, polls until it is ready, with one and the same waker. Loom's own is another one each
+/// time, as far as an optimized build can tell, so that it would never be found stored.
+#[cfg(all(test, tower_graceful_loom))]
+pub(crate) fn wait<T>(
+    mut poll: impl FnMut(&mut std::task::Context<'_>) -> std::task::Poll<T>,
+) -> T {
+    let mut kept = None;
+    loom::future::block_on(std::future::poll_fn(|cx| {
+        let waker: &mut std::task::Waker = kept.get_or_insert_with(|| cx.waker().clone());
+        assert!(waker.will_wake(&waker.clone()));
+        poll(&mut std::task::Context::from_waker(waker))
+    }))
+}

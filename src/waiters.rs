@@ -8,7 +8,8 @@
 //! do not queue; where they are told by and by, few come to their lane at a time.
 //!
 //! No wake-up is lost: what a lane was told and who waits on it are behind one lock. Whoever enters
-//! before the lane is told is found there and woken; whoever comes after sees that it was told.
+//! before the lane is told is found there and woken; whoever comes after sees that it was told. But a
+//! waker that panics takes the rest of its telling with it: no executor's does.
 
 use std::{
     array,
@@ -152,11 +153,12 @@ impl Lane {
 
 #[cfg(all(test, tower_graceful_loom))]
 mod models {
-    use std::{future::poll_fn, sync::Arc};
+    use std::sync::Arc;
 
-    use loom::{future::block_on, model, thread};
+    use loom::{model, thread};
 
     use super::*;
+    use crate::sync::wait;
 
     const DRAINING: Moment = Moment {
         phase: Phase::Draining,
@@ -171,9 +173,7 @@ mod models {
             let telling = Arc::clone(&waiters);
             let teller = thread::spawn(move || telling.tell(DRAINING));
             let mut seat = None;
-            block_on(poll_fn(|cx| {
-                waiters.poll(&mut seat, Phase::Draining, true, cx)
-            }));
+            wait(|cx| waiters.poll(&mut seat, Phase::Draining, true, cx));
             assert!(seat.is_none());
             teller.join().unwrap();
         });

@@ -76,8 +76,9 @@
 //!    come and go on several lanes the sum is not of one moment. In a draining word the count only
 //!    falls, and with a limit there is one word.
 //!
-//! `models` holds these as loom models: every interleaving, and every reordering the orderings
-//! leave open, of this code and not of a copy of it.
+//! `models` holds these as loom models of this code and not of a copy of it: every reordering the
+//! orderings leave open, and every interleaving, but where there are three threads those with at most
+//! three preemptions.
 //!
 //! # Who owns what
 //!

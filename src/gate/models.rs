@@ -108,11 +108,31 @@ fn no_lane_lags_behind_the_gate() {
         let looking = core.clone();
         let reader = thread::spawn(move || {
             if looking.settled_phase() == Phase::Draining {
-                for lane in 0..LANES {
-                    assert_eq!(admit(looking.nth(lane)), Err(Refused::Draining));
+                for lane in (0..LANES).map(|lane| looking.nth(lane)) {
+                    // Before the attempt, which would find the newest word whatever the orderings.
+                    assert_eq!(lane.word().phase(), Phase::Draining);
+                    assert_eq!(admit(lane), Err(Refused::Draining));
                 }
             }
         });
+        core.advance(Phase::Draining);
+        reader.join().unwrap();
+    });
+}
+
+/// What led to a phase is there for whoever acts upon it.
+#[test]
+fn what_came_before_an_advance_is_seen() {
+    model(|| {
+        let core = core(None);
+        let (led, leads) = shared(AtomicUsize::new(0));
+        let looking = core.clone();
+        let reader = thread::spawn(move || {
+            if looking.settled_phase() == Phase::Draining {
+                assert_eq!(led.load(Relaxed), 1);
+            }
+        });
+        leads.store(1, Relaxed);
         core.advance(Phase::Draining);
         reader.join().unwrap();
     });
