@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-/// What a request takes with each peer, by one thread and by two.
+/// What each peer adds to a request, by one thread and by two.
 pub(crate) struct Plot(Vec<(&'static str, [f64; 2])>);
 
 impl Plot {

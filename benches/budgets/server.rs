@@ -130,8 +130,10 @@ fn answer(graceful: &Graceful) {
 fn cut(graceful: &Graceful) -> u128 {
     graceful.shutdown();
     let deadline = Instant::now() + DRAIN;
-    thread::sleep(DRAIN / 2);
+    let in_flight = graceful.in_flight();
+    thread::sleep(DRAIN * 9 / 10);
     assert_eq!(graceful.phase(), Phase::Draining);
+    assert_eq!(graceful.in_flight(), in_flight, "before the deadline");
     while graceful.connections() > 0 {
         thread::sleep(Duration::from_micros(500));
     }

@@ -85,8 +85,9 @@
 //! To count a reference is to change a shared word twice more for each request, and twice again for
 //! the clone of the service that servers make for each. So neither a request nor a service owns
 //! anything: a [`Ticket`] points at its lane and a [`Door`] at the lanes, which are made once and
-//! never given back. That is the price: two kilobytes for each lifecycle that was ever made, and a
-//! process makes one.
+//! never given back. That is the price: two kilobytes and its rules, which may hold what the user's
+//! rejection has captured, for each lifecycle that was ever made. A process makes one. Whoever looks
+//! for leaks finds it.
 //!
 //! What is behind the gate has owners as usual, the clones of [`Gate`]: handles, layers, whatever
 //! waits or serves. When the last of them is gone, nobody is left who could move the phase on, so to
