@@ -151,7 +151,10 @@ fn limit(form: Form) {
 fn limit_never_leaks(form: Form) {
     let mut server = Server::start(form, &["delay=0", "limit=2"]);
     for round in 0..50 {
-        let held = server.get_in_background("/sleep/20");
+        // In flight until its body is sent, however long all else takes.
+        let mut held = server.connect();
+        held.send("POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 4\r\n\r\n");
+        server.wait_for_in_flight(1);
         match round % 4 {
             0 => server.get("/").assert_ok(),
             1 => assert!(server.connect().try_request("GET", "/panic").is_err()),
@@ -169,7 +172,8 @@ fn limit_never_leaks(form: Form) {
                 leave(gone, round % 8 == 3);
             }
         }
-        held.join().unwrap().assert_ok();
+        held.send("held");
+        held.response("POST").assert_ok();
         server.wait_for_in_flight(0);
     }
     server.terminate();
