@@ -8,6 +8,7 @@ use tokio::{
 
 use super::{
     io::GracefulIo,
+    linger,
     queue::{is_asked, last_ones, let_in_handshakes, queued, turn_away_handshakes},
 };
 use crate::{
@@ -101,7 +102,7 @@ impl<L: Listener> GracefulListener<L> {
 
     fn track(&self, io: L::Io, addr: &L::Addr) -> GracefulIo<L::Io> {
         let peer = (addr as &dyn Any).downcast_ref::<SocketAddr>();
-        GracefulIo::new(&self.graceful, io, peer.copied())
+        GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::io))
     }
 
     /// Closes the listener. What is still queued can be accepted after that.

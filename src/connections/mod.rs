@@ -14,10 +14,12 @@ mod accepted;
 mod connection;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
 mod io;
+mod linger;
 #[cfg(feature = "axum")]
 mod listener;
 #[cfg(feature = "axum")]
 mod queue;
+mod send_queue;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod serve;
 
