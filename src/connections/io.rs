@@ -46,7 +46,7 @@ impl Graceful {
     /// ```
     pub fn track<I: 'static>(&self, io: I) -> GracefulIo<I> {
         let peer = tcp(&io).and_then(|tcp| tcp.peer_addr().ok());
-        let linger = linger::is_socket(&io).then_some(linger::socket as fn(I, Entry));
+        let linger = linger::is_socket(&io).then_some(linger::socket as Linger<I>);
         GracefulIo::new(self, io, peer, linger)
     }
 }
@@ -69,7 +69,9 @@ impl Graceful {
 /// for 250 ms, or for a second if it has sent something, and after two seconds in any case. One whose
 /// peer has not is closed after 30 s in which it has taken nothing; while the service stops it is
 /// waited for until the drain deadline, and what it has not received then is in the
-/// [report](crate::CutConnection::undelivered).
+/// [report](crate::CutConnection::undelivered). A WebSocket's peer is waited for only while it takes
+/// something at least every 250 ms: it has the close frame's answer to be waited for, see
+/// [`Hold::close_socket`](crate::Hold::close_socket).
 pub struct GracefulIo<I: 'static> {
     /// `None` once it is dropped.
     io: Option<I>,
@@ -80,9 +82,11 @@ pub struct GracefulIo<I: 'static> {
     failed: bool,
     /// Something was written.
     wrote: bool,
+    /// A `101 Switching Protocols` was written: the connection belongs to a handler, or will.
+    upgraded: bool,
     /// Bytes written while the service stops, as far as this can count.
     written_late: u16,
-    linger: Option<fn(I, Entry)>,
+    linger: Option<Linger<I>>,
     // After the IO, so that the connection is closed before it is removed.
     entry: Entry,
 }
@@ -107,10 +111,16 @@ impl<I: 'static> Drop for GracefulIo<I> {
             return;
         }
         if let Some(linger) = self.linger {
-            linger(io, self.entry.hand_over());
+            linger(io, self.upgraded, self.entry.hand_over());
         }
     }
 }
+
+/// What takes a connection over: the IO, whether it was upgraded, its entry.
+type Linger<I> = fn(I, bool, Entry);
+
+/// What a response begins with after which the connection is no longer one of HTTP/1.
+const SWITCHING_PROTOCOLS: &[u8] = b"HTTP/1.1 101";
 
 pub(super) fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
     (io as &dyn Any).downcast_ref()
@@ -168,7 +178,7 @@ impl<I: 'static> GracefulIo<I> {
         graceful: &Graceful,
         io: I,
         peer: Option<SocketAddr>,
-        linger: Option<fn(I, Entry)>,
+        linger: Option<Linger<I>>,
     ) -> Self {
         let shared = graceful.shared();
         let line = shared.connections.insert(shared.clone(), peer);
@@ -179,6 +189,7 @@ impl<I: 'static> GracefulIo<I> {
             eof: false,
             failed: false,
             wrote: false,
+            upgraded: false,
             written_late: 0,
             linger,
             entry: Entry(line, Stays::Here),
@@ -259,6 +270,7 @@ impl<I: 'static> GracefulIo<I> {
     fn poll_writing(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
+        head: &[u8],
         write: impl FnOnce(Pin<&mut I>, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>>
     where
@@ -270,6 +282,7 @@ impl<I: 'static> GracefulIo<I> {
         match &result {
             Poll::Ready(Ok(bytes)) => {
                 this.wrote = true;
+                this.upgraded |= head.starts_with(SWITCHING_PROTOCOLS);
                 if told > Told::Stay {
                     this.wrote_while_stopping(*bytes);
                 }
@@ -315,7 +328,7 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.poll_writing(cx, |io, cx| io.poll_write(cx, buf))
+        self.poll_writing(cx, buf, |io, cx| io.poll_write(cx, buf))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -331,7 +344,8 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.poll_writing(cx, |io, cx| io.poll_write_vectored(cx, bufs))
+        let head = bufs.first().map_or(&[][..], |head| head);
+        self.poll_writing(cx, head, |io, cx| io.poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -13,7 +13,8 @@
 //!   idle connection costs no time;
 //! - when everything is delivered and the peer has been silent for [`SILENCE`] or [`STILL`], or has
 //!   not closed for [`MOST`];
-//! - while serving, when nothing has been delivered for [`STALLED`]. The kernel goes on trying;
+//! - while serving, when nothing has been delivered for [`STALLED`], and where it was upgraded, for
+//!   [`STILL`]. The kernel goes on trying;
 //! - while the service stops, when the connection is cut: what is not delivered then is in the report.
 //!
 //! Where the operating system does not say what is delivered, everything counts as delivered.
@@ -85,19 +86,19 @@ pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
 
 /// Closes a connection that its server has let go of, if it is a socket of tokio's. Anything else is
 /// dropped.
-pub(super) fn socket<I: 'static>(socket: I, entry: Entry) {
+pub(super) fn socket<I: 'static>(socket: I, upgraded: bool, entry: Entry) {
     let mut socket = Some(socket);
     let any: &mut dyn Any = &mut socket;
     if let Some(tcp) = any.downcast_mut::<Option<TcpStream>>() {
         if let Some(tcp) = tcp.take() {
-            io(tcp, entry);
+            io(tcp, upgraded, entry);
         }
         return;
     }
     #[cfg(unix)]
     if let Some(unix) = any.downcast_mut::<Option<UnixStream>>() {
         if let Some(unix) = unix.take() {
-            io(unix, entry);
+            io(unix, upgraded, entry);
         }
         return;
     }
@@ -105,7 +106,7 @@ pub(super) fn socket<I: 'static>(socket: I, entry: Entry) {
 }
 
 /// Closes a connection that its server has let go of.
-pub(super) fn io<I>(io: I, entry: Entry)
+pub(super) fn io<I>(io: I, upgraded: bool, entry: Entry)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -115,6 +116,7 @@ where
         shut: false,
         eof: false,
         received: false,
+        upgraded,
         entry,
     };
     // Most connections are idle, and need no task. Only a socket is polled here, because other IO may
@@ -143,6 +145,8 @@ struct Lingering<I: 'static> {
     eof: bool,
     /// Something came since this was last looked at.
     received: bool,
+    /// It was a handler that let go of it, after as much waiting as it found right.
+    upgraded: bool,
     // After the IO, so that the connection is closed before it is removed.
     entry: Entry,
 }
@@ -224,8 +228,13 @@ where
             }
             look = (look * 2).min(LAST_LOOK);
             if left > 0 {
-                let serving = self.entry.0.notice.told() == Told::Stay;
-                if serving && now - progress >= STALLED {
+                let patience = match self.entry.0.notice.told() {
+                    _ if self.upgraded => STILL,
+                    Told::Stay => STALLED,
+                    // The cut ends it.
+                    _ => Duration::MAX,
+                };
+                if now - progress >= patience {
                     return;
                 }
                 continue;
