@@ -41,6 +41,8 @@ mod server;
 #[cfg(unix)]
 mod signals;
 #[cfg(unix)]
+mod whole;
+#[cfg(unix)]
 mod work;
 
 /// A promise, who makes it, and how it is kept.
@@ -77,6 +79,7 @@ fn main() -> ExitCode {
         long_lived::TESTS,
         refusal::TESTS,
         signals::TESTS,
+        whole::TESTS,
         work::TESTS,
     ];
     // These want the machine for themselves: beside them no other test could keep its times.
