@@ -19,6 +19,8 @@ mod peers;
 #[cfg(target_os = "linux")]
 mod plot;
 #[cfg(target_os = "linux")]
+mod reads;
+#[cfg(target_os = "linux")]
 mod requests;
 #[cfg(target_os = "linux")]
 mod rows;
@@ -41,8 +43,9 @@ fn main() -> std::process::ExitCode {
     use self::rows::Rows;
 
     type Measure = fn(&mut Rows);
-    const ALL: [(&str, Measure); 6] = [
+    const ALL: [(&str, Measure); 7] = [
         ("requests", requests::measure),
+        ("reads", reads::measure),
         ("throughput", throughput::measure),
         ("wake", wake::measure),
         ("told", wake::measure_told),
