@@ -1,15 +1,15 @@
-//! Who holds what: the owners of a gate, the doors in it, and the ticket that lets one out when
-//! dropped.
+//! Who holds what: the owners of a gate, the doors in it, the ticket that lets one out when dropped,
+//! and the permission to read the body of a request that was refused.
 
 use std::{
-    fmt,
+    fmt, mem,
     ops::Deref,
     sync::{Arc, Weak},
     task::{Context, Poll},
 };
 
 use super::{
-    core::Core,
+    core::{Core, SinceServing},
     lane::{Lane, Refused},
     word::Word,
 };
@@ -53,8 +53,8 @@ impl<K, T> Gate<K, T> {
         Door(self.0.core)
     }
 
-    /// How many were let in, and how many refused, after the first phase.
-    pub(crate) fn since_serving(&self) -> (usize, usize) {
+    /// What has happened after the first phase.
+    pub(crate) fn since_serving(&self) -> SinceServing {
         self.0.core.since_serving()
     }
 
@@ -135,21 +135,27 @@ pub(crate) struct Door<K: 'static, T: 'static>(&'static Core<K, Shared<K, T>>);
 impl<K, T> Door<K, T> {
     /// Lets one request in, if there is nothing to it but to count.
     #[inline]
-    pub(crate) fn admit(self) -> Option<Ticket<K, T>> {
+    pub(crate) fn admit(self) -> Option<Unanswered<K, T>> {
         let lane = self.0.lane();
-        lane.admit().then(|| Ticket(lane))
+        lane.admit().then(|| Unanswered(lane))
     }
 
     /// Lets one request in that [`admit`](Self::admit) did not, or says why not.
-    pub(crate) fn admit_specially(self) -> Result<Ticket<K, T>, Refused> {
+    pub(crate) fn admit_specially(self) -> Result<Unanswered<K, T>, Refused> {
         let lane = self.0.lane();
         lane.admit_specially()?;
-        Ok(Ticket(lane))
+        Ok(Unanswered(lane))
     }
 
     /// Notes a refusal. Not all who are not let in are refused.
     pub(crate) fn refused(self, refused: Refused) {
         self.0.refused(refused);
+    }
+
+    /// Lets a refusal read the body of its request, unless so many do already that one more is
+    /// too many.
+    pub(crate) fn begin_reading(self) -> Option<Reading<K, T>> {
+        self.0.begin_reading().then(|| Reading(self.0))
     }
 
     /// What holds at this gate for ever.
@@ -179,11 +185,21 @@ impl<K, T> Clone for Door<K, T> {
 
 impl<K, T> Copy for Door<K, T> {}
 
-/// Proof of admission. Dropping it lets the request out.
-#[must_use = "dropping the ticket lets the request out at once"]
-pub(crate) struct Ticket<K: 'static, T: 'static>(&'static Lane<K, Shared<K, T>>);
+/// Proof of admission of a request that has no response yet. Dropping it lets the request out, and
+/// counts it as dropped if the service stops.
+#[must_use = "dropping it lets the request out at once"]
+pub(crate) struct Unanswered<K: 'static, T: 'static>(&'static Lane<K, Shared<K, T>>);
 
-impl<K, T> Ticket<K, T> {
+impl<K, T> Unanswered<K, T> {
+    /// The request has a response, or its service has failed.
+    #[inline]
+    pub(crate) fn answered(self) -> Ticket<K, T> {
+        let ticket = Ticket(self.0);
+        // It is the ticket now that lets the request out.
+        mem::forget(self);
+        ticket
+    }
+
     /// The phase as this request sees it, and how many share its lane.
     #[inline]
     pub(crate) fn word(&self) -> Word {
@@ -196,10 +212,38 @@ impl<K, T> Ticket<K, T> {
     }
 }
 
+impl<K, T> Drop for Unanswered<K, T> {
+    fn drop(&mut self) {
+        self.0.release_unanswered();
+    }
+}
+
+/// Proof of admission of a request that has a response. Dropping it lets the request out.
+#[must_use = "dropping the ticket lets the request out at once"]
+pub(crate) struct Ticket<K: 'static, T: 'static>(&'static Lane<K, Shared<K, T>>);
+
+impl<K, T> Ticket<K, T> {
+    /// The phase as this request sees it, and how many share its lane.
+    #[inline]
+    pub(crate) fn word(&self) -> Word {
+        self.0.word()
+    }
+}
+
 impl<K, T> Drop for Ticket<K, T> {
     #[inline]
     fn drop(&mut self) {
         self.0.release();
+    }
+}
+
+/// Permission to read the body of a refused request. Dropping it makes room for another.
+#[must_use = "dropping it makes room for another"]
+pub(crate) struct Reading<K: 'static, T: 'static>(&'static Core<K, Shared<K, T>>);
+
+impl<K, T> Drop for Reading<K, T> {
+    fn drop(&mut self) {
+        self.0.end_reading();
     }
 }
 

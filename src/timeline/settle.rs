@@ -260,6 +260,8 @@ impl Shared {
                 servers,
                 workers: 0,
             },
+            // After the count, so that no request that has left it is missing here.
+            dropped: self.since_serving().dropped,
             given_up: Arc::new(given_up),
             hurried: false,
         });

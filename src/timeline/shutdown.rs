@@ -8,6 +8,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::Shared;
 use crate::{
     events::Reason,
+    gate::SinceServing,
     phase::Phase,
     plan::{Deadlines, instant_after},
     report::{Fate, GivenUp, Outcome, Remaining, Report, Requests, TaskKind, TaskReport, Trigger},
@@ -115,6 +116,8 @@ pub(crate) enum ServerEnd {
 
 pub(super) struct Cut {
     pub(super) at: Instant,
+    /// Requests dropped without a response until then: those that the cut drops are cut.
+    pub(super) dropped: usize,
     pub(super) remaining: Remaining,
     pub(super) given_up: Arc<GivenUp>,
     /// A signal called for it while the connections were being closed, and no deadline.
@@ -220,7 +223,7 @@ impl Shutdown {
         &self,
         reason: Reason,
         server_error: Option<String>,
-        (admitted, refused): (usize, usize),
+        figures: SinceServing,
         tasks: Vec<Task>,
         now: Instant,
     ) -> Report {
@@ -260,7 +263,8 @@ impl Shutdown {
             *phase = ended.saturating_duration_since(*begun);
         }
         // What is left of them after the cut has not been answered.
-        let begun = self.in_flight + admitted;
+        let begun = self.in_flight + figures.admitted;
+        let dropped = cut.map_or(figures.dropped, |cut| cut.dropped);
         Report {
             trigger: self.trigger,
             outcome,
@@ -268,10 +272,11 @@ impl Shutdown {
             cleanup: now.saturating_duration_since(closed),
             requests: Requests {
                 in_flight: self.in_flight,
-                admitted,
-                finished: begun.saturating_sub(remaining.requests),
-                refused,
+                admitted: figures.admitted,
+                finished: begun.saturating_sub(remaining.requests + dropped),
+                refused: figures.refused,
                 cut: remaining.requests,
+                dropped,
             },
             remaining,
             given_up: cut.map(|cut| Arc::clone(&cut.given_up)).unwrap_or_default(),
