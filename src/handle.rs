@@ -115,6 +115,11 @@ impl Graceful {
         self.shared.door()
     }
 
+    #[cfg(feature = "axum")]
+    pub(crate) fn probe_entrance(&self) -> Entrance {
+        self.shared.probe_door()
+    }
+
     pub(crate) fn policy(&self) -> &'static Policy {
         self.shared.policy
     }

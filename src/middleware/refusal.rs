@@ -53,39 +53,34 @@ const BEFORE_CUT: Duration = Duration::from_millis(150);
 /// How many frames are read before other tasks have their turn.
 const FRAMES_AT_ONCE: usize = 64;
 
-/// Whether a request is never refused: a probe, or an exempt path.
+/// Whether a request is never refused: to a route of a probe, or to an exempt path.
 pub(super) fn is_exempt<B>(entrance: Entrance, request: &Request<B>) -> bool {
     let path = request.uri().path();
-    // The route where it is known, so that no path under a wildcard passes for a probe.
-    let probe = || policy::is_probe(matched_path(request).unwrap_or(path));
     let exempts = &entrance.rules().exempt;
     let exempt = |path: &str| exempts.iter().any(|exempt| exempt == path);
+    entrance.leads_to_probe()
+        || is_for_probes_inside(entrance, request)
+        || exempt(path)
+        || original_path(request).is_some_and(exempt)
+}
+
+/// Whether a request that no router has seen is for a probe: the path is one of those that the
+/// probes have at the root, and there is a router with the probes.
+fn is_for_probes_inside<B>(entrance: Entrance, request: &Request<B>) -> bool {
     // Probes keep what is behind the entrance alive.
-    let probes = || {
-        entrance
-            .gate()
-            .is_some_and(|shared| shared.probes.get().is_some())
-    };
-    probes() && probe() || exempt(path) || original_path(request).is_some_and(exempt)
+    let has_probes = || entrance.gate().is_some_and(|it| it.probes.get().is_some());
+    let path = request.uri().path();
+    original_path(request).is_none()
+        && (path == policy::LIVEZ || path == policy::READYZ)
+        && has_probes()
 }
 
-/// The route axum has chosen.
-#[cfg(feature = "axum")]
-fn matched_path<B>(request: &Request<B>) -> Option<&str> {
-    let matched = request.extensions().get::<axum::extract::MatchedPath>()?;
-    Some(matched.as_str())
-}
-
-/// The path before axum's `nest` took its prefix off.
+/// The path before axum's `nest` took its prefix off. Every router of axum notes it before it
+/// chooses a route.
 #[cfg(feature = "axum")]
 pub(super) fn original_path<B>(request: &Request<B>) -> Option<&str> {
     let original = request.extensions().get::<axum::extract::OriginalUri>()?;
     Some(original.0.path())
-}
-
-#[cfg(not(feature = "axum"))]
-fn matched_path<B>(_: &Request<B>) -> Option<&str> {
-    None
 }
 
 #[cfg(not(feature = "axum"))]
