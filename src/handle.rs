@@ -10,7 +10,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    gate::{Door, Ticket},
+    gate::{Door, Reading, Ticket, Unanswered},
     phase::Phase,
     plan::{Knobs, Plan},
     policy::Policy,
@@ -22,8 +22,14 @@ use crate::{
 /// Where the requests of a service come in.
 pub(crate) type Entrance = Door<Policy, Lifecycle>;
 
-/// A request's permission to be in flight.
+/// A request's permission to be in flight, once it has a response.
 pub(crate) type Pass = Ticket<Policy, Lifecycle>;
+
+/// The same, up to the response.
+pub(crate) type Begun = Unanswered<Policy, Lifecycle>;
+
+/// A refusal's permission to read the body of its request.
+pub(crate) type Reader = Reading<Policy, Lifecycle>;
 
 /// The handle on one service's lifecycle: what stops it, and what tells how far it has come.
 ///
@@ -107,6 +113,11 @@ impl Graceful {
 
     pub(crate) fn entrance(&self) -> Entrance {
         self.shared.door()
+    }
+
+    #[cfg(feature = "axum")]
+    pub(crate) fn probe_entrance(&self) -> Entrance {
+        self.shared.probe_door()
     }
 
     pub(crate) fn policy(&self) -> &'static Policy {

@@ -10,12 +10,6 @@ use crate::rejection::RejectionFn;
 pub(crate) const LIVEZ: &str = "/livez";
 pub(crate) const READYZ: &str = "/readyz";
 
-/// Whether `path`, a route or a request's path, is one of the probes', wherever their router is
-/// nested.
-pub(crate) fn is_probe(path: &str) -> bool {
-    path.ends_with(LIVEZ) || path.ends_with(READYZ)
-}
-
 #[derive(Clone, Debug)]
 pub(crate) struct Policy {
     pub(crate) keep_listening: bool,

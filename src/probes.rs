@@ -17,18 +17,25 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use tower_service::Service;
 
-#[cfg(feature = "axum")]
-use crate::policy;
 use crate::{handle::Graceful, leaving, phase::Phase};
+#[cfg(feature = "axum")]
+use crate::{middleware::probe_route, policy};
 
 impl Graceful {
     /// A router with `GET /livez` and `GET /readyz`, the paths Kubernetes itself uses.
     ///
-    /// Merge it or nest it, inside or outside the [layer](Self::layer): once this has been called,
-    /// a request is never refused by the layer if its route, or its path where no route is known,
-    /// ends in one of these two segments. Outside (merged after `.layer(…)`) it is not counted
-    /// either. What axum answers by default to paths without a route, 404, is outside then too;
-    /// a fallback of your own is where you put it.
+    /// Merge it or nest it under any prefix, inside or outside the [layer](Self::layer): these two
+    /// routes are never refused by the layer, and no other route is taken for one of them, whatever
+    /// its path. Outside (merged after `.layer(…)`) they are not counted either. What axum answers
+    /// by default to paths without a route, 404, is outside then too; a fallback of your own is where
+    /// you put it.
+    ///
+    /// Where the layer is around a whole router, as in
+    /// `ServiceBuilder::new().layer(graceful.layer()).service(app)`, it cannot see routes. There it
+    /// refuses no request for exactly `/livez` or `/readyz`, so merge the router at the root. With
+    /// `nest_service` or as a fallback, and below middleware that does not clone the service inside
+    /// such as tower's `Buffer`, the routes are not recognized; give their paths to
+    /// [`exempt`](crate::GracefulBuilder::exempt).
     ///
     /// ```
     /// # use axum::Router;
@@ -46,8 +53,8 @@ impl Graceful {
     {
         self.shared().probes.get_or_init(|| ());
         axum::Router::new()
-            .route_service(policy::LIVEZ, self.liveness())
-            .route_service(policy::READYZ, self.readiness())
+            .route_service(policy::LIVEZ, self.liveness().as_route())
+            .route_service(policy::READYZ, self.readiness().as_route())
     }
 
     /// The readiness probe as a plain service, for any path and any router: 200 while the service
@@ -62,6 +69,7 @@ impl Graceful {
         Probe {
             graceful: self.clone(),
             question: Question::Ready,
+            is_route: false,
         }
     }
 
@@ -73,6 +81,7 @@ impl Graceful {
         Probe {
             graceful: self.clone(),
             question: Question::Alive,
+            is_route: false,
         }
     }
 }
@@ -94,10 +103,11 @@ impl Graceful {
 ///
 /// [Kubernetes](https://kubernetes.io/docs/concepts/configuration/liveness-readiness-startup-probes/)
 /// takes 200 to 399 as success, and goes on asking for readiness while a pod terminates.
-#[derive(Clone)]
 pub struct Probe {
     graceful: Graceful,
     question: Question,
+    /// Made by [`Graceful::probes`].
+    is_route: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -107,6 +117,14 @@ enum Question {
 }
 
 impl Probe {
+    #[cfg(feature = "axum")]
+    fn as_route(self) -> Self {
+        Self {
+            is_route: true,
+            ..self
+        }
+    }
+
     fn answer(&self, method: &Method, version: http::Version) -> Response<ProbeBody> {
         let phase = self.graceful.phase();
         let (status, text) = match self.question {
@@ -173,6 +191,20 @@ impl<B> Service<Request<B>> for Probe {
 
     fn call(&mut self, request: Request<B>) -> ProbeFuture {
         ready(Ok(self.answer(request.method(), request.version())))
+    }
+}
+
+impl Clone for Probe {
+    fn clone(&self) -> Self {
+        #[cfg(feature = "axum")]
+        if self.is_route {
+            probe_route::note_clone(self.graceful.probe_entrance());
+        }
+        Self {
+            graceful: self.graceful.clone(),
+            question: self.question,
+            is_route: self.is_route,
+        }
     }
 }
 

@@ -16,6 +16,17 @@ use crate::{
 /// which they can be visited.
 pub(super) const LANES: usize = if cfg!(tower_graceful_loom) { 2 } else { 16 };
 
+/// How many refusals may read the bodies of their requests at the same time.
+const READERS: usize = 128;
+
+/// How many requests were let in, refused, and released without a response, after the first phase.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SinceServing {
+    pub(crate) admitted: usize,
+    pub(crate) refused: usize,
+    pub(crate) dropped: usize,
+}
+
 pub(super) struct Core<K: 'static, S: 'static> {
     lanes: [Lane<K, S>; LANES],
     /// How many of them are used, less one: where there is a limit, one is, so that it is exact.
@@ -83,13 +94,28 @@ impl<K, S> Core<K, S> {
         }
     }
 
-    /// How many were let in, and how many refused, after the first phase. `Relaxed`: figures.
-    pub(super) fn since_serving(&self) -> (usize, usize) {
+    /// Whether one more refusal may read its request's body. Then [`end_reading`](Self::end_reading)
+    /// follows. `Relaxed`: it bounds a number, and publishes nothing.
+    pub(super) fn begin_reading(&self) -> bool {
+        let one_more = |readers| (readers < READERS).then_some(readers + 1);
+        self.hall()
+            .readers
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
+            .is_ok()
+    }
+
+    pub(super) fn end_reading(&self) {
+        self.hall().readers.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// What has happened after the first phase. `Relaxed`: figures.
+    pub(super) fn since_serving(&self) -> SinceServing {
         let hall = self.hall();
-        (
-            hall.late.load(Ordering::Relaxed),
-            hall.refused.load(Ordering::Relaxed),
-        )
+        SinceServing {
+            admitted: hall.late.load(Ordering::Relaxed),
+            refused: hall.refused.load(Ordering::Relaxed),
+            dropped: hall.dropped.load(Ordering::Relaxed),
+        }
     }
 
     /// Ready once draining has begun and nothing is in flight. One task waits at a time.
@@ -180,17 +206,42 @@ mod tests {
     }
 
     #[test]
-    fn what_is_admitted_and_refused_after_serving_is_counted() {
-        let core = Core::new(Some(2), true, ());
+    fn what_is_admitted_refused_and_dropped_after_serving_is_counted() {
+        let core = Core::new(Some(3), true, ());
+        core.lane().admit_specially().unwrap();
+        core.lane().admit_specially().unwrap();
         core.lane().admit_specially().unwrap();
         core.refused(Refused::Full);
-        assert_eq!(core.since_serving(), (0, 0));
+        core.lane().release_unanswered();
+        assert_eq!(core.since_serving(), SinceServing::default());
+        assert_eq!(core.word().count(), 2);
         core.advance(Phase::LameDuck);
         core.lane().admit_specially().unwrap();
         core.refused(Refused::Full);
+        core.lane().release_unanswered();
         core.advance(Phase::Draining);
         core.refused(Refused::Draining);
-        assert_eq!(core.since_serving(), (1, 2));
+        core.lane().release_unanswered();
+        core.lane().release();
+        let since_serving = SinceServing {
+            admitted: 1,
+            refused: 2,
+            dropped: 2,
+        };
+        assert_eq!(core.since_serving(), since_serving);
+        assert!(core.word().is_idle());
+    }
+
+    #[test]
+    fn so_many_read_at_the_same_time_and_no_more() {
+        let core = Core::new(None, false, ());
+        for _ in 0..READERS {
+            assert!(core.begin_reading());
+        }
+        assert!(!core.begin_reading());
+        core.end_reading();
+        assert!(core.begin_reading());
+        assert!(!core.begin_reading());
     }
 
     #[test]

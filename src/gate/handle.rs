@@ -1,15 +1,15 @@
-//! Who holds what: the owners of a gate, the doors in it, and the ticket that lets one out when
-//! dropped.
+//! Who holds what: the owners of a gate, the doors in it, the ticket that lets one out when dropped,
+//! and the permission to read the body of a request that was refused.
 
 use std::{
-    fmt,
+    fmt, mem,
     ops::Deref,
     sync::{Arc, Weak},
     task::{Context, Poll},
 };
 
 use super::{
-    core::Core,
+    core::{Core, SinceServing},
     lane::{Lane, Refused},
     word::Word,
 };
@@ -21,7 +21,19 @@ pub(crate) struct Gate<K: 'static, T: 'static>(Arc<Shared<K, T>>);
 
 struct Shared<K: 'static, T: 'static> {
     core: &'static Core<K, Shared<K, T>>,
+    sides: &'static Sides<K, T>,
     value: T,
+}
+
+/// The two sides of a door.
+struct Sides<K: 'static, T: 'static> {
+    requests: Side<K, T>,
+    probes: Side<K, T>,
+}
+
+struct Side<K: 'static, T: 'static> {
+    core: &'static Core<K, Shared<K, T>>,
+    leads_to_probe: bool,
 }
 
 impl<K, T> Drop for Shared<K, T> {
@@ -44,17 +56,31 @@ impl<K, T> Gate<K, T> {
     ) -> Self {
         let core = Box::leak(Box::new(Core::new(limit, named, rules)));
         let value = behind(&core.hall().rules);
-        let shared = Arc::new(Shared { core, value });
+        let side = |leads_to_probe| Side {
+            core,
+            leads_to_probe,
+        };
+        let sides = Box::leak(Box::new(Sides {
+            requests: side(false),
+            probes: side(true),
+        }));
+        let shared = Arc::new(Shared { core, sides, value });
         *lock!(core.hall().owned) = Arc::downgrade(&shared);
         Self(shared)
     }
 
     pub(crate) fn door(&self) -> Door<K, T> {
-        Door(self.0.core)
+        Door(&self.0.sides.requests)
     }
 
-    /// How many were let in, and how many refused, after the first phase.
-    pub(crate) fn since_serving(&self) -> (usize, usize) {
+    /// The same door, for services that do nothing but lead to a probe.
+    #[cfg(feature = "axum")]
+    pub(crate) fn probe_door(&self) -> Door<K, T> {
+        Door(&self.0.sides.probes)
+    }
+
+    /// What has happened after the first phase.
+    pub(crate) fn since_serving(&self) -> SinceServing {
         self.0.core.since_serving()
     }
 
@@ -129,45 +155,69 @@ impl<K, T> WeakGate<K, T> {
     }
 }
 
-/// Where requests come in. It owns nothing, so to clone it is to copy a pointer.
-pub(crate) struct Door<K: 'static, T: 'static>(&'static Core<K, Shared<K, T>>);
+/// Where requests come in. It owns nothing, so to clone it is to copy a pointer, which also says
+/// whether the requests are for a probe: a service has no room for more than a pointer.
+pub(crate) struct Door<K: 'static, T: 'static>(&'static Side<K, T>);
 
 impl<K, T> Door<K, T> {
+    #[inline]
+    fn core(self) -> &'static Core<K, Shared<K, T>> {
+        self.0.core
+    }
+
+    /// Whether what comes in here goes to a probe and nowhere else.
+    pub(crate) fn leads_to_probe(self) -> bool {
+        self.0.leads_to_probe
+    }
+
+    /// Whether both are doors of one gate.
+    #[cfg(feature = "axum")]
+    pub(crate) fn is_of_same_gate(self, other: Self) -> bool {
+        std::ptr::eq(self.core(), other.core())
+    }
+
     /// Lets one request in, if there is nothing to it but to count.
     #[inline]
-    pub(crate) fn admit(self) -> Option<Ticket<K, T>> {
-        let lane = self.0.lane();
-        lane.admit().then(|| Ticket(lane))
+    pub(crate) fn admit(self) -> Option<Unanswered<K, T>> {
+        let lane = self.core().lane();
+        lane.admit().then(|| Unanswered(lane))
     }
 
     /// Lets one request in that [`admit`](Self::admit) did not, or says why not.
-    pub(crate) fn admit_specially(self) -> Result<Ticket<K, T>, Refused> {
-        let lane = self.0.lane();
+    pub(crate) fn admit_specially(self) -> Result<Unanswered<K, T>, Refused> {
+        let lane = self.core().lane();
         lane.admit_specially()?;
-        Ok(Ticket(lane))
+        Ok(Unanswered(lane))
     }
 
     /// Notes a refusal. Not all who are not let in are refused.
     pub(crate) fn refused(self, refused: Refused) {
-        self.0.refused(refused);
+        self.core().refused(refused);
+    }
+
+    /// Lets a refusal read the body of its request, unless so many do already that one more is
+    /// too many.
+    pub(crate) fn begin_reading(self) -> Option<Reading<K, T>> {
+        let core = self.core();
+        core.begin_reading().then(|| Reading(core))
     }
 
     /// What holds at this gate for ever.
     pub(crate) fn rules(self) -> &'static K {
-        &self.0.hall().rules
+        &self.core().hall().rules
     }
 
     pub(crate) fn word(self) -> Word {
-        self.0.word()
+        self.core().word()
     }
 
     pub(crate) fn phase(self) -> Phase {
-        self.0.phase()
+        self.core().phase()
     }
 
     /// What is behind the door, if anybody owns it still.
     pub(crate) fn gate(self) -> Option<Gate<K, T>> {
-        self.0.hall().owned().map(Gate)
+        self.core().hall().owned().map(Gate)
     }
 }
 
@@ -179,11 +229,21 @@ impl<K, T> Clone for Door<K, T> {
 
 impl<K, T> Copy for Door<K, T> {}
 
-/// Proof of admission. Dropping it lets the request out.
-#[must_use = "dropping the ticket lets the request out at once"]
-pub(crate) struct Ticket<K: 'static, T: 'static>(&'static Lane<K, Shared<K, T>>);
+/// Proof of admission of a request that has no response yet. Dropping it lets the request out, and
+/// counts it as dropped if the service stops.
+#[must_use = "dropping it lets the request out at once"]
+pub(crate) struct Unanswered<K: 'static, T: 'static>(&'static Lane<K, Shared<K, T>>);
 
-impl<K, T> Ticket<K, T> {
+impl<K, T> Unanswered<K, T> {
+    /// The request has a response, or its service has failed.
+    #[inline]
+    pub(crate) fn answered(self) -> Ticket<K, T> {
+        let ticket = Ticket(self.0);
+        // It is the ticket now that lets the request out.
+        mem::forget(self);
+        ticket
+    }
+
     /// The phase as this request sees it, and how many share its lane.
     #[inline]
     pub(crate) fn word(&self) -> Word {
@@ -196,10 +256,38 @@ impl<K, T> Ticket<K, T> {
     }
 }
 
+impl<K, T> Drop for Unanswered<K, T> {
+    fn drop(&mut self) {
+        self.0.release_unanswered();
+    }
+}
+
+/// Proof of admission of a request that has a response. Dropping it lets the request out.
+#[must_use = "dropping the ticket lets the request out at once"]
+pub(crate) struct Ticket<K: 'static, T: 'static>(&'static Lane<K, Shared<K, T>>);
+
+impl<K, T> Ticket<K, T> {
+    /// The phase as this request sees it, and how many share its lane.
+    #[inline]
+    pub(crate) fn word(&self) -> Word {
+        self.0.word()
+    }
+}
+
 impl<K, T> Drop for Ticket<K, T> {
     #[inline]
     fn drop(&mut self) {
         self.0.release();
+    }
+}
+
+/// Permission to read the body of a refused request. Dropping it makes room for another.
+#[must_use = "dropping it makes room for another"]
+pub(crate) struct Reading<K: 'static, T: 'static>(&'static Core<K, Shared<K, T>>);
+
+impl<K, T> Drop for Reading<K, T> {
+    fn drop(&mut self) {
+        self.0.end_reading();
     }
 }
 

@@ -36,6 +36,10 @@ pub(super) struct Hall<K: 'static, S: 'static> {
     /// Admissions and refusals after the first phase.
     pub(super) late: AtomicUsize,
     pub(super) refused: AtomicUsize,
+    /// Releases without a response after the first phase.
+    pub(super) dropped: AtomicUsize,
+    /// Refusals that are reading the bodies of their requests.
+    pub(super) readers: AtomicUsize,
     /// What the owners of the gate share, for as long as there is one.
     pub(super) owned: Mutex<Weak<S>>,
     /// What stays.
@@ -48,6 +52,8 @@ impl<K, S> Hall<K, S> {
             waiter: Mutex::new(None),
             late: AtomicUsize::new(0),
             refused: AtomicUsize::new(0),
+            dropped: AtomicUsize::new(0),
+            readers: AtomicUsize::new(0),
             owned: Mutex::new(Weak::new()),
             rules,
         }
@@ -153,6 +159,21 @@ impl<K, S> Lane<K, S> {
         debug_assert!(before.count() > 0, "released more than was admitted");
         if before.refuses() {
             self.left_a_drain(before);
+        }
+    }
+
+    /// Lets one out that has had no response, and counts it if the service stops.
+    ///
+    /// The phase is looked at in the step that lets it out, so that the request is either not among
+    /// those that were in flight when the stop was asked for, or is counted here.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn release_unanswered(&self) {
+        let served = |word: Word| (!word.is_stopping()).then(|| word.minus_one());
+        if self.update(served).is_none() {
+            // Before the release, so that it is in the figures of the load that sees the release.
+            self.hall.dropped.fetch_add(1, Ordering::Relaxed);
+            self.release();
         }
     }
 

@@ -35,6 +35,7 @@
 //! - **release** is a subtraction of one. Whoever brings the count to zero in a word that is
 //!   draining or later is the *last one out* of its lane, locks the waiter's slot, takes the waker,
 //!   and wakes it after unlocking.
+//!   A request that has had no response is counted as dropped on the way out, if the service stops.
 //! - **wait** locks the waiter's slot, loads the words, and either finds all of them idle (draining
 //!   or later, count zero) or leaves its waker in the slot, all under that one lock.
 //!
@@ -102,7 +103,8 @@ mod models;
 mod word;
 
 pub(crate) use self::{
-    handle::{Door, Gate, Ticket, WeakGate},
+    core::SinceServing,
+    handle::{Door, Gate, Reading, Ticket, Unanswered, WeakGate},
     here::here,
     lane::Refused,
 };

@@ -147,10 +147,29 @@ fn whoever_is_refused_by_a_drain_is_counted() {
         let request = thread::spawn(move || {
             if let Err(refused) = admit(asking.nth(1)) {
                 asking.refused(refused);
-                assert_eq!(asking.since_serving(), (0, 1));
+                assert_eq!(asking.since_serving().refused, 1);
             }
         });
         core.advance(Phase::Draining);
+        request.join().unwrap();
+    });
+}
+
+/// A request that is released without a response is either not in flight any more when the stop is
+/// asked for, or is counted by the time the drain has seen it go.
+#[test]
+fn what_is_dropped_in_a_stop_is_counted_before_it_is_seen_to_be_gone() {
+    model(|| {
+        let core = core(None);
+        let lane = core.nth(1);
+        admit(lane).unwrap();
+        let request = {
+            let core = core.clone();
+            thread::spawn(move || core.nth(1).release_unanswered())
+        };
+        let in_flight = core.advance(Phase::Draining).unwrap().count();
+        block_on(idle(&core));
+        assert_eq!(core.since_serving().dropped, in_flight);
         request.join().unwrap();
     });
 }

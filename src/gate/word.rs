@@ -10,6 +10,7 @@ const NAMED: usize = 1 << (PHASE_SHIFT - 1);
 const NOT_READY: usize = 1 << 1;
 const SERVED: usize = 1;
 const COUNT: usize = NAMED - Word::ONE;
+const LAME_DUCK: usize = (Phase::LameDuck as usize) << PHASE_SHIFT;
 const DRAINING: usize = (Phase::Draining as usize) << PHASE_SHIFT;
 
 /// A snapshot of the gate.
@@ -69,6 +70,11 @@ impl Word {
         self.0 >= NAMED
     }
 
+    /// Later than serving.
+    pub(crate) const fn is_stopping(self) -> bool {
+        self.0 >= LAME_DUCK
+    }
+
     /// The least word in which an admission is more than to count: as many as the limit are in
     /// flight, or it is [special](Self::is_special), whatever the count.
     pub(super) const fn full(limit: usize) -> Self {
@@ -104,6 +110,10 @@ impl Word {
 
     pub(super) const fn plus_one(self) -> Self {
         Self(self.0 + Self::ONE).served()
+    }
+
+    pub(super) const fn minus_one(self) -> Self {
+        Self(self.0 - Self::ONE)
     }
 
     pub(super) const fn served(self) -> Self {
@@ -149,7 +159,7 @@ mod tests {
         ];
         for phase in phases {
             for ready in [true, false] {
-                for count in [0, 1, 7, Word::MAX_COUNT] {
+                for count in [0, 1, 7, Word::MAX_COUNT - 1] {
                     let word = Word(Word::SERVING.0 + count * Word::ONE)
                         .with_ready(ready)
                         .with_phase(phase);
@@ -162,9 +172,12 @@ mod tests {
                     );
                     assert_eq!(word.count(), count);
                     assert_eq!(word.is_special(), phase > Phase::Serving);
+                    assert_eq!(word.is_stopping(), phase > Phase::Serving);
+                    assert_eq!(word.plus_one().minus_one(), word.served());
                     let named = word.named(true).with_phase(phase).with_ready(ready);
                     assert_eq!(named.0 ^ word.0, NAMED);
                     assert!(named.is_named() && named.is_special());
+                    assert_eq!(named.is_stopping(), phase > Phase::Serving);
                     assert_eq!(word.refuses(), phase >= Phase::Draining);
                     assert_eq!(word.is_idle(), phase >= Phase::Draining && count == 0);
                 }

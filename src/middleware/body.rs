@@ -1,3 +1,26 @@
+//! The response body, and when its request is over.
+//!
+//! A request is over when its body has ended, has failed or is dropped. Most bodies foretell their
+//! end: after the last frame `is_end_stream` is true, and a server does not poll again. That the
+//! server has the frame does not mean that it has sent it. hyper takes a body of 50 MB in one frame,
+//! and would hold all of it after the request was over and the connection of a stopping service
+//! could be closed.
+//!
+//! So where it matters the body does not report its end together with the last data frame:
+//!
+//! - That frame is [`LARGE`] or larger, or the service is stopping.
+//! - The inner body is dropped at once, and its request stays in flight. `is_end_stream` is false
+//!   and the size hint is zero.
+//! - The request is over when the server polls again, which answers `None`, or drops the body.
+//!
+//! hyper polls again when it has room. Over HTTP/1 its write buffer is below some 400 KiB then; where
+//! the length is known it drops the body instead, at that same point. Over HTTP/2 the stream has had
+//! window for at least a part of the frame, and the end of the stream is a frame of its own.
+//!
+//! A small last frame while the service serves ends its request at once, because to ask a body once
+//! more costs every request, and what a server holds of it then fits any socket's buffer. Trailers
+//! end it too: a server drops the body when it has them.
+
 // What is always inlined here costs less than the call of it, which would move a frame once more.
 #![expect(clippy::inline_always)]
 
@@ -7,19 +30,25 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::named::Named;
 use crate::handle::Pass;
 
+/// How many bytes the last frame has from which on its request outlives it.
+const LARGE: usize = 16 * 1024;
+
 pin_project! {
     /// The response body of [`GracefulService`](super::GracefulService): the inner service's, or
     /// the text of a refusal.
     ///
-    /// Its request is in flight until it ends or is dropped. Data, trailers, size hint and the end
-    /// of the stream are passed on as they are.
+    /// Its request is in flight until it ends or is dropped. Data, trailers and size hint are passed
+    /// on as they are. So is the end of the stream, with one exception: after a last data frame of
+    /// 16 KiB or more, and after any while the service stops, `is_end_stream` stays false until the
+    /// server polls once more. A server does so when it has room for more, so the request stays in
+    /// flight while the server holds much of the frame.
     pub struct GracefulBody<B> {
         #[pin]
         kind: Kind<B>,
@@ -51,6 +80,8 @@ pin_project! {
             // In flight and on the roll, struck out first.
             held: Option<(Named, Pass)>,
         },
+        /// The server has the last frame, and has not asked for more.
+        HandedOver { pass: Option<Pass> },
         /// Of a refusal.
         Text { text: Bytes },
     }
@@ -108,8 +139,12 @@ where
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        match self.project().kind.project() {
-            KindProj::Inner { body, pass } => poll_holding(body, pass, cx),
+        let mut outliving = Outliving {
+            kind: self.project().kind,
+            is: false,
+        };
+        match outliving.kind.as_mut().project() {
+            KindProj::Inner { body, pass } => poll_inner(body, pass, &mut outliving.is, cx),
             KindProj::Special { special } => special.as_mut().poll_frame(cx),
         }
     }
@@ -133,17 +168,21 @@ where
 
 type Polled<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>>;
 
-/// Polls a body, and drops what is held for it once it has ended.
+/// Polls a body, and releases its request once the body has ended, unless the request outlives it.
 #[inline(always)]
-fn poll_holding<B: Body, H>(
+fn poll_inner<B: Body>(
     mut body: Pin<&mut B>,
-    held: &mut Option<H>,
+    pass: &mut Option<Pass>,
+    outlives: &mut bool,
     cx: &mut Context<'_>,
 ) -> Polled<B> {
-    let mut end = End { held, come: false };
+    let mut end = End { pass, come: false };
     match body.as_mut().poll_frame(cx) {
         Poll::Ready(Some(Ok(frame))) => {
-            end.come = body.is_end_stream();
+            if body.is_end_stream() {
+                *outlives = self::outlives(end.pass.as_ref(), &frame);
+                end.come = !*outlives;
+            }
             Poll::Ready(Some(Ok(frame)))
         }
         // An arm for each: to pass on two of them as one would move the frames of all once more.
@@ -159,19 +198,58 @@ fn poll_holding<B: Body, H>(
     }
 }
 
-/// Lets go in its own drop: a frame is long, and by then it is where it is returned.
-struct End<'a, H> {
-    held: &'a mut Option<H>,
+/// Whether a request is in flight beyond the last frame of its body.
+#[inline(always)]
+fn outlives<D: Buf>(pass: Option<&Pass>, frame: &Frame<D>) -> bool {
+    let Some(pass) = pass else {
+        return false;
+    };
+    let Some(data) = frame.data_ref() else {
+        return false;
+    };
+    data.remaining() >= LARGE || pass.word().is_stopping()
+}
+
+/// Releases in its own drop: a frame is long, and by then it is where it is returned.
+struct End<'a> {
+    pass: &'a mut Option<Pass>,
     come: bool,
 }
 
-impl<H> Drop for End<'_, H> {
+impl Drop for End<'_> {
     #[inline(always)]
     fn drop(&mut self) {
         if self.come {
-            *self.held = None;
+            *self.pass = None;
         }
     }
+}
+
+/// In its own drop too, replaces a body whose request outlives it.
+struct Outliving<'a, B> {
+    kind: Pin<&'a mut Kind<B>>,
+    is: bool,
+}
+
+impl<B> Drop for Outliving<'_, B> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.is {
+            hand_over(self.kind.as_mut());
+        }
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn hand_over<B>(mut kind: Pin<&mut Kind<B>>) {
+    let pass = match kind.as_mut().project() {
+        KindProj::Inner { pass, .. } => pass.take(),
+        KindProj::Special { .. } => return,
+    };
+    let special = Box::pin(Special::HandedOver { pass });
+    // Drops the inner body, while its request is still in flight.
+    kind.set(Kind::Special { special });
 }
 
 impl<B: Body<Data: From<Bytes>>> Special<B> {
@@ -179,7 +257,30 @@ impl<B: Body<Data: From<Bytes>>> Special<B> {
     #[inline(never)]
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<B> {
         match self.project() {
-            SpecialProj::Named { body, held } => poll_holding(body, held, cx),
+            SpecialProj::Named { mut body, held } => {
+                // The server has the last frame, and asks for more.
+                if held.is_some() && body.is_end_stream() {
+                    *held = None;
+                    return Poll::Ready(None);
+                }
+                let polled = body.as_mut().poll_frame(cx);
+                let over = match &polled {
+                    Poll::Ready(Some(Ok(frame))) => {
+                        let pass = held.as_ref().map(|(_, pass)| pass);
+                        body.is_end_stream() && !outlives(pass, frame)
+                    }
+                    Poll::Ready(Some(Err(_)) | None) => true,
+                    Poll::Pending => false,
+                };
+                if over {
+                    *held = None;
+                }
+                polled
+            }
+            SpecialProj::HandedOver { pass } => {
+                *pass = None;
+                Poll::Ready(None)
+            }
             // Once.
             SpecialProj::Text { text } => {
                 let text = std::mem::take(text);
@@ -192,7 +293,8 @@ impl<B: Body<Data: From<Bytes>>> Special<B> {
     #[inline(never)]
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Named { body, .. } => body.is_end_stream(),
+            Self::Named { body, held } => held.is_none() && body.is_end_stream(),
+            Self::HandedOver { pass } => pass.is_none(),
             Self::Text { text } => text.is_empty(),
         }
     }
@@ -201,7 +303,11 @@ impl<B: Body<Data: From<Bytes>>> Special<B> {
     #[inline(never)]
     fn size_hint(&self) -> SizeHint {
         match self {
+            Self::Named { body, held } if held.is_some() && body.is_end_stream() => {
+                SizeHint::with_exact(0)
+            }
             Self::Named { body, .. } => body.size_hint(),
+            Self::HandedOver { .. } => SizeHint::with_exact(0),
             Self::Text { text } => SizeHint::with_exact(text.len() as u64),
         }
     }
@@ -213,6 +319,7 @@ impl<B> fmt::Debug for GracefulBody<B> {
             Kind::Inner { pass, .. } => ("inner", pass.is_some()),
             Kind::Special { special } => match &**special {
                 Special::Named { held, .. } => ("named", held.is_some()),
+                Special::HandedOver { pass } => ("handed over", pass.is_some()),
                 Special::Text { .. } => ("text", false),
             },
         };

@@ -13,13 +13,14 @@ use super::{
     body::GracefulBody,
     special::{SpecialFuture, ask_to_leave},
 };
-use crate::handle::Pass;
+use crate::handle::Begun;
 
 pin_project! {
     /// The response future of [`GracefulService`](super::GracefulService).
     ///
     /// Its request is in flight until it resolves, and then until the response's body ends.
-    /// Dropping it releases the request. Polled again after it is ready, it stays pending.
+    /// Dropping it releases the request, which then counts as
+    /// [dropped](crate::Requests::dropped) if the service stops. Polled again after it is ready, it stays pending.
     #[must_use = "futures do nothing unless polled"]
     pub struct GracefulFuture<F, B> {
         #[pin]
@@ -35,7 +36,7 @@ pin_project! {
             #[pin]
             inner: F,
             // After the future, so that it is dropped while its request is still in flight.
-            pass: Pass,
+            pass: Begun,
             version: Version,
         },
         // Boxed, because it is rare.
@@ -46,7 +47,7 @@ pin_project! {
 
 impl<F, B> GracefulFuture<F, B> {
     #[inline]
-    pub(super) fn counted(inner: F, pass: Pass, version: Version) -> Self {
+    pub(super) fn counted(inner: F, pass: Begun, version: Version) -> Self {
         Self {
             state: State::Counted {
                 inner,
@@ -94,7 +95,7 @@ where
                 };
                 // The future, and then its request, unless the body has it.
                 let pass = match self.project().state.project_replace(State::Over) {
-                    StateOwn::Counted { pass, .. } if !ends => Some(pass),
+                    StateOwn::Counted { pass, .. } => Some(pass.answered()).filter(|_| !ends),
                     _ => None,
                 };
                 polled.map_ok(|it| it.map(|body| GracefulBody::inner(body, pass)))

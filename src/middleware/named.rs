@@ -1,7 +1,7 @@
 use http::Request;
 
 use super::refusal::original_path;
-use crate::{handle::Pass, timeline::Shared};
+use crate::{handle::Begun, timeline::Shared};
 
 /// A request on the roll of those in flight. Dropping it strikes it out.
 pub(super) struct Named {
@@ -11,7 +11,7 @@ pub(super) struct Named {
 
 impl Named {
     /// Where requests are known by name, and while there is somebody who could ask.
-    pub(super) fn new<B>(pass: &Pass, request: &Request<B>) -> Option<Self> {
+    pub(super) fn new<B>(pass: &Begun, request: &Request<B>) -> Option<Self> {
         if !pass.word().is_named() {
             return None;
         }

@@ -1,4 +1,12 @@
-//! Refusing a request so that its client reads the refusal.
+//! The answer to a refused request.
+//!
+//! While the service drains, the request's body is read before the answer goes out. Where a server
+//! answers at once and closes, the client's next write fails, and many clients report that failure
+//! and never read the answer. The reading has bounds: in bytes, in time, and in how many refusals
+//! read at once.
+//!
+//! Above the limit the answer goes out at once. An overloaded service that read the uploads it
+//! refuses would spend on them what the limit is there to save.
 
 use std::{
     pin::Pin,
@@ -7,7 +15,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Method, Request, Response, header, header::Entry};
+use http::{HeaderMap, Method, Request, Response, Version, header, header::Entry};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use tokio::{
@@ -17,7 +25,7 @@ use tokio::{
 
 use crate::{
     gate::Refused,
-    handle::Entrance,
+    handle::{Entrance, Reader},
     leaving,
     phase::Phase,
     policy,
@@ -27,8 +35,7 @@ use crate::{
 };
 
 /// How much of a refused request's body is read, for how long, and through how long a silence,
-/// before the answer goes out regardless. Where a server answers at once and closes, the client's
-/// next write fails, and many clients report that failure and never read the answer.
+/// before the answer goes out regardless.
 const MOST_BYTES: u64 = 16 * 1024 * 1024;
 const MOST_TIME: Duration = Duration::from_secs(5);
 const MOST_SILENCE: Duration = Duration::from_secs(1);
@@ -46,39 +53,34 @@ const BEFORE_CUT: Duration = Duration::from_millis(150);
 /// How many frames are read before other tasks have their turn.
 const FRAMES_AT_ONCE: usize = 64;
 
-/// Whether a request is never refused: a probe, or an exempt path.
+/// Whether a request is never refused: to a route of a probe, or to an exempt path.
 pub(super) fn is_exempt<B>(entrance: Entrance, request: &Request<B>) -> bool {
     let path = request.uri().path();
-    // The route where it is known, so that no path under a wildcard passes for a probe.
-    let probe = || policy::is_probe(matched_path(request).unwrap_or(path));
     let exempts = &entrance.rules().exempt;
     let exempt = |path: &str| exempts.iter().any(|exempt| exempt == path);
+    entrance.leads_to_probe()
+        || is_for_probes_inside(entrance, request)
+        || exempt(path)
+        || original_path(request).is_some_and(exempt)
+}
+
+/// Whether a request that no router has seen is for a probe: the path is one of those that the
+/// probes have at the root, and there is a router with the probes.
+fn is_for_probes_inside<B>(entrance: Entrance, request: &Request<B>) -> bool {
     // Probes keep what is behind the entrance alive.
-    let probes = || {
-        entrance
-            .gate()
-            .is_some_and(|shared| shared.probes.get().is_some())
-    };
-    probes() && probe() || exempt(path) || original_path(request).is_some_and(exempt)
+    let has_probes = || entrance.gate().is_some_and(|it| it.probes.get().is_some());
+    let path = request.uri().path();
+    original_path(request).is_none()
+        && (path == policy::LIVEZ || path == policy::READYZ)
+        && has_probes()
 }
 
-/// The route axum has chosen.
-#[cfg(feature = "axum")]
-fn matched_path<B>(request: &Request<B>) -> Option<&str> {
-    let matched = request.extensions().get::<axum::extract::MatchedPath>()?;
-    Some(matched.as_str())
-}
-
-/// The path before axum's `nest` took its prefix off.
+/// The path before axum's `nest` took its prefix off. Every router of axum notes it before it
+/// chooses a route.
 #[cfg(feature = "axum")]
 pub(super) fn original_path<B>(request: &Request<B>) -> Option<&str> {
     let original = request.extensions().get::<axum::extract::OriginalUri>()?;
     Some(original.0.path())
-}
-
-#[cfg(not(feature = "axum"))]
-fn matched_path<B>(_: &Request<B>) -> Option<&str> {
-    None
 }
 
 #[cfg(not(feature = "axum"))]
@@ -116,8 +118,8 @@ pub(super) fn refuse<B>(entrance: Entrance, request: Request<B>, refused: Refuse
         least_phase: refused.least_phase(),
         shared: entrance.gate(),
         response: Some(response),
-        // Reading would send the 100 that this answer takes the place of.
-        body: (!expects_continue(request.headers())).then(|| request.into_body()),
+        body: reads_body(refused, &request).then(|| request.into_body()),
+        reader: None,
         bytes_left: MOST_BYTES,
         silence: if grpc { GRPC_SILENCE } else { MOST_SILENCE },
         last: None,
@@ -137,6 +139,8 @@ pin_project! {
         response: Option<Response<Bytes>>,
         #[pin]
         body: Option<B>,
+        // From the first poll of the body on.
+        reader: Option<Reader>,
         bytes_left: u64,
         silence: Duration,
         // When the answer goes out at the latest. Known from the first poll.
@@ -155,6 +159,7 @@ impl<B: Body> Future for Refusal<B> {
         ready!(self.as_mut().poll_body(cx));
         let mut this = self.project();
         this.body.set(None);
+        *this.reader = None;
         this.response.take().map_or(Poll::Pending, Poll::Ready)
     }
 }
@@ -183,6 +188,12 @@ impl<B: Body> Refusal<B> {
             };
             // What cannot be read to its end need not be read at all.
             if now >= last || body.is_end_stream() || body.size_hint().lower() > *this.bytes_left {
+                return Poll::Ready(());
+            }
+            if this.reader.is_none() {
+                *this.reader = this.entrance.begin_reading();
+            }
+            if this.reader.is_none() {
                 return Poll::Ready(());
             }
             match body.poll_frame(cx) {
@@ -223,11 +234,25 @@ impl<B: Body> Refusal<B> {
     }
 }
 
-/// Whether the client has announced that it sends nothing before it is told to
+/// Whether the body of a refused request is read before the answer.
+fn reads_body<B>(refused: Refused, request: &Request<B>) -> bool {
+    match refused {
+        Refused::Full => false,
+        // To read it would send the 100 that this answer takes the place of.
+        Refused::Draining => !expects_continue(request.version(), request.headers()),
+    }
+}
+
+/// Whether the client waits for `100 Continue` before it sends the body, and the server sends one
+/// as soon as the body is read
 /// ([RFC 9110 §10.1.1](https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)).
-fn expects_continue(headers: &HeaderMap) -> bool {
-    headers.get_all(header::EXPECT).iter().any(|value| {
-        let mut expectations = value.as_bytes().split(|byte| *byte == b',');
-        expectations.any(|it| it.trim_ascii().eq_ignore_ascii_case(b"100-continue"))
-    })
+///
+/// Over HTTP/1.0 the expectation is ignored. Over HTTP/2 hyper sends no 100, so its clients send the
+/// body without one, after a time of their own.
+fn expects_continue(version: Version, headers: &HeaderMap) -> bool {
+    version == Version::HTTP_11
+        && headers.get_all(header::EXPECT).iter().any(|value| {
+            let mut expectations = value.as_bytes().split(|byte| *byte == b',');
+            expectations.any(|it| it.trim_ascii().eq_ignore_ascii_case(b"100-continue"))
+        })
 }

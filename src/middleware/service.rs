@@ -8,6 +8,8 @@ use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
 
+#[cfg(feature = "axum")]
+use super::probe_route;
 use super::{
     body::GracefulBody, future::GracefulFuture, named::Named, refusal, special::SpecialFuture,
 };
@@ -17,10 +19,28 @@ use crate::handle::Entrance;
 ///
 /// To clone it is to clone the service inside and to copy a pointer. It does not keep the lifecycle
 /// alive: see [`Graceful`](crate::Graceful).
-#[derive(Clone)]
 pub struct GracefulService<S> {
     inner: S,
     entrance: Entrance,
+}
+
+#[cfg(feature = "axum")]
+impl<S: Clone> Clone for GracefulService<S> {
+    #[inline]
+    fn clone(&self) -> Self {
+        let (inner, entrance) = probe_route::clone(&self.inner, self.entrance);
+        Self { inner, entrance }
+    }
+}
+
+#[cfg(not(feature = "axum"))]
+impl<S: Clone> Clone for GracefulService<S> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            entrance: self.entrance,
+        }
+    }
 }
 
 impl<S> GracefulService<S> {

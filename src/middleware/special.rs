@@ -13,7 +13,7 @@ use pin_project_lite::pin_project;
 
 use super::{body::GracefulBody, named::Named, refusal::Refusal};
 use crate::{
-    handle::{Entrance, Pass},
+    handle::{Begun, Entrance},
     leaving,
     phase::Phase,
     timeline::Shared,
@@ -28,7 +28,7 @@ pin_project! {
             #[pin]
             inner: F,
             named: Named,
-            pass: Pass,
+            pass: Begun,
             version: Version,
         },
         /// Let pass without being counted, where it would have been refused.
@@ -69,7 +69,7 @@ where
     #[cold]
     #[inline(never)]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let result = match self.as_mut().project() {
+        let mut result = match self.as_mut().project() {
             SpecialProj::Named { inner, .. } | SpecialProj::Exempt { inner, .. } => {
                 ready!(inner.poll(cx))
             }
@@ -81,17 +81,19 @@ where
         };
         // Drops the future inside, before its request is released.
         let own = self.project_replace(Self::Over);
-        let mut response = result?;
-        Poll::Ready(Ok(match own {
+        Poll::Ready(match own {
             SpecialOwn::Named {
                 named,
                 pass,
                 version,
                 ..
             } => {
-                ask_to_leave(&mut response, &pass, version);
-                named.streams();
-                response.map(|body| GracefulBody::named(body, named, pass))
+                if let Ok(response) = &mut result {
+                    ask_to_leave(response, &pass, version);
+                    named.streams();
+                }
+                let pass = pass.answered();
+                result.map(|it| it.map(|body| GracefulBody::named(body, named, pass)))
             }
             SpecialOwn::Exempt {
                 entrance,
@@ -99,20 +101,24 @@ where
                 version,
                 ..
             } => {
-                if leaves(entrance.phase().max(least_phase), || entrance.gate()) {
-                    leaving::say_close(&mut response, version);
+                if let Ok(response) = &mut result {
+                    if leaves(entrance.phase().max(least_phase), || entrance.gate()) {
+                        leaving::say_close(response, version);
+                    }
                 }
-                response.map(GracefulBody::uncounted)
+                result.map(|it| it.map(GracefulBody::uncounted))
             }
-            SpecialOwn::Refused { .. } | SpecialOwn::Over => response.map(GracefulBody::uncounted),
-        }))
+            SpecialOwn::Refused { .. } | SpecialOwn::Over => {
+                result.map(|it| it.map(GracefulBody::uncounted))
+            }
+        })
     }
 }
 
 /// Has a response ask its client to leave, if the service stops.
 #[cold]
 #[inline(never)]
-pub(super) fn ask_to_leave<B>(response: &mut Response<B>, pass: &Pass, version: Version) {
+pub(super) fn ask_to_leave<B>(response: &mut Response<B>, pass: &Begun, version: Version) {
     if leaves(pass.word().phase(), || pass.gate()) {
         leaving::say_close(response, version);
     }

@@ -61,13 +61,17 @@ pub struct Requests {
     pub in_flight: usize,
     /// Let in after that, in the lame-duck phase.
     pub admitted: usize,
-    /// Of these, how many ended: answered to the last byte, or left by their clients.
+    /// Of these, how many were answered. The server has taken the whole response, or its client has
+    /// left after the response had begun.
     pub finished: usize,
     /// Refused after that, while draining or above the limit.
     pub refused: usize,
     /// Still in flight when the time was over, or not wholly received by their clients, as far as the
     /// operating system says so: see [`CutConnection::undelivered`].
     pub cut: usize,
+    /// Dropped before they had a response, by their clients or by middleware outside the layer; not
+    /// among `finished`. Those that ended because of the cut are in `cut` alone.
+    pub dropped: usize,
 }
 
 /// A request that was in flight when the cut came. See [`Report::requests_cut`](crate::Report::requests_cut).

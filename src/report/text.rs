@@ -74,15 +74,24 @@ impl Report {
             (requests.finished, " finished"),
             (requests.refused, " refused"),
             (requests.cut, " cut"),
+            (requests.dropped, " dropped"),
         ];
         let figures = figures.iter().filter(|(count, _)| *count > 0);
-        let figures: Vec<_> = figures
-            .map(|(count, what)| format!("{count}{what}"))
-            .collect();
-        if figures.is_empty() {
+        let mut figures = figures.map(|(count, what)| format!("{count}{what}"));
+        let Some(first) = figures.next() else {
             return Ok(());
+        };
+        let (mut indent, mut text) = (2, format!("requests: {first}"));
+        for figure in figures {
+            // With the comma that follows where the line goes on.
+            if indent + text.len() + ", ,".len() + figure.len() > WIDTH {
+                line(f, indent, &format!("{text},"))?;
+                (indent, text) = (4, figure);
+            } else {
+                text = format!("{text}, {figure}");
+            }
         }
-        line(f, 2, &format!("requests: {}", figures.join(", ")))
+        line(f, indent, &text)
     }
 
     fn write_given_up(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -238,9 +247,10 @@ mod tests {
         report.requests = Requests {
             in_flight: 3,
             admitted: 2,
-            finished: 3,
+            finished: 1,
             refused: 7,
             cut: 2,
+            dropped: 2,
         };
         report.remaining = Remaining {
             requests: 1,
@@ -290,7 +300,8 @@ mod tests {
              \n  cleanup               0.750 s  |                           =====|\
              \n    mailer              3.600 s  |      =======================   |  cut\
              \n    database            0.400 s  |                             ===|  done\
-             \n  requests: 3 in flight when it began, 2 more, 3 finished, 7 refused, 2 cut\
+             \n  requests: 3 in flight when it began, 2 more, 1 finished, 7 refused, 2 cut,\
+             \n    2 dropped\
              \n  given up: 1 request, 1 hold, 5 connections, 1 worker\
              \n    GET /export 28.4 s, body streaming\
              \n    hold order mail 3.1 s\

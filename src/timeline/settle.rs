@@ -265,6 +265,8 @@ impl Shared {
                 servers,
                 workers: 0,
             },
+            // After the count, so that no request that has left it is missing here.
+            dropped: self.since_serving().dropped,
             given_up,
             connections,
             hurried: false,

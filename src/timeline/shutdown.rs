@@ -8,6 +8,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::Shared;
 use crate::{
     events::Reason,
+    gate::SinceServing,
     phase::Phase,
     plan::{Deadlines, instant_after},
     registry::Left,
@@ -138,6 +139,8 @@ pub(super) enum Expiring {
 
 pub(super) struct Cut {
     pub(super) at: Instant,
+    /// Requests dropped without a response until then: those that the cut drops are cut.
+    pub(super) dropped: usize,
     pub(super) remaining: Remaining,
     /// But for the connections.
     pub(super) given_up: GivenUp,
@@ -283,7 +286,7 @@ impl Shutdown {
         &self,
         reason: Reason,
         server_error: Option<String>,
-        (admitted, refused): (usize, usize),
+        figures: SinceServing,
         tasks: Vec<Task>,
         now: Instant,
     ) -> Report {
@@ -337,7 +340,8 @@ impl Shutdown {
             *phase = ended.saturating_duration_since(*begun);
         }
         // What is left of them after the cut has not been answered.
-        let begun = self.in_flight + admitted;
+        let begun = self.in_flight + figures.admitted;
+        let dropped = cut.map_or(figures.dropped, |cut| cut.dropped);
         Report {
             trigger: self.trigger,
             outcome,
@@ -345,10 +349,11 @@ impl Shutdown {
             cleanup: now.saturating_duration_since(closed),
             requests: Requests {
                 in_flight: self.in_flight,
-                admitted,
-                finished: begun.saturating_sub(requests_cut),
-                refused,
+                admitted: figures.admitted,
+                finished: begun.saturating_sub(requests_cut + dropped),
+                refused: figures.refused,
                 cut: requests_cut.min(begun),
+                dropped,
             },
             remaining,
             given_up: Arc::new(given_up.unwrap_or_default()),

@@ -54,7 +54,7 @@ async fn a_clean_report_has_the_exact_length_of_every_phase() {
          \x20 lame duck             5.000 s  |======================          |\n\
          \x20 draining              2.250 s  |                      ========= |\n\
          \x20 closing               0.125 s  |                               =|\n\
-         \x20 requests: 1 in flight when it began, 1 finished"
+         \x20 requests: 1 in flight when it began, 1 dropped"
     );
 }
 

@@ -6,6 +6,7 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -69,6 +70,128 @@ fn a_stream_that_foretells_its_end_is_released_with_its_last_frame() {
     assert_eq!(graceful.in_flight(), 1);
     assert_eq!(data(&mut body), "two");
     assert_eq!(graceful.in_flight(), 0);
+}
+
+/// From this size on a last frame does not end its request.
+const LARGE: usize = 16 * 1024;
+
+fn text_of(size: usize) -> &'static str {
+    "x".repeat(size).leak()
+}
+
+/// A body whose last frame was just taken, and whether it says that it has ended.
+fn last_frame_taken<B: Body<Data: Into<Bytes>, Error: std::fmt::Debug>>(
+    graceful: &Graceful,
+    body: &mut Spawn<B>,
+    size: usize,
+) -> bool {
+    assert_eq!(data(body).len(), size);
+    let (_, _, ended) = told(body);
+    assert_eq!(graceful.in_flight(), usize::from(!ended));
+    ended
+}
+
+/// The server asks for more when it has room, and only then the request is over.
+fn is_over_when_asked_again<B: Body>(graceful: &Graceful, body: &mut Spawn<B>) {
+    assert_eq!(told(body), (0, Some(0), false));
+    assert_eq!(graceful.in_flight(), 1);
+    for _ in 0..3 {
+        assert!(assert_ready!(frame(body)).is_none());
+        assert_eq!(told(body), (0, Some(0), true));
+        assert_eq!(graceful.in_flight(), 0);
+    }
+}
+
+#[test]
+fn a_large_last_frame_is_in_flight_until_the_server_asks_for_more() {
+    for name in [false, true] {
+        let graceful = Graceful::builder().name_requests(name).build().unwrap();
+        let mut body = through(&graceful, Full::<Bytes>::from(text_of(LARGE)));
+        assert!(!last_frame_taken(&graceful, &mut body, LARGE));
+        is_over_when_asked_again(&graceful, &mut body);
+
+        let mut body = through(&graceful, Full::<Bytes>::from(text_of(LARGE - 1)));
+        assert!(last_frame_taken(&graceful, &mut body, LARGE - 1), "{name}");
+    }
+}
+
+#[test]
+fn a_large_last_frame_is_in_flight_until_the_server_drops_the_body() {
+    for name in [false, true] {
+        let graceful = Graceful::builder().name_requests(name).build().unwrap();
+        let mut body = through(&graceful, Full::<Bytes>::from(text_of(LARGE)));
+        assert!(!last_frame_taken(&graceful, &mut body, LARGE));
+        drop(body);
+        assert_eq!(graceful.in_flight(), 0);
+    }
+}
+
+#[test]
+fn it_is_the_last_frame_that_is_large_or_not() {
+    let graceful = Graceful::new();
+    let steps = [Step::Data(text_of(LARGE)), Step::Data("end")];
+    let mut body = through(&graceful, Script::foretelling(steps));
+    assert_eq!(data(&mut body).len(), LARGE);
+    assert!(last_frame_taken(&graceful, &mut body, 3));
+
+    let steps = [Step::Data("begin"), Step::Data(text_of(LARGE))];
+    let mut body = through(&graceful, Script::foretelling(steps).hint(3, 70));
+    assert_eq!(data(&mut body), "begin");
+    assert_eq!(told(&mut body), (3, Some(70), false));
+    assert!(!last_frame_taken(&graceful, &mut body, LARGE));
+    is_over_when_asked_again(&graceful, &mut body);
+}
+
+#[test]
+fn while_the_service_stops_the_last_frame_of_any_size_is_in_flight_until_then() {
+    for name in [false, true] {
+        for delay in [0, 5] {
+            let builder = Graceful::builder().drain_delay(Duration::from_secs(delay));
+            let graceful = builder.name_requests(name).build().unwrap();
+            let mut bodies: Vec<_> = (0..2)
+                .map(|_| through(&graceful, Full::<Bytes>::from("all")))
+                .collect();
+            graceful.shutdown();
+            let mut body = bodies.remove(0);
+            assert_eq!(data(&mut body), "all");
+            assert_eq!(told(&mut body), (0, Some(0), false));
+            assert_eq!(graceful.in_flight(), 2);
+            drop(bodies);
+            is_over_when_asked_again(&graceful, &mut body);
+        }
+    }
+}
+
+#[test]
+fn a_body_that_is_held_is_not_polled_past_the_end_it_foretold() {
+    for name in [false, true] {
+        let graceful = Graceful::builder().name_requests(name).build().unwrap();
+        let script = Script::foretelling([Step::Data(text_of(LARGE))]);
+        let read = script.progress();
+        let mut body = through(&graceful, script);
+        assert!(!last_frame_taken(&graceful, &mut body, LARGE));
+        assert!(assert_ready!(frame(&mut body)).is_none());
+        assert_eq!(graceful.in_flight(), 0);
+        assert_eq!(read.polls(), 1);
+    }
+}
+
+#[test]
+fn trailers_end_a_request_also_while_the_service_stops() {
+    let graceful = Graceful::new();
+    let steps = [Step::Data(text_of(LARGE)), Step::Trailers];
+    let mut body = through(&graceful, Script::foretelling(steps));
+    graceful.shutdown();
+    assert_eq!(data(&mut body).len(), LARGE);
+    assert_eq!(graceful.in_flight(), 1);
+    assert!(
+        assert_ready!(frame(&mut body))
+            .unwrap()
+            .unwrap()
+            .is_trailers()
+    );
+    assert_eq!(graceful.in_flight(), 0);
+    assert!(body.enter(|_, body| body.is_end_stream()));
 }
 
 #[test]

@@ -110,21 +110,188 @@ fn figures() -> Response<Full<Bytes>> {
     whole("figures")
 }
 
-#[cfg(feature = "axum")]
-#[tokio::test]
-async fn a_path_under_a_wildcard_does_not_pass_for_a_probe() {
-    let (graceful, _busy) = full(prompt());
-    let app = routes("/files/{*path}")
-        .merge(graceful.probes())
-        .layer(graceful.layer());
-    assert_eq!(status(&app, "/files/readyz").await, 429);
-    assert_eq!(status(&app, "/files/a/livez").await, 429);
-    assert_eq!(status(&app, "/readyz").await, 200);
-}
-
 #[tokio::test]
 async fn without_the_probes_router_no_path_passes_for_a_probe() {
     let (graceful, _busy) = full(prompt());
     let app = routes("/readyz").layer(graceful.layer());
     assert_eq!(status(&app, "/readyz").await, 429);
+}
+
+#[cfg(feature = "axum")]
+mod spelled_like_a_probe {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use futures_util::future::join_all;
+    use tokio::sync::Semaphore;
+    use tower::ServiceBuilder;
+    use tower_http::trace::TraceLayer;
+
+    use super::*;
+
+    const SPELLINGS: [&str; 10] = [
+        "/tenant/readyz",
+        "/tenant/livez",
+        "/tenant/readyz?of=all",
+        "/expensive/7/readyz",
+        "/files/readyz",
+        "/files/a/b/livez",
+        "/lost/readyz",
+        "/lost//readyz",
+        "/lost/%72eadyz",
+        "/readyz/livez",
+    ];
+
+    /// Routes of a user's own, and a fallback, that end as the probes' paths do.
+    fn tenants() -> Router {
+        let work = || routing::get(|| async { "work" });
+        Router::new()
+            .route("/tenant/readyz", work())
+            .route("/tenant/livez", work())
+            .route("/expensive/{n}/readyz", work())
+            .route("/files/{*path}", work())
+            .route("/readyz/livez", work())
+            .fallback(|| async { "lost" })
+    }
+
+    #[tokio::test]
+    async fn no_route_of_a_user_passes() {
+        for (graceful, _busy) in [draining(prompt()), full(prompt())] {
+            let (layer, probes) = (graceful.layer(), graceful.probes::<()>());
+            let traced = Router::new()
+                .merge(tenants())
+                .merge(probes.clone())
+                .layer(TraceLayer::new_for_http())
+                .layer(layer.clone());
+            for (place, prefix, app) in [
+                (
+                    "inside",
+                    "",
+                    tenants().merge(probes.clone()).layer(layer.clone()),
+                ),
+                (
+                    "outside",
+                    "",
+                    tenants().layer(layer.clone()).merge(probes.clone()),
+                ),
+                ("below a TraceLayer", "", traced),
+                (
+                    "layer outside nest",
+                    "/sys",
+                    Router::new()
+                        .nest("/sys", tenants().merge(probes.clone()))
+                        .layer(layer.clone()),
+                ),
+                (
+                    "layer inside nest",
+                    "/sys",
+                    Router::new()
+                        .nest("/sys", tenants().merge(probes.clone()).layer(layer.clone())),
+                ),
+                (
+                    "as a service",
+                    "/sys",
+                    Router::new()
+                        .nest_service("/sys", tenants().merge(probes.clone()))
+                        .layer(layer.clone()),
+                ),
+                (
+                    "around the router",
+                    "",
+                    Router::new().fallback_service(
+                        ServiceBuilder::new()
+                            .layer(layer.clone())
+                            .service(tenants().merge(probes.clone())),
+                    ),
+                ),
+            ] {
+                for path in SPELLINGS {
+                    let status = status(&app, &format!("{prefix}{path}")).await;
+                    assert!([429, 503].contains(&status), "{place}: {path}: {status}");
+                }
+            }
+            // The layer outermost of all, as it stands in front of a server.
+            let app = ServiceBuilder::new()
+                .layer(layer)
+                .service(tenants().merge(probes));
+            for path in SPELLINGS {
+                let response = app.clone().oneshot(get(path)).await.unwrap();
+                let status = response.status().as_u16();
+                assert!([429, 503].contains(&status), "around all: {path}: {status}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_fallback_does_not_pass_where_the_probes_are_elsewhere() {
+        let (graceful, _busy) = full(prompt());
+        let app = tenants()
+            .nest("/sys", graceful.probes())
+            .layer(graceful.layer());
+        assert_eq!(status(&app, "/readyz").await, 429);
+        assert_eq!(status(&app, "/livez").await, 429);
+        assert_eq!(status(&app, "/sys/readyz").await, 200);
+    }
+
+    #[tokio::test]
+    async fn a_route_does_not_pass_where_the_probes_are_elsewhere() {
+        let (graceful, _busy) = full(prompt());
+        let app = routes("/readyz")
+            .nest("/sys", graceful.probes())
+            .layer(graceful.layer());
+        assert_eq!(status(&app, "/readyz").await, 429);
+        assert_eq!(status(&app, "/sys/readyz").await, 200);
+    }
+
+    #[tokio::test]
+    async fn the_probes_of_another_lifecycle_do_not_pass() {
+        let (graceful, _busy) = full(prompt());
+        let _own = graceful.probes::<()>();
+        let app = Graceful::new().probes::<()>().layer(graceful.layer());
+        assert_eq!(status(&app, "/readyz").await, 429);
+    }
+
+    #[tokio::test]
+    async fn a_probe_on_a_path_of_one_s_own_does_not_pass() {
+        let (graceful, _busy) = full(prompt());
+        let app: Router = Router::new()
+            .nest("/sys", graceful.probes())
+            .route_service("/readyz", graceful.readiness())
+            .layer(graceful.layer());
+        assert_eq!(status(&app, "/readyz").await, 429);
+        assert_eq!(status(&app, "/sys/readyz").await, 200);
+    }
+
+    #[tokio::test]
+    async fn fifty_at_once_are_held_to_a_limit_of_one() {
+        let graceful = prompt().max_in_flight(1).build().unwrap();
+        let (gate, most) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (inside, peak) = (Arc::clone(&gate), Arc::clone(&most));
+        let expensive = move || {
+            let (inside, peak) = (Arc::clone(&inside), Arc::clone(&peak));
+            async move {
+                peak.fetch_add(1, Ordering::Relaxed);
+                drop(inside.acquire().await);
+            }
+        };
+        let app: Router = Router::new()
+            .route("/expensive/{n}/readyz", routing::get(expensive))
+            .merge(graceful.probes())
+            .layer(graceful.layer());
+        let all = join_all((0..50).map(|n| {
+            let app = app.clone();
+            async move { status(&app, &format!("/expensive/{n}/readyz")).await }
+        }));
+        let (statuses, ()) = tokio::join!(all, async {
+            // While the one is inside, the probes answer.
+            assert_eq!(status(&app, "/readyz").await, 200);
+            assert_eq!(status(&app, "/livez").await, 200);
+            gate.add_permits(1);
+        });
+        assert_eq!(most.load(Ordering::Relaxed), 1);
+        assert_eq!(statuses.iter().filter(|it| **it == 200).count(), 1);
+        assert_eq!(statuses.iter().filter(|it| **it == 429).count(), 49);
+    }
 }

@@ -5,8 +5,9 @@ use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
 use http_body_util::Empty;
-use tower::ServiceExt;
+use tower::{ServiceBuilder, ServiceExt};
 use tower_graceful::{Graceful, Phase};
+use tower_http::trace::TraceLayer;
 
 use crate::support::{connection, draining, full, get, hold, lame_duck, prompt, text};
 
@@ -221,6 +222,34 @@ async fn wherever_they_are_mounted_probes_are_not_refused() {
                     .fallback(|| async { "lost" })
                     .layer(layer.clone()),
             ),
+            (
+                "below a TraceLayer",
+                "",
+                work.clone()
+                    .merge(probes.clone())
+                    .layer(TraceLayer::new_for_http())
+                    .layer(layer.clone()),
+            ),
+            (
+                "nested below a TraceLayer",
+                "/sys",
+                work.clone()
+                    .nest("/sys", probes.clone().layer(TraceLayer::new_for_http()))
+                    .layer(layer.clone()),
+            ),
+            (
+                "in a router with a state",
+                "/{tenant}/sys",
+                Router::new()
+                    .nest("/{tenant}/sys", graceful.probes::<u8>())
+                    .layer(layer.clone())
+                    .with_state(7),
+            ),
+            (
+                "layered before it is merged",
+                "",
+                work.clone().merge(probes.clone().layer(layer.clone())),
+            ),
         ] {
             let readiness = ask(&app, &format!("{prefix}/readyz")).await;
             assert_eq!(readiness, said(ready, phase.as_str()), "{place}");
@@ -229,6 +258,38 @@ async fn wherever_they_are_mounted_probes_are_not_refused() {
         }
         assert_eq!(graceful.in_flight(), 1);
     }
+}
+
+#[tokio::test]
+async fn a_layer_around_the_whole_router_lets_its_probes_pass() {
+    for (graceful, _busy) in [draining(prompt()), full(prompt())] {
+        let work: Router = Router::new().route("/work", routing::get(|| async { "done" }));
+        let ready = if graceful.is_ready() { 200 } else { 503 };
+        let app = ServiceBuilder::new()
+            .layer(graceful.layer())
+            .service(work.merge(graceful.probes()));
+        for (path, expected) in [
+            ("/readyz", ready),
+            ("/livez", 200),
+            ("/readyz?verbose", ready),
+        ] {
+            let response = app.clone().oneshot(get(path)).await.unwrap();
+            assert_eq!(response.status().as_u16(), expected, "{path}");
+            let body = text(response.into_body()).await;
+            assert_eq!(body, format!("{}\n", graceful.phase()), "{path}");
+        }
+        assert_eq!(graceful.in_flight(), 1);
+    }
+}
+
+#[tokio::test]
+async fn probes_are_counted_as_any_request_while_they_would_be_served_anyway() {
+    let graceful = Graceful::new();
+    let app: Router = graceful.probes().layer(graceful.layer());
+    let response = send(&app, Method::GET, "/readyz").await;
+    assert_eq!(graceful.in_flight(), 1);
+    drop(response);
+    assert_eq!(graceful.in_flight(), 0);
 }
 
 #[tokio::test]

@@ -13,12 +13,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, StatusCode};
+use http::{HeaderValue, Request, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Interval, interval, timeout};
 use tokio_test::{assert_pending, assert_ready_ok, task};
+use tower_graceful::Phase;
 
-use crate::support::{Script, Step, draining, full, prompt, refuse, whole};
+use crate::support::{Script, Step, draining, full, get, prompt, refuse, whole};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -27,32 +28,106 @@ fn post<B>(body: B) -> Request<B> {
 }
 
 #[test]
-fn a_refused_body_is_read_to_its_end_before_the_answer() {
-    let busy = [draining(prompt()), full(prompt())];
-    for (graceful, _busy) in busy {
-        let body = Script::new([
-            Step::Data("four"),
-            Step::Wait,
-            Step::Data("seven77"),
-            Step::Trailers,
-        ]);
+fn while_draining_a_refused_body_is_read_to_its_end_before_the_answer() {
+    let (graceful, _busy) = draining(prompt());
+    let body = Script::new([
+        Step::Data("four"),
+        Step::Wait,
+        Step::Data("seven77"),
+        Step::Trailers,
+    ]);
+    let read = body.progress();
+    // A runtime, for the clock that a wait needs.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    let _inside = runtime.enter();
+    let mut request = task::spawn(refuse(&graceful, post(body)));
+    assert_eq!(read.polls(), 0, "read by the future, not by the call");
+    assert_pending!(request.poll());
+    assert_eq!(read.bytes(), 4);
+    assert!(request.is_woken());
+    let response = assert_ready_ok!(request.poll());
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(read.bytes(), 11);
+    assert_eq!(read.polls(), 5, "up to and including the end");
+}
+
+#[tokio::test(start_paused = true)]
+async fn above_the_limit_the_answer_does_not_wait_for_the_body() {
+    let (graceful, busy) = full(prompt().drain_delay(Duration::from_secs(1)));
+    for phase in [Phase::Serving, Phase::LameDuck] {
+        assert_eq!(graceful.phase(), phase);
+        let body = Script::new([Step::Data("data"), Step::Wait]);
         let read = body.progress();
-        // A runtime, for the clock that a wait needs.
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_time()
-            .build()
-            .unwrap();
-        let _inside = runtime.enter();
         let mut request = task::spawn(refuse(&graceful, post(body)));
-        assert_eq!(read.polls(), 0, "read by the future, not by the call");
-        assert_pending!(request.poll());
-        assert_eq!(read.bytes(), 4);
-        assert!(request.is_woken());
         let response = assert_ready_ok!(request.poll());
-        assert!(!response.status().is_success());
-        assert_eq!(read.bytes(), 11);
-        assert_eq!(read.polls(), 5, "up to and including the end");
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(read.polls(), 0, "{phase:?}");
+        graceful.shutdown();
     }
+    drop(busy);
+}
+
+/// As many refusals as this may read bodies at the same time.
+const READERS: usize = 128;
+
+#[tokio::test(start_paused = true)]
+async fn only_so_many_refusals_read_bodies_at_the_same_time() {
+    let (graceful, _busy) = draining(prompt());
+    let mut readers: Vec<_> = (0..READERS)
+        .map(|_| task::spawn(refuse(&graceful, post(Slow::Stalled))))
+        .collect();
+    // A future that is not polled reads nothing and takes no place.
+    let unpolled = refuse(&graceful, post(Slow::Stalled));
+    for reader in &mut readers {
+        assert_pending!(reader.poll());
+    }
+    for reader in &mut readers {
+        assert_pending!(reader.poll(), "each keeps its place");
+    }
+    let answered_unread = || {
+        let body = Script::new([Step::Data("data")]);
+        let read = body.progress();
+        let mut request = task::spawn(refuse(&graceful, post(body)));
+        let response = assert_ready_ok!(request.poll());
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        read.polls() == 0
+    };
+    assert!(answered_unread(), "the next one answers at once");
+    drop(readers.pop());
+    assert!(
+        !answered_unread(),
+        "a refusal that is dropped gives its place back"
+    );
+    assert!(!answered_unread(), "and so does one that has answered");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    for reader in &mut readers {
+        assert_ready_ok!(reader.poll());
+    }
+    let mut again: Vec<_> = (0..READERS)
+        .map(|_| task::spawn(refuse(&graceful, post(Slow::Stalled))))
+        .collect();
+    for reader in &mut again {
+        assert_pending!(reader.poll());
+    }
+    drop(unpolled);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_without_a_body_takes_no_place_from_those_that_read() {
+    let (graceful, _busy) = draining(prompt());
+    let bodiless: Vec<_> = (0..READERS)
+        .map(|_| {
+            let mut request = task::spawn(refuse(&graceful, get("/")));
+            assert_ready_ok!(request.poll());
+            request
+        })
+        .collect();
+    let mut reader = task::spawn(refuse(&graceful, post(Slow::Stalled)));
+    assert_pending!(reader.poll());
+    drop(bodiless);
 }
 
 #[test]
@@ -252,6 +327,33 @@ fn a_body_that_waits_for_100_continue_is_never_polled() {
     }
 }
 
+/// What is read of the body of a refused request that says `Expect: 100-continue`.
+fn read_although_expecting(version: Version) -> usize {
+    let (graceful, _busy) = draining(prompt());
+    let body = Script::new([Step::Data("data")]);
+    let read = body.progress();
+    let mut request = post(body);
+    *request.version_mut() = version;
+    let expect = HeaderValue::from_static("100-continue");
+    request.headers_mut().insert("expect", expect);
+    let mut request = task::spawn(refuse(&graceful, request));
+    let response = assert_ready_ok!(request.poll());
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    read.bytes()
+}
+
+#[test]
+fn an_expectation_over_http10_is_ignored() {
+    assert_eq!(read_although_expecting(Version::HTTP_10), 4);
+}
+
+/// No server sends a 100 there, so its client sends the body anyway.
+#[test]
+fn an_expectation_over_http2_does_not_keep_the_body_from_being_read() {
+    assert_eq!(read_although_expecting(Version::HTTP_2), 4);
+    assert_eq!(read_although_expecting(Version::HTTP_11), 0);
+}
+
 #[test]
 fn a_request_body_that_fails_is_answered() {
     let (graceful, _busy) = draining(prompt());
@@ -287,7 +389,7 @@ fn on_http2_too_the_body_is_read_before_the_answer() {
     let body = Script::new([Step::Data("data")]);
     let read = body.progress();
     let mut request = post(body);
-    *request.version_mut() = http::Version::HTTP_2;
+    *request.version_mut() = Version::HTTP_2;
     let mut request = task::spawn(refuse(&graceful, request));
     assert_ready_ok!(request.poll());
     assert!(read.polls() > 0);
@@ -297,7 +399,7 @@ fn on_http2_too_the_body_is_read_before_the_answer() {
 async fn a_grpc_call_whose_stream_stays_open_is_answered_soon() {
     let (graceful, _busy) = draining(prompt());
     let mut request = post(Slow::Stalled);
-    let grpc = http::HeaderValue::from_static("application/grpc");
+    let grpc = HeaderValue::from_static("application/grpc");
     request.headers_mut().insert("content-type", grpc);
     let begun = Instant::now();
     let response = refuse(&graceful, request).await.unwrap();

@@ -17,6 +17,7 @@ fn requests(
     finished: usize,
     refused: usize,
     cut: usize,
+    dropped: usize,
 ) -> Requests {
     let mut requests = Requests::default();
     requests.in_flight = in_flight;
@@ -24,6 +25,7 @@ fn requests(
     requests.finished = finished;
     requests.refused = refused;
     requests.cut = cut;
+    requests.dropped = dropped;
     requests
 }
 
@@ -45,11 +47,11 @@ async fn the_figures_of_a_clean_stop_are_exact() {
     }
     drop((before, during));
     let report = report(&graceful).await;
-    assert_eq!(report.requests(), requests(3, 5, 8, 2, 0));
+    assert_eq!(report.requests(), requests(3, 5, 4, 2, 0, 4));
     assert!(
-        report
-            .to_string()
-            .ends_with("\n  requests: 3 in flight when it began, 5 more, 8 finished, 2 refused"),
+        report.to_string().ends_with(
+            "\n  requests: 3 in flight when it began, 5 more, 4 finished, 2 refused, 4 dropped"
+        ),
         "{report}"
     );
     // What comes after the end is no part of it.
@@ -69,7 +71,7 @@ async fn the_figures_of_a_forced_stop_are_exact() {
     drop((ends, also_ends));
     assert_eq!(quick_request(&graceful).await, 503);
     let report = report(&graceful).await;
-    assert_eq!(report.requests(), requests(2, 2, 2, 2, 2));
+    assert_eq!(report.requests(), requests(2, 2, 0, 2, 2, 2));
     assert_eq!(report.remaining().requests, 2);
     assert_eq!(report.outcome(), Outcome::Forced);
     assert!(report.requests_cut().is_empty(), "nobody asked for names");
@@ -83,7 +85,71 @@ async fn what_ends_after_the_cut_was_cut() {
     pass(s(10) + ms(100)).await;
     drop(held);
     let report = report(&graceful).await;
-    assert_eq!(report.requests(), requests(1, 0, 0, 0, 1));
+    assert_eq!(report.requests(), requests(1, 0, 0, 0, 1, 0));
+}
+
+/// A request that fails, or that is answered with a body of so many bytes.
+async fn answered(graceful: &Graceful, answer: Result<usize, &'static str>) {
+    let answer = answer.map(|size| Response::new(Full::new(Bytes::from(vec![0; size]))));
+    let handler = move |_: Request<Empty<Bytes>>| {
+        let answer = answer.clone();
+        async { answer }
+    };
+    let mut service = graceful.layer().layer(service_fn(handler));
+    if let Ok(response) = service.call(Request::new(Empty::new())).await {
+        response.into_body().collect().await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_dropped_before_it_is_answered_is_not_finished() {
+    for names in [false, true] {
+        let graceful = plan().name_requests(names).build().unwrap();
+        drop(request(&graceful));
+        let [gone, cancelled, polled] = [0; 3].map(|_| request(&graceful));
+        let mut polled = tokio_test::task::spawn(polled);
+        graceful.shutdown();
+        drop(gone);
+        assert!(polled.poll().is_pending());
+        let late = request(&graceful);
+        answered(&graceful, Ok(0)).await;
+        answered(&graceful, Ok(1)).await;
+        answered(&graceful, Ok(1_000_000)).await;
+        answered(&graceful, Err("broken")).await;
+        pass(DELAY).await;
+        drop((cancelled, polled, late));
+        let report = report(&graceful).await;
+        assert_eq!(report.outcome(), Outcome::Clean);
+        assert_eq!(report.requests(), requests(3, 5, 4, 0, 0, 4), "{names}");
+        assert!(report.to_string().contains(", 4 dropped"), "{report}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_cut_drops_is_cut_and_not_dropped() {
+    let graceful = without_delay();
+    let [gone, cut, also_cut] = [0; 3].map(|_| request(&graceful));
+    graceful.shutdown();
+    pass(s(1)).await;
+    drop(gone);
+    pass(s(9) + ms(100)).await;
+    drop((cut, also_cut));
+    let report = report(&graceful).await;
+    assert_eq!(report.requests(), requests(3, 0, 0, 0, 2, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_that_its_client_leaves_half_way_is_not_dropped() {
+    let graceful = without_delay();
+    let answer = |_: Request<Empty<Bytes>>| async {
+        Ok::<_, Infallible>(Response::new(Full::new(Bytes::from("body"))))
+    };
+    let mut service = graceful.layer().layer(service_fn(answer));
+    let response = service.call(Request::new(Empty::new())).await.unwrap();
+    graceful.shutdown();
+    drop(response);
+    let report = report(&graceful).await;
+    assert_eq!(report.requests(), requests(1, 0, 1, 0, 0, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -101,11 +167,11 @@ async fn a_request_is_finished_when_its_body_is_at_its_end() {
     assert_eq!(read.into_body().collect().await.unwrap().to_bytes(), "body");
     let report = report(&graceful).await;
     drop(unread);
-    assert_eq!(report.requests(), requests(2, 0, 1, 0, 1));
+    assert_eq!(report.requests(), requests(2, 0, 1, 0, 1, 0));
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_request_leaves_to_a_hold_is_finished_all_the_same() {
+async fn what_a_request_leaves_to_a_hold_is_held_without_the_request() {
     let graceful = without_delay();
     let held = request(&graceful);
     graceful.shutdown();
@@ -116,7 +182,7 @@ async fn what_a_request_leaves_to_a_hold_is_finished_all_the_same() {
     assert_eq!(report.outcome(), Outcome::Forced);
     assert_eq!(report.remaining().holds, 1);
     assert_eq!(report.remaining().requests, 0);
-    assert_eq!(report.requests(), requests(1, 0, 1, 0, 0));
+    assert_eq!(report.requests(), requests(1, 0, 0, 0, 0, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -147,7 +213,10 @@ async fn exempt_requests_let_pass_uncounted_are_in_no_figure() {
     let exempt = Request::get("/metrics").body(Empty::new()).unwrap();
     assert_eq!(service.call(exempt).await.unwrap().status(), 200);
     drop(held);
-    assert_eq!(report(&graceful).await.requests(), requests(1, 0, 1, 0, 0));
+    assert_eq!(
+        report(&graceful).await.requests(),
+        requests(1, 0, 0, 0, 0, 1)
+    );
 }
 
 /// A stop in which everything happens that can.
@@ -214,6 +283,7 @@ async fn the_debug_of_a_report_leaves_nothing_out() {
         "finished: 0",
         "refused: 0",
         "cut: 5",
+        "dropped: 0",
         "requests: 5, holds: 5, connections: 5, servers: 0, workers: 1",
         "path: \"/long/",
         "streaming: false",

@@ -1,0 +1,42 @@
+//! Whether a service is the route of a probe that `Graceful::probes` made.
+//!
+//! Such a route is never refused, and no other is. Its path cannot say so: the router of the probes
+//! may be nested anywhere, and a user may have routes that end in the same segment. What a route is
+//! shows when it is cloned. A router of axum keeps each route as a service and calls a clone of it.
+//! To clone the route is to clone every layer around it, and then the service inside.
+//!
+//! 1. A [`Probe`](crate::Probe) that `probes` made notes its lifecycle when it is cloned, in a cell of
+//!    the thread.
+//! 2. [`GracefulService`](super::GracefulService) clones the service inside between emptying the cell
+//!    and looking at it. What it finds there is a probe that it has just cloned.
+//! 3. The clone that is called therefore knows what it leads to. The original is called where nothing
+//!    was cloned, and then it is no route of a router.
+//!
+//! A router is cloned by counting a reference, so a service around a whole router sees no probe in
+//! it: all that such a service may let pass is decided by the path, in `refusal`.
+
+use std::cell::Cell;
+
+use crate::handle::Entrance;
+
+thread_local! {
+    // Without a destructor and known at compile time, so that to read it is one instruction.
+    static CLONED: Cell<Option<Entrance>> = const { Cell::new(None) };
+}
+
+/// Notes that the route of a probe is being cloned.
+pub(crate) fn note_clone(entrance: Entrance) {
+    CLONED.set(Some(entrance));
+}
+
+/// Clones a service. Returns the entrance for the clone: another one if it leads to a probe of the
+/// same lifecycle.
+#[inline]
+pub(super) fn clone<S: Clone>(service: &S, entrance: Entrance) -> (S, Entrance) {
+    CLONED.set(None);
+    let service = service.clone();
+    match CLONED.get() {
+        Some(probe) if probe.is_of_same_gate(entrance) => (service, probe),
+        _ => (service, entrance),
+    }
+}
