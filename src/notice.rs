@@ -169,6 +169,13 @@ impl Notice {
         woken.wake();
     }
 
+    /// Wakes the task that reads, to look at what has changed elsewhere.
+    #[cfg(feature = "axum")]
+    pub(crate) fn wake_reader(&self) {
+        let woken = lock!(self.wakers).of(Waiter::Read);
+        woken.wake();
+    }
+
     /// It was cut when something had been written, or tried to be. Asked by whoever writes.
     pub(crate) fn is_cut_short(&self) -> bool {
         self.told() == Told::Cut && self.wrote.load(Ordering::Relaxed)

@@ -15,7 +15,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::Line;
+use super::{Line, starved::Activity};
 use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
@@ -54,6 +54,7 @@ pin_project! {
         #[pin]
         io: I,
         stored: Stored,
+        activity: Activity,
         // After the IO, so that the connection is closed before it is struck out.
         entry: Entry,
     }
@@ -129,6 +130,7 @@ impl<I: 'static> GracefulIo<I> {
         Self {
             io,
             stored: Stored::default(),
+            activity: Activity::default(),
             entry: Entry(line),
         }
     }
@@ -137,7 +139,8 @@ impl<I: 'static> GracefulIo<I> {
 impl<I: 'static> GracefulIo<I> {
     /// The connection's line, on which is noted what is read from now on.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(super) fn noted(&self) -> Arc<Line> {
+    pub(super) fn noted(&mut self) -> Arc<Line> {
+        self.activity.is_owned();
         self.entry.0.heard.listen();
         Arc::clone(&self.entry.0)
     }
@@ -170,8 +173,13 @@ impl<I: AsyncRead + 'static> AsyncRead for GracefulIo<I> {
         this.entry.enter(this.stored, Waiter::Read, cx)?;
         let before = buf.filled().len();
         let result = this.io.poll_read(cx, buf);
+        if result.is_pending() && this.activity.is_idle(&this.entry.0.owner) {
+            // Its descriptor is needed. To the server this is a peer that has closed.
+            return Poll::Ready(Ok(()));
+        }
         let read = &buf.filled()[before..];
         if !read.is_empty() {
+            this.activity.read(read);
             this.entry.heard();
             #[cfg(all(feature = "axum", feature = "signal"))]
             this.entry.0.heard.note(read);
@@ -182,15 +190,19 @@ impl<I: AsyncRead + 'static> AsyncRead for GracefulIo<I> {
 
 impl<I: AsyncWrite + 'static> AsyncWrite for GracefulIo<I> {
     fn poll_write(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.to_write(cx)?.poll_write(cx, buf)
+        let result = self.as_mut().to_write(cx)?.poll_write(cx, buf);
+        self.project().activity.wrote(buf, result.is_ready());
+        result
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.to_write(cx)?.poll_flush(cx)
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let result = self.as_mut().to_write(cx)?.poll_flush(cx);
+        self.project().activity.flushed(result.is_ready());
+        result
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -198,11 +210,14 @@ impl<I: AsyncWrite + 'static> AsyncWrite for GracefulIo<I> {
     }
 
     fn poll_write_vectored(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.to_write(cx)?.poll_write_vectored(cx, bufs)
+        let result = self.as_mut().to_write(cx)?.poll_write_vectored(cx, bufs);
+        let first = bufs.first().map_or(&[][..], |first| first);
+        self.project().activity.wrote(first, result.is_ready());
+        result
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -11,6 +11,8 @@
 use std::process::ExitCode;
 
 #[cfg(unix)]
+mod activation;
+#[cfg(unix)]
 mod client;
 #[cfg(unix)]
 mod connections;
@@ -41,6 +43,8 @@ mod server;
 #[cfg(unix)]
 mod signals;
 #[cfg(unix)]
+mod starved;
+#[cfg(unix)]
 mod work;
 
 /// A promise, who makes it, and how it is kept.
@@ -66,6 +70,7 @@ fn main() -> ExitCode {
     // They wait most of the time.
     arguments.test_threads.get_or_insert(8);
     let rooms = [
+        activation::TESTS,
         readiness::TESTS,
         draining::TESTS,
         connections::TESTS,
@@ -77,6 +82,7 @@ fn main() -> ExitCode {
         long_lived::TESTS,
         refusal::TESTS,
         signals::TESTS,
+        starved::TESTS,
         work::TESTS,
     ];
     // These want the machine for themselves: beside them no other test could keep its times.
