@@ -159,9 +159,7 @@ impl<L: Listener> GracefulListener<L> {
         if want.is_some() {
             // For as long as this may last, nobody is to be kept away.
             let_in_handshakes(&*socket);
-            if self.socket.is_none() {
-                starved.begins(&socket);
-            }
+            starved.begins(&socket);
             self.socket = Some(socket);
             self.closing = Closing::Starved;
             self.close_idle();

@@ -118,11 +118,11 @@ pub(crate) struct Starved {
     /// A [`GracefulLayer`](crate::GracefulLayer) counts requests, so that it is known when none is
     /// in flight.
     layered: OnceLock<()>,
-    state: Mutex<State>,
+    waits: Mutex<Waits>,
 }
 
 #[derive(Default)]
-struct State {
+struct Waits {
     waiting: Vec<Arc<Socket>>,
     /// These have given up. They are kept until connections are gone, so that it can be counted
     /// what is in their queues.
@@ -151,46 +151,50 @@ impl Starved {
 
     /// When the last listener was done with waiting.
     pub(crate) fn over(&self) -> Option<Instant> {
-        lock!(self.state).over
+        lock!(self.waits).over
     }
 
     /// Closes the listeners that are left, now that connections are gone. Says how many
     /// connections have been reset so far.
     pub(crate) fn reset_queues(&self) -> usize {
-        let mut state = lock!(self.state);
-        let mut left = mem::take(&mut state.waiting);
-        left.append(&mut state.given_up);
+        let mut waits = lock!(self.waits);
+        let mut left = mem::take(&mut waits.waiting);
+        left.append(&mut waits.given_up);
         self.round.store(0, Ordering::Relaxed);
-        state.reset += left.iter().map(|socket| socket.reset_all()).sum::<usize>();
-        state.reset
+        waits.reset += left.iter().map(|socket| socket.reset_all()).sum::<usize>();
+        waits.reset
     }
 
+    /// The listener waits from now on, if it does not already.
     pub(super) fn begins(&self, socket: &Arc<Socket>) {
-        let mut state = lock!(self.state);
-        if state.waiting.is_empty() {
-            state.first = state.rounds;
-            state.next = None;
+        let mut waits = lock!(self.waits);
+        if waits.waiting.iter().any(|one| Arc::ptr_eq(one, socket)) {
+            return;
         }
-        state.waiting.push(Arc::clone(socket));
+        if waits.waiting.is_empty() {
+            waits.first = waits.rounds;
+            waits.next = None;
+        }
+        waits.waiting.push(Arc::clone(socket));
     }
 
     /// The wait is over, and perhaps the queue is not empty.
     pub(super) fn ends(&self, socket: &Arc<Socket>, emptied: bool) {
-        let mut state = lock!(self.state);
-        let seat = state
+        let mut waits = lock!(self.waits);
+        let seat = waits
             .waiting
             .iter()
             .position(|one| Arc::ptr_eq(one, socket));
         let Some(seat) = seat else {
             return;
         };
-        let socket = state.waiting.swap_remove(seat);
-        state.over = Some(Instant::now());
-        if state.waiting.is_empty() {
+        let socket = waits.waiting.swap_remove(seat);
+        waits.over = Some(Instant::now());
+        if waits.waiting.is_empty() {
             self.round.store(0, Ordering::Relaxed);
         }
         if !emptied && !socket.is_passed {
-            state.given_up.push(socket);
+            waits.given_up.push(socket);
         }
     }
 
@@ -198,14 +202,14 @@ impl Starved {
     /// first rounds they are only looked at.
     pub(super) fn begin_round(&self) -> Option<bool> {
         let now = Instant::now();
-        let mut state = lock!(self.state);
-        if state.next.is_some_and(|next| now < next) || state.waiting.is_empty() {
+        let mut waits = lock!(self.waits);
+        if waits.next.is_some_and(|next| now < next) || waits.waiting.is_empty() {
             return None;
         }
-        state.next = Some(now + ROUND);
-        state.rounds += 1;
-        self.round.store(state.rounds, Ordering::Relaxed);
-        Some(state.rounds > state.first + QUIET)
+        waits.next = Some(now + ROUND);
+        waits.rounds += 1;
+        self.round.store(waits.rounds, Ordering::Relaxed);
+        Some(waits.rounds > waits.first + QUIET)
     }
 }
 
@@ -216,55 +220,82 @@ impl Starved {
 /// HTTP/1 that was written to after the last read. A connection that carries anything else is never
 /// idle for certain: HTTP/2, in which a stream may be a tunnel; TLS; and what follows an upgrade or
 /// a `CONNECT`.
+///
+/// Small, because there may be very many connections.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Activity {
-    speaks: Speaks,
-    /// Something was read after the last write.
-    owes: bool,
-    /// The last write or flush was not ready. Where all has been handed over to be written, no
-    /// request need be in flight any more.
-    unsent: bool,
-    /// The round in which it was found to be quiet, or 0.
-    quiet: u32,
+    state: State,
+    /// The round in which the connection was found to be quiet, modulo 255 and plus 1, or 0.
+    quiet: u8,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Speaks {
+#[repr(u8)]
+enum State {
+    /// Nothing was read.
     #[default]
-    Nothing,
-    Http1,
+    Silent,
+    /// HTTP/1: something was read after the last write.
+    Asked,
+    /// HTTP/1: something was written after the last read.
+    Answered,
+    /// The same, but the last write or flush was not ready. Where all has been handed over to be
+    /// written, no request need be in flight any more.
+    Unsent,
+    /// Never idle for certain.
     Other,
 }
 
 impl Activity {
     /// The connection has an owner that closes it, whatever is read and written.
+    #[cfg(all(feature = "axum", feature = "signal"))]
     pub(super) fn is_owned(&mut self) {
-        self.speaks = Speaks::Other;
+        self.state = State::Other;
     }
 
     #[inline]
     pub(super) fn read(&mut self, read: &[u8]) {
         self.quiet = 0;
-        if !self.owes && self.speaks != Speaks::Other {
-            self.owes = true;
-            self.speaks = speaks(self.speaks, read);
+        if matches!(self.state, State::Silent | State::Answered | State::Unsent) {
+            self.begins(read);
         }
+    }
+
+    /// The peer begins to speak, or begins again. A piece that may be the beginning of something
+    /// else than a request of HTTP/1 is taken for it.
+    fn begins(&mut self, read: &[u8]) {
+        let may_begin = |what: &[u8]| read.iter().zip(what).all(|(one, other)| one == other);
+        let other = may_begin(b"PRI * HTTP/2.0") || may_begin(b"CONNECT ");
+        // An empty line may come before a further request.
+        let again = self.state != State::Silent;
+        let http1 = again || read.first().is_some_and(u8::is_ascii_uppercase);
+        self.state = if http1 && !other {
+            State::Asked
+        } else {
+            State::Other
+        };
     }
 
     /// These bytes, or the first of them, if it is ready.
     #[inline]
     pub(super) fn wrote(&mut self, bytes: &[u8], is_ready: bool) {
         self.quiet = 0;
-        self.owes = false;
-        self.unsent = !is_ready;
-        if bytes.starts_with(b"HTTP/1.1 101") {
-            self.speaks = Speaks::Other;
+        if self.state == State::Silent || bytes.starts_with(b"HTTP/1.1 101") {
+            self.state = State::Other;
+        }
+        if self.state != State::Other {
+            self.state = State::Answered;
+            self.flushed(is_ready);
         }
     }
 
     #[inline]
     pub(super) fn flushed(&mut self, is_ready: bool) {
-        self.unsent = !is_ready;
+        self.state = match self.state {
+            State::Answered if !is_ready => State::Unsent,
+            State::Unsent if is_ready => State::Answered,
+            state => state,
+        };
     }
 
     /// Whether the connection is idle for certain. To be asked when there is nothing to read.
@@ -276,33 +307,22 @@ impl Activity {
 
     #[cold]
     fn is_idle_in(&mut self, round: u32, shared: &Shared) -> bool {
+        // Less than 255.
+        #[expect(clippy::cast_possible_truncation)]
+        let round = (round % 255) as u8;
         if self.quiet == 0 {
-            self.quiet = round;
+            self.quiet = round + 1;
         }
-        round >= self.quiet + QUIET
-            && match self.speaks {
-                Speaks::Nothing => true,
-                Speaks::Http1 => {
-                    // Without a layer no request is counted.
-                    let counted = shared.starved.layered.get().is_some();
-                    !self.owes && !self.unsent && counted && shared.in_flight() == 0
-                }
-                Speaks::Other => false,
-            }
-    }
-}
-
-/// What a peer speaks that has begun to speak again. A piece that may be the beginning of something
-/// else than a request of HTTP/1 is taken for it.
-fn speaks(before: Speaks, read: &[u8]) -> Speaks {
-    let may_begin = |what: &[u8]| read.iter().zip(what).all(|(one, other)| one == other);
-    let other = may_begin(b"PRI * HTTP/2.0") || may_begin(b"CONNECT ");
-    // An empty line may come before a further request.
-    let http1 = before == Speaks::Http1 || read.first().is_some_and(u8::is_ascii_uppercase);
-    if http1 && !other {
-        Speaks::Http1
-    } else {
-        Speaks::Other
+        let rounds = (u16::from(round) + 255 - u16::from(self.quiet - 1)) % 255;
+        if u32::from(rounds) < QUIET {
+            return false;
+        }
+        match self.state {
+            State::Silent => true,
+            // Without a layer no request is counted.
+            State::Answered => shared.starved.layered.get().is_some() && shared.in_flight() == 0,
+            State::Asked | State::Unsent | State::Other => false,
+        }
     }
 }
 
@@ -330,9 +350,9 @@ mod tests {
 
     fn is_idle_after(activity: &mut Activity, graceful: &Graceful, rounds: u32) -> bool {
         let shared = graceful.shared();
-        let first = lock!(shared.starved.state).rounds;
+        let first = lock!(shared.starved.waits).rounds;
         let looks = (first + 1..=first + 1 + rounds).map(|round| {
-            lock!(shared.starved.state).rounds = round;
+            lock!(shared.starved.waits).rounds = round;
             shared.starved.round.store(round, Ordering::Relaxed);
             activity.is_idle(shared)
         });
