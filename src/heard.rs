@@ -27,20 +27,25 @@ impl Heard {
 
     #[inline]
     pub(crate) fn note(&self, read: &[u8]) {
+        let preface = self.preface.load(Relaxed);
+        if preface < WHOLE {
+            self.preface.store(compared(preface, read), Relaxed);
+        }
         if self.listening.load(Relaxed) {
             self.note_all(read);
         }
     }
 
     fn note_all(&self, read: &[u8]) {
-        let preface = self.preface.load(Relaxed);
-        if preface < WHOLE {
-            self.preface.store(compared(preface, read), Relaxed);
-        }
         // More than that are never read at once.
         #[expect(clippy::cast_possible_truncation)]
         let bytes = self.bytes().wrapping_add(read.len() as u32);
         self.bytes.store(bytes, Relaxed);
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    pub(crate) fn is_listened_to(&self) -> bool {
+        self.listening.load(Relaxed)
     }
 
     /// How many there were so far: another number if there were more.

@@ -27,12 +27,16 @@ pub(crate) enum Told {
     /// To go on.
     #[default]
     Stay,
+    /// The service stops. Nothing is to be done, but what passes is noted from now on.
+    Stopping,
     /// To leave when its turn in the spread has come.
     TakeTurns,
     /// To leave, if the peer can be told so without losing a request: by the GOAWAY of HTTP/2.
     Leave,
     /// To close when the last response is out, and at once where there is none to wait for.
     Close,
+    /// To close now where nothing is in flight and the peer says nothing.
+    Expire,
     /// To close now.
     Cut,
 }
@@ -42,9 +46,11 @@ impl Told {
     const fn of(told: u8) -> Self {
         match told {
             0 => Self::Stay,
-            1 => Self::TakeTurns,
-            2 => Self::Leave,
-            3 => Self::Close,
+            1 => Self::Stopping,
+            2 => Self::TakeTurns,
+            3 => Self::Leave,
+            4 => Self::Close,
+            5 => Self::Expire,
             _ => Self::Cut,
         }
     }
@@ -158,12 +164,10 @@ impl Notice {
             }
             // Release: partner of the Acquire in `told`.
             self.told.store(told as u8, Ordering::Release);
-            if told == Told::Cut {
-                // Whoever has more to wait for is stored again by the poll that the wake-up brings.
-                self.waits.store(0, Ordering::Relaxed);
-                mem::replace(&mut *wakers, Wakers::None)
-            } else {
-                wakers.of(Waiter::Owner)
+            match told {
+                Told::Stay | Told::Stopping => Wakers::None,
+                Told::TakeTurns | Told::Leave | Told::Close => wakers.of(Waiter::Owner),
+                Told::Expire | Told::Cut => self.take_all(&mut wakers),
             }
         };
         woken.wake();
@@ -174,6 +178,18 @@ impl Notice {
     pub(crate) fn wake_reader(&self) {
         let woken = lock!(self.wakers).of(Waiter::Read);
         woken.wake();
+    }
+
+    /// Wakes every task that waits for the connection, to look again at what it was told.
+    pub(crate) fn wake_all(&self) {
+        let woken = self.take_all(&mut lock!(self.wakers));
+        woken.wake();
+    }
+
+    /// Whoever has more to wait for is stored again by the poll that the wake-up brings.
+    fn take_all(&self, wakers: &mut Wakers) -> Wakers {
+        self.waits.store(0, Ordering::Relaxed);
+        mem::replace(wakers, Wakers::None)
     }
 
     /// It was cut when something had been written, or tried to be. Asked by whoever writes.
@@ -200,6 +216,10 @@ impl Notice {
             let woken = lock!(self.wakers).of(Waiter::Streams);
             woken.wake();
         }
+    }
+
+    pub(crate) fn has_streams(&self) -> bool {
+        self.streams.load(Ordering::Acquire) > 0
     }
 
     /// Ready when no task runs beside. When the last one ends, the task is woken.

@@ -17,13 +17,12 @@ use std::{
 
 use tokio::time::Instant;
 
-#[cfg(all(feature = "axum", feature = "signal"))]
-use crate::heard::Heard;
 use crate::{
+    heard::Heard,
     notice::{Notice, Told},
     report::CutConnection,
     spread::Place,
-    sync::{AtomicU32, Ordering, lock},
+    sync::{AtomicU8, AtomicU32, Ordering, lock},
 };
 
 /// Each connection keeps its owner `O` alive.
@@ -37,7 +36,6 @@ struct Open<O> {
     listeners: Listeners,
     /// When the first connection was opened.
     first: Option<Instant>,
-    last_heard: Option<Instant>,
     /// Connections so far.
     entered: u64,
     /// What everybody has been told.
@@ -60,7 +58,6 @@ impl<O> Default for Registry<O> {
                 lines: Vec::new(),
                 listeners: Listeners::default(),
                 first: None,
-                last_heard: None,
                 entered: 0,
                 told: Told::default(),
             }),
@@ -85,13 +82,13 @@ impl<O> Registry<O> {
         lock!(self.open).listeners.open -= 1;
     }
 
-    /// When a connection was last entered, or since the stop was asked for, read from.
-    pub(crate) fn last_heard(&self) -> Option<Instant> {
-        lock!(self.open).last_heard
-    }
-
-    pub(crate) fn heard(&self) {
-        lock!(self.open).last_heard = Some(Instant::now());
+    /// Whether a connection was entered, or while the service stops was read from, since this was
+    /// last asked.
+    pub(crate) fn take_stirred(&self) -> bool {
+        let open = lock!(self.open);
+        // Of each, because each is to be asked anew.
+        let stirred = open.lines.iter().filter(|line| line.flags.take(STIRRED));
+        stirred.count() > 0
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -114,11 +111,12 @@ impl<O> Registry<O> {
     pub(crate) fn insert(&self, owner: O, peer: Option<SocketAddr>) -> Arc<Line<O>> {
         let now = Instant::now();
         let mut open = lock!(self.open);
-        // Who connects while others are asked to leave has a request, and is asked with its answer.
+        // A client that connects while others are asked to leave has a request, and is asked with the
+        // response to it.
         let told = if open.told >= Told::Close {
             open.told
         } else {
-            Told::Stay
+            open.told.min(Told::Stopping)
         };
         let opened = now.saturating_duration_since(*open.first.get_or_insert(now));
         let seat = u32::try_from(open.lines.len()).expect("files are counted in 32 bits");
@@ -128,13 +126,13 @@ impl<O> Registry<O> {
             opened: u64::try_from(opened.as_nanos()).unwrap_or(u64::MAX),
             seat: AtomicU32::new(seat),
             place: Place::nth(open.entered),
-            #[cfg(all(feature = "axum", feature = "signal"))]
             heard: Heard::default(),
+            flags: Flags::new(STIRRED),
+            undelivered: AtomicU32::new(0),
             notice: Notice::new(told),
         });
         open.lines.push(Arc::clone(&line));
         open.entered += 1;
-        open.last_heard = Some(now);
         line
     }
 
@@ -152,16 +150,29 @@ impl<O> Registry<O> {
         left
     }
 
-    /// The connections that are open, for the report: the oldest first.
-    pub(crate) fn list(&self, now: Instant) -> Vec<CutConnection> {
+    /// The connections that are open at the cut, the oldest first. What becomes of each is known
+    /// when it has been closed.
+    pub(crate) fn list(&self, now: Instant) -> Vec<Left<O>> {
         let mut list: Vec<_> = {
             let open = lock!(self.open);
-            let first = open.first.unwrap_or(now);
-            let lines = open.lines.iter();
-            lines.map(|line| line.describe(first, now)).collect()
+            let first = now.saturating_duration_since(open.first.unwrap_or(now));
+            let lines = open.lines.iter().cloned();
+            let left = lines.map(|line| Left {
+                age: first.saturating_sub(Duration::from_nanos(line.opened)),
+                line,
+            });
+            left.collect()
         };
-        list.sort_by_key(|connection| Reverse(connection.age));
+        list.sort_by_key(|left| Reverse(left.age));
         list
+    }
+
+    /// Has every connection look again at what it was told.
+    pub(crate) fn wake_all(&self) {
+        let lines = lock!(self.open).lines.clone();
+        for line in lines {
+            line.notice.wake_all();
+        }
     }
 
     /// Whether everybody who was there has been told to leave.
@@ -215,18 +226,113 @@ pub(crate) struct Line<O> {
     seat: AtomicU32,
     #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
     pub(crate) place: Place,
-    /// Noted for who asks.
-    #[cfg(all(feature = "axum", feature = "signal"))]
     pub(crate) heard: Heard,
+    pub(crate) flags: Flags,
+    /// Bytes that the peer had not acknowledged when the connection was cut.
+    pub(crate) undelivered: AtomicU32,
     pub(crate) notice: Notice,
 }
 
 impl<O> Line<O> {
-    fn describe(&self, first: Instant, now: Instant) -> CutConnection {
-        let age = now.saturating_duration_since(first);
+    /// Notes that something was read while the service stops.
+    #[cold]
+    pub(crate) fn read_while_stopping(&self, told: Told) {
+        let asked = if self.is_served() {
+            Told::Leave
+        } else {
+            Told::Close
+        };
+        let answers = if told >= asked { ANSWERS } else { 0 };
+        self.flags.set(STIRRED | answers);
+    }
+
+    /// Whether streams of HTTP/2 may be open, a while after the peer was asked to leave. The GOAWAY
+    /// comes with a ping. A peer that is there answers it, and then the connection closes with its
+    /// last stream.
+    pub(crate) fn may_have_streams(&self) -> bool {
+        self.flags.has(ANSWERS) || self.has_streams()
+    }
+
+    /// `serve` has it, and sends the GOAWAY as soon as the connection is told to leave. Other servers
+    /// send it when they close their connections.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    fn is_served(&self) -> bool {
+        self.heard.is_listened_to()
+    }
+
+    #[cfg(not(all(feature = "axum", feature = "signal")))]
+    fn is_served(&self) -> bool {
+        false
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    fn has_streams(&self) -> bool {
+        self.notice.has_streams()
+    }
+
+    #[cfg(not(all(feature = "axum", feature = "signal")))]
+    fn has_streams(&self) -> bool {
+        false
+    }
+}
+
+/// Something was read since this was last looked at. Kept only while the service stops.
+const STIRRED: u8 = 1;
+/// Something was read since the peer was asked to leave.
+const ANSWERS: u8 = 2;
+/// Its server has let go of it, and it waits for the peer to take the rest.
+pub(crate) const LINGERS: u8 = 4;
+/// A response went out while the service stopped.
+pub(crate) const RESPONDED: u8 = 8;
+
+/// What is noted of a connection, one bit each. `Relaxed`: they say nothing about anything else in
+/// memory.
+#[derive(Debug)]
+pub(crate) struct Flags(AtomicU8);
+
+impl Flags {
+    fn new(flags: u8) -> Self {
+        Self(AtomicU8::new(flags))
+    }
+
+    pub(crate) fn has(&self, flag: u8) -> bool {
+        self.0.load(Ordering::Relaxed) & flag != 0
+    }
+
+    /// Writes only where something changes.
+    pub(crate) fn set(&self, flags: u8) {
+        if self.0.load(Ordering::Relaxed) & flags != flags {
+            self.0.fetch_or(flags, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes a flag back, and says whether it was set.
+    fn take(&self, flag: u8) -> bool {
+        self.has(flag) && self.0.fetch_and(!flag, Ordering::Relaxed) & flag != 0
+    }
+}
+
+/// A connection that was open at the cut.
+pub(crate) struct Left<O> {
+    pub(crate) line: Arc<Line<O>>,
+    age: Duration,
+}
+
+impl<O> Left<O> {
+    pub(crate) fn undelivered(&self) -> u32 {
+        self.line.undelivered.load(Ordering::Relaxed)
+    }
+
+    /// Its server had let go of it, so that no request is counted for what it still owed.
+    pub(crate) fn lingered(&self) -> bool {
+        self.line.flags.has(LINGERS)
+    }
+
+    pub(crate) fn describe(&self) -> CutConnection {
         CutConnection {
-            peer: self.peer,
-            age: age.saturating_sub(Duration::from_nanos(self.opened)),
+            peer: self.line.peer,
+            age: self.age,
+            undelivered: self.undelivered().into(),
         }
     }
 }
@@ -235,11 +341,11 @@ impl<O> Line<O> {
 mod tests {
     use super::*;
 
-    /// With the counts of its `Arc` it fills what an allocator has for 120 bytes.
+    /// With the counts of its `Arc` it fills what an allocator has for 128 bytes.
     #[test]
     fn a_line_is_small() {
         assert!(
-            size_of::<Line<Arc<()>>>() <= 104,
+            size_of::<Line<Arc<()>>>() <= 112,
             "{}",
             size_of::<Line<Arc<()>>>()
         );

@@ -29,6 +29,7 @@ use crate::{
     leaving,
     notice::{Stored, Told, Waiter},
     phase::Phase,
+    registry::RESPONDED,
     spread::TURN,
     timeline::LINGER,
 };
@@ -151,12 +152,12 @@ where
                 return Poll::Ready(());
             }
             let leaves = match told {
-                Told::Stay => false,
+                Told::Stay | Told::Stopping => false,
                 Told::TakeTurns => {
                     heard.is_http2() && this.owner.poll_turn(this.turn, cx).is_ready()
                 }
                 Told::Leave => heard.is_http2(),
-                Told::Close | Told::Cut => true,
+                Told::Close | Told::Expire | Told::Cut => true,
             };
             if !leaves || *this.asked == told {
                 return Poll::Pending;
@@ -242,6 +243,7 @@ impl Owner {
     /// Asks the peer to leave, with this response, if its turn has come.
     #[cold]
     fn ask_to_leave(&self, response: &mut Response, version: Version, phase: Phase) {
+        self.0.flags.set(RESPONDED);
         let http2 = version == Version::HTTP_2;
         if self.is_spread(phase) {
             if time::Instant::now() < self.turn() {

@@ -8,18 +8,24 @@ use std::{
     time::Duration,
 };
 
-use pin_project_lite::pin_project;
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
 
-use super::{Line, starved::Activity};
+use super::{
+    Line,
+    linger::{self, FAREWELL},
+    send_queue::unacknowledged,
+    starved::Activity,
+};
 use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
     phase::Phase,
+    registry::RESPONDED,
+    sync::Ordering,
 };
 
 impl Graceful {
@@ -29,7 +35,9 @@ impl Graceful {
     /// `TcpStream` on which something has been written is then reset, so that no half response
     /// looks like a whole one, and the report names its peer; of IO that wraps one neither is known.
     ///
-    /// With axum's server use [`listener`](Self::listener) instead.
+    /// A `TcpStream` or `UnixStream` is closed as [`GracefulIo`] says, other IO is dropped. So track
+    /// what TLS is spoken on, not the stream of TLS. With axum's server use
+    /// [`listener`](Self::listener) instead.
     ///
     /// ```
     /// # use tower_graceful::Graceful;
@@ -39,37 +47,85 @@ impl Graceful {
     /// ```
     pub fn track<I: 'static>(&self, io: I) -> GracefulIo<I> {
         let peer = tcp(&io).and_then(|tcp| tcp.peer_addr().ok());
-        GracefulIo::new(self, io, peer)
+        let linger = linger::is_socket(&io).then_some(linger::socket as Linger<I>);
+        GracefulIo::new(self, io, peer, linger)
     }
 }
 
-pin_project! {
-    /// A connection that is counted, and cut at the drain deadline. Made by [`Graceful::track`]
-    /// and by the listener of [`Graceful::listener`].
-    ///
-    /// Reads and writes go to the wrapped IO as they are, vectored writes included. Once the
-    /// connection is cut, every read, write, flush and shutdown fails with
-    /// [`ConnectionAborted`](io::ErrorKind::ConnectionAborted), and whoever waits for it is woken.
-    pub struct GracefulIo<I: 'static> {
-        #[pin]
-        io: I,
-        stored: Stored,
-        activity: Activity,
-        // After the IO, so that the connection is closed before it is struck out.
-        entry: Entry,
-    }
+/// A connection that is counted, cut at the drain deadline, and closed so that its peer receives all
+/// that was written. Made by [`Graceful::track`] and by the listener of [`Graceful::listener`].
+///
+/// Reads and writes go to the wrapped IO as they are, vectored writes included. Once the
+/// connection is cut, every read, write, flush and shutdown fails with
+/// [`ConnectionAborted`](io::ErrorKind::ConnectionAborted), and every task that waits for it is woken.
+///
+/// # Dropping
+///
+/// A socket that is closed while its peer still sends is reset, and with it the part of a response
+/// that is still on its way ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). So
+/// when this is dropped inside a runtime, a task of its own closes the writing side, and reads and
+/// discards what the peer sends until the peer closes too. The connection counts as
+/// [open](Graceful::connections) until then. An idle connection is closed at once. One whose peer has
+/// received everything (Linux says so, other systems do not) is closed when the peer has sent nothing
+/// for 250 ms, or for a second if it has sent something, and after two seconds in any case. One whose
+/// peer has not is closed after 30 s in which it has taken nothing; while the service stops it is
+/// waited for until the drain deadline, and what it has not received then is in the
+/// [report](crate::CutConnection::undelivered). A WebSocket's peer is waited for only while it takes
+/// something at least every 250 ms: it has the close frame's answer to be waited for, see
+/// [`Hold::close_socket`](crate::Hold::close_socket).
+pub struct GracefulIo<I: 'static> {
+    /// `None` once it is dropped.
+    io: Option<I>,
+    stored: Stored,
+    /// The peer has closed its writing side.
+    eof: bool,
+    /// A read or a write has failed, and there is nobody to close the connection for.
+    failed: bool,
+    /// Something was written.
+    wrote: bool,
+    /// A `101 Switching Protocols` was written: the connection belongs to a handler, or will.
+    upgraded: bool,
+    /// Bytes written while the service stops, as far as this can count.
+    written_late: u16,
+    /// Whether it is idle, where its descriptor is needed.
+    activity: Activity,
+    linger: Option<Linger<I>>,
+    // After the IO, so that the connection is closed before it is removed.
+    entry: Entry,
+}
 
-    impl<I: 'static> PinnedDrop for GracefulIo<I> {
-        fn drop(this: Pin<&mut Self>) {
+impl<I: 'static> Drop for GracefulIo<I> {
+    fn drop(&mut self) {
+        let Some(io) = self.io.take() else { return };
+        let line = &self.entry.0;
+        let told = line.notice.told();
+        if told == Told::Cut {
+            let undelivered = tcp(&io).and_then(unacknowledged).unwrap_or(0);
+            line.undelivered.store(undelivered, Ordering::Relaxed);
             // The peer must not take a response that was cut off for a whole one.
-            if this.entry.0.notice.is_cut_short() {
-                reset(&this.io);
+            if line.notice.is_cut_short() {
+                reset(&io);
             }
+            return;
+        }
+        // While serving, a peer that has closed first has received all that it waited for.
+        let left = self.failed || self.eof && told == Told::Stay;
+        if left || !self.wrote {
+            return;
+        }
+        if let Some(linger) = self.linger {
+            linger(io, self.upgraded, self.entry.hand_over());
         }
     }
 }
 
-fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
+/// What takes a connection over: the IO, whether it was upgraded, its entry.
+type Linger<I> = fn(I, bool, Entry);
+
+/// What a response begins with after which the connection is no longer one of HTTP/1.
+const SWITCHING_PROTOCOLS: &[u8] = b"HTTP/1.1 101";
+
+pub(super) fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
     (io as &dyn Any).downcast_ref()
 }
 
@@ -80,27 +136,21 @@ fn reset<I: 'static>(io: &I) {
     }
 }
 
-/// Strikes out the connection when it is dropped.
-struct Entry(Arc<Line>);
+/// Removes the connection from the table when it is dropped.
+pub(super) struct Entry(pub(super) Arc<Line>, Stays);
+
+/// Whether this entry is the one that removes the connection.
+#[derive(PartialEq, Eq)]
+enum Stays {
+    Here,
+    Elsewhere,
+}
 
 impl Entry {
-    /// To be called before the connection is polled: fails once it is cut, and otherwise sees to
-    /// it that the cut wakes the task that polls.
-    #[inline]
-    fn enter(&self, stored: &mut Stored, waiter: Waiter, cx: &Context<'_>) -> io::Result<()> {
-        if self.0.notice.enter(stored, waiter, cx) == Told::Cut {
-            return Err(cut());
-        }
-        Ok(())
-    }
-
-    /// Bytes have come. Of interest only once the time to close may be near.
-    #[inline]
-    fn heard(&self) {
-        let shared = &self.0.owner;
-        if shared.phase() > Phase::Serving {
-            shared.connections.heard();
-        }
+    /// The entry, for what keeps the connection open from now on.
+    fn hand_over(&mut self) -> Self {
+        self.1 = Stays::Elsewhere;
+        Self(Arc::clone(&self.0), Stays::Here)
     }
 }
 
@@ -114,6 +164,9 @@ fn cut() -> io::Error {
 
 impl Drop for Entry {
     fn drop(&mut self) {
+        if self.1 == Stays::Elsewhere {
+            return;
+        }
         let shared = &self.0.owner;
         let left = shared.connections.remove(&self.0);
         if left == 0 && shared.phase() == Phase::Closing {
@@ -123,20 +176,30 @@ impl Drop for Entry {
 }
 
 impl<I: 'static> GracefulIo<I> {
-    pub(super) fn new(graceful: &Graceful, io: I, peer: Option<SocketAddr>) -> Self {
+    /// `linger` closes the connection. Without it the IO is dropped.
+    pub(super) fn new(
+        graceful: &Graceful,
+        io: I,
+        peer: Option<SocketAddr>,
+        linger: Option<Linger<I>>,
+    ) -> Self {
         let shared = graceful.shared();
         let line = shared.connections.insert(shared.clone(), peer);
         shared.mark_served();
         Self {
-            io,
+            io: Some(io),
             stored: Stored::default(),
+            eof: false,
+            failed: false,
+            wrote: false,
+            upgraded: false,
+            written_late: 0,
             activity: Activity::default(),
-            entry: Entry(line),
+            linger,
+            entry: Entry(line, Stays::Here),
         }
     }
-}
 
-impl<I: 'static> GracefulIo<I> {
     /// The connection's line, on which is noted what is read from now on.
     #[cfg(all(feature = "axum", feature = "signal"))]
     pub(super) fn noted(&mut self) -> Arc<Line> {
@@ -145,90 +208,168 @@ impl<I: 'static> GracefulIo<I> {
         Arc::clone(&self.entry.0)
     }
 
-    #[inline]
-    fn to_write(self: Pin<&mut Self>, cx: &Context<'_>) -> io::Result<Pin<&mut I>> {
-        let this = self.project();
-        this.entry.enter(this.stored, Waiter::Write, cx)?;
-        Ok(this.io)
-    }
-
     /// The wrapped IO.
     pub fn get_ref(&self) -> &I {
-        &self.io
+        match &self.io {
+            Some(io) => io,
+            None => unreachable!("it is there until this is dropped"),
+        }
     }
 
     /// The wrapped IO. What is read or written on it directly is not cut.
     pub fn get_mut(&mut self) -> &mut I {
-        &mut self.io
+        match &mut self.io {
+            Some(io) => io,
+            None => unreachable!("it is there until this is dropped"),
+        }
+    }
+
+    /// To be called before the connection is polled: fails once it is cut, and otherwise sees to it
+    /// that the cut wakes the task that polls.
+    #[inline]
+    fn enter(&mut self, waiter: Waiter, cx: &Context<'_>) -> io::Result<(Pin<&mut I>, Told)>
+    where
+        I: Unpin,
+    {
+        let told = self.entry.0.notice.enter(&mut self.stored, waiter, cx);
+        if told >= Told::Expire && (told == Told::Cut || self.expires()) {
+            self.failed = true;
+            return Err(cut());
+        }
+        Ok((Pin::new(self.get_mut()), told))
+    }
+
+    /// Whether the connection, told to close a while ago, has nothing to wait for: no request is in
+    /// flight on it, and the peer has acknowledged what it was sent.
+    #[cold]
+    fn expires(&self) -> bool {
+        let line = &self.entry.0;
+        let in_flight = if line.heard.is_http2() {
+            line.may_have_streams()
+        } else {
+            // Over HTTP/1 idle connections were closed when this one was told to, so it has been
+            // upgraded, or its first head is not whole.
+            self.wrote
+        };
+        let left = self.io.as_ref().and_then(tcp).and_then(unacknowledged);
+        let nothing = if line.flags.has(RESPONDED) {
+            0
+        } else {
+            FAREWELL
+        };
+        // What is spoken on IO of another kind is not known.
+        self.linger.is_some() && !in_flight && left.unwrap_or(0) <= nothing
+    }
+
+    #[cold]
+    fn wrote_while_stopping(&mut self, bytes: usize) {
+        let bytes = u16::try_from(bytes).unwrap_or(u16::MAX);
+        self.written_late = self.written_late.saturating_add(bytes);
+        if u32::from(self.written_late) > FAREWELL {
+            self.entry.0.flags.set(RESPONDED);
+        }
+    }
+
+    /// Writes, and notes what came of it.
+    #[inline]
+    fn poll_writing(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        head: &[u8],
+        write: impl FnOnce(Pin<&mut I>, &mut Context<'_>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>>
+    where
+        I: Unpin,
+    {
+        let this = &mut *self;
+        let (io, told) = this.enter(Waiter::Write, cx)?;
+        let result = write(io, cx);
+        this.activity.wrote(head, result.is_ready());
+        match &result {
+            Poll::Ready(Ok(bytes)) => {
+                this.wrote = true;
+                this.upgraded |= head.starts_with(SWITCHING_PROTOCOLS);
+                if told > Told::Stay {
+                    this.wrote_while_stopping(*bytes);
+                }
+            }
+            Poll::Ready(Err(_)) => this.failed = true,
+            Poll::Pending => {}
+        }
+        result
     }
 }
 
-impl<I: AsyncRead + 'static> AsyncRead for GracefulIo<I> {
+impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = self.project();
-        this.entry.enter(this.stored, Waiter::Read, cx)?;
+        let this = &mut *self;
+        let (io, told) = this.enter(Waiter::Read, cx)?;
         let before = buf.filled().len();
-        let result = this.io.poll_read(cx, buf);
+        let room = buf.remaining() > 0;
+        let result = io.poll_read(cx, buf);
         if result.is_pending() && this.activity.is_idle(&this.entry.0.owner) {
-            // Its descriptor is needed. To the server this is a peer that has closed.
+            // To the server this is a peer that has closed.
             return Poll::Ready(Ok(()));
         }
         let read = &buf.filled()[before..];
-        if !read.is_empty() {
+        if read.is_empty() {
+            match &result {
+                Poll::Ready(Ok(())) => this.eof |= room,
+                Poll::Ready(Err(_)) => this.failed = true,
+                Poll::Pending => {}
+            }
+        } else {
+            if told > Told::Stay {
+                this.entry.0.read_while_stopping(told);
+            }
             this.activity.read(read);
-            this.entry.heard();
-            #[cfg(all(feature = "axum", feature = "signal"))]
             this.entry.0.heard.note(read);
         }
         result
     }
 }
 
-impl<I: AsyncWrite + 'static> AsyncWrite for GracefulIo<I> {
+impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
     fn poll_write(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let result = self.as_mut().to_write(cx)?.poll_write(cx, buf);
-        self.project().activity.wrote(buf, result.is_ready());
-        result
+        self.poll_writing(cx, buf, |io, cx| io.poll_write(cx, buf))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = self.as_mut().to_write(cx)?.poll_flush(cx);
-        self.project().activity.flushed(result.is_ready());
+        let result = self.enter(Waiter::Write, cx)?.0.poll_flush(cx);
+        self.activity.flushed(result.is_ready());
         result
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.to_write(cx)?.poll_shutdown(cx)
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.enter(Waiter::Write, cx)?.0.poll_shutdown(cx)
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let result = self.as_mut().to_write(cx)?.poll_write_vectored(cx, bufs);
-        let first = bufs.first().map_or(&[][..], |first| first);
-        self.project().activity.wrote(first, result.is_ready());
-        result
+        let head = bufs.first().map_or(&[][..], |head| head);
+        self.poll_writing(cx, head, |io, cx| io.poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
+        self.get_ref().is_write_vectored()
     }
 }
 
 impl<I: fmt::Debug + 'static> fmt::Debug for GracefulIo<I> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GracefulIo")
-            .field("io", &self.io)
+            .field("io", self.get_ref())
             .field("cut", &(self.entry.0.notice.told() == Told::Cut))
             .finish_non_exhaustive()
     }

@@ -8,6 +8,7 @@ use tokio::{
 
 use super::{
     io::GracefulIo,
+    linger,
     queue::{
         accept_all, into_socket, is_asked, is_passed, let_in_handshakes, queued,
         turn_away_handshakes,
@@ -129,7 +130,7 @@ impl<L: Listener> GracefulListener<L> {
 
     fn track(&self, io: L::Io, addr: &L::Addr) -> GracefulIo<L::Io> {
         let peer = (addr as &dyn Any).downcast_ref::<SocketAddr>();
-        GracefulIo::new(&self.graceful, io, peer.copied())
+        GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::io))
     }
 
     /// Has no more handshakes begun with this listener, if that harms no other process. Says

@@ -16,10 +16,12 @@ mod activation;
 mod connection;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
 mod io;
+mod linger;
 #[cfg(feature = "axum")]
 mod listener;
 #[cfg(feature = "axum")]
 mod queue;
+mod send_queue;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod serve;
 #[cfg_attr(not(feature = "axum"), allow(dead_code))]

@@ -126,7 +126,7 @@ pub struct Report {
 }
 
 /// What was still there at the cut, one by one. The oldest first.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct GivenUp {
     pub(crate) requests: Vec<CutRequest>,
     pub(crate) holds: Vec<HeldBy>,

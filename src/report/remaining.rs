@@ -71,7 +71,8 @@ pub struct Requests {
     pub finished: usize,
     /// Refused after that, while draining or above the limit.
     pub refused: usize,
-    /// Still in flight when the time was over.
+    /// Still in flight when the time was over, or not wholly received by their clients, as far as the
+    /// operating system says so: see [`CutConnection::undelivered`].
     pub cut: usize,
 }
 
@@ -133,6 +134,9 @@ pub struct CutConnection {
     pub peer: Option<SocketAddr>,
     /// How long it had been open.
     pub age: Duration,
+    /// How many bytes of what had been written the peer had not acknowledged, with what TLS and HTTP
+    /// add to a response. Known on Linux, for a connection whose IO is a `TcpStream`; 0 otherwise.
+    pub undelivered: u64,
 }
 
 impl fmt::Display for CutConnection {
@@ -141,6 +145,10 @@ impl fmt::Display for CutConnection {
             Some(peer) => write!(f, "connection from {peer}")?,
             None => f.write_str("connection from a peer without address")?,
         }
-        write!(f, " {:.1} s", self.age.as_secs_f64())
+        write!(f, " {:.1} s", self.age.as_secs_f64())?;
+        if self.undelivered > 0 {
+            write!(f, ", {} bytes undelivered", self.undelivered)?;
+        }
+        Ok(())
     }
 }

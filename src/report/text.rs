@@ -253,6 +253,7 @@ mod tests {
         let connection = |age| CutConnection {
             peer: Some(([10, 0, 0, 7], 51234).into()),
             age: ms(age),
+            undelivered: if age == 300 { 237_568 } else { 0 },
         };
         report.given_up = Arc::new(GivenUp {
             requests: vec![CutRequest {
@@ -296,7 +297,7 @@ mod tests {
              \n    GET /export 28.4 s, body streaming\
              \n    hold order mail 3.1 s\
              \n    connection from 10.0.0.7:51234 28.4 s\
-             \n    connection from 10.0.0.7:51234 0.3 s\
+             \n    connection from 10.0.0.7:51234 0.3 s, 237568 bytes undelivered\
              \n    connection from 10.0.0.7:51234 0.2 s\
              \n    and 2 more\
              \n  server error: broken"

@@ -39,7 +39,7 @@ pub(crate) use self::settle::LINGER;
 pub(crate) use self::shutdown::{Edge, ServerEnd};
 use self::{
     driver::Driver,
-    shutdown::{Shutdown, State},
+    shutdown::{Expiring, Shutdown, State},
 };
 #[cfg(all(unix, feature = "signal"))]
 use crate::watchdog::Watchdog;
@@ -337,20 +337,32 @@ impl Shared {
     fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
         let now = Instant::now();
         let mut transitions = Vec::new();
-        let (next, edge, told, moment, queued) = {
+        let (next, edge, told, expires_again, moment, queued) = {
             let mut state = self.state();
             change(&mut state, now);
             let next = self.settle(&mut state, now, &mut transitions);
             let told = self.told(&state);
+            let shutdown = state.shutdown.as_mut();
+            let expires_again = shutdown.is_some_and(Shutdown::takes_again);
             let edge = state.shutdown.as_ref().map(|shutdown| shutdown.edge);
             let moment = self.moment(&state, now);
             let stopped = transitions.iter().any(|it| it.to == Phase::Stopped);
             let report = state.report.as_ref().filter(|_| stopped);
             let queued = report.map(|report| report.remaining().queued);
-            (next, edge.unwrap_or(Edge::Open), told, moment, queued)
+            (
+                next,
+                edge.unwrap_or(Edge::Open),
+                told,
+                expires_again,
+                moment,
+                queued,
+            )
         };
         // After the lock, because wakers and subscribers may call back.
         self.connections.tell(told);
+        if expires_again {
+            self.connections.wake_all();
+        }
         #[cfg(all(unix, feature = "signal"))]
         self.tell_watchdog(&transitions);
         advance(&self.edges, edge);
@@ -437,12 +449,16 @@ impl Shared {
             return Told::Cut;
         }
         let phase = self.phase();
-        if shutdown.edge == Edge::Connections {
+        if shutdown.expiring != Expiring::No {
+            Told::Expire
+        } else if shutdown.edge == Edge::Connections {
             Told::Close
         } else if phase >= Phase::Draining || shutdown.asks_everybody {
             Told::Leave
         } else if phase == Phase::LameDuck && self.policy.is_spread() {
             Told::TakeTurns
+        } else if phase > Phase::Serving {
+            Told::Stopping
         } else {
             Told::Stay
         }

@@ -1,6 +1,6 @@
 //! The steps of the timeline: which are due, and in what order.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -141,7 +141,7 @@ impl Shared {
     fn settle_closing(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) -> Step {
         if shutdown.edge < Edge::Connections && std::mem::take(&mut shutdown.hurry) {
             // Nobody has been told to close yet: they are now.
-            shutdown.edge = Edge::Connections;
+            shutdown.close_connections(now);
         }
         let told = self.close_edge(shutdown, now);
         let closed =
@@ -169,7 +169,8 @@ impl Shared {
             }
             return self.settle_closing(shutdown, servers, now);
         }
-        Step::Until(told.map_or(until, |told| told.min(until)))
+        let next = told.or_else(|| shutdown.expire(until, now));
+        Step::Until(next.map_or(until, |next| next.min(until)))
     }
 
     /// When more of the long-lived work is to be told to end.
@@ -202,12 +203,18 @@ impl Shared {
             let error = state.server_error.take();
             let figures = self.since_serving();
             state.report = Some(shutdown.report(reason, error, figures, self.work.tasks(), now));
+            if let Some(cut) = &mut shutdown.cut {
+                // They keep the lifecycle alive.
+                cut.connections.clear();
+            }
         } else {
             shutdown.entered.push(now);
         }
         if let Some(before) = self.advance(to) {
             if to == Phase::LameDuck {
                 shutdown.in_flight = before.count();
+                // What came before is of no interest.
+                self.connections.take_stirred();
             }
         }
         let until = shutdown.ends(to).unwrap_or(now);
@@ -240,22 +247,19 @@ impl Shared {
             if listeners.open > 0 && now < last_accepts {
                 return Some(last_accepts);
             }
-            let asked = shutdown.entered.first().copied();
-            let heard = asked.max(self.connections.last_heard());
-            let quiet = heard.map_or(now, |heard| heard + LINGER);
             let begun = self.starved.over().map_or(begun, |over| over.max(begun));
             let most = shutdown.drain_until.min(begun + MOST_LINGER);
-            let until = quiet.min(most);
+            // On a busy machine a connection may be accepted long before anybody looks at it.
+            if self.connections.take_stirred() || now < most && self.connections.has_unread() {
+                shutdown.heard = Some(now);
+            }
+            let heard = shutdown.heard.max(shutdown.entered.first().copied());
+            let until = heard.map_or(now, |heard| heard + LINGER).min(most);
             if now < until {
                 return Some(until);
             }
-            // On a busy machine a connection may be accepted long before anybody looks at it.
-            if now < most && self.connections.has_unread() {
-                self.connections.heard();
-                return Some(most.min(now + LINGER));
-            }
         }
-        shutdown.edge = Edge::Connections;
+        shutdown.close_connections(now);
         None
     }
 
@@ -264,20 +268,22 @@ impl Shared {
         let given_up = GivenUp {
             requests: self.roll.list(now),
             holds: self.work.list_holds(now),
-            connections: self.connections.list(now),
+            connections: Vec::new(),
         };
+        let connections = self.connections.list(now);
         shutdown.cleans_up = self.work.has_steps();
         shutdown.cut = Some(Cut {
             at: now,
             remaining: Remaining {
                 requests: self.settled_word().count(),
                 holds: given_up.holds.len(),
-                connections: given_up.connections.len(),
+                connections: connections.len(),
                 servers,
                 workers: 0,
                 queued: 0,
             },
-            given_up: Arc::new(given_up),
+            given_up,
+            connections,
             hurried: false,
         });
     }

@@ -10,6 +10,7 @@ use crate::{
     events::Reason,
     phase::Phase,
     plan::{Deadlines, instant_after},
+    registry::Left,
     report::{Fate, GivenUp, Outcome, Remaining, Report, Requests, TaskKind, TaskReport, Trigger},
     work::{Task, Work},
 };
@@ -21,6 +22,13 @@ const CLOSING_TIME: Duration = Duration::from_millis(250);
 /// How long of that they are given in any case, even past the end of the plan. It fits the margin
 /// of every grace period of 1.5 s and more.
 const LEAST_CLOSING_TIME: Duration = Duration::from_millis(50);
+
+/// How long a connection on which nothing is in flight is waited for once it was told to close: for a
+/// peer that is there, to answer the ping that comes with a GOAWAY.
+const EXPIRY: Duration = Duration::from_secs(1);
+
+/// How long before the cut it is closed in any case.
+const BEFORE_CUT: Duration = Duration::from_millis(50);
 
 /// How long before the end of the delay peers on HTTP/2 are asked to leave that have not been.
 const LAST_WORDS: Duration = Duration::from_millis(25);
@@ -74,6 +82,12 @@ pub(super) struct Shutdown {
     pub(super) edge: Edge,
     /// When the listeners were told to close.
     pub(super) edge_begun: Option<Instant>,
+    /// When a connection was last heard, as far as that was asked.
+    pub(super) heard: Option<Instant>,
+    /// When connections are next looked at for those on which there is nothing to wait for. Known once
+    /// they have been told to close.
+    expiry: Option<Instant>,
+    pub(super) expiring: Expiring,
     /// When each phase so far was entered: lame duck, draining, closing.
     pub(super) entered: Vec<Instant>,
     /// A little before the end of the delay: who has not been asked to leave by then is asked, so
@@ -115,10 +129,22 @@ pub(crate) enum ServerEnd {
     Failed(String),
 }
 
+/// Whether connections on which there is nothing to wait for are to close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Expiring {
+    No,
+    Yes,
+    /// They have been told so, and some that were waited for may have become such.
+    Again,
+}
+
 pub(super) struct Cut {
     pub(super) at: Instant,
     pub(super) remaining: Remaining,
-    pub(super) given_up: Arc<GivenUp>,
+    /// But for the connections.
+    pub(super) given_up: GivenUp,
+    /// What becomes of them is known when they have been closed.
+    pub(super) connections: Vec<Left<Shared>>,
     /// A signal called for it while the connections were being closed, and no deadline.
     pub(super) hurried: bool,
 }
@@ -141,6 +167,9 @@ impl Shutdown {
             trigger,
             edge: Edge::Open,
             edge_begun: None,
+            heard: None,
+            expiry: None,
+            expiring: Expiring::No,
             entered: Vec::with_capacity(3),
             last_words: before(deadlines.delay, deadlines.delay, LAST_WORDS),
             asks_everybody: false,
@@ -178,6 +207,40 @@ impl Shutdown {
             }
             (Phase::Serving | Phase::Stopped, _) => None,
         }
+    }
+
+    /// Has the servers close their connections.
+    pub(super) fn close_connections(&mut self, now: Instant) {
+        self.edge = Edge::Connections;
+        self.expiry = Some(instant_after(now, EXPIRY));
+    }
+
+    /// Has the connections close on which there is nothing to wait for, a while after they were told
+    /// to, nothing is in flight any more, and before everything is cut. Says when to look again.
+    pub(super) fn expire(&mut self, cut: Instant, now: Instant) -> Option<Instant> {
+        let expiry = self.expiry?;
+        let closing = self.entered.last().map_or(now, |closing| *closing + EXPIRY);
+        let before_cut = cut.checked_sub(BEFORE_CUT).unwrap_or(cut);
+        let due = expiry.max(closing).min(before_cut);
+        if now < due {
+            return Some(due);
+        }
+        self.expiring = match self.expiring {
+            Expiring::No => Expiring::Yes,
+            Expiring::Yes | Expiring::Again => Expiring::Again,
+        };
+        let next = instant_after(now, EXPIRY);
+        self.expiry = Some(next);
+        (now < before_cut).then_some(next)
+    }
+
+    /// Whether the connections are to look once more, which is said once.
+    pub(super) fn takes_again(&mut self) -> bool {
+        let again = self.expiring == Expiring::Again;
+        if again {
+            self.expiring = Expiring::Yes;
+        }
+        again
     }
 
     fn closing_until(&self, begun: Instant) -> Instant {
@@ -233,6 +296,20 @@ impl Shutdown {
             .collect();
         let cut = self.cut.as_ref();
         let mut remaining = cut.map_or_else(Remaining::default, |cut| cut.remaining);
+        // One that lingered and has delivered everything has lost nothing.
+        let left = || cut.into_iter().flat_map(|cut| &cut.connections);
+        let lost = || left().filter(|left| !left.lingered() || left.undelivered() > 0);
+        remaining.connections = lost().count();
+        let given_up = cut.map(|cut| GivenUp {
+            connections: lost().map(Left::describe).collect(),
+            ..cut.given_up.clone()
+        });
+        // Where a server has let go of a connection no request is counted for what it owes.
+        let owing = |lingered: bool| {
+            let owing = left().filter(|left| left.undelivered() > 0);
+            owing.filter(|left| left.lingered() == lingered).count()
+        };
+        let requests_cut = owing(true) + owing(false).max(remaining.requests);
         let nothing_else =
             remaining.requests == 0 && remaining.holds == 0 && remaining.connections == 0;
         let closed = self
@@ -273,12 +350,12 @@ impl Shutdown {
             requests: Requests {
                 in_flight: self.in_flight,
                 admitted,
-                finished: begun.saturating_sub(remaining.requests),
+                finished: begun.saturating_sub(requests_cut),
                 refused,
-                cut: remaining.requests,
+                cut: requests_cut.min(begun),
             },
             remaining,
-            given_up: cut.map(|cut| Arc::clone(&cut.given_up)).unwrap_or_default(),
+            given_up: Arc::new(given_up.unwrap_or_default()),
             tasks,
             server_error,
         }

@@ -340,15 +340,25 @@ pub(crate) mod frames {
 
     impl Connection {
         pub(crate) fn open(address: SocketAddr) -> Self {
-            let mut stream = TcpStream::connect(address).unwrap();
+            Self::on(TcpStream::connect(address).unwrap(), &[])
+        }
+
+        /// On this connection, with these settings.
+        pub(crate) fn on(mut stream: TcpStream, settings: &[u8]) -> Self {
             stream.set_nodelay(true).unwrap();
             stream.write_all(PREFACE).unwrap();
             let mut connection = Self { stream, next: 1 };
-            connection.send(SETTINGS, 0, 0, &[]).unwrap();
+            connection.send(SETTINGS, 0, 0, settings).unwrap();
             connection
         }
 
-        fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> io::Result<()> {
+        pub(crate) fn send(
+            &mut self,
+            kind: u8,
+            flags: u8,
+            stream: u32,
+            payload: &[u8],
+        ) -> io::Result<()> {
             self.stream.write_all(&frame(kind, flags, stream, payload))
         }
 

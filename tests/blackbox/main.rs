@@ -45,6 +45,8 @@ mod signals;
 #[cfg(unix)]
 mod starved;
 #[cfg(unix)]
+mod whole;
+#[cfg(unix)]
 mod work;
 
 /// A promise, who makes it, and how it is kept.
@@ -83,6 +85,7 @@ fn main() -> ExitCode {
         refusal::TESTS,
         signals::TESTS,
         starved::TESTS,
+        whole::TESTS,
         work::TESTS,
     ];
     // These want the machine for themselves: beside them no other test could keep its times.

@@ -307,6 +307,7 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         .route("/", get(|| async { "hello" }))
         .route("/sleep/{ms}", get(sleep))
         .route("/stream/{chunks}/{ms}", get(stream))
+        .route("/bytes/{ms}/{kib}", any(bytes))
         .route(
             "/peer",
             get(|ConnectInfo(peer): ConnectInfo<SocketAddr>| async move { peer.to_string() }),
@@ -365,6 +366,12 @@ fn long_lived(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
 async fn sleep(Path(ms): Path<u64>) -> impl IntoResponse {
     tokio::time::sleep(Duration::from_millis(ms)).await;
     ([("x-handler", "kept")], "slept")
+}
+
+/// So many KiB in one piece, after a while. It reads nothing of a request's body.
+async fn bytes(Path((ms, kib)): Path<(u64, usize)>) -> Vec<u8> {
+    tokio::time::sleep(Duration::from_millis(ms)).await;
+    vec![b'x'; kib * 1024]
 }
 
 async fn stream(Path((chunks, ms)): Path<(u32, u64)>) -> Body {

@@ -218,7 +218,7 @@ async fn the_debug_of_a_report_leaves_nothing_out() {
         "path: \"/long/",
         "streaming: false",
         "HeldBy { name: \"a name",
-        "CutConnection { peer: None, age: 15s }",
+        "CutConnection { peer: None, age: 15s, undelivered: 0 }",
         "kind: Worker",
         "kind: LameDuck",
         "kind: Cleanup",

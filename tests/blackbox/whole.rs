@@ -1,0 +1,372 @@
+//! What was answered arrives whole, whatever the client sends while it reads; what does not is in
+//! the report.
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, SocketAddr, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::{
+    Test,
+    client::frames::{Connection, DATA, END_STREAM, PING, WINDOW_UPDATE},
+    process::{BOUND, Server, wait_for},
+    server::Form,
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "whole::a_response_over_http2_arrives_although_its_client_sends_while_it_reads",
+        Form::CUTTING,
+        http2,
+    ),
+    (
+        "whole::a_response_over_http2_arrives_although_its_client_pauses",
+        Form::CUTTING,
+        http2_pauses,
+    ),
+    (
+        "whole::a_response_arrives_although_its_client_pipelines",
+        Form::CUTTING,
+        pipelined,
+    ),
+    (
+        "whole::a_response_arrives_although_its_client_uploads",
+        Form::CUTTING,
+        uploading,
+    ),
+    (
+        "whole::a_response_arrives_although_its_client_uploads_by_and_by",
+        Form::CUTTING,
+        uploading_slowly,
+    ),
+    (
+        "whole::a_response_arrives_on_a_connection_that_serving_closes",
+        Form::CUTTING,
+        while_serving,
+    ),
+    (
+        "whole::a_client_that_sends_for_ever_does_not_hold_the_stop",
+        Form::CUTTING,
+        endless,
+    ),
+    (
+        "whole::a_client_that_never_closes_does_not_hold_the_stop",
+        Form::CUTTING,
+        never_closes,
+    ),
+    (
+        "whole::an_idle_peer_that_says_nothing_holds_the_stop_for_a_second",
+        Form::CUTTING,
+        mute,
+    ),
+    (
+        "whole::what_a_client_has_not_received_is_reported_as_cut",
+        Form::CUTTING,
+        undelivered,
+    ),
+    (
+        "whole::a_client_that_resets_a_connection_being_closed_leaves_nothing_behind",
+        Form::CUTTING,
+        reset,
+    ),
+];
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+
+/// A client whose kernel takes little before it reads.
+fn narrow(address: SocketAddr) -> TcpStream {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(32 * 1024).unwrap();
+    socket.connect(&SockAddr::from(address)).unwrap();
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(BOUND)).unwrap();
+    stream.set_write_timeout(Some(BOUND)).unwrap();
+    stream
+}
+
+/// In which phase the response's head comes: the delay, and the time that the handler takes.
+const PHASES: &[(&str, &str, u64)] = &[
+    ("lame duck", "delay=1500", 400),
+    ("draining", "delay=0", 400),
+    ("draining, after the delay", "delay=200", 700),
+];
+
+/// A window of 8 MiB for each stream.
+const WIDE: &[u8] = &[0, 4, 0, 0x80, 0, 0];
+
+fn http2(form: Form) {
+    for (phase, delay, handler) in PHASES {
+        for kib in [256, 3 * 1024] {
+            let mut server = Server::start(form, &[delay, "drain=20000"]);
+            let mut client = Connection::on(narrow(server.address), WIDE);
+            let window = (8_u32 << 20).to_be_bytes();
+            client.send(WINDOW_UPDATE, 0, 0, &window).unwrap();
+            client.begin(&format!("/bytes/{handler}/{kib}")).unwrap();
+            server.wait_for_in_flight(1);
+            server.terminate();
+            let mut got = 0;
+            loop {
+                let Some(frame) = client.read() else {
+                    panic!("{phase}: closed after {got} of {kib} KiB");
+                };
+                if frame.kind != DATA {
+                    continue;
+                }
+                got += frame.payload.len();
+                if frame.flags & END_STREAM != 0 {
+                    break;
+                }
+                let more = u32::try_from(frame.payload.len()).unwrap().to_be_bytes();
+                // The server may be about to close.
+                for (kind, stream, payload) in [
+                    (WINDOW_UPDATE, 0, &more[..]),
+                    (WINDOW_UPDATE, frame.stream, &more),
+                    (PING, 0, b"are you?"),
+                ] {
+                    let _ = client.send(kind, 0, stream, payload);
+                }
+                thread::sleep(MS(1));
+            }
+            assert_eq!(got, kib * 1024, "{phase}");
+            drop(client);
+            server.exit().assert_clean();
+        }
+    }
+}
+
+/// The flow control of HTTP/2 has what is left of the response stay in the server, not in the kernel,
+/// and the client is silent for longer than a mute peer may be.
+fn http2_pauses(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=20000"]);
+    let mut client = Connection::on(TcpStream::connect(server.address).unwrap(), &[]);
+    let stream = client.begin("/bytes/300/256").unwrap();
+    server.wait_for_in_flight(1);
+    server.terminate();
+    let mut got = 0;
+    while got < 65_535 {
+        let frame = client.read().expect("closed before the window was used up");
+        got += if frame.kind == DATA {
+            frame.payload.len()
+        } else {
+            0
+        };
+    }
+    thread::sleep(MS(2500));
+    let window = (1_u32 << 20).to_be_bytes();
+    for stream in [0, stream] {
+        client.send(WINDOW_UPDATE, 0, stream, &window).unwrap();
+    }
+    loop {
+        let frame = client
+            .read()
+            .unwrap_or_else(|| panic!("closed after {got}"));
+        if frame.kind == DATA {
+            got += frame.payload.len();
+            if frame.flags & END_STREAM != 0 {
+                break;
+            }
+        }
+    }
+    assert_eq!(got, 256 * 1024);
+    drop(client);
+    server.exit().assert_clean();
+}
+
+/// Reads a response with this many KiB, a little at a time. Says how many bytes of the body came.
+fn read_slowly(stream: &mut TcpStream, kib: usize) -> usize {
+    let mut read = Vec::<u8>::new();
+    let mut piece = [0; 16 * 1024];
+    loop {
+        let end = read.windows(4).position(|end| end == b"\r\n\r\n");
+        let body = end.map_or(0, |end| read.len() - end - 4);
+        if body == kib * 1024 {
+            return body;
+        }
+        match stream.read(&mut piece) {
+            Ok(0) => return body,
+            Ok(bytes) => read.extend(&piece[..bytes]),
+            Err(error) => panic!("{error} after {body} of {kib} KiB"),
+        }
+        thread::sleep(MS(1));
+    }
+}
+
+fn pipelined(form: Form) {
+    for (phase, delay, handler) in PHASES {
+        let mut server = Server::start(form, &[delay, "drain=20000"]);
+        let mut client = narrow(server.address);
+        let request = format!("GET /bytes/{handler}/600 HTTP/1.1\r\nhost: test\r\n\r\n");
+        client.write_all(request.as_bytes()).unwrap();
+        server.wait_for_in_flight(1);
+        server.terminate();
+        client.write_all(request.repeat(4).as_bytes()).unwrap();
+        let mut sending = client.try_clone().unwrap();
+        let sender = thread::spawn(move || {
+            // Until the server has closed.
+            while sending.write_all(request.as_bytes()).is_ok() {
+                thread::sleep(MS(1));
+            }
+        });
+        assert_eq!(read_slowly(&mut client, 600), 600 * 1024, "{phase}");
+        client.shutdown(Shutdown::Both).unwrap();
+        sender.join().unwrap();
+        server.exit().assert_clean();
+    }
+}
+
+const UPLOAD: &str = "content-length: 50000000\r\n\r\n";
+
+fn uploading(form: Form) {
+    for (phase, delay, handler) in PHASES {
+        let mut server = Server::start(form, &[delay, "drain=20000"]);
+        let mut client = narrow(server.address);
+        let head = format!("POST /bytes/{handler}/600 HTTP/1.1\r\nhost: test\r\n{UPLOAD}");
+        client.write_all(head.as_bytes()).unwrap();
+        server.wait_for_in_flight(1);
+        server.terminate();
+        let mut sending = client.try_clone().unwrap();
+        let sender = thread::spawn(move || while sending.write_all(&[0; 4096]).is_ok() {});
+        assert_eq!(read_slowly(&mut client, 600), 600 * 1024, "{phase}");
+        client.shutdown(Shutdown::Both).unwrap();
+        sender.join().unwrap();
+        server.exit().assert_clean();
+    }
+}
+
+/// Between two pieces of the upload nothing is unread, and nothing unsent.
+fn uploading_slowly(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=20000"]);
+    let mut client = narrow(server.address);
+    let head = format!("POST /bytes/300/1 HTTP/1.1\r\nhost: test\r\n{UPLOAD}");
+    client.write_all(head.as_bytes()).unwrap();
+    server.wait_for_in_flight(1);
+    server.terminate();
+    for piece in 0..12 {
+        thread::sleep(MS(100));
+        let written = client.write_all(&[0; 1000]);
+        assert!(written.is_ok(), "piece {piece}: {written:?}");
+    }
+    assert_eq!(read_slowly(&mut client, 1), 1024);
+    drop(client);
+    server.exit().assert_clean();
+}
+
+fn while_serving(form: Form) {
+    let server = Server::start(form, &[]);
+    let mut client = narrow(server.address);
+    let head = format!("POST /bytes/0/600 HTTP/1.1\r\nhost: test\r\n{UPLOAD}");
+    client.write_all(head.as_bytes()).unwrap();
+    let mut sending = client.try_clone().unwrap();
+    let sender = thread::spawn(move || while sending.write_all(&[0; 4096]).is_ok() {});
+    assert_eq!(read_slowly(&mut client, 600), 600 * 1024);
+    client.shutdown(Shutdown::Both).unwrap();
+    sender.join().unwrap();
+    wait_for("the connection to be gone", || server.connections() == 1);
+}
+
+fn endless(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=20000"]);
+    let mut client = TcpStream::connect(server.address).unwrap();
+    let head = format!("POST /bytes/300/1 HTTP/1.1\r\nhost: test\r\n{UPLOAD}");
+    client.write_all(head.as_bytes()).unwrap();
+    server.wait_for_in_flight(1);
+    server.terminate();
+    assert_eq!(read_slowly(&mut client, 1), 1024);
+    let answered = server.elapsed();
+    // Two seconds, and what a write may wait in a full buffer.
+    while client.write_all(&[0; 65_536]).is_ok() {
+        assert!(server.elapsed() < answered + MS(15_000));
+    }
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(answered + MS(1500), answered + MS(10_000));
+}
+
+fn never_closes(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=20000"]);
+    let mut client = server.connect();
+    client.send("GET /sleep/300 HTTP/1.1\r\nhost: test\r\n\r\n");
+    let idle = server.connect();
+    server.wait_for_in_flight(1);
+    server.terminate();
+    client.response("GET").assert_ok();
+    let answered = server.elapsed();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(answered, answered + MS(2500));
+    drop((client, idle));
+}
+
+/// As one that is suspended, or whose address was forgotten on the way: it does not even answer a
+/// ping. What it sent was answered long ago, or was no request.
+fn mute(form: Form) {
+    const MUTE: &[(&str, &[u8])] = &[
+        (
+            "HTTP/2",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
+        ),
+        ("half a head", b"GET / HTTP/1.1\r\nhost: te"),
+        ("an empty line", b"\r\n"),
+        ("nothing", b""),
+    ];
+    let mut server = Server::start(form, &["delay=100", "drain=20000"]);
+    let mut clients = Vec::new();
+    for (_, said) in MUTE {
+        let mut client = server.connect();
+        client.try_send(said).unwrap();
+        clients.push(client);
+    }
+    let mut answered = Connection::open(server.address);
+    answered.begin("/").unwrap();
+    answered.until_quiet(MS(100));
+    wait_for("all to be accepted", || {
+        server.connections() == MUTE.len() + 2
+    });
+    server.terminate();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(100), MS(4000));
+    drop((clients, answered));
+}
+
+fn undelivered(form: Form) {
+    for kib in [1024, 64 * 1024] {
+        let mut server = Server::start(form, &["delay=0", "drain=1500"]);
+        let mut client = narrow(server.address);
+        let request = format!("GET /bytes/300/{kib} HTTP/1.1\r\nhost: test\r\n\r\n");
+        client.write_all(request.as_bytes()).unwrap();
+        server.wait_for_in_flight(1);
+        server.terminate();
+        let begun = Instant::now();
+        let exit = server.exit();
+        assert!(begun.elapsed() >= MS(1400), "{kib} KiB: {exit:?}");
+        assert_eq!(exit.status.code(), Some(1), "{kib} KiB: {exit:?}");
+        assert!(exit.report.contains(", 1 cut"), "{kib} KiB: {exit:?}");
+        assert!(!exit.report.contains("finished"), "{kib} KiB: {exit:?}");
+        assert!(exit.report.contains("bytes undelivered"), "{exit:?}");
+        drop(client);
+    }
+}
+
+fn reset(form: Form) {
+    let server = Server::start(form, &[]);
+    let clients: Vec<_> = (0..100)
+        .map(|_| {
+            let mut client = narrow(server.address);
+            let request = "GET /bytes/0/300 HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+            client.write_all(request.as_bytes()).unwrap();
+            client.peek(&mut [0]).unwrap();
+            client
+        })
+        .collect();
+    assert_eq!(server.connections(), 101);
+    for client in clients {
+        let linger = socket2::SockRef::from(&client);
+        linger.set_linger(Some(Duration::ZERO)).unwrap();
+    }
+    wait_for("the connections to be gone", || server.connections() == 1);
+}
