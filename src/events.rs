@@ -153,6 +153,25 @@ pub(crate) fn queue_lost(error: &std::io::Error) {
     );
 }
 
+/// The last of a listener's queue could not be accepted for want of descriptors.
+#[cfg(feature = "axum")]
+pub(crate) fn queue_given_up() {
+    event!(
+        warn,
+        {},
+        "a listener is closed before its queue is empty: there are no file descriptors left"
+    );
+}
+
+/// What became of the queues of such listeners.
+pub(crate) fn queue_reset(queued: usize) {
+    event!(
+        warn,
+        { queued = queued },
+        "connections reset in the accept queue, for want of file descriptors: {queued}"
+    );
+}
+
 #[cfg(feature = "signal")]
 pub(crate) fn signal(trigger: Trigger) {
     event!(

@@ -173,6 +173,13 @@ impl Notice {
         woken.wake();
     }
 
+    /// Wakes the task that reads, to look at what has changed elsewhere.
+    #[cfg(feature = "axum")]
+    pub(crate) fn wake_reader(&self) {
+        let woken = lock!(self.wakers).of(Waiter::Read);
+        woken.wake();
+    }
+
     /// Wakes every task that waits for the connection, to look again at what it was told.
     pub(crate) fn wake_all(&self) {
         let woken = self.take_all(&mut lock!(self.wakers));

@@ -181,6 +181,16 @@ impl<O> Registry<O> {
         lock!(self.open).told >= Told::Leave
     }
 
+    /// The connections that are open, and were already at this instant.
+    #[cfg(feature = "axum")]
+    pub(crate) fn opened_before(&self, instant: Instant) -> Vec<Arc<Line<O>>> {
+        let open = lock!(self.open);
+        let first = open.first.unwrap_or(instant);
+        let lines = open.lines.iter();
+        let before = |line: &&Arc<Line<O>>| first + Duration::from_nanos(line.opened) <= instant;
+        lines.filter(before).cloned().collect()
+    }
+
     /// Tells every connection: those that are open, and if it is to close, those that come.
     pub(crate) fn tell(&self, told: Told) {
         let lines = {

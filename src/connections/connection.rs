@@ -40,7 +40,7 @@ use crate::{
 /// request, over HTTP/1 by the header of a response. Over HTTP/1 an idle connection is closed only
 /// when everybody is, because a request may be on its way; but for one whose stream of events has
 /// ended while the service drains.
-pub(super) fn serve<I, S>(io: GracefulIo<I>, service: S) -> Serving<I, S>
+pub(super) fn serve<I, S>(mut io: GracefulIo<I>, service: S) -> Serving<I, S>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,

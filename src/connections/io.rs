@@ -18,6 +18,7 @@ use super::{
     Line,
     linger::{self, FAREWELL},
     send_queue::unacknowledged,
+    starved::Activity,
 };
 use crate::{
     handle::Graceful,
@@ -86,6 +87,8 @@ pub struct GracefulIo<I: 'static> {
     upgraded: bool,
     /// Bytes written while the service stops, as far as this can count.
     written_late: u16,
+    /// Whether it is idle, where its descriptor is needed.
+    activity: Activity,
     linger: Option<Linger<I>>,
     // After the IO, so that the connection is closed before it is removed.
     entry: Entry,
@@ -191,6 +194,7 @@ impl<I: 'static> GracefulIo<I> {
             wrote: false,
             upgraded: false,
             written_late: 0,
+            activity: Activity::default(),
             linger,
             entry: Entry(line, Stays::Here),
         }
@@ -198,7 +202,8 @@ impl<I: 'static> GracefulIo<I> {
 
     /// The connection's line, on which is noted what is read from now on.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(super) fn noted(&self) -> Arc<Line> {
+    pub(super) fn noted(&mut self) -> Arc<Line> {
+        self.activity.is_owned();
         self.entry.0.heard.listen();
         Arc::clone(&self.entry.0)
     }
@@ -279,6 +284,7 @@ impl<I: 'static> GracefulIo<I> {
         let this = &mut *self;
         let (io, told) = this.enter(Waiter::Write, cx)?;
         let result = write(io, cx);
+        this.activity.wrote(head, result.is_ready());
         match &result {
             Poll::Ready(Ok(bytes)) => {
                 this.wrote = true;
@@ -305,6 +311,10 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         let before = buf.filled().len();
         let room = buf.remaining() > 0;
         let result = io.poll_read(cx, buf);
+        if result.is_pending() && this.activity.is_idle(&this.entry.0.owner) {
+            // To the server this is a peer that has closed.
+            return Poll::Ready(Ok(()));
+        }
         let read = &buf.filled()[before..];
         if read.is_empty() {
             match &result {
@@ -316,6 +326,7 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             if told > Told::Stay {
                 this.entry.0.read_while_stopping(told);
             }
+            this.activity.read(read);
             this.entry.0.heard.note(read);
         }
         result
@@ -332,7 +343,9 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.enter(Waiter::Write, cx)?.0.poll_flush(cx)
+        let result = self.enter(Waiter::Write, cx)?.0.poll_flush(cx);
+        self.activity.flushed(result.is_ready());
+        result
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -1,4 +1,4 @@
-use std::{any::Any, fmt, future, io, net::SocketAddr, pin::pin, time::Duration};
+use std::{any::Any, fmt, future, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::serve::{Listener, ListenerExt, TapIo};
 use tokio::{
@@ -9,11 +9,17 @@ use tokio::{
 use super::{
     io::GracefulIo,
     linger,
-    queue::{is_asked, last_ones, let_in_handshakes, queued, turn_away_handshakes},
+    queue::{
+        accept_all, into_socket, is_asked, is_passed, let_in_handshakes, queued,
+        turn_away_handshakes,
+    },
+    starved::Socket,
 };
 use crate::{
+    events,
     handle::Graceful,
-    timeline::{Edge, LAST_ACCEPTS},
+    notice::Told,
+    timeline::{Edge, LAST_ACCEPTS, LINGER},
 };
 
 /// How long handshakes that had begun are given to be completed: a few round trips between the
@@ -22,6 +28,9 @@ const HANDSHAKE: Duration = Duration::from_millis(5);
 
 /// How long a listener that cannot be asked for its queue goes on accepting.
 const UNASKED: Duration = Duration::from_millis(60);
+
+/// How often a listener that waits for descriptors tries again.
+const TRY_AGAIN: Duration = Duration::from_millis(5);
 
 /// What [`Graceful::listener`] returns.
 ///
@@ -42,6 +51,17 @@ impl Graceful {
     /// Linux exactly, elsewhere and for a `UnixListener` but for who comes between the last look
     /// and the close. A listener that wraps one, for TLS say, goes on accepting for 60 ms, in which
     /// it may finish a handshake; who comes after that may be reset.
+    ///
+    /// On Linux the close uses a socket filter for some milliseconds, which drops what would begin
+    /// a new connection. Not on a socket that was passed by socket activation (`LISTEN_FDS`), since
+    /// the next process accepts from it. A `TcpListener` that accepts for the first time has any
+    /// filter detached that a killed process may have left on its socket. To keep a filter of your
+    /// own, lock it (`SO_LOCK_FILTER`).
+    ///
+    /// If the process has no file descriptors left when the listener is to be closed, idle
+    /// connections are closed to make room for those in the queue. The listener closes when the
+    /// queue is empty, and at the latest 250 ms before the drain deadline; what is reset then is
+    /// reported as [`queued`](crate::Remaining::queued).
     ///
     /// ```no_run
     /// # #[tokio::main]
@@ -68,12 +88,16 @@ impl Graceful {
 /// for that, and for what was accepted to be read, before the server is told to close its
 /// connections.
 pub struct GracefulListener<L: Listener> {
-    /// `None` once closed.
+    /// `None` once it was taken from the runtime, or closed.
     listener: Option<L>,
+    /// What is left of it while its queue cannot be emptied for want of descriptors.
+    socket: Option<Arc<Socket>>,
     /// What was found in the queue when the listener was closed.
     last: Vec<(L::Io, L::Addr)>,
     edges: watch::Receiver<Edge>,
     closing: Closing,
+    /// It was passed to the process by socket activation.
+    is_passed: bool,
     graceful: Graceful,
 }
 
@@ -85,6 +109,8 @@ enum Closing {
     Until(Instant),
     /// At this instant. No handshake begins any more, and those that had begun are being completed.
     At(Instant),
+    /// When the process has descriptors again for the rest of the queue.
+    Starved,
     /// Closed, and nothing is left of the queue.
     Done,
 }
@@ -92,7 +118,9 @@ enum Closing {
 impl<L: Listener> GracefulListener<L> {
     pub(super) fn new(listener: L, graceful: Graceful) -> Self {
         Self {
+            is_passed: is_passed(&listener),
             listener: Some(listener),
+            socket: None,
             last: Vec::new(),
             edges: graceful.shared().edges(),
             closing: Closing::Unused,
@@ -105,19 +133,99 @@ impl<L: Listener> GracefulListener<L> {
         GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::io))
     }
 
+    /// Has no more handshakes begun with this listener, if that harms no other process. Says
+    /// whether it does.
+    fn turn_away(&self, listener: &dyn Any) -> bool {
+        !self.is_passed && turn_away_handshakes(listener)
+    }
+
     /// Closes the listener. What is still queued can be accepted after that.
     fn close(&mut self) {
-        if let Some(listener) = self.listener.take() {
-            self.last = last_ones(listener);
+        let listener = self.listener.take();
+        let socket = listener.and_then(|listener| into_socket(listener, self.is_passed));
+        if let Some(socket) = socket {
+            self.accept_rest(Arc::new(socket));
         }
-        if self.last.is_empty() {
+        if self.last.is_empty() && self.socket.is_none() {
             self.closed();
+        }
+    }
+
+    /// Takes what can be accepted, and drops the socket if that was all.
+    fn accept_rest(&mut self, socket: Arc<Socket>) {
+        let filtered = matches!(self.closing, Closing::At(_));
+        let (last, want) = accept_all(&socket);
+        self.last = last;
+        let starved = &self.graceful.shared().starved;
+        if want.is_some() {
+            // For as long as this may last, nobody is to be kept away.
+            let_in_handshakes(&*socket);
+            starved.begins(&socket);
+            self.socket = Some(socket);
+            self.closing = Closing::Starved;
+            self.close_idle();
+        } else if !filtered && self.turn_away(&*socket) {
+            self.closing = Closing::At(Instant::now() + HANDSHAKE);
+            self.socket = Some(socket);
+        } else {
+            if filtered {
+                let_in_handshakes(&*socket);
+            }
+            starved.ends(&socket, true);
+            self.socket = None;
+        }
+    }
+
+    /// Waits for what the socket waits for, and takes what can be accepted.
+    ///
+    /// Cancel safe: the socket stays where it is.
+    async fn accept_starved(&mut self, socket: Arc<Socket>) {
+        let again = match self.closing {
+            Closing::At(instant) => instant,
+            _ => Instant::now() + TRY_AGAIN,
+        };
+        let over = self.edges.wait_for(|edge| *edge == Edge::Connections);
+        if time::timeout_at(again, over).await.is_ok() {
+            self.give_up();
+            self.closed();
+            return;
+        }
+        self.accept_rest(socket);
+        if self.last.is_empty() && self.socket.is_none() {
+            self.closed();
+        }
+    }
+
+    /// Has idle connections closed, whose descriptors the queue needs. New ones have as long to
+    /// begin a request as they have at any other close.
+    fn close_idle(&self) {
+        let shared = self.graceful.shared();
+        let Some(tells) = shared.starved.begin_round() else {
+            return;
+        };
+        let before = Instant::now() - LINGER;
+        for line in shared.connections.opened_before(before) {
+            if tells {
+                line.notice.tell(Told::Close);
+            }
+            line.notice.wake_reader();
+        }
+    }
+
+    /// Leaves the queue as it is.
+    fn give_up(&mut self) {
+        if let Some(socket) = self.socket.take() {
+            if matches!(self.closing, Closing::At(_)) {
+                let_in_handshakes(&*socket);
+            }
+            self.graceful.shared().starved.ends(&socket, false);
+            events::queue_given_up();
         }
     }
 
     /// Says, once, that nothing more will be accepted.
     fn closed(&mut self) {
-        if let Closing::No | Closing::Until(_) | Closing::At(_) = self.closing {
+        if !matches!(self.closing, Closing::Unused | Closing::Done) {
             self.closing = Closing::Done;
             let shared = self.graceful.shared();
             shared.connections.listener_closed();
@@ -128,9 +236,10 @@ impl<L: Listener> GracefulListener<L> {
 
 impl<L: Listener> Drop for GracefulListener<L> {
     fn drop(&mut self) {
-        if let Some(listener) = &self.listener {
+        if let (Some(listener), Closing::At(_)) = (&self.listener, &self.closing) {
             let_in_handshakes(listener);
         }
+        self.give_up();
         self.closed();
     }
 }
@@ -148,14 +257,22 @@ impl<L: Listener> Listener for GracefulListener<L> {
             let shared = self.graceful.shared();
             shared.mark_served();
             shared.connections.listener_opened();
+            if let Some(listener) = &self.listener {
+                // A process may have been killed before it could do that.
+                let_in_handshakes(listener);
+            }
         }
         loop {
             if let Some((io, addr)) = self.last.pop() {
                 let io = self.track(io, &addr);
-                if self.last.is_empty() {
+                if self.last.is_empty() && self.socket.is_none() {
                     self.closed();
                 }
                 return (io, addr);
+            }
+            if let Some(socket) = self.socket.clone() {
+                self.accept_starved(socket).await;
+                continue;
             }
             let Some(listener) = &mut self.listener else {
                 return future::pending().await;
@@ -167,14 +284,14 @@ impl<L: Listener> Listener for GracefulListener<L> {
                     } else {
                         None
                     };
-                    if accepted.is_none() && turn_away_handshakes(listener) {
+                    if accepted.is_none() && !self.is_passed && turn_away_handshakes(listener) {
                         self.closing = Closing::At(Instant::now() + HANDSHAKE);
                         continue;
                     }
                     accepted
                 }
                 Closing::At(instant) => time::timeout_at(instant, listener.accept()).await.ok(),
-                Closing::No | Closing::Unused | Closing::Done => {
+                Closing::No | Closing::Unused | Closing::Starved | Closing::Done => {
                     let asked = is_asked(listener);
                     let mut accept = pin!(listener.accept());
                     let accepted = tokio::select! {

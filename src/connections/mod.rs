@@ -10,6 +10,8 @@
 
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod accepted;
+#[cfg(all(feature = "axum", any(target_os = "linux", target_os = "android")))]
+mod activation;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod connection;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
@@ -22,12 +24,15 @@ mod queue;
 mod send_queue;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod serve;
+#[cfg_attr(not(feature = "axum"), allow(dead_code))]
+mod starved;
 
 #[cfg(all(feature = "axum", feature = "signal"))]
 pub use self::accepted::Accepted;
 pub use self::io::GracefulIo;
 #[cfg(feature = "axum")]
 pub use self::listener::{GracefulListener, TrackedListener};
+pub(crate) use self::starved::Starved;
 use crate::{registry, timeline::Shared};
 
 /// A connection, which keeps its lifecycle alive.

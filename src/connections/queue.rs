@@ -3,6 +3,8 @@
 use std::{any::Any, future, io, pin::pin, task::Poll};
 
 use axum::serve::Listener;
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use socket2::SockRef;
 #[cfg(unix)]
 use tokio::net::{UnixListener, UnixStream, unix};
 use tokio::{
@@ -10,6 +12,9 @@ use tokio::{
     task,
 };
 
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use super::activation;
+use super::starved::{MOST, Socket, SocketKind, is_want};
 use crate::events;
 
 /// Whether it is a listener whose queue can be asked: one of tokio's.
@@ -37,77 +42,74 @@ pub(super) async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::A
     None
 }
 
-/// Closes the listener, and returns whom the operating system had queued to the very last.
+/// Takes the listener from the runtime, if it is one of tokio's.
 ///
-/// A listener of tokio's is asked directly: the runtime knows of a connection only since it last
-/// asked for news, and a busy runtime may not have done so for milliseconds. Any other listener
-/// cannot be asked, and is just closed.
-pub(super) fn last_ones<L: Listener>(listener: L) -> Vec<(L::Io, L::Addr)> {
+/// It is asked directly then: the runtime knows of a connection only since it last asked for news,
+/// and a busy runtime may not have done so for milliseconds. Any other listener cannot be asked,
+/// and is closed.
+pub(super) fn into_socket<L: Listener>(listener: L, is_passed: bool) -> Option<Socket> {
     let listener: Box<dyn Any> = Box::new(listener);
-    let listener = match listener.downcast::<TcpListener>() {
-        Ok(tcp) => return last_of_tcp(*tcp),
-        Err(other) => other,
+    // Whoever made a socket, or shares it, may have made it blocking.
+    let kind = match listener.downcast::<TcpListener>() {
+        Ok(tcp) => {
+            let tcp = tcp.into_std().ok()?;
+            tcp.set_nonblocking(true).ok()?;
+            SocketKind::Tcp(tcp)
+        }
+        #[cfg(unix)]
+        Err(other) => {
+            let unix = other.downcast::<UnixListener>().ok()?.into_std().ok()?;
+            unix.set_nonblocking(true).ok()?;
+            SocketKind::Unix(unix)
+        }
+        #[cfg(not(unix))]
+        Err(_) => return None,
     };
-    #[cfg(unix)]
-    let listener = match listener.downcast::<UnixListener>() {
-        Ok(unix) => return last_of_unix(*unix),
-        Err(other) => other,
-    };
-    drop(listener);
-    Vec::new()
+    Some(Socket { kind, is_passed })
 }
 
-fn last_of_tcp<A: 'static>(listener: TcpListener) -> Vec<A> {
-    let Ok(tcp) = listener.into_std() else {
-        return Vec::new();
-    };
-    let last = queue(tcp.set_nonblocking(true).is_ok(), || tcp.accept());
-    let_in_handshakes(&tcp);
-    drop(tcp);
-    let connections = last.into_iter().filter_map(|(stream, addr)| {
-        stream.set_nonblocking(true).ok()?;
-        cast((TcpStream::from_std(stream).ok()?, addr))
-    });
-    connections.collect()
+/// All that can be accepted without waiting, the latest first; and if that is not the whole queue
+/// for want of descriptors, the error that said so.
+pub(super) fn accept_all<A: 'static>(socket: &Socket) -> (Vec<A>, Option<io::Error>) {
+    match &socket.kind {
+        SocketKind::Tcp(tcp) => queue(|| {
+            let (stream, addr) = tcp.accept()?;
+            let ready = stream.set_nonblocking(true);
+            let stream = ready.and_then(|()| TcpStream::from_std(stream));
+            Ok(stream.ok().and_then(|stream| cast((stream, addr))))
+        }),
+        #[cfg(unix)]
+        SocketKind::Unix(unix) => queue(|| {
+            let (stream, addr) = unix.accept()?;
+            let ready = stream.set_nonblocking(true);
+            let stream = ready.and_then(|()| UnixStream::from_std(stream));
+            let addr = unix::SocketAddr::from(addr);
+            Ok(stream.ok().and_then(|stream| cast((stream, addr))))
+        }),
+    }
 }
 
-#[cfg(unix)]
-fn last_of_unix<A: 'static>(listener: UnixListener) -> Vec<A> {
-    let Ok(unix) = listener.into_std() else {
-        return Vec::new();
-    };
-    let last = queue(unix.set_nonblocking(true).is_ok(), || unix.accept());
-    drop(unix);
-    let connections = last.into_iter().filter_map(|(stream, addr)| {
-        stream.set_nonblocking(true).ok()?;
-        let addr = unix::SocketAddr::from(addr);
-        cast((UnixStream::from_std(stream).ok()?, addr))
-    });
-    connections.collect()
-}
-
-/// All that can be accepted without waiting, the latest first.
-///
-/// The socket must have been made nonblocking, since whoever made it, or shares it, may have made
-/// it blocking.
-fn queue<A>(nonblocking: bool, accept: impl Fn() -> io::Result<A>) -> Vec<A> {
-    /// More than a queue holds, where nothing stops it from being filled.
-    const MOST: usize = 4096;
-
-    let mut last = Vec::new();
-    while nonblocking && last.len() < MOST {
+/// `accept` says `None` of a connection that was broken off.
+fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> (Vec<A>, Option<io::Error>) {
+    let mut accepted = Vec::new();
+    let mut want = None;
+    while accepted.len() < MOST {
         match accept() {
-            Ok(accepted) => last.push(accepted),
+            Ok(one) => accepted.extend(one),
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) if is_want(&error) => {
+                want = Some(error);
+                break;
+            }
             Err(error) => {
                 events::queue_lost(&error);
                 break;
             }
         }
     }
-    last.reverse();
-    last
+    accepted.reverse();
+    (accepted, want)
 }
 
 /// Has the kernel drop what would begin a new connection to this listener, and nothing else, so
@@ -117,7 +119,7 @@ fn queue<A>(nonblocking: bool, accept: impl Fn() -> io::Result<A>) -> Vec<A> {
 /// The client tries again a second later, as after any lost packet, and is refused then.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn turn_away_handshakes(listener: &dyn Any) -> bool {
-    use socket2::{SockFilter, SockRef};
+    use socket2::SockFilter;
 
     // Classic BPF (linux/bpf_common.h), on a packet that begins with its TCP header.
     const LOAD_BYTE: u16 = 0x30;
@@ -131,26 +133,38 @@ pub(super) fn turn_away_handshakes(listener: &dyn Any) -> bool {
         SockFilter::new(RETURN, 0, 0, 0),
         SockFilter::new(RETURN, 0, 0, u32::MAX),
     ];
-    listener
-        .downcast_ref::<TcpListener>()
-        .is_some_and(|tcp| SockRef::from(tcp).attach_filter(&filter).is_ok())
+    tcp(listener).is_some_and(|tcp| tcp.attach_filter(&filter).is_ok())
 }
 
-/// Takes back what `turn_away_handshakes` did. The filter is the socket's and not ours alone: a
-/// socket that a supervisor passed on, or another process shares, must accept again after us.
+/// Takes back what `turn_away_handshakes` did, or what a process did that was killed before it
+/// could take it back. The filter is the socket's and not the process's: a socket that is shared, or
+/// that another process gets after this one, must accept again.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn let_in_handshakes(listener: &dyn Any) {
-    use socket2::SockRef;
-
-    let socket = listener.downcast_ref::<TcpListener>().map(SockRef::from);
-    let closing = || {
-        listener
-            .downcast_ref::<std::net::TcpListener>()
-            .map(SockRef::from)
-    };
-    if let Some(socket) = socket.or_else(closing) {
-        let _ = socket.detach_filter();
+    if let Some(tcp) = tcp(listener) {
+        let _ = tcp.detach_filter();
     }
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn tcp(listener: &dyn Any) -> Option<SockRef<'_>> {
+    if let Some(tcp) = listener.downcast_ref::<TcpListener>() {
+        return Some(SockRef::from(tcp));
+    }
+    match &listener.downcast_ref::<Socket>()?.kind {
+        SocketKind::Tcp(tcp) => Some(SockRef::from(tcp)),
+        SocketKind::Unix(_) => None,
+    }
+}
+
+/// Whether the listener was passed to the process by socket activation. Only asked on Linux.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn is_passed(listener: &dyn Any) -> bool {
+    if let Some(tcp) = listener.downcast_ref::<TcpListener>() {
+        return activation::is_passed(tcp);
+    }
+    let unix = listener.downcast_ref::<UnixListener>();
+    unix.is_some_and(activation::is_passed)
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
@@ -161,6 +175,11 @@ pub(super) fn turn_away_handshakes(_: &dyn Any) -> bool {
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 pub(super) fn let_in_handshakes(_: &dyn Any) {}
 
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn is_passed(_: &dyn Any) -> bool {
+    false
+}
+
 /// The value as a `B`, if that is what it is.
 fn cast<A: 'static, B: 'static>(value: A) -> Option<B> {
     let mut value = Some(value);
@@ -170,7 +189,7 @@ fn cast<A: 'static, B: 'static>(value: A) -> Option<B> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpStream;
+    use std::net::{SocketAddr, TcpStream};
 
     use super::*;
 
@@ -179,11 +198,14 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
+        let socket = into_socket(listener, false).unwrap();
+        let (last, want) = accept_all::<(tokio::net::TcpStream, SocketAddr)>(&socket);
+        assert!(want.is_none());
         // The latest first, because they are taken from the end.
-        let last = last_ones(listener).into_iter().rev();
-        let ports: Vec<_> = last.map(|(_, peer)| peer.port()).collect();
+        let ports: Vec<_> = last.iter().rev().map(|(_, peer)| peer.port()).collect();
         let expected = clients.map(|client| client.local_addr().unwrap().port());
         assert_eq!(ports, expected);
+        drop(socket);
         assert!(TcpStream::connect(address).is_err());
     }
 
@@ -196,7 +218,10 @@ mod tests {
         let path = std::env::temp_dir().join(name);
         let listener = UnixListener::bind(&path).unwrap();
         let _clients = [(); 3].map(|()| UnixStream::connect(&path).unwrap());
-        assert_eq!(last_ones(listener).len(), 3);
+        let socket = into_socket(listener, false).unwrap();
+        let (last, _) = accept_all::<(tokio::net::UnixStream, unix::SocketAddr)>(&socket);
+        assert_eq!(last.len(), 3);
+        drop(socket);
         assert!(UnixStream::connect(&path).is_err());
         std::fs::remove_file(&path).unwrap();
     }

@@ -76,6 +76,7 @@ impl<S> Layer<S> for GracefulLayer {
     type Service = GracefulService<S>;
 
     fn layer(&self, inner: S) -> GracefulService<S> {
+        self.graceful.shared().starved.counts_requests();
         GracefulService::new(inner, self.graceful.entrance())
     }
 }

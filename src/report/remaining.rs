@@ -4,7 +4,8 @@ use std::{fmt, net::SocketAddr, time::Duration};
 
 use http::Method;
 
-/// What was still there when the cut came. All zero after a clean shutdown.
+/// What was still there when the cut came, and what was lost without one. All zero after a clean
+/// shutdown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Remaining {
@@ -18,6 +19,10 @@ pub struct Remaining {
     pub servers: usize,
     /// [Workers](crate::Graceful::worker) that were cut when their own time was over.
     pub workers: usize,
+    /// Connections that were reset in a listener's queue, because the process had no file
+    /// descriptor left to accept them. Their requests, if any were sent, were not answered. At
+    /// least so many: a listener whose queue could not be counted adds 1.
+    pub queued: usize,
 }
 
 impl Remaining {
@@ -34,6 +39,7 @@ impl fmt::Display for Remaining {
             (self.connections, "connection"),
             (self.servers, "server"),
             (self.workers, "worker"),
+            (self.queued, "queued connection"),
         ];
         let mut first = true;
         for (count, name) in named {

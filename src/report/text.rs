@@ -258,6 +258,7 @@ mod tests {
             connections: 5,
             servers: 0,
             workers: 1,
+            queued: 12,
         };
         let connection = |age| CutConnection {
             peer: Some(([10, 0, 0, 7], 51234).into()),
@@ -300,9 +301,13 @@ mod tests {
              \n  cleanup               0.750 s  |                           =====|\
              \n    mailer              3.600 s  |      =======================   |  cut\
              \n    database            0.400 s  |                             ===|  done\
-             \n  requests: 3 in flight when it began, 2 more, 1 finished, 7 refused, 2 cut,\
-             \n    2 dropped\
-             \n  given up: 1 request, 1 hold, 5 connections, 1 worker\
+             
+  requests: 3 in flight when it began, 2 more, 1 finished, 7 refused, 2 cut,\
+             
+    2 dropped\
+             
+  given up: 1 request, 1 hold, 5 connections, 1 worker, \
+             12 queued connections\
              \n    GET /export 28.4 s, body streaming\
              \n    hold order mail 3.1 s\
              \n    connection from 10.0.0.7:51234 28.4 s\

@@ -34,7 +34,7 @@ use tokio::{
 
 #[cfg(feature = "axum")]
 pub(crate) use self::settle::LAST_ACCEPTS;
-#[cfg(all(feature = "axum", feature = "signal"))]
+#[cfg(feature = "axum")]
 pub(crate) use self::settle::LINGER;
 pub(crate) use self::shutdown::{Edge, ServerEnd};
 use self::{
@@ -44,6 +44,7 @@ use self::{
 #[cfg(all(unix, feature = "signal"))]
 use crate::watchdog::Watchdog;
 use crate::{
+    connections::Starved,
     events,
     gate::{Gate, WeakGate},
     notice::Told,
@@ -73,6 +74,7 @@ pub(crate) struct Lifecycle {
     pub(crate) plan: Plan,
     pub(crate) policy: &'static Policy,
     pub(crate) connections: Registry<Shared>,
+    pub(crate) starved: Starved,
     pub(crate) work: Work,
     pub(crate) roll: Roll,
     /// For a phase, by the thousands.
@@ -95,6 +97,7 @@ impl Lifecycle {
             plan,
             policy,
             connections: Registry::default(),
+            starved: Starved::default(),
             work: Work::default(),
             roll: Roll::default(),
             waiters: Waiters::new(),
@@ -334,7 +337,7 @@ impl Shared {
     fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
         let now = Instant::now();
         let mut transitions = Vec::new();
-        let (next, edge, told, expires_again, moment) = {
+        let (next, edge, told, expires_again, moment, queued) = {
             let mut state = self.state();
             change(&mut state, now);
             let next = self.settle(&mut state, now, &mut transitions);
@@ -343,12 +346,16 @@ impl Shared {
             let expires_again = shutdown.is_some_and(Shutdown::takes_again);
             let edge = state.shutdown.as_ref().map(|shutdown| shutdown.edge);
             let moment = self.moment(&state, now);
+            let stopped = transitions.iter().any(|it| it.to == Phase::Stopped);
+            let report = state.report.as_ref().filter(|_| stopped);
+            let queued = report.map(|report| report.remaining().queued);
             (
                 next,
                 edge.unwrap_or(Edge::Open),
                 told,
                 expires_again,
                 moment,
+                queued,
             )
         };
         // After the lock, because wakers and subscribers may call back.
@@ -367,6 +374,9 @@ impl Shared {
         }
         for transition in &transitions {
             events::transition(transition);
+        }
+        if let Some(queued @ 1..) = queued {
+            events::queue_reset(queued);
         }
         next
     }

@@ -27,6 +27,10 @@ const MOST_LINGER: Duration = Duration::from_millis(150);
 /// How long a listener may take to empty its accept queue.
 pub(crate) const LAST_ACCEPTS: Duration = Duration::from_millis(100);
 
+/// How much longer the delay may be for a listener that waits for descriptors: what holds them may
+/// be work that is told to end only when draining starts.
+const STARVED_DELAY: Duration = Duration::from_secs(1);
+
 /// In how many turns long-lived work is told to end, where that is spread.
 const TURNS: u32 = 100;
 
@@ -70,6 +74,10 @@ impl Shared {
                 Phase::Closing => self.settle_closing(shutdown, servers, now),
                 Phase::Stopped => return None,
             };
+            if matches!(step, Step::To(Phase::Stopped, _)) {
+                // Connections are gone, as far as they will be.
+                shutdown.queued = self.starved.reset_queues();
+            }
             match step {
                 Step::Until(instant) => return Some(self.next_turn(state, now).min(instant)),
                 Step::To(Phase::Stopped, reason)
@@ -98,7 +106,10 @@ impl Shared {
         // What is in the accept queue is served, and only then is work refused.
         if !self.policy.keep_listening {
             if let Some(until) = self.close_edge(shutdown, now) {
-                return Step::Until(until);
+                let begun = shutdown.edge_begun.unwrap_or(now);
+                if now < begun + STARVED_DELAY {
+                    return Step::Until(until.min(begun + STARVED_DELAY));
+                }
             }
         }
         Step::To(Phase::Draining, reason)
@@ -228,10 +239,15 @@ impl Shared {
         let listeners = self.connections.listeners();
         // Without a listener of ours there is no knowing what is accepted when.
         if listeners.any && shutdown.cut.is_none() {
-            let last_accepts = shutdown.drain_until.min(begun + LAST_ACCEPTS);
+            let mut last_accepts = begun + LAST_ACCEPTS;
+            if self.starved.is_waiting() {
+                last_accepts = last_accepts.max(shutdown.last_call);
+            }
+            let last_accepts = shutdown.drain_until.min(last_accepts);
             if listeners.open > 0 && now < last_accepts {
                 return Some(last_accepts);
             }
+            let begun = self.starved.over().map_or(begun, |over| over.max(begun));
             let most = shutdown.drain_until.min(begun + MOST_LINGER);
             // On a busy machine a connection may be accepted long before anybody looks at it.
             if self.connections.take_stirred() || now < most && self.connections.has_unread() {
@@ -264,6 +280,7 @@ impl Shared {
                 connections: connections.len(),
                 servers,
                 workers: 0,
+                queued: 0,
             },
             // After the count, so that no request that has left it is missing here.
             dropped: self.since_serving().dropped,

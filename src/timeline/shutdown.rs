@@ -113,6 +113,8 @@ pub(super) struct Shutdown {
     pub(super) in_flight: usize,
     /// Cleanup steps are registered, as far as is known at the cut.
     pub(super) cleans_up: bool,
+    /// Connections that were reset in listeners' queues.
+    pub(super) queued: usize,
     #[cfg(feature = "signal")]
     pub(super) last_interrupt: Option<Instant>,
 }
@@ -188,6 +190,7 @@ impl Shutdown {
             cleanup: None,
             in_flight: 0,
             cleans_up: false,
+            queued: 0,
             #[cfg(feature = "signal")]
             last_interrupt: None,
         }
@@ -320,6 +323,7 @@ impl Shutdown {
             // They were about to end, and they have.
             remaining.servers = 0;
         }
+        remaining.queued = self.queued;
         remaining.workers = tasks.iter().filter(|task| task.is_cut_worker()).count();
         let outcome = if matches!(reason, Reason::Signal) {
             Outcome::Abandoned

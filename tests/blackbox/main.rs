@@ -11,6 +11,8 @@
 use std::process::ExitCode;
 
 #[cfg(unix)]
+mod activation;
+#[cfg(unix)]
 mod client;
 #[cfg(unix)]
 mod connections;
@@ -41,6 +43,8 @@ mod server;
 #[cfg(unix)]
 mod signals;
 #[cfg(unix)]
+mod starved;
+#[cfg(unix)]
 mod whole;
 #[cfg(unix)]
 mod work;
@@ -68,6 +72,7 @@ fn main() -> ExitCode {
     // They wait most of the time.
     arguments.test_threads.get_or_insert(8);
     let rooms = [
+        activation::TESTS,
         readiness::TESTS,
         draining::TESTS,
         connections::TESTS,
@@ -79,6 +84,7 @@ fn main() -> ExitCode {
         long_lived::TESTS,
         refusal::TESTS,
         signals::TESTS,
+        starved::TESTS,
         whole::TESTS,
         work::TESTS,
     ];

@@ -2,7 +2,8 @@
 
 use std::{
     io::{BufRead, BufReader, Read},
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
+    os::fd::OwnedFd,
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
@@ -72,13 +73,37 @@ impl Server {
         server
     }
 
+    /// Starts a server on this socket, which it is given by socket activation (sd_listen_fds(3)),
+    /// and waits until it listens. Descriptor 3 is the socket; the server takes a duplicate, as
+    /// some libraries do.
+    pub(crate) fn start_on(shared: &TcpListener, form: Form, knobs: &[&str]) -> Self {
+        const PASS_ON: &str = r#"export LISTEN_FDS=1 LISTEN_PID=$$; exec "$0" "$@" 3<&0"#;
+
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", PASS_ON])
+            .arg(std::env::current_exe().unwrap())
+            .stdin(OwnedFd::from(shared.try_clone().unwrap()));
+        let knobs = [knobs, &["listener=stdin"]].concat();
+        let mut server = Self::run(command, form, &knobs);
+        server.expect_line("starting");
+        let listening = server.expect_line("listening");
+        server.address = listening.parse().unwrap();
+        server
+    }
+
     /// Starts a server.
     pub(crate) fn unheard(form: Form, knobs: &[&str]) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.stdin(Stdio::null());
+        Self::run(command, form, knobs)
+    }
+
+    fn run(mut command: Command, form: Form, knobs: &[&str]) -> Self {
+        let mut child = command
             .arg("--server")
             .arg(format!("form={form:?}"))
             .args(knobs)
-            .stdin(Stdio::null())
             // A trace takes long, and panics are part of the tests.
             .env("RUST_BACKTRACE", "0")
             .stdout(Stdio::piped())

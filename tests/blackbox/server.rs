@@ -84,6 +84,15 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
     runtime.block_on(serve(&Knobs(args)))
 }
 
+fn listener_on_stdin() -> TcpListener {
+    use std::os::fd::AsFd;
+
+    let socket = io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let listener = std::net::TcpListener::from(socket);
+    listener.set_nonblocking(true).unwrap();
+    TcpListener::from_std(listener).unwrap()
+}
+
 fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
     let mut builder = Graceful::builder()
         .drain_delay(knobs.millis("delay").unwrap_or(Duration::from_secs(1)))
@@ -133,7 +142,10 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
     };
     register(&graceful, knobs);
     let app = app(&graceful, knobs);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = match knobs.text("listener") {
+        Some("stdin") => listener_on_stdin(),
+        _ => TcpListener::bind("127.0.0.1:0").await.unwrap(),
+    };
     let address = listener.local_addr().unwrap();
 
     if knobs.text("worker").is_some() {
@@ -335,6 +347,7 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
     // Outside the layer, so that looking does not change what is seen.
     behind
         .merge(graceful.probes())
+        .route("/outside/{ms}", get(sleep))
         .route("/count", get(count))
         .route("/connections", get(connections))
 }

@@ -1,0 +1,168 @@
+//! Whether a listening socket was passed to the process by socket activation (sd_listen_fds(3)).
+//!
+//! Such a socket outlives the process: the supervisor keeps it, and the next process reads the same
+//! accept queue. What is changed on the socket, as a filter is, holds for that process too.
+//!
+//! The sockets are descriptors 3 up to 3 + `LISTEN_FDS`, if `LISTEN_PID` is unset or is this
+//! process. Libraries take these variables out of the environment and may duplicate the
+//! descriptors. So the initial environment is read as well, and sockets are compared by inode.
+//!
+//! The comparison errs on one side: where a passed descriptor has been closed or is no socket any
+//! more, or where nothing can be compared, any listener may be what was passed, and counts as such.
+//! A listener that is taken for a passed one by mistake does without the filter: a connection that
+//! arrives between its last `accept` and its close is reset.
+
+use std::{
+    env, fs,
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileTypeExt, MetadataExt},
+        },
+    },
+    process, str,
+};
+
+/// The first descriptor that is passed.
+const FIRST: RawFd = 3;
+
+/// Whether `socket` is one that the process was given when it was started. To be asked early: once
+/// a descriptor is closed, its number is given to other files.
+pub(super) fn is_passed(socket: &impl AsRawFd) -> bool {
+    let current = ["LISTEN_FDS", "LISTEN_PID"].map(env::var_os);
+    let [fds, pid] = current.each_ref().map(|value| {
+        let value = value.as_ref();
+        value.map(|value| value.as_bytes())
+    });
+    let initial = fs::read("/proc/self/environ").unwrap_or_default();
+    let passed = passed(fds, pid).max(passed_in(&initial));
+    if passed <= 0 {
+        return false;
+    }
+    let end = FIRST.saturating_add(passed);
+    // Lazily, so that a count that is nonsense ends at the first descriptor that is not open.
+    may_be_among(
+        File::open_as(socket.as_raw_fd()),
+        (FIRST..end).map(File::open_as),
+    )
+}
+
+/// The number of sockets that were passed to this process, by the values of the two variables.
+fn passed(fds: Option<&[u8]>, pid: Option<&[u8]>) -> RawFd {
+    let number = |value: &[u8]| str::from_utf8(value).ok()?.parse::<RawFd>().ok();
+    let ours = RawFd::try_from(process::id()).ok();
+    match pid {
+        Some(pid) if number(pid).is_none() || number(pid) != ours => 0,
+        _ => fds.and_then(number).unwrap_or(0),
+    }
+}
+
+/// The number of sockets that were passed to this process, by an environment as the kernel keeps it:
+/// `name=value`, with a zero byte after each.
+fn passed_in(environ: &[u8]) -> RawFd {
+    let value = |name: &[u8]| {
+        let mut variables = environ.split(|byte| *byte == 0);
+        variables.find_map(|variable| variable.strip_prefix(name)?.strip_prefix(b"="))
+    };
+    passed(value(b"LISTEN_FDS"), value(b"LISTEN_PID"))
+}
+
+/// What a descriptor stands for.
+#[derive(Clone, Copy, Debug)]
+struct File {
+    device: u64,
+    inode: u64,
+    is_socket: bool,
+}
+
+impl File {
+    fn open_as(fd: RawFd) -> Option<Self> {
+        let file = fs::metadata(format!("/proc/self/fd/{fd}")).ok()?;
+        Some(Self {
+            device: file.dev(),
+            inode: file.ino(),
+            is_socket: file.file_type().is_socket(),
+        })
+    }
+
+    fn is(self, other: Self) -> bool {
+        self.device == other.device && self.inode == other.inode
+    }
+}
+
+/// `None` is a descriptor of which nothing is known.
+fn may_be_among(socket: Option<File>, mut passed: impl Iterator<Item = Option<File>>) -> bool {
+    let Some(socket) = socket else {
+        return true;
+    };
+    passed.any(|file| file.is_none_or(|file| file.is(socket) || !file.is_socket))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn ours() -> String {
+        process::id().to_string()
+    }
+
+    #[test]
+    fn sockets_are_passed_to_this_process_or_to_an_unnamed_one() {
+        let ours = ours();
+        assert_eq!(passed(Some(b"2"), None), 2);
+        assert_eq!(passed(Some(b"2"), Some(ours.as_bytes())), 2);
+        assert_eq!(passed(Some(b"2"), Some(b"1")), 0);
+        assert_eq!(passed(None, None), 0);
+        assert_eq!(passed(None, Some(ours.as_bytes())), 0);
+    }
+
+    #[test]
+    fn values_that_are_no_numbers_pass_nothing() {
+        for value in [&b""[..], b"x", b"1 ", b"\xff", b"99999999999999999999"] {
+            assert_eq!(passed(Some(value), None), 0, "{value:?}");
+            assert_eq!(passed(Some(b"1"), Some(value)), 0, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn an_initial_environment_is_read() {
+        let ours = ours();
+        let environ = |pid: &str| format!("A=\0LISTEN_FDS=3\0LISTEN_PID={pid}\0B=LISTEN_FDS=4\0");
+        assert_eq!(passed_in(environ(&ours).as_bytes()), 3);
+        assert_eq!(passed_in(environ("1").as_bytes()), 0);
+        assert_eq!(passed_in(b"XLISTEN_FDS=3\0LISTEN_FDSX=3\0LISTEN_FDS"), 0);
+        assert_eq!(passed_in(b"LISTEN_FDS=1"), 1);
+        assert_eq!(passed_in(b""), 0);
+    }
+
+    #[test]
+    fn a_duplicate_is_the_same_socket_and_another_socket_is_not() {
+        let [first, second, third] = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let duplicate = second.try_clone().unwrap();
+        let [first, second, third, duplicate] = [first, second, third, duplicate]
+            .each_ref()
+            .map(|socket| File::open_as(socket.as_raw_fd()));
+        assert!(may_be_among(duplicate, [first, second].into_iter()));
+        assert!(!may_be_among(third, [first, second].into_iter()));
+        assert!(!may_be_among(third, [].into_iter()));
+    }
+
+    #[test]
+    fn a_passed_descriptor_that_was_closed_or_reused_may_be_any_listener() {
+        let [passed, ours] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let file = fs::File::open("/proc/self/environ").unwrap();
+        let [passed, ours, file] =
+            [passed.as_raw_fd(), ours.as_raw_fd(), file.as_raw_fd()].map(File::open_as);
+        assert!(may_be_among(ours, [passed, None].into_iter()));
+        assert!(may_be_among(ours, [passed, file].into_iter()));
+        assert!(may_be_among(None, [passed].into_iter()));
+    }
+
+    #[test]
+    fn a_socket_that_the_process_made_was_not_passed() {
+        assert!(!is_passed(&TcpListener::bind("127.0.0.1:0").unwrap()));
+    }
+}

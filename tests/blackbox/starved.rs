@@ -1,0 +1,188 @@
+//! A stop without file descriptors: clients wait in the accept queue, and the process can accept
+//! none of them.
+
+use std::{
+    io, thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    Test,
+    client::{Connection, Response},
+    process::{Server, wait_for},
+    server::Form,
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "starved::idle_connections_make_room_for_the_accept_queue",
+        Form::CUTTING,
+        idle_make_room,
+    ),
+    (
+        "starved::silent_connections_make_room_for_the_accept_queue",
+        Form::CUTTING,
+        silent_make_room,
+    ),
+    (
+        "starved::requests_in_flight_complete_before_the_accept_queue_is_emptied",
+        Form::CUTTING,
+        busy_complete,
+    ),
+    (
+        "starved::connections_that_are_not_idle_are_left_alone",
+        Form::CUTTING,
+        not_idle,
+    ),
+    (
+        "starved::connections_lost_in_the_accept_queue_are_reported",
+        Form::CUTTING,
+        lost,
+    ),
+];
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+const BOTH: [&str; 2] = ["keep_listening=true", "keep_listening=false"];
+const FEW_FILES: &str = "files=64";
+const GET: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
+/// So many clients connect: more than twice as many as the server may have files open.
+const CLIENTS: usize = 150;
+
+/// Connects clients until long after the server has no descriptors left. Each sends `request`.
+fn starve(server: &Server, request: &str) -> Vec<Connection> {
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let mut connection = server.connect();
+            connection.send(request);
+            connection
+        })
+        .collect();
+    wait_for("the descriptors to run out", || is_starved(server));
+    clients
+}
+
+/// What the process has open, as the operating system says.
+fn is_starved(server: &Server) -> bool {
+    let open = std::fs::read_dir(format!("/proc/{}/fd", server.pid()));
+    open.map_or(true, |open| open.count() >= 64)
+}
+
+#[track_caller]
+fn assert_answered(answer: &io::Result<Response>, i: usize) {
+    let answered = matches!(answer, Ok(answer) if matches!(answer.status, 200 | 503));
+    assert!(answered, "{i}: {answer:?}");
+}
+
+/// Each client keeps its connection open after the answer, so none makes room for another.
+#[track_caller]
+fn assert_all_answered(clients: &mut [Connection]) {
+    for (i, client) in clients.iter_mut().enumerate() {
+        assert_answered(&client.try_response("GET"), i);
+    }
+}
+
+/// The clients that were accepted keep their connections after the answer.
+fn idle_make_room(form: Form) {
+    for keep in BOTH {
+        let mut server = Server::start(form, &["delay=300", "drain=5000", keep, FEW_FILES]);
+        let mut clients = starve(&server, GET);
+        server.terminate();
+        assert_all_answered(&mut clients);
+        let exit = server.exit();
+        exit.assert_clean();
+        exit.assert_within(MS(300), MS(1500));
+    }
+}
+
+/// The clients that were accepted have sent nothing, and never will.
+fn silent_make_room(form: Form) {
+    for keep in BOTH {
+        let mut server = Server::start(form, &["delay=300", "drain=5000", keep, FEW_FILES]);
+        let silent = starve(&server, "");
+        let mut clients: Vec<_> = (0..10).map(|_| server.connect()).collect();
+        for client in &mut clients {
+            client.send(GET);
+        }
+        server.terminate();
+        assert_all_answered(&mut clients);
+        let exit = server.exit();
+        exit.assert_clean();
+        exit.assert_within(MS(300), MS(1500));
+        drop(silent);
+    }
+}
+
+/// All descriptors belong to requests that take longer than the delay.
+fn busy_complete(form: Form) {
+    for keep in BOTH {
+        let mut server = Server::start(form, &["delay=300", "drain=8000", keep, FEW_FILES]);
+        let mut clients = starve(&server, "GET /sleep/1000 HTTP/1.1\r\nhost: test\r\n\r\n");
+        server.terminate();
+        assert_all_answered(&mut clients);
+        let exit = server.exit();
+        exit.assert_clean();
+        exit.assert_within(MS(300), MS(5000));
+    }
+}
+
+/// A connection that was upgraded, one whose next head is half sent, and one whose request is not
+/// counted because its route is outside the layer.
+fn not_idle(form: Form) {
+    let knobs = ["delay=300", "drain=2000", "keep_listening=false", FEW_FILES];
+    let mut server = Server::start(form, &knobs);
+    let mut upgraded = server.connect();
+    upgraded.send(
+        "GET /upgrade HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n",
+    );
+    assert_eq!(upgraded.head().status, 101);
+    let mut half = server.connect();
+    half.get("/").assert_ok();
+    half.send("GET / HTTP/1.1\r\nhost: ");
+    wait_for("no request in flight", || server.in_flight() == 0);
+    let mut uncounted = server.connect();
+    uncounted.send("GET /outside/1200 HTTP/1.1\r\nhost: test\r\n\r\n");
+    let mut clients = starve(&server, GET);
+    server.terminate();
+    let begun = Instant::now();
+    assert_all_answered(&mut clients);
+    assert!(begun.elapsed() < MS(1200), "{:?}", begun.elapsed());
+    upgraded.send("still there\n");
+    assert_eq!(upgraded.line().unwrap(), "still there");
+    if form == Form::Run {
+        // hyper closes such a connection of `serve`, as at the end of any drain.
+        half.send("test\r\n\r\n");
+        assert_answered(&half.try_response("GET"), 0);
+    }
+    uncounted.response("GET").assert_ok();
+    drop(upgraded);
+    server.exit().assert_clean();
+}
+
+/// Requests that never end hold the descriptors to the deadline.
+fn lost(form: Form) {
+    for keep in BOTH {
+        let mut server = Server::start(form, &["delay=200", "drain=800", keep, FEW_FILES]);
+        let clients = starve(&server, "GET /never HTTP/1.1\r\nhost: test\r\n\r\n");
+        server.terminate();
+        // The queue is not the deadline's to prolong.
+        let exit = server.exit();
+        assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+        exit.assert_within(MS(900), MS(1500));
+        let cut = number_before(&exit.report, " connections, ");
+        let queued = number_before(&exit.report, " queued connections");
+        assert_eq!(cut + queued, CLIENTS, "{exit:?}");
+        assert!(exit.log.contains("before its queue is empty"), "{exit:?}");
+        thread::scope(|scope| {
+            for mut client in clients {
+                scope.spawn(move || client.try_response("GET").unwrap_err());
+            }
+        });
+    }
+}
+
+#[track_caller]
+fn number_before(text: &str, what: &str) -> usize {
+    let (before, _) = text.split_once(what).unwrap_or_else(|| panic!("{text}"));
+    let digits = before.rsplit(|c: char| !c.is_ascii_digit()).next();
+    digits.unwrap().parse().unwrap()
+}
