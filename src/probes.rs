@@ -53,8 +53,8 @@ impl Graceful {
     {
         self.shared().probes.get_or_init(|| ());
         axum::Router::new()
-            .route_service(policy::LIVEZ, self.liveness().as_route())
-            .route_service(policy::READYZ, self.readiness().as_route())
+            .route_service(policy::LIVEZ, self.liveness().marked())
+            .route_service(policy::READYZ, self.readiness().marked())
     }
 
     /// The readiness probe as a plain service, for any path and any router: 200 while the service
@@ -117,8 +117,9 @@ enum Question {
 }
 
 impl Probe {
+    /// Recognized by services that clone it.
     #[cfg(feature = "axum")]
-    fn as_route(self) -> Self {
+    fn marked(self) -> Self {
         Self {
             is_route: true,
             ..self
@@ -213,6 +214,7 @@ impl fmt::Debug for Probe {
         f.debug_struct("Probe")
             .field("question", &self.question)
             .field("graceful", &self.graceful)
+            .field("is_route", &self.is_route)
             .finish()
     }
 }
