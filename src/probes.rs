@@ -17,9 +17,9 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use tower_service::Service;
 
-use crate::{handle::Graceful, leaving, phase::Phase};
 #[cfg(feature = "axum")]
-use crate::{middleware::probe_route, policy};
+use crate::policy;
+use crate::{handle::Graceful, leaving, middleware::probe_route, phase::Phase};
 
 impl Graceful {
     /// A router with `GET /livez` and `GET /readyz`, the paths Kubernetes itself uses.
@@ -197,7 +197,6 @@ impl<B> Service<Request<B>> for Probe {
 
 impl Clone for Probe {
     fn clone(&self) -> Self {
-        #[cfg(feature = "axum")]
         if self.is_route {
             probe_route::note_clone(self.graceful.probe_entrance());
         }

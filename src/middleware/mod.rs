@@ -14,7 +14,6 @@ mod body;
 mod future;
 mod layer;
 mod named;
-#[cfg(feature = "axum")]
 pub(crate) mod probe_route;
 mod refusal;
 mod service;
