@@ -151,7 +151,9 @@ impl GracefulBuilder {
     }
 
     /// The most requests that may be in flight at once; the next one is refused with 429. A
-    /// request counts until its response body has ended. One limit for everything behind this
+    /// request counts until its response body has ended. The refusal answers at once, without reading
+    /// the request's body. A client that is still sending reads the answer if the server lets the
+    /// connection linger, as it does where connections are tracked. One limit for everything behind this
     /// lifecycle's layers, however many routes and clones there are. Default: no limit.
     ///
     /// Probes and [exempt](Self::exempt) paths are served above the limit too.

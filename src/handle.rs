@@ -115,7 +115,6 @@ impl Graceful {
         self.shared.door()
     }
 
-    #[cfg(feature = "axum")]
     pub(crate) fn probe_entrance(&self) -> Entrance {
         self.shared.probe_door()
     }

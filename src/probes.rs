@@ -17,9 +17,9 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use tower_service::Service;
 
-use crate::{handle::Graceful, leaving, phase::Phase};
 #[cfg(feature = "axum")]
-use crate::{middleware::probe_route, policy};
+use crate::policy;
+use crate::{handle::Graceful, leaving, middleware::probe_route, phase::Phase};
 
 impl Graceful {
     /// A router with `GET /livez` and `GET /readyz`, the paths Kubernetes itself uses.
@@ -53,8 +53,8 @@ impl Graceful {
     {
         self.shared().probes.get_or_init(|| ());
         axum::Router::new()
-            .route_service(policy::LIVEZ, self.liveness().as_route())
-            .route_service(policy::READYZ, self.readiness().as_route())
+            .route_service(policy::LIVEZ, self.liveness().marked())
+            .route_service(policy::READYZ, self.readiness().marked())
     }
 
     /// The readiness probe as a plain service, for any path and any router: 200 while the service
@@ -117,8 +117,9 @@ enum Question {
 }
 
 impl Probe {
+    /// Recognized by services that clone it.
     #[cfg(feature = "axum")]
-    fn as_route(self) -> Self {
+    fn marked(self) -> Self {
         Self {
             is_route: true,
             ..self
@@ -196,7 +197,6 @@ impl<B> Service<Request<B>> for Probe {
 
 impl Clone for Probe {
     fn clone(&self) -> Self {
-        #[cfg(feature = "axum")]
         if self.is_route {
             probe_route::note_clone(self.graceful.probe_entrance());
         }
@@ -213,6 +213,7 @@ impl fmt::Debug for Probe {
         f.debug_struct("Probe")
             .field("question", &self.question)
             .field("graceful", &self.graceful)
+            .field("is_route", &self.is_route)
             .finish()
     }
 }

@@ -11,10 +11,13 @@ use crate::gate::Refused;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RejectionReason {
-    /// The service is draining: it finishes what it began and begins nothing new.
+    /// The service is draining: it finishes what it began and begins nothing new. The answer goes out
+    /// when the request's body has been read, within bounds: see
+    /// [`GracefulLayer`](crate::GracefulLayer).
     Draining,
     /// As many requests as
-    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) allows are in flight.
+    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) allows are in flight. The answer goes
+    /// out at once.
     Overloaded,
 }
 

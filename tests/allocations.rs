@@ -76,6 +76,26 @@ fn a_request_allocates_nothing() {
     }
 }
 
+/// A response of one frame, in which there are so many bytes.
+fn of_size(graceful: &Graceful, bytes: &Bytes) -> u64 {
+    let service = tower::service_fn(|_: Request<Full<Bytes>>| {
+        ready(Ok::<_, Infallible>(Response::new(Full::new(bytes.clone()))))
+    });
+    let mut service = graceful.layer().layer(service);
+    allocations(|| request::<_, Full<Bytes>, _>(&mut service))
+}
+
+#[test]
+fn a_response_allocates_once_if_its_last_frame_is_large() {
+    const LARGE: usize = 16 * 1024;
+    let graceful = Graceful::new();
+    let bytes = Bytes::from(vec![0; LARGE]);
+    drop(bytes.clone());
+    assert_eq!(of_size(&graceful, &bytes.slice(1..)), 0);
+    assert_eq!(of_size(&graceful, &bytes), REQUESTS);
+    assert_eq!(graceful.in_flight(), 0);
+}
+
 /// Kept beside the others, or a counter that counts nothing would pass them all.
 #[test]
 fn what_allocates_is_counted() {

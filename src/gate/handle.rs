@@ -74,7 +74,6 @@ impl<K, T> Gate<K, T> {
     }
 
     /// The same door, for services that do nothing but lead to a probe.
-    #[cfg(feature = "axum")]
     pub(crate) fn probe_door(&self) -> Door<K, T> {
         Door(&self.0.sides.probes)
     }
@@ -171,7 +170,6 @@ impl<K, T> Door<K, T> {
     }
 
     /// Whether both are doors of one gate.
-    #[cfg(feature = "axum")]
     pub(crate) fn is_of_same_gate(self, other: Self) -> bool {
         std::ptr::eq(self.core(), other.core())
     }

@@ -19,12 +19,14 @@ use crate::handle::Graceful;
 /// | any, above [`max_in_flight`](crate::GracefulBuilder::max_in_flight) | is refused: 429, likewise | |
 ///
 /// A request is in flight from the call to the end of its response *body*: a stream counts to its
-/// last frame. A panic, a timeout or a client that goes away releases it at once.
+/// last frame, and a large last frame counts until the server has room for more. A panic, a timeout or a client that goes away releases it at once.
 ///
-/// Before a refusal the request's body is read, so that a client still sending sees the answer and
-/// not a broken connection: up to 16 MiB, for up to five seconds, and through no silence longer
-/// than one second; less when the drain is over or its deadline is near. The body of a client that
-/// waits for `100 Continue` is not read. gRPC calls are refused with `UNAVAILABLE` as headers alone.
+/// While draining, the request's body is read before a refusal, so that a client still sending sees
+/// the answer and not a broken connection: up to 16 MiB, for up to five seconds, and through no
+/// silence longer than one second; less when the drain is over or its deadline is near. 128 refusals
+/// may read at the same time, and further ones answer at once. The body of a client that waits for
+/// `100 Continue`, over HTTP/1.1, is not read. Above the limit every refusal answers at once. gRPC
+/// calls are refused with `UNAVAILABLE` as headers alone.
 ///
 /// # Where to put it
 ///

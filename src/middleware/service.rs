@@ -8,10 +8,9 @@ use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
 
-#[cfg(feature = "axum")]
-use super::probe_route;
 use super::{
-    body::GracefulBody, future::GracefulFuture, named::Named, refusal, special::SpecialFuture,
+    body::GracefulBody, future::GracefulFuture, named::Named, probe_route, refusal,
+    special::SpecialFuture,
 };
 use crate::handle::Entrance;
 
@@ -24,22 +23,11 @@ pub struct GracefulService<S> {
     entrance: Entrance,
 }
 
-#[cfg(feature = "axum")]
 impl<S: Clone> Clone for GracefulService<S> {
     #[inline]
     fn clone(&self) -> Self {
         let (inner, entrance) = probe_route::clone(&self.inner, self.entrance);
         Self { inner, entrance }
-    }
-}
-
-#[cfg(not(feature = "axum"))]
-impl<S: Clone> Clone for GracefulService<S> {
-    fn clone(&self) -> Self {
-        Self {
-            inner: self.inner.clone(),
-            entrance: self.entrance,
-        }
     }
 }
 
