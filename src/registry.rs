@@ -256,12 +256,12 @@ impl<O> Line<O> {
     /// `serve` has it, and sends the GOAWAY as soon as the connection is told to leave. Other servers
     /// send it when they close their connections.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    fn is_served(&self) -> bool {
+    pub(crate) fn is_served(&self) -> bool {
         self.heard.is_listened_to()
     }
 
     #[cfg(not(all(feature = "axum", feature = "signal")))]
-    fn is_served(&self) -> bool {
+    pub(crate) fn is_served(&self) -> bool {
         false
     }
 

@@ -1,4 +1,4 @@
-//! Whether a listening socket was passed to the process by socket activation (sd_listen_fds(3)).
+//! Whether a listening socket was passed to the process by socket activation (`sd_listen_fds(3)`).
 //!
 //! Such a socket outlives the process: the supervisor keeps it, and the next process reads the same
 //! accept queue. What is changed on the socket, as a filter is, holds for that process too.

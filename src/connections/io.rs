@@ -208,6 +208,11 @@ impl<I: 'static> GracefulIo<I> {
         Arc::clone(&self.entry.0)
     }
 
+    #[cfg(feature = "axum")]
+    pub(super) fn is_cut(&self) -> bool {
+        self.entry.0.notice.told() == Told::Cut
+    }
+
     /// The wrapped IO.
     pub fn get_ref(&self) -> &I {
         match &self.io {

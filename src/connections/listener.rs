@@ -98,6 +98,8 @@ pub struct GracefulListener<L: Listener> {
     closing: Closing,
     /// It was passed to the process by socket activation.
     is_passed: bool,
+    /// There was no descriptor for some of the queue. What is accepted later may be too late.
+    was_starved: bool,
     graceful: Graceful,
 }
 
@@ -124,13 +126,19 @@ impl<L: Listener> GracefulListener<L> {
             last: Vec::new(),
             edges: graceful.shared().edges(),
             closing: Closing::Unused,
+            was_starved: false,
             graceful,
         }
     }
 
     fn track(&self, io: L::Io, addr: &L::Addr) -> GracefulIo<L::Io> {
         let peer = (addr as &dyn Any).downcast_ref::<SocketAddr>();
-        GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::io))
+        let io = GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::io));
+        if self.was_starved && io.is_cut() {
+            // The cut has made room for it.
+            self.graceful.shared().starved.were_reset(1);
+        }
+        io
     }
 
     /// Has no more handshakes begun with this listener, if that harms no other process. Says
@@ -158,6 +166,7 @@ impl<L: Listener> GracefulListener<L> {
         self.last = last;
         let starved = &self.graceful.shared().starved;
         if want.is_some() {
+            self.was_starved = true;
             // For as long as this may last, nobody is to be kept away.
             let_in_handshakes(&*socket);
             starved.begins(&socket);
@@ -196,8 +205,9 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
-    /// Has idle connections closed, whose descriptors the queue needs. New ones have as long to
-    /// begin a request as they have at any other close.
+    /// Has idle connections closed, whose descriptors the queue needs: by their server where it is
+    /// `serve`, and others by a look at their activity. New ones have as long to begin a request as
+    /// they have at any other close.
     fn close_idle(&self) {
         let shared = self.graceful.shared();
         let Some(tells) = shared.starved.begin_round() else {
@@ -205,10 +215,11 @@ impl<L: Listener> GracefulListener<L> {
         };
         let before = Instant::now() - LINGER;
         for line in shared.connections.opened_before(before) {
-            if tells {
+            if !line.is_served() {
+                line.notice.wake_reader();
+            } else if tells {
                 line.notice.tell(Told::Close);
             }
-            line.notice.wake_reader();
         }
     }
 
@@ -238,6 +249,9 @@ impl<L: Listener> Drop for GracefulListener<L> {
     fn drop(&mut self) {
         if let (Some(listener), Closing::At(_)) = (&self.listener, &self.closing) {
             let_in_handshakes(listener);
+        }
+        if self.was_starved {
+            self.graceful.shared().starved.were_reset(self.last.len());
         }
         self.give_up();
         self.closed();

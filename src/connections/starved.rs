@@ -2,10 +2,9 @@
 //! left.
 //!
 //! While one of them waits, idle connections are closed, and each that is gone makes room for one
-//! of the queue. A connection of [`serve`] is told to close, and its server closes it when nothing
-//! is in flight on it. A tracked connection has an owner that is told only after the listener is
-//! closed. Such a connection reports the end of its stream instead, if it is idle for certain: see
-//! [`Activity`].
+//! of the queue. A connection of [`serve`] is told to close, and is closed when nothing is in flight
+//! on it. The server of any other connection is told only after the listener is closed. Such a
+//! connection reports the end of its stream instead, if it is idle for certain: see [`Activity`].
 //!
 //! [`serve`]: crate::Graceful::serve
 
@@ -165,6 +164,11 @@ impl Starved {
         waits.reset
     }
 
+    /// So many connections were accepted too late to be served.
+    pub(super) fn were_reset(&self, count: usize) {
+        lock!(self.waits).reset += count;
+    }
+
     /// The listener waits from now on, if it does not already.
     pub(super) fn begins(&self, socket: &Arc<Socket>) {
         let mut waits = lock!(self.waits);
@@ -307,8 +311,6 @@ impl Activity {
 
     #[cold]
     fn is_idle_in(&mut self, round: u32, shared: &Shared) -> bool {
-        // Less than 255.
-        #[expect(clippy::cast_possible_truncation)]
         let round = (round % 255) as u8;
         if self.quiet == 0 {
             self.quiet = round + 1;

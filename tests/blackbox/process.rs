@@ -73,7 +73,7 @@ impl Server {
         server
     }
 
-    /// Starts a server on this socket, which it is given by socket activation (sd_listen_fds(3)),
+    /// Starts a server on this socket, which it is given by socket activation (`sd_listen_fds(3)`),
     /// and waits until it listens. Descriptor 3 is the socket; the server takes a duplicate, as
     /// some libraries do.
     pub(crate) fn start_on(shared: &TcpListener, form: Form, knobs: &[&str]) -> Self {
