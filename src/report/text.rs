@@ -301,12 +301,9 @@ mod tests {
              \n  cleanup               0.750 s  |                           =====|\
              \n    mailer              3.600 s  |      =======================   |  cut\
              \n    database            0.400 s  |                             ===|  done\
-             
-  requests: 3 in flight when it began, 2 more, 1 finished, 7 refused, 2 cut,\
-             
-    2 dropped\
-             
-  given up: 1 request, 1 hold, 5 connections, 1 worker, \
+             \n  requests: 3 in flight when it began, 2 more, 1 finished, 7 refused, 2 cut,\
+             \n    2 dropped\
+             \n  given up: 1 request, 1 hold, 5 connections, 1 worker, \
              12 queued connections\
              \n    GET /export 28.4 s, body streaming\
              \n    hold order mail 3.1 s\
