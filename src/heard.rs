@@ -1,61 +1,159 @@
-//! What has been read from a connection: enough to know what the peer speaks, and whether it has
-//! begun to speak at all.
+//! What has been read from a connection: the protocol that the peer speaks, and whether a request
+//! head over HTTP/1 has begun.
+//!
+//! # Whether a head has begun
+//!
+//! `header_read_timeout` runs from the first byte of a head. That byte may have come in the same
+//! read as the end of the request before it, and hyper does not show its buffer. The reads tell:
+//!
+//! 1. hyper reads only when its buffer is empty or holds a part of a head.
+//! 2. When a request has ended and the buffer is empty, hyper tries to read before it waits for the
+//!    next head: to see whether the client hangs up, or when the response is out. So if its last
+//!    read returned no bytes, nothing is left over; if it returned bytes, some are, and they are the
+//!    last ones of that read.
+//! 3. Empty lines before a request line are no head ([RFC 9112 §2.2]), so the leftover counts only
+//!    if it holds something else. A part of a head that ends in an empty line would be a whole one,
+//!    and parsed. One that ends in a single line break looks like the end of a body and an empty
+//!    line after it; therefore such a line break is [kept back](Heard::note), and handed to hyper
+//!    as a read of its own.
+//!
+//! So a head has begun if the last read returned bytes of which the last is not part of a line
+//! break. It takes neither the length of a body nor a search for the end of a head.
+//!
+//! [RFC 9112 §2.2]: https://www.rfc-editor.org/rfc/rfc9112#section-2.2
 
-use crate::sync::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed};
+use crate::sync::{AtomicU8, AtomicU32, Ordering::Relaxed};
 
-/// Written by whoever reads the connection, which is one at a time, and read without a lock. It
-/// says nothing about anything else in memory.
+/// Written by the task that reads the connection, and read without a lock. No other memory is
+/// published through it.
 #[derive(Debug, Default)]
 pub(crate) struct Heard {
-    /// Somebody asks what was read.
-    listening: AtomicBool,
-    /// How many there were so far, and from the start again after 4 GiB.
-    bytes: AtomicU32,
+    /// How many reads returned something other than empty lines. Wraps.
+    reads: AtomicU32,
     /// How much of the preface of HTTP/2 it began with, or that it began with something else.
     preface: AtomicU8,
-    /// A first head has been awaited.
-    awaited: AtomicBool,
-    /// It has come when others were asked to leave already.
-    late: AtomicBool,
+    flags: AtomicU8,
+}
+
+/// Reads are noted.
+const LISTENING: u8 = 1;
+/// A first head has been awaited.
+const AWAITED: u8 = 1 << 1;
+/// The last read returned bytes, and the last of them is not part of a line break.
+const MID_LINE: u8 = 1 << 2;
+/// The peer has closed its writing side.
+const ENDED: u8 = 1 << 3;
+/// It has come when others were asked to leave already.
+const LATE: u8 = 1 << 4;
+
+/// From when on a head is awaited.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Awaited {
+    reads: u32,
+    /// Its first bytes came with the request before it.
+    has_begun: bool,
 }
 
 impl Heard {
-    /// What is read from now on is noted.
-    pub(crate) fn listen(&self) {
-        self.listening.store(true, Relaxed);
+    /// One task writes, so no change of another is lost.
+    #[inline]
+    fn set(&self, flag: u8, on: bool) {
+        let others = self.flags.load(Relaxed) & !flag;
+        self.flags
+            .store(if on { others | flag } else { others }, Relaxed);
     }
 
     #[inline]
-    pub(crate) fn note(&self, read: &[u8]) {
-        if self.listening.load(Relaxed) {
-            self.note_all(read);
-        }
+    fn has(&self, flag: u8) -> bool {
+        self.flags.load(Relaxed) & flag != 0
     }
 
-    fn note_all(&self, read: &[u8]) {
+    /// What is read from now on is noted.
+    pub(crate) fn listen(&self) {
+        self.set(LISTENING, true);
+    }
+
+    #[inline]
+    pub(crate) fn is_listening(&self) -> bool {
+        self.has(LISTENING)
+    }
+
+    /// What is read from now on is not HTTP.
+    #[cold]
+    pub(crate) fn upgraded(&self) {
+        self.preface.store(UPGRADED, Relaxed);
+    }
+
+    /// Notes what was read. Returns how many bytes at its end, at most three, are to be kept back
+    /// until the next read.
+    #[inline]
+    pub(crate) fn note(&self, read: &[u8]) -> usize {
+        let kept = match self.preface.load(Relaxed) {
+            WHOLE | UPGRADED => 0,
+            _ => open_line(read),
+        };
+        self.note_passed(&read[..read.len() - kept]);
+        kept
+    }
+
+    /// Notes bytes as they are handed on.
+    pub(crate) fn note_passed(&self, passed: &[u8]) {
         let preface = self.preface.load(Relaxed);
         if preface < WHOLE {
-            self.preface.store(compared(preface, read), Relaxed);
+            self.preface.store(compared(preface, passed), Relaxed);
         }
-        // More than that are never read at once.
-        #[expect(clippy::cast_possible_truncation)]
-        let bytes = self.bytes().wrapping_add(read.len() as u32);
-        self.bytes.store(bytes, Relaxed);
+        let mid_line = passed.last().is_some_and(|byte| !is_line_break(byte));
+        self.set(MID_LINE, mid_line);
+        if mid_line || !passed.iter().all(is_line_break) {
+            self.reads
+                .store(self.reads.load(Relaxed).wrapping_add(1), Relaxed);
+        }
     }
 
-    /// How many there were so far: another number if there were more.
-    pub(crate) fn bytes(&self) -> u32 {
-        self.bytes.load(Relaxed)
+    /// Notes that there was nothing to read.
+    #[inline]
+    pub(crate) fn note_nothing(&self) {
+        self.set(MID_LINE, false);
     }
 
-    /// From which byte on the next head is awaited. The first one is from the start, even if some
-    /// of it was read to tell HTTP/1 from HTTP/2.
-    pub(crate) fn await_head(&self) -> u32 {
-        if self.awaited.load(Relaxed) {
-            return self.bytes();
+    /// Notes that the peer has closed its writing side.
+    #[cold]
+    pub(crate) fn note_end(&self) {
+        self.note_nothing();
+        self.set(ENDED, true);
+    }
+
+    /// The peer has closed its writing side.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.has(ENDED)
+    }
+
+    /// Another number when something other than empty lines has been read since.
+    pub(crate) fn reads(&self) -> u32 {
+        self.reads.load(Relaxed)
+    }
+
+    /// To be called when hyper begins to wait for a head.
+    pub(crate) fn await_head(&self) -> Awaited {
+        if self.has(AWAITED) {
+            return Awaited {
+                reads: self.reads(),
+                has_begun: self.has(MID_LINE),
+            };
         }
-        self.awaited.store(true, Relaxed);
-        0
+        self.set(AWAITED, true);
+        Self::FIRST
+    }
+
+    /// From the start: some of the first head is read to tell HTTP/1 from HTTP/2.
+    pub(crate) const FIRST: Awaited = Awaited {
+        reads: 0,
+        has_begun: false,
+    };
+
+    /// Whether a head has begun that is awaited since then.
+    pub(crate) fn has_begun(&self, awaited: Awaited) -> bool {
+        awaited.has_begun || self.reads() != awaited.reads
     }
 
     /// It is known what the peer speaks.
@@ -69,11 +167,34 @@ impl Heard {
     }
 
     pub(crate) fn comes_late(&self) {
-        self.late.store(true, Relaxed);
+        self.set(LATE, true);
     }
 
     pub(crate) fn is_late(&self) -> bool {
-        self.late.load(Relaxed)
+        self.has(LATE)
+    }
+}
+
+fn is_line_break(byte: &u8) -> bool {
+    matches!(byte, b'\r' | b'\n')
+}
+
+/// The length of a line break at the end of these bytes that may or may not be followed by an empty
+/// line, and so end a head.
+///
+/// Zero when there is nothing else: such bytes are empty lines or the rest of one. Other sequences
+/// of line breaks end a head, or cannot stand in one.
+#[inline]
+fn open_line(read: &[u8]) -> usize {
+    let (kept, before) = match read {
+        [before @ .., b'\r', b'\n', b'\r'] => (3, before),
+        [before @ .., b'\n', b'\r'] | [before @ .., b'\r', b'\n'] => (2, before),
+        [before @ .., b'\r' | b'\n'] => (1, before),
+        _ => return 0,
+    };
+    match before.last() {
+        Some(byte) if !is_line_break(byte) => kept,
+        _ => 0,
     }
 }
 
@@ -84,6 +205,8 @@ const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const WHOLE: u8 = 24;
 /// It was something else.
 const OTHER: u8 = 25;
+/// It was HTTP/1, and is another protocol now.
+const UPGRADED: u8 = 26;
 
 /// How much of the preface there is with what was read after so much of it.
 fn compared(before: u8, read: &[u8]) -> u8 {
@@ -103,7 +226,6 @@ mod tests {
 
     fn heard(pieces: &[&[u8]]) -> Heard {
         let heard = Heard::default();
-        heard.listen();
         for piece in pieces {
             heard.note(piece);
         }
@@ -134,8 +256,65 @@ mod tests {
     #[test]
     fn the_first_head_is_awaited_from_the_start_and_the_next_from_where_it_begins() {
         let heard = heard(&[b"GET"]);
-        assert_eq!(heard.await_head(), 0);
+        assert!(heard.has_begun(heard.await_head()));
         heard.note(b" / HTTP/1.1\r\n\r\n");
-        assert_eq!(heard.await_head(), 18);
+        let next = heard.await_head();
+        assert!(!heard.has_begun(next));
+        heard.note(b"G");
+        assert!(heard.has_begun(next));
+    }
+
+    #[test]
+    fn a_head_whose_first_bytes_came_with_the_request_before_has_begun() {
+        let heard = heard(&[b"GET / HTTP/1.1\r\n\r\n"]);
+        heard.await_head();
+        heard.note(b"GET / HTTP/1.1\r\n\r\nG");
+        assert!(heard.has_begun(heard.await_head()));
+        heard.note(b"GET / HTTP/1.1\r\n\r\nG");
+        heard.note_nothing();
+        assert!(!heard.has_begun(heard.await_head()), "all was consumed");
+    }
+
+    #[test]
+    fn empty_lines_begin_no_head() {
+        for lines in [&b"\r\n"[..], b"\n", b"\r", b"\r\n\r\n", b"\r\n\r"] {
+            let heard = heard(&[]);
+            let first = heard.await_head();
+            assert_eq!(heard.note(lines), 0);
+            assert!(!heard.has_begun(first), "{lines:?}");
+            let next = heard.await_head();
+            heard.note(lines);
+            assert!(!heard.has_begun(next), "{lines:?}");
+            heard.note(&[lines, b"G"].concat());
+            assert!(heard.has_begun(next), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_break_that_may_or_may_not_end_a_line_of_a_head_is_kept_back() {
+        for line in [&b"ok\r"[..], b"ok\n", b"ok\r\n", b"ok\n\r", b"ok\r\n\r"] {
+            assert_eq!(open_line(line), line.len() - 2, "{line:?}");
+            let heard = heard(&[]);
+            assert_eq!(heard.note(line), line.len() - 2);
+            heard.note_passed(&line[2..]);
+            heard.await_head();
+            assert!(!heard.has_begun(heard.await_head()));
+        }
+        for line in [
+            &b""[..],
+            b"ok",
+            b"ok\r\n\r\n",
+            b"ok\n\n",
+            b"ok\n\r\n",
+            b"\r\n",
+            b"ok\r\r",
+        ] {
+            assert_eq!(open_line(line), 0, "{line:?}");
+        }
+        let http2 = heard(&[&PREFACE]);
+        assert_eq!(http2.note(b"a frame\r\n"), 0, "not over HTTP/2");
+        let upgraded = heard(&[b"GET / HTTP/1.1\r\n\r\n"]);
+        upgraded.upgraded();
+        assert_eq!(upgraded.note(b"a line\r\n"), 0, "not after an upgrade");
     }
 }

@@ -40,6 +40,8 @@ struct Open<O> {
     last_heard: Option<Instant>,
     /// Connections so far.
     entered: u64,
+    /// Requests that were dropped because their clients had closed their writing side.
+    half_closed: usize,
     /// What everybody has been told.
     told: Told,
 }
@@ -62,6 +64,7 @@ impl<O> Default for Registry<O> {
                 first: None,
                 last_heard: None,
                 entered: 0,
+                half_closed: 0,
                 told: Told::default(),
             }),
         }
@@ -102,6 +105,18 @@ impl<O> Registry<O> {
     pub(crate) fn has_any(&self) -> bool {
         let open = lock!(self.open);
         open.listeners.open > 0 || !open.lines.is_empty()
+    }
+
+    /// Counts a request that was dropped because its client had closed its writing side before there
+    /// was a response.
+    #[cold]
+    pub(crate) fn half_closed(&self) {
+        lock!(self.open).half_closed += 1;
+    }
+
+    /// How many of these there were.
+    pub(crate) fn count_half_closed(&self) -> usize {
+        lock!(self.open).half_closed
     }
 
     /// Whether there is a connection that nobody has tried to read yet.

@@ -15,7 +15,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::Line;
+use super::{Line, kept::Kept, unanswered::Unanswered};
 use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
@@ -54,12 +54,17 @@ pin_project! {
         #[pin]
         io: I,
         stored: Stored,
+        kept: Kept,
+        unanswered: Unanswered,
         // After the IO, so that the connection is closed before it is struck out.
         entry: Entry,
     }
 
     impl<I: 'static> PinnedDrop for GracefulIo<I> {
         fn drop(this: Pin<&mut Self>) {
+            if this.unanswered.is_lost() {
+                this.entry.half_closed();
+            }
             // The peer must not take a response that was cut off for a whole one.
             if this.entry.0.notice.is_cut_short() {
                 reset(&this.io);
@@ -93,12 +98,24 @@ impl Entry {
         Ok(())
     }
 
-    /// Bytes have come. Of interest only once the time to close may be near.
+    /// Bytes have come. Of interest only once the time to close may be near. Returns the phase.
     #[inline]
-    fn heard(&self) {
+    fn heard(&self) -> Phase {
         let shared = &self.0.owner;
-        if shared.phase() > Phase::Serving {
+        let phase = shared.phase();
+        if phase > Phase::Serving {
             shared.connections.heard();
+        }
+        phase
+    }
+
+    /// The peer has closed its writing side, and the connection is dropped before a response that
+    /// the peer may wait for. Counted while the service stops; what is cut is reported as such.
+    #[cold]
+    fn half_closed(&self) {
+        let shared = &self.0.owner;
+        if shared.phase() > Phase::Serving && self.0.notice.told() < Told::Cut {
+            shared.connections.half_closed();
         }
     }
 }
@@ -129,6 +146,8 @@ impl<I: 'static> GracefulIo<I> {
         Self {
             io,
             stored: Stored::default(),
+            kept: Kept::default(),
+            unanswered: Unanswered::default(),
             entry: Entry(line),
         }
     }
@@ -147,6 +166,13 @@ impl<I: 'static> GracefulIo<I> {
         let this = self.project();
         this.entry.enter(this.stored, Waiter::Write, cx)?;
         Ok(this.io)
+    }
+
+    /// To be called before bytes are written.
+    #[inline]
+    fn to_send(mut self: Pin<&mut Self>, cx: &Context<'_>) -> io::Result<Pin<&mut I>> {
+        self.as_mut().project().unanswered.wrote();
+        self.to_write(cx)
     }
 
     /// The wrapped IO.
@@ -168,13 +194,38 @@ impl<I: AsyncRead + 'static> AsyncRead for GracefulIo<I> {
     ) -> Poll<io::Result<()>> {
         let this = self.project();
         this.entry.enter(this.stored, Waiter::Read, cx)?;
+        #[cfg(all(feature = "axum", feature = "signal"))]
+        if !this.kept.is_empty() {
+            let before = buf.filled().len();
+            this.kept.hand_on(buf);
+            this.entry.0.heard.note_passed(&buf.filled()[before..]);
+            return Poll::Ready(Ok(()));
+        }
         let before = buf.filled().len();
+        let has_room = buf.remaining() > 0;
         let result = this.io.poll_read(cx, buf);
         let read = &buf.filled()[before..];
-        if !read.is_empty() {
-            this.entry.heard();
-            #[cfg(all(feature = "axum", feature = "signal"))]
-            this.entry.0.heard.note(read);
+        let ended = has_room && read.is_empty() && matches!(result, Poll::Ready(Ok(())));
+        let lets_in = !read.is_empty() && this.entry.heard() < Phase::Draining;
+        #[cfg(all(feature = "axum", feature = "signal"))]
+        if this.entry.0.heard.is_listening() {
+            let heard = &this.entry.0.heard;
+            if ended {
+                heard.note_end();
+            } else if read.is_empty() {
+                heard.note_nothing();
+            } else {
+                let kept = heard.note(read);
+                if kept > 0 {
+                    this.kept.take(buf, kept);
+                }
+            }
+            return result;
+        }
+        if ended {
+            this.unanswered.read_end();
+        } else if !read.is_empty() {
+            this.unanswered.read(read, lets_in);
         }
         result
     }
@@ -186,7 +237,7 @@ impl<I: AsyncWrite + 'static> AsyncWrite for GracefulIo<I> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.to_write(cx)?.poll_write(cx, buf)
+        self.to_send(cx)?.poll_write(cx, buf)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -202,7 +253,7 @@ impl<I: AsyncWrite + 'static> AsyncWrite for GracefulIo<I> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.to_write(cx)?.poll_write_vectored(cx, bufs)
+        self.to_send(cx)?.poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -4,7 +4,8 @@ use std::{fmt, net::SocketAddr, time::Duration};
 
 use http::Method;
 
-/// What was still there when the cut came. All zero after a clean shutdown.
+/// What was still there when the cut came, and what was lost before. All zero after a clean
+/// shutdown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Remaining {
@@ -18,6 +19,15 @@ pub struct Remaining {
     pub servers: usize,
     /// [Workers](crate::Graceful::worker) that were cut when their own time was over.
     pub workers: usize,
+    /// Requests over HTTP/1 that were dropped during the shutdown because their clients had closed
+    /// their writing side before there was a response. Such a client may have left, or may still
+    /// have waited: see [`half_close`](crate::GracefulBuilder::half_close).
+    ///
+    /// On a server of [`serve`](crate::Graceful::serve) each such request counts. On other servers
+    /// the bytes of a [tracked](crate::Graceful::track) connection are all that is known: a request
+    /// counts when it is the last on its connection and its bytes end in an empty line, as those of
+    /// a request without a body or with a chunked one do, and not over TLS.
+    pub half_closed: usize,
 }
 
 impl Remaining {
@@ -34,6 +44,7 @@ impl fmt::Display for Remaining {
             (self.connections, "connection"),
             (self.servers, "server"),
             (self.workers, "worker"),
+            (self.half_closed, "half-closed request"),
         ];
         let mut first = true;
         for (count, name) in named {

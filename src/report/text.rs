@@ -92,7 +92,15 @@ impl Report {
         line(f, 2, &format!("given up: {}", self.remaining))?;
         named(f, &self.given_up.requests)?;
         named(f, &self.given_up.holds)?;
-        named(f, &self.given_up.connections)
+        named(f, &self.given_up.connections)?;
+        if self.remaining.half_closed > 0 {
+            line(
+                f,
+                4,
+                "half-closed: dropped when the client sent FIN; see `half_close`",
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -248,6 +256,7 @@ mod tests {
             connections: 5,
             servers: 0,
             workers: 1,
+            half_closed: 2,
         };
         let connection = |age| CutConnection {
             peer: Some(([10, 0, 0, 7], 51234).into()),
@@ -290,13 +299,14 @@ mod tests {
              \n    mailer              3.600 s  |      =======================   |  cut\
              \n    database            0.400 s  |                             ===|  done\
              \n  requests: 3 in flight when it began, 2 more, 3 finished, 7 refused, 2 cut\
-             \n  given up: 1 request, 1 hold, 5 connections, 1 worker\
+             \n  given up: 1 request, 1 hold, 5 connections, 1 worker, 2 half-closed requests\
              \n    GET /export 28.4 s, body streaming\
              \n    hold order mail 3.1 s\
              \n    connection from 10.0.0.7:51234 28.4 s\
              \n    connection from 10.0.0.7:51234 0.3 s\
              \n    connection from 10.0.0.7:51234 0.2 s\
              \n    and 2 more\
+             \n    half-closed: dropped when the client sent FIN; see `half_close`\
              \n  server error: broken"
         );
     }

@@ -190,7 +190,10 @@ impl Shared {
             state.stopped = Some(now);
             let error = state.server_error.take();
             let figures = self.since_serving();
-            state.report = Some(shutdown.report(reason, error, figures, self.work.tasks(), now));
+            let half_closed = self.connections.count_half_closed();
+            let tasks = self.work.tasks();
+            let report = shutdown.report(reason, error, figures, half_closed, tasks, now);
+            state.report = Some(report);
         } else {
             shutdown.entered.push(now);
         }
@@ -258,7 +261,7 @@ impl Shared {
                 holds: given_up.holds.len(),
                 connections: given_up.connections.len(),
                 servers,
-                workers: 0,
+                ..Remaining::default()
             },
             given_up: Arc::new(given_up),
             hurried: false,

@@ -221,6 +221,7 @@ impl Shutdown {
         reason: Reason,
         server_error: Option<String>,
         (admitted, refused): (usize, usize),
+        half_closed: usize,
         tasks: Vec<Task>,
         now: Instant,
     ) -> Report {
@@ -240,6 +241,7 @@ impl Shutdown {
             // They were about to end, and they have.
             remaining.servers = 0;
         }
+        remaining.half_closed = half_closed;
         remaining.workers = tasks.iter().filter(|task| task.is_cut_worker()).count();
         let outcome = if matches!(reason, Reason::Signal) {
             Outcome::Abandoned

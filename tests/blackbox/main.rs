@@ -23,6 +23,8 @@ mod edge;
 #[cfg(unix)]
 mod goaway;
 #[cfg(unix)]
+mod half_closed;
+#[cfg(unix)]
 mod hostile;
 #[cfg(unix)]
 mod in_flight;
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         deadline::TESTS,
         edge::TESTS,
         goaway::TESTS,
+        half_closed::TESTS,
         hostile::TESTS,
         in_flight::TESTS,
         long_lived::TESTS,
