@@ -1,5 +1,5 @@
-//! What has been read from a connection: the protocol that the peer speaks, and whether a request
-//! head over HTTP/1 has begun.
+//! What has been read from a connection: the protocol that the peer speaks, whether a request head
+//! over HTTP/1 has begun, and whether the peer has closed its writing side.
 //!
 //! # Whether a head has begun
 //!
@@ -20,7 +20,16 @@
 //! So a head has begun if the last read returned bytes of which the last is not part of a line
 //! break. It takes neither the length of a body nor a search for the end of a head.
 //!
+//! # On other servers
+//!
+//! Where the server is not ours, its requests are not known, and only one thing is noted: whether a
+//! peer that has closed its writing side may wait for a response. That is so when the last bytes
+//! that passed were read and end in an empty line, as those of a request without a body or with a
+//! chunked one do.
+//!
 //! [RFC 9112 §2.2]: https://www.rfc-editor.org/rfc/rfc9112#section-2.2
+
+use tokio::io::ReadBuf;
 
 use crate::sync::{AtomicU8, AtomicU32, Ordering::Relaxed};
 
@@ -32,10 +41,12 @@ pub(crate) struct Heard {
     reads: AtomicU32,
     /// How much of the preface of HTTP/2 it began with, or that it began with something else.
     preface: AtomicU8,
+    /// The end of a read that is kept back: which of [`KEPT`].
+    kept: AtomicU8,
     flags: AtomicU8,
 }
 
-/// Reads are noted.
+/// The server is ours.
 const LISTENING: u8 = 1;
 /// A first head has been awaited.
 const AWAITED: u8 = 1 << 1;
@@ -45,6 +56,8 @@ const MID_LINE: u8 = 1 << 2;
 const ENDED: u8 = 1 << 3;
 /// It has come when others were asked to leave already.
 const LATE: u8 = 1 << 4;
+/// The last bytes that passed were read, and may be the end of a request.
+const ASKED: u8 = 1 << 5;
 
 /// From when on a head is awaited.
 #[derive(Clone, Copy, Debug)]
@@ -68,14 +81,9 @@ impl Heard {
         self.flags.load(Relaxed) & flag != 0
     }
 
-    /// What is read from now on is noted.
+    /// The server is ours: what is read from now on is noted.
     pub(crate) fn listen(&self) {
         self.set(LISTENING, true);
-    }
-
-    #[inline]
-    pub(crate) fn is_listening(&self) -> bool {
-        self.has(LISTENING)
     }
 
     /// What is read from now on is not HTTP.
@@ -84,29 +92,61 @@ impl Heard {
         self.preface.store(UPGRADED, Relaxed);
     }
 
-    /// Notes what was read. Returns how many bytes at its end, at most three, are to be kept back
-    /// until the next read.
+    /// Notes what was read, and whether the service let requests in at that time. Returns how many
+    /// bytes at its end, at most three, are to be kept back until the next read.
     #[inline]
-    pub(crate) fn note(&self, read: &[u8]) -> usize {
+    pub(crate) fn note(&self, read: &[u8], lets_in: bool) -> usize {
+        if !self.has(LISTENING) {
+            self.set(ASKED, lets_in && read.ends_with(b"\r\n\r\n"));
+            return 0;
+        }
         let kept = match self.preface.load(Relaxed) {
             WHOLE | UPGRADED => 0,
             _ => open_line(read),
         };
-        self.note_passed(&read[..read.len() - kept]);
-        kept
+        let length = KEPT[usize::from(kept)].len();
+        if length > 0 {
+            self.kept.store(kept, Relaxed);
+        }
+        self.note_passed(&read[..read.len() - length]);
+        length
+    }
+
+    /// The end of the last read has been kept back.
+    #[inline]
+    pub(crate) fn has_kept(&self) -> bool {
+        self.kept.load(Relaxed) != 0
+    }
+
+    /// Hands on what was kept back, as if the network had split the read there.
+    #[cold]
+    pub(crate) fn hand_on(&self, buf: &mut ReadBuf<'_>) {
+        let kept = KEPT[usize::from(self.kept.load(Relaxed))];
+        let (passed, rest) = kept.split_at(kept.len().min(buf.remaining()));
+        buf.put_slice(passed);
+        self.note_passed(passed);
+        self.kept.store(open_line_of(rest), Relaxed);
     }
 
     /// Notes bytes as they are handed on.
-    pub(crate) fn note_passed(&self, passed: &[u8]) {
+    fn note_passed(&self, passed: &[u8]) {
         let preface = self.preface.load(Relaxed);
         if preface < WHOLE {
             self.preface.store(compared(preface, passed), Relaxed);
         }
-        let mid_line = passed.last().is_some_and(|byte| !is_line_break(byte));
+        let mid_line = passed.last().is_some_and(|byte| !is_line_break(*byte));
         self.set(MID_LINE, mid_line);
-        if mid_line || !passed.iter().all(is_line_break) {
-            self.reads
-                .store(self.reads.load(Relaxed).wrapping_add(1), Relaxed);
+        if mid_line || !passed.iter().all(|byte| is_line_break(*byte)) {
+            let reads = self.reads().wrapping_add(1);
+            self.reads.store(reads, Relaxed);
+        }
+    }
+
+    /// Notes that something is written.
+    #[inline]
+    pub(crate) fn note_write(&self) {
+        if self.has(ASKED) {
+            self.set(ASKED, false);
         }
     }
 
@@ -126,6 +166,12 @@ impl Heard {
     /// The peer has closed its writing side.
     pub(crate) fn has_ended(&self) -> bool {
         self.has(ENDED)
+    }
+
+    /// Whether a connection that is dropped now leaves a request unanswered, where the server is not
+    /// ours and as far as the bytes show it.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        self.has(ASKED) && self.has_ended()
     }
 
     /// Another number when something other than empty lines has been read since.
@@ -175,27 +221,38 @@ impl Heard {
     }
 }
 
-fn is_line_break(byte: &u8) -> bool {
+fn is_line_break(byte: u8) -> bool {
     matches!(byte, b'\r' | b'\n')
 }
 
-/// The length of a line break at the end of these bytes that may or may not be followed by an empty
-/// line, and so end a head.
+/// The line breaks that may be followed by the rest of an empty line, and so end a head. None, and
+/// with each one what is left of it when its first bytes have been handed on.
+const KEPT: [&[u8]; 6] = [b"", b"\r", b"\n", b"\r\n", b"\n\r", b"\r\n\r"];
+
+/// Which of [`KEPT`] these bytes end in.
 ///
-/// Zero when there is nothing else: such bytes are empty lines or the rest of one. Other sequences
+/// None when there is nothing else: such bytes are empty lines or the rest of one. Other sequences
 /// of line breaks end a head, or cannot stand in one.
 #[inline]
-fn open_line(read: &[u8]) -> usize {
+fn open_line(read: &[u8]) -> u8 {
     let (kept, before) = match read {
-        [before @ .., b'\r', b'\n', b'\r'] => (3, before),
-        [before @ .., b'\n', b'\r'] | [before @ .., b'\r', b'\n'] => (2, before),
-        [before @ .., b'\r' | b'\n'] => (1, before),
+        [before @ .., b'\r', b'\n', b'\r'] => (5, before),
+        [before @ .., b'\n', b'\r'] => (4, before),
+        [before @ .., b'\r', b'\n'] => (3, before),
+        [before @ .., b'\n'] => (2, before),
+        [before @ .., b'\r'] => (1, before),
         _ => return 0,
     };
     match before.last() {
-        Some(byte) if !is_line_break(byte) => kept,
+        Some(byte) if !is_line_break(*byte) => kept,
         _ => 0,
     }
+}
+
+/// Which of [`KEPT`] these bytes are.
+fn open_line_of(bytes: &[u8]) -> u8 {
+    let kept = KEPT.iter().position(|kept| *kept == bytes);
+    kept.and_then(|kept| kept.try_into().ok()).unwrap_or(0)
 }
 
 /// What every connection of HTTP/2 begins with
@@ -226,8 +283,9 @@ mod tests {
 
     fn heard(pieces: &[&[u8]]) -> Heard {
         let heard = Heard::default();
+        heard.listen();
         for piece in pieces {
-            heard.note(piece);
+            heard.note(piece, true);
         }
         heard
     }
@@ -257,10 +315,10 @@ mod tests {
     fn the_first_head_is_awaited_from_the_start_and_the_next_from_where_it_begins() {
         let heard = heard(&[b"GET"]);
         assert!(heard.has_begun(heard.await_head()));
-        heard.note(b" / HTTP/1.1\r\n\r\n");
+        heard.note(b" / HTTP/1.1\r\n\r\n", true);
         let next = heard.await_head();
         assert!(!heard.has_begun(next));
-        heard.note(b"G");
+        heard.note(b"G", true);
         assert!(heard.has_begun(next));
     }
 
@@ -268,9 +326,9 @@ mod tests {
     fn a_head_whose_first_bytes_came_with_the_request_before_has_begun() {
         let heard = heard(&[b"GET / HTTP/1.1\r\n\r\n"]);
         heard.await_head();
-        heard.note(b"GET / HTTP/1.1\r\n\r\nG");
+        heard.note(b"GET / HTTP/1.1\r\n\r\nG", true);
         assert!(heard.has_begun(heard.await_head()));
-        heard.note(b"GET / HTTP/1.1\r\n\r\nG");
+        heard.note(b"GET / HTTP/1.1\r\n\r\nG", true);
         heard.note_nothing();
         assert!(!heard.has_begun(heard.await_head()), "all was consumed");
     }
@@ -280,25 +338,35 @@ mod tests {
         for lines in [&b"\r\n"[..], b"\n", b"\r", b"\r\n\r\n", b"\r\n\r"] {
             let heard = heard(&[]);
             let first = heard.await_head();
-            assert_eq!(heard.note(lines), 0);
+            assert_eq!(heard.note(lines, true), 0);
             assert!(!heard.has_begun(first), "{lines:?}");
             let next = heard.await_head();
-            heard.note(lines);
+            heard.note(lines, true);
             assert!(!heard.has_begun(next), "{lines:?}");
-            heard.note(&[lines, b"G"].concat());
+            heard.note(&[lines, b"G"].concat(), true);
             assert!(heard.has_begun(next), "{lines:?}");
         }
     }
 
     #[test]
     fn a_line_break_that_may_or_may_not_end_a_line_of_a_head_is_kept_back() {
-        for line in [&b"ok\r"[..], b"ok\n", b"ok\r\n", b"ok\n\r", b"ok\r\n\r"] {
-            assert_eq!(open_line(line), line.len() - 2, "{line:?}");
+        for (kept, line_break) in KEPT.into_iter().enumerate().skip(1) {
+            let line = [b"ok", line_break].concat();
+            assert_eq!(usize::from(open_line(&line)), kept, "{line:?}");
             let heard = heard(&[]);
-            assert_eq!(heard.note(line), line.len() - 2);
-            heard.note_passed(&line[2..]);
+            assert_eq!(heard.note(&line, true), line_break.len());
             heard.await_head();
-            assert!(!heard.has_begun(heard.await_head()));
+            assert!(heard.has_begun(heard.await_head()));
+            // It is handed on in order, and as there is room.
+            let mut passed = Vec::new();
+            while heard.has_kept() {
+                let mut memory = [0];
+                let mut buf = ReadBuf::new(&mut memory);
+                heard.hand_on(&mut buf);
+                passed.extend_from_slice(buf.filled());
+                assert!(!heard.has_begun(heard.await_head()));
+            }
+            assert_eq!(passed, line_break);
         }
         for line in [
             &b""[..],
@@ -312,9 +380,29 @@ mod tests {
             assert_eq!(open_line(line), 0, "{line:?}");
         }
         let http2 = heard(&[&PREFACE]);
-        assert_eq!(http2.note(b"a frame\r\n"), 0, "not over HTTP/2");
+        assert_eq!(http2.note(b"a frame\r\n", true), 0);
         let upgraded = heard(&[b"GET / HTTP/1.1\r\n\r\n"]);
         upgraded.upgraded();
-        assert_eq!(upgraded.note(b"a line\r\n"), 0, "not after an upgrade");
+        assert_eq!(upgraded.note(b"a line\r\n", true), 0);
+    }
+
+    #[test]
+    fn on_other_servers_a_request_before_the_end_is_unanswered_until_something_is_written() {
+        let heard = Heard::default();
+        assert_eq!(heard.note(b"GET / HTTP/1.1\r\n", true), 0);
+        heard.note_end();
+        assert!(!heard.is_unanswered(), "no whole head");
+        let heard = Heard::default();
+        heard.note(b"GET / HTTP/1.1\r\n\r\n", true);
+        assert!(!heard.is_unanswered(), "the client may send more");
+        heard.note_nothing();
+        heard.note_end();
+        assert!(heard.is_unanswered());
+        heard.note_write();
+        assert!(!heard.is_unanswered());
+        let heard = Heard::default();
+        heard.note(b"GET / HTTP/1.1\r\n\r\n", false);
+        heard.note_end();
+        assert!(!heard.is_unanswered(), "it would have been refused");
     }
 }

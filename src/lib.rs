@@ -87,7 +87,7 @@ mod drain;
 mod events;
 mod gate;
 mod handle;
-#[cfg(all(feature = "axum", feature = "signal"))]
+#[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
 mod heard;
 mod hold;
 mod leaving;

@@ -17,9 +17,8 @@ use std::{
 
 use tokio::time::Instant;
 
-#[cfg(all(feature = "axum", feature = "signal"))]
-use crate::heard::Heard;
 use crate::{
+    heard::Heard,
     notice::{Notice, Told},
     report::CutConnection,
     spread::Place,
@@ -143,7 +142,6 @@ impl<O> Registry<O> {
             opened: u64::try_from(opened.as_nanos()).unwrap_or(u64::MAX),
             seat: AtomicU32::new(seat),
             place: Place::nth(open.entered),
-            #[cfg(all(feature = "axum", feature = "signal"))]
             heard: Heard::default(),
             notice: Notice::new(told),
         });
@@ -220,8 +218,6 @@ pub(crate) struct Line<O> {
     seat: AtomicU32,
     #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
     pub(crate) place: Place,
-    /// Noted for who asks.
-    #[cfg(all(feature = "axum", feature = "signal"))]
     pub(crate) heard: Heard,
     pub(crate) notice: Notice,
 }

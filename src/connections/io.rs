@@ -15,7 +15,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{Line, kept::Kept, unanswered::Unanswered};
+use super::Line;
 use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
@@ -54,15 +54,13 @@ pin_project! {
         #[pin]
         io: I,
         stored: Stored,
-        kept: Kept,
-        unanswered: Unanswered,
         // After the IO, so that the connection is closed before it is struck out.
         entry: Entry,
     }
 
     impl<I: 'static> PinnedDrop for GracefulIo<I> {
         fn drop(this: Pin<&mut Self>) {
-            if this.unanswered.is_lost() {
+            if this.entry.0.heard.is_unanswered() {
                 this.entry.half_closed();
             }
             // The peer must not take a response that was cut off for a whole one.
@@ -146,8 +144,6 @@ impl<I: 'static> GracefulIo<I> {
         Self {
             io,
             stored: Stored::default(),
-            kept: Kept::default(),
-            unanswered: Unanswered::default(),
             entry: Entry(line),
         }
     }
@@ -170,8 +166,8 @@ impl<I: 'static> GracefulIo<I> {
 
     /// To be called before bytes are written.
     #[inline]
-    fn to_send(mut self: Pin<&mut Self>, cx: &Context<'_>) -> io::Result<Pin<&mut I>> {
-        self.as_mut().project().unanswered.wrote();
+    fn to_send(self: Pin<&mut Self>, cx: &Context<'_>) -> io::Result<Pin<&mut I>> {
+        self.entry.0.heard.note_write();
         self.to_write(cx)
     }
 
@@ -194,38 +190,26 @@ impl<I: AsyncRead + 'static> AsyncRead for GracefulIo<I> {
     ) -> Poll<io::Result<()>> {
         let this = self.project();
         this.entry.enter(this.stored, Waiter::Read, cx)?;
-        #[cfg(all(feature = "axum", feature = "signal"))]
-        if !this.kept.is_empty() {
-            let before = buf.filled().len();
-            this.kept.hand_on(buf);
-            this.entry.0.heard.note_passed(&buf.filled()[before..]);
+        let heard = &this.entry.0.heard;
+        if heard.has_kept() {
+            heard.hand_on(buf);
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
         let has_room = buf.remaining() > 0;
         let result = this.io.poll_read(cx, buf);
         let read = &buf.filled()[before..];
-        let ended = has_room && read.is_empty() && matches!(result, Poll::Ready(Ok(())));
-        let lets_in = !read.is_empty() && this.entry.heard() < Phase::Draining;
-        #[cfg(all(feature = "axum", feature = "signal"))]
-        if this.entry.0.heard.is_listening() {
-            let heard = &this.entry.0.heard;
-            if ended {
-                heard.note_end();
-            } else if read.is_empty() {
-                heard.note_nothing();
-            } else {
-                let kept = heard.note(read);
-                if kept > 0 {
-                    this.kept.take(buf, kept);
-                }
+        if !read.is_empty() {
+            let lets_in = this.entry.heard() < Phase::Draining;
+            let kept = heard.note(read, lets_in);
+            if kept > 0 {
+                let passed = buf.filled().len() - kept;
+                buf.set_filled(passed);
             }
-            return result;
-        }
-        if ended {
-            this.unanswered.read_end();
-        } else if !read.is_empty() {
-            this.unanswered.read(read, lets_in);
+        } else if result.is_pending() {
+            heard.note_nothing();
+        } else if has_room && matches!(result, Poll::Ready(Ok(()))) {
+            heard.note_end();
         }
         result
     }

@@ -14,15 +14,12 @@ mod accepted;
 mod connection;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
 mod io;
-#[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
-mod kept;
 #[cfg(feature = "axum")]
 mod listener;
 #[cfg(feature = "axum")]
 mod queue;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod serve;
-mod unanswered;
 
 #[cfg(all(feature = "axum", feature = "signal"))]
 pub use self::accepted::Accepted;
