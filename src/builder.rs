@@ -205,10 +205,37 @@ impl GracefulBuilder {
     /// before [`serve`](Graceful::serve) closes the connection. Default: 30 s. `Duration::MAX`
     /// means no bound.
     ///
+    /// For bytes of a head that come together with the request before it, the time runs from the
+    /// end of that request's response. Empty lines between requests begin no head
+    /// ([RFC 9112 §2.2](https://www.rfc-editor.org/rfc/rfc9112#section-2.2)).
+    ///
     /// It does not limit how long a connection may be idle. Other servers have settings of their
     /// own; axum's has none, and reads a head for ever.
     pub fn header_read_timeout(mut self, duration: Duration) -> Self {
         self.policy.header_read_timeout = duration;
+        self
+    }
+
+    /// Whether [`serve`](Graceful::serve) answers an HTTP/1 client that closes its writing side after
+    /// a whole request and before the response, as `nc -N`, `socat` and some health checks and
+    /// proxies do ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). Default:
+    /// false, as in hyper and axum.
+    ///
+    /// A client that closes its writing side and a client that closes its connection send the same
+    /// FIN, so each choice has a cost:
+    ///
+    /// - True: the FIN is ignored until the response is written, while serving and while draining.
+    ///   The handler of a client that has left runs to its end, and a drain waits for it. Where
+    ///   handlers are long or expensive, bound them by a timeout.
+    /// - False: the FIN drops the handler at once, and the client gets no response. During a
+    ///   shutdown the dropped request is reported in
+    ///   [`Remaining::half_closed`](crate::Remaining::half_closed), and the outcome is
+    ///   [`Forced`](crate::Outcome::Forced), because the client may have waited.
+    ///
+    /// HTTP/2 has no such ambiguity, and the option does not apply to it. Other servers have
+    /// settings of their own; axum's has none, and drops the handler.
+    pub fn half_close(mut self, answer: bool) -> Self {
+        self.policy.half_close = answer;
         self
     }
 

@@ -38,6 +38,8 @@ struct Open<O> {
     first: Option<Instant>,
     /// Connections so far.
     entered: u64,
+    /// Requests that were dropped because their clients had closed their writing side.
+    half_closed: usize,
     /// What everybody has been told.
     told: Told,
 }
@@ -59,6 +61,7 @@ impl<O> Default for Registry<O> {
                 listeners: Listeners::default(),
                 first: None,
                 entered: 0,
+                half_closed: 0,
                 told: Told::default(),
             }),
         }
@@ -99,6 +102,18 @@ impl<O> Registry<O> {
     pub(crate) fn has_any(&self) -> bool {
         let open = lock!(self.open);
         open.listeners.open > 0 || !open.lines.is_empty()
+    }
+
+    /// Counts a request that was dropped because its client had closed its writing side before there
+    /// was a response.
+    #[cold]
+    pub(crate) fn half_closed(&self) {
+        lock!(self.open).half_closed += 1;
+    }
+
+    /// How many of these there were.
+    pub(crate) fn count_half_closed(&self) -> usize {
+        lock!(self.open).half_closed
     }
 
     /// Whether there is a connection that nobody has tried to read yet.
@@ -235,8 +250,15 @@ pub(crate) struct Line<O> {
 
 impl<O> Line<O> {
     /// Notes that something was read while the service stops.
-    #[cold]
+    #[inline]
     pub(crate) fn read_while_stopping(&self, told: Told) {
+        if told < Told::Leave && self.flags.has(STIRRED) {
+            return;
+        }
+        self.note_read(told);
+    }
+
+    fn note_read(&self, told: Told) {
         let asked = if self.is_served() {
             Told::Leave
         } else {

@@ -10,7 +10,7 @@ use std::{
 
 use axum::{body::Body, extract::Request, response::Response};
 use bytes::Bytes;
-use http::{Version, header};
+use http::{Method, StatusCode, Version, header};
 use http_body::{Frame, SizeHint};
 use hyper::{
     body::Incoming,
@@ -26,6 +26,7 @@ use tower_service::Service;
 
 use super::{Line, io::GracefulIo};
 use crate::{
+    heard::{Awaited, Heard},
     leaving,
     notice::{Stored, Told, Waiter},
     phase::Phase,
@@ -54,13 +55,14 @@ where
     // That there is one is enough; how long it is, the timer knows.
     http.http1()
         .timer(HeadTimer(owner.clone()))
-        .header_read_timeout(Duration::from_secs(1));
+        .header_read_timeout(Duration::from_secs(1))
+        .half_close(owner.0.owner.policy.half_close);
     // For WebSockets (RFC 8441).
     http.http2().enable_connect_protocol();
-    let service = TowerToHyperService::new(Owned {
-        inner: service,
+    let service = Owned {
+        inner: TowerToHyperService::new(service),
         owner: owner.clone(),
-    });
+    };
     let connection = http.serve_connection_with_upgrades(TokioIo::new(io), service);
     Serving {
         // Its own, where there is room for it until the version is known, and none is needed later.
@@ -94,12 +96,8 @@ pin_project! {
     }
 }
 
-type Connection<I, S> = auto::UpgradeableConnection<
-    'static,
-    TokioIo<GracefulIo<I>>,
-    TowerToHyperService<Owned<S>>,
-    Streams,
->;
+type Connection<I, S> =
+    auto::UpgradeableConnection<'static, TokioIo<GracefulIo<I>>, Owned<S>, Streams>;
 
 impl<I, S> Future for Serving<I, S>
 where
@@ -148,7 +146,12 @@ where
                 *this.opened = true;
                 *this.opening = None;
             }
-            if !*this.opened && this.owner.poll_head(0, this.opening, cx).is_ready() {
+            if !*this.opened
+                && this
+                    .owner
+                    .poll_head(Heard::FIRST, this.opening, cx)
+                    .is_ready()
+            {
                 return Poll::Ready(());
             }
             let leaves = match told {
@@ -220,12 +223,12 @@ impl Owner {
         sleep.as_mut().poll(cx)
     }
 
-    /// Ready when a head has taken too long, from the first byte after those on.
-    fn poll_head(&self, after: u32, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready when the head that is awaited has taken too long since it began.
+    fn poll_head(&self, head: Awaited, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
         let sleep = match sleep {
             Some(sleep) => sleep,
             none => {
-                if self.0.heard.bytes() == after {
+                if !self.0.heard.has_begun(head) {
                     return Poll::Pending;
                 }
                 let timeout = self.0.owner.policy.header_read_timeout;
@@ -238,6 +241,20 @@ impl Owner {
     /// Whether connections are asked one after another in this phase.
     fn is_spread(&self, phase: Phase) -> bool {
         phase == Phase::LameDuck && self.0.owner.policy.is_spread()
+    }
+
+    /// A request over HTTP/1 was dropped before there was a response. If its client has closed its
+    /// writing side, that is why, and the client may have waited. What is cut is reported as such.
+    #[cold]
+    fn dropped_unanswered(&self) {
+        let shared = &self.0.owner;
+        if self.0.heard.has_ended()
+            && !shared.policy.half_close
+            && shared.phase() > Phase::Serving
+            && self.0.notice.told() < Told::Cut
+        {
+            shared.connections.half_closed();
+        }
     }
 
     /// Asks the peer to leave, with this response, if its turn has come.
@@ -269,40 +286,56 @@ impl Owner {
 }
 
 /// A service whose responses ask the peer to leave once it shall.
-#[derive(Clone)]
+///
+/// One of hyper's, because hyper calls it when it has read a request's head, and tower's only when
+/// the response is polled, which a client that has closed its writing side prevents.
 struct Owned<S> {
-    inner: S,
+    inner: TowerToHyperService<S>,
     owner: Owner,
 }
 
-impl<S> Service<http::Request<Incoming>> for Owned<S>
+impl<S> hyper::service::Service<http::Request<Incoming>> for Owned<S>
 where
-    S: Service<Request, Response = Response, Error = Infallible>,
+    S: Service<Request, Response = Response, Error = Infallible> + Clone,
 {
     type Response = http::Response<OwnedBody>;
     type Error = Infallible;
-    type Future = OwnedFuture<S::Future>;
+    type Future = OwnedFuture<Inner<S>>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: http::Request<Incoming>) -> Self::Future {
+    fn call(&self, request: http::Request<Incoming>) -> Self::Future {
         OwnedFuture {
             version: request.version(),
+            connect: request.method() == Method::CONNECT,
+            let_in: self.owner.phase() < Phase::Draining,
             owner: Some(self.owner.clone()),
             inner: self.inner.call(request.map(Body::new)),
         }
     }
 }
 
+type Inner<S> = <TowerToHyperService<S> as hyper::service::Service<Request>>::Future;
+
 pin_project! {
     struct OwnedFuture<F> {
         #[pin]
         inner: F,
         version: Version,
+        connect: bool,
+        // It came while requests were let in.
+        let_in: bool,
         // Goes on to the body.
         owner: Option<Owner>,
+    }
+
+    impl<F> PinnedDrop for OwnedFuture<F> {
+        fn drop(this: Pin<&mut Self>) {
+            let this = this.project();
+            if let Some(owner) = this.owner {
+                if *this.let_in && *this.version < Version::HTTP_2 {
+                    owner.dropped_unanswered();
+                }
+            }
+        }
     }
 }
 
@@ -324,6 +357,9 @@ where
             this.inner.poll(cx)
         };
         let Ok(mut response) = ready!(polled);
+        if *this.version < Version::HTTP_2 && is_upgrade(&response, *this.connect) {
+            owner.0.heard.upgraded();
+        }
         let phase = owner.phase();
         if phase > Phase::Serving {
             owner.ask_to_leave(&mut response, *this.version, phase);
@@ -333,6 +369,12 @@ where
         let owner = this.owner.take().filter(|_| comes_back);
         Poll::Ready(Ok(response.map(|inner| OwnedBody { inner, owner })))
     }
+}
+
+/// Whether what follows this response is another protocol.
+fn is_upgrade(response: &Response, connect: bool) -> bool {
+    let status = response.status();
+    status == StatusCode::SWITCHING_PROTOCOLS || connect && status.is_success()
 }
 
 fn is_event_stream(response: &Response) -> bool {
@@ -359,11 +401,11 @@ impl OwnedBody {
         if owner.phase() < Phase::Draining {
             return;
         }
-        let heard = owner.0.heard.bytes();
+        let heard = owner.0.heard.reads();
         tokio::spawn(async move {
             time::sleep(LINGER).await;
             // What has come meanwhile is answered.
-            if owner.0.heard.bytes() == heard {
+            if owner.0.heard.reads() == heard {
                 owner.0.notice.tell(Told::Close);
             }
         });
@@ -404,7 +446,7 @@ struct HeadTimer(Owner);
 impl Timer for HeadTimer {
     fn sleep(&self, _: Duration) -> Pin<Box<dyn Sleep>> {
         Box::pin(HeadTimeout {
-            awaited_from: self.0.0.heard.await_head(),
+            head: self.0.0.heard.await_head(),
             owner: self.0.clone(),
             sleep: None,
         })
@@ -422,7 +464,7 @@ impl Timer for HeadTimer {
 }
 
 struct HeadTimeout {
-    awaited_from: u32,
+    head: Awaited,
     owner: Owner,
     sleep: RareSleep,
 }
@@ -435,6 +477,6 @@ impl Future for HeadTimeout {
     /// Polled by hyper each time it has read and the head is not whole.
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
-        this.owner.poll_head(this.awaited_from, &mut this.sleep, cx)
+        this.owner.poll_head(this.head, &mut this.sleep, cx)
     }
 }

@@ -97,6 +97,9 @@ pub struct GracefulIo<I: 'static> {
 impl<I: 'static> Drop for GracefulIo<I> {
     fn drop(&mut self) {
         let Some(io) = self.io.take() else { return };
+        if self.entry.0.heard.is_unanswered() {
+            self.entry.half_closed();
+        }
         let line = &self.entry.0;
         let told = line.notice.told();
         if told == Told::Cut {
@@ -125,6 +128,15 @@ type Linger<I> = fn(I, bool, Entry);
 /// What a response begins with after which the connection is no longer one of HTTP/1.
 const SWITCHING_PROTOCOLS: &[u8] = b"HTTP/1.1 101";
 
+/// The IO, which is there until its wrapper is dropped.
+#[inline]
+fn present<T>(io: Option<T>) -> T {
+    match io {
+        Some(io) => io,
+        None => unreachable!("it is taken by the drop of its wrapper alone"),
+    }
+}
+
 pub(super) fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
     (io as &dyn Any).downcast_ref()
 }
@@ -151,6 +163,16 @@ impl Entry {
     fn hand_over(&mut self) -> Self {
         self.1 = Stays::Elsewhere;
         Self(Arc::clone(&self.0), Stays::Here)
+    }
+
+    /// The peer has closed its writing side, and the connection is dropped before a response that
+    /// the peer may wait for. Counted while the service stops; what is cut is reported as such.
+    #[cold]
+    fn half_closed(&self) {
+        let shared = &self.0.owner;
+        if shared.phase() > Phase::Serving && self.0.notice.told() < Told::Cut {
+            shared.connections.half_closed();
+        }
     }
 }
 
@@ -215,33 +237,24 @@ impl<I: 'static> GracefulIo<I> {
 
     /// The wrapped IO.
     pub fn get_ref(&self) -> &I {
-        match &self.io {
-            Some(io) => io,
-            None => unreachable!("it is there until this is dropped"),
-        }
+        present(self.io.as_ref())
     }
 
     /// The wrapped IO. What is read or written on it directly is not cut.
     pub fn get_mut(&mut self) -> &mut I {
-        match &mut self.io {
-            Some(io) => io,
-            None => unreachable!("it is there until this is dropped"),
-        }
+        present(self.io.as_mut())
     }
 
     /// To be called before the connection is polled: fails once it is cut, and otherwise sees to it
     /// that the cut wakes the task that polls.
     #[inline]
-    fn enter(&mut self, waiter: Waiter, cx: &Context<'_>) -> io::Result<(Pin<&mut I>, Told)>
-    where
-        I: Unpin,
-    {
+    fn enter(&mut self, waiter: Waiter, cx: &Context<'_>) -> io::Result<Told> {
         let told = self.entry.0.notice.enter(&mut self.stored, waiter, cx);
         if told >= Told::Expire && (told == Told::Cut || self.expires()) {
             self.failed = true;
             return Err(cut());
         }
-        Ok((Pin::new(self.get_mut()), told))
+        Ok(told)
     }
 
     /// Whether the connection, told to close a while ago, has nothing to wait for: no request is in
@@ -287,13 +300,15 @@ impl<I: 'static> GracefulIo<I> {
         I: Unpin,
     {
         let this = &mut *self;
-        let (io, told) = this.enter(Waiter::Write, cx)?;
-        let result = write(io, cx);
-        this.activity.wrote(head, result.is_ready());
+        this.entry.0.heard.note_write();
+        let told = this.enter(Waiter::Write, cx)?;
+        let result = write(Pin::new(this.get_mut()), cx);
+        let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
+        this.activity.wrote(upgrades, result.is_ready());
         match &result {
             Poll::Ready(Ok(bytes)) => {
                 this.wrote = true;
-                this.upgraded |= head.starts_with(SWITCHING_PROTOCOLS);
+                this.upgraded |= upgrades;
                 if told > Told::Stay {
                     this.wrote_while_stopping(*bytes);
                 }
@@ -312,27 +327,43 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        let (io, told) = this.enter(Waiter::Read, cx)?;
+        let told = this.enter(Waiter::Read, cx)?;
         let before = buf.filled().len();
         let room = buf.remaining() > 0;
-        let result = io.poll_read(cx, buf);
-        if result.is_pending() && this.activity.is_idle(&this.entry.0.owner) {
-            // To the server this is a peer that has closed.
+        let line = &this.entry.0;
+        if line.heard.has_kept() {
+            line.heard.hand_on(buf);
             return Poll::Ready(Ok(()));
         }
+        let result = Pin::new(present(this.io.as_mut())).poll_read(cx, buf);
         let read = &buf.filled()[before..];
-        if read.is_empty() {
-            match &result {
-                Poll::Ready(Ok(())) => this.eof |= room,
-                Poll::Ready(Err(_)) => this.failed = true,
-                Poll::Pending => {}
-            }
-        } else {
+        if !read.is_empty() {
             if told > Told::Stay {
-                this.entry.0.read_while_stopping(told);
+                line.read_while_stopping(told);
             }
             this.activity.read(read);
-            this.entry.0.heard.note(read);
+            let lets_in = || told == Told::Stay || line.owner.phase() < Phase::Draining;
+            let kept = line.heard.note(read, lets_in);
+            if kept > 0 {
+                let passed = buf.filled().len() - kept;
+                buf.set_filled(passed);
+            }
+            return result;
+        }
+        match &result {
+            Poll::Pending => {
+                line.heard.note_nothing();
+                if this.activity.is_idle(&line.owner) {
+                    // To the server this is a peer that has closed.
+                    return Poll::Ready(Ok(()));
+                }
+            }
+            Poll::Ready(Ok(())) if room => {
+                this.eof = true;
+                line.heard.note_end();
+            }
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(_)) => this.failed = true,
         }
         result
     }
@@ -348,13 +379,15 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = self.enter(Waiter::Write, cx)?.0.poll_flush(cx);
+        self.enter(Waiter::Write, cx)?;
+        let result = Pin::new(present(self.io.as_mut())).poll_flush(cx);
         self.activity.flushed(result.is_ready());
         result
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.enter(Waiter::Write, cx)?.0.poll_shutdown(cx)
+        self.enter(Waiter::Write, cx)?;
+        Pin::new(present(self.io.as_mut())).poll_shutdown(cx)
     }
 
     fn poll_write_vectored(

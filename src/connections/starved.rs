@@ -280,11 +280,12 @@ impl Activity {
         };
     }
 
-    /// These bytes, or the first of them, if it is ready.
+    /// Something is written, which may be a response that upgrades the connection, and is not yet if
+    /// it is not ready.
     #[inline]
-    pub(super) fn wrote(&mut self, bytes: &[u8], is_ready: bool) {
+    pub(super) fn wrote(&mut self, upgrades: bool, is_ready: bool) {
         self.quiet = 0;
-        if self.state == State::Silent || bytes.starts_with(b"HTTP/1.1 101") {
+        if self.state == State::Silent || upgrades {
             self.state = State::Other;
         }
         if self.state != State::Other {
@@ -368,7 +369,7 @@ mod tests {
                 activity.read(read);
             }
             if !written.is_empty() {
-                activity.wrote(written, true);
+                activity.wrote(written.starts_with(b"HTTP/1.1 101"), true);
             }
         }
         activity
@@ -385,7 +386,7 @@ mod tests {
             assert!(!is_idle_after(&mut activity, &graceful, QUIET - 1));
             assert!(is_idle_after(&mut activity, &graceful, 0));
             activity.read(GET);
-            activity.wrote(OK, true);
+            activity.wrote(false, true);
             assert!(!is_idle_after(&mut activity, &graceful, QUIET - 1));
         }
     }
@@ -420,9 +421,9 @@ mod tests {
     fn a_response_that_its_client_does_not_read_is_not_idle() {
         let graceful = starved();
         let mut activity = after(&[(GET, OK)]);
-        activity.wrote(b"more", false);
+        activity.wrote(false, false);
         assert!(!is_idle_after(&mut activity, &graceful, 9));
-        activity.wrote(b"more", true);
+        activity.wrote(false, true);
         activity.flushed(false);
         assert!(!is_idle_after(&mut activity, &graceful, 9));
         activity.flushed(true);

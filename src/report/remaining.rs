@@ -23,6 +23,15 @@ pub struct Remaining {
     /// descriptor left to accept them. Their requests, if any were sent, were not answered. At
     /// least so many: a listener whose queue could not be counted adds 1.
     pub queued: usize,
+    /// Requests over HTTP/1 that were dropped during the shutdown because their clients had closed
+    /// their writing side before there was a response. Such a client may have left, or may still
+    /// have waited: see [`half_close`](crate::GracefulBuilder::half_close).
+    ///
+    /// On a server of [`serve`](crate::Graceful::serve) each such request counts. On other servers
+    /// the bytes of a [tracked](crate::Graceful::track) connection are all that is known: a request
+    /// counts when it is the last on its connection and its bytes end in an empty line, as those of
+    /// a request without a body or with a chunked one do, and not over TLS.
+    pub half_closed: usize,
 }
 
 impl Remaining {
@@ -40,6 +49,7 @@ impl fmt::Display for Remaining {
             (self.servers, "server"),
             (self.workers, "worker"),
             (self.queued, "queued connection"),
+            (self.half_closed, "half-closed request"),
         ];
         let mut first = true;
         for (count, name) in named {

@@ -77,32 +77,50 @@ impl Report {
             (requests.dropped, " dropped"),
         ];
         let figures = figures.iter().filter(|(count, _)| *count > 0);
-        let mut figures = figures.map(|(count, what)| format!("{count}{what}"));
-        let Some(first) = figures.next() else {
-            return Ok(());
-        };
-        let (mut indent, mut text) = (2, format!("requests: {first}"));
-        for figure in figures {
-            // With the comma that follows where the line goes on.
-            if indent + text.len() + ", ,".len() + figure.len() > WIDTH {
-                line(f, indent, &format!("{text},"))?;
-                (indent, text) = (4, figure);
-            } else {
-                text = format!("{text}, {figure}");
-            }
-        }
-        line(f, indent, &text)
+        let figures = figures.map(|(count, what)| format!("{count}{what}"));
+        listed(f, "requests", figures)
     }
 
     fn write_given_up(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.remaining.is_nothing() {
             return Ok(());
         }
-        line(f, 2, &format!("given up: {}", self.remaining))?;
+        let remaining = self.remaining.to_string();
+        listed(f, "given up", remaining.split(", ").map(str::to_owned))?;
         named(f, &self.given_up.requests)?;
         named(f, &self.given_up.holds)?;
-        named(f, &self.given_up.connections)
+        named(f, &self.given_up.connections)?;
+        if self.remaining.half_closed > 0 {
+            line(
+                f,
+                4,
+                "half-closed: dropped when the client sent FIN; see `half_close`",
+            )?;
+        }
+        Ok(())
     }
+}
+
+/// What there is, on as many lines as it takes. Nothing, if there is nothing.
+fn listed(
+    f: &mut fmt::Formatter<'_>,
+    name: &str,
+    mut figures: impl Iterator<Item = String>,
+) -> fmt::Result {
+    let Some(first) = figures.next() else {
+        return Ok(());
+    };
+    let (mut indent, mut text) = (2, format!("{name}: {first}"));
+    for figure in figures {
+        // With the comma that follows where the line goes on.
+        if indent + text.len() + ", ,".len() + figure.len() > WIDTH {
+            line(f, indent, &format!("{text},"))?;
+            (indent, text) = (4, figure);
+        } else {
+            text = format!("{text}, {figure}");
+        }
+    }
+    line(f, indent, &text)
 }
 
 fn named<T: fmt::Display>(f: &mut fmt::Formatter<'_>, given_up: &[T]) -> fmt::Result {
@@ -259,6 +277,7 @@ mod tests {
             servers: 0,
             workers: 1,
             queued: 12,
+            half_closed: 2,
         };
         let connection = |age| CutConnection {
             peer: Some(([10, 0, 0, 7], 51234).into()),
@@ -304,13 +323,15 @@ mod tests {
              \n  requests: 3 in flight when it began, 2 more, 1 finished, 7 refused, 2 cut,\
              \n    2 dropped\
              \n  given up: 1 request, 1 hold, 5 connections, 1 worker, \
-             12 queued connections\
+             12 queued connections,\
+             \n    2 half-closed requests\
              \n    GET /export 28.4 s, body streaming\
              \n    hold order mail 3.1 s\
              \n    connection from 10.0.0.7:51234 28.4 s\
              \n    connection from 10.0.0.7:51234 0.3 s, 237568 bytes undelivered\
              \n    connection from 10.0.0.7:51234 0.2 s\
              \n    and 2 more\
+             \n    half-closed: dropped when the client sent FIN; see `half_close`\
              \n  server error: broken"
         );
     }

@@ -202,7 +202,10 @@ impl Shared {
             state.stopped = Some(now);
             let error = state.server_error.take();
             let figures = self.since_serving();
-            state.report = Some(shutdown.report(reason, error, figures, self.work.tasks(), now));
+            let half_closed = self.connections.count_half_closed();
+            let tasks = self.work.tasks();
+            let report = shutdown.report(reason, error, figures, half_closed, tasks, now);
+            state.report = Some(report);
             if let Some(cut) = &mut shutdown.cut {
                 // They keep the lifecycle alive.
                 cut.connections.clear();
@@ -279,8 +282,7 @@ impl Shared {
                 holds: given_up.holds.len(),
                 connections: connections.len(),
                 servers,
-                workers: 0,
-                queued: 0,
+                ..Remaining::default()
             },
             // After the count, so that no request that has left it is missing here.
             dropped: self.since_serving().dropped,

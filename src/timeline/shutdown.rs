@@ -290,6 +290,7 @@ impl Shutdown {
         reason: Reason,
         server_error: Option<String>,
         figures: SinceServing,
+        half_closed: usize,
         tasks: Vec<Task>,
         now: Instant,
     ) -> Report {
@@ -324,6 +325,7 @@ impl Shutdown {
             remaining.servers = 0;
         }
         remaining.queued = self.queued;
+        remaining.half_closed = half_closed;
         remaining.workers = tasks.iter().filter(|task| task.is_cut_worker()).count();
         let outcome = if matches!(reason, Reason::Signal) {
             Outcome::Abandoned

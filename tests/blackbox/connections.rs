@@ -28,6 +28,16 @@ pub(crate) const TESTS: &[Test] = &[
         idle,
     ),
     (
+        "connections::have_a_bounded_time_for_a_head_that_comes_with_the_request_before",
+        &[Form::Serve],
+        shared_segment,
+    ),
+    (
+        "connections::may_be_idle_after_an_empty_line",
+        &[Form::Serve],
+        empty_line,
+    ),
+    (
         "connections::may_have_all_the_time_there_is_for_a_head",
         &[Form::Serve],
         endless_head,
@@ -135,6 +145,74 @@ fn idle(form: Form) {
     server.terminate();
     drop((silent, idle, uploading));
     http2.until_closed();
+    server.exit().assert_clean();
+}
+
+/// In one segment with the request before, byte by byte, or apart: the client cannot know how its
+/// bytes arrive.
+fn shared_segment(form: Form) {
+    const GET: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
+    const POST: &str = "POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 2\r\n\r\nok";
+
+    for half_close in [&[][..], &["half_close=true"]] {
+        let knobs = [&["header_read_timeout=400", "delay=0"], half_close].concat();
+        let mut server = Server::start(form, &knobs);
+        for request in [GET, POST, &format!("{GET}{POST}"), &format!("{POST}{GET}")] {
+            for begun in ["G", "GET / HTTP/1.1\r\nhost: test\r\n", "\r\nGE"] {
+                let [mut together, mut apart, mut pieces] = [(); 3].map(|()| server.connect());
+                let asked = Instant::now();
+                together.send(&format!("{request}{begun}"));
+                apart.send(request);
+                thread::sleep(MS(20));
+                apart.send(begun);
+                for byte in format!("{request}{begun}").bytes() {
+                    pieces.try_send(&[byte]).unwrap();
+                }
+                for mut connection in [together, apart, pieces] {
+                    for _ in 0..request.matches("HTTP/1.1").count() {
+                        connection.response("GET").assert_ok();
+                    }
+                    closed_after(connection);
+                    let after = asked.elapsed();
+                    assert!(
+                        after > MS(250) && after < MS(800),
+                        "{request:?} {begun:?}: {after:?}"
+                    );
+                }
+            }
+        }
+        server.terminate();
+        server.exit().assert_clean();
+    }
+}
+
+/// Some clients send one after a body (RFC 9112 §2.2). It begins no request.
+fn empty_line(form: Form) {
+    const POST: &str = "POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 2\r\n\r\nok";
+
+    let mut server = Server::start(form, &["header_read_timeout=200", "delay=0"]);
+    let mut first = server.connect();
+    first.send("\r\n");
+    let mut together = server.connect();
+    together.send(&format!("{POST}\r\n"));
+    let mut apart = server.connect();
+    apart.send(POST);
+    let mut pieces = server.connect();
+    pieces.send(&format!("{POST}\r"));
+    for connection in [&mut together, &mut apart, &mut pieces] {
+        connection.response("POST").assert_ok();
+    }
+    apart.send("\r\n");
+    pieces.send("\n");
+    for _ in 0..2 {
+        thread::sleep(MS(500));
+        for connection in [&mut first, &mut together, &mut apart, &mut pieces] {
+            connection.get("/").assert_ok();
+            connection.send("\r\n");
+        }
+    }
+    server.terminate();
+    drop((first, together, apart, pieces));
     server.exit().assert_clean();
 }
 

@@ -553,7 +553,7 @@ fn resets_during_the_drain(form: Form) {
             state.what,
         );
     }
-    drop(holds);
+    reset(vec![holds]);
     server.exit().assert_clean();
 }
 

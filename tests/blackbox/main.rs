@@ -25,6 +25,8 @@ mod edge;
 #[cfg(unix)]
 mod goaway;
 #[cfg(unix)]
+mod half_closed;
+#[cfg(unix)]
 mod hostile;
 #[cfg(unix)]
 mod in_flight;
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         deadline::TESTS,
         edge::TESTS,
         goaway::TESTS,
+        half_closed::TESTS,
         hostile::TESTS,
         in_flight::TESTS,
         long_lived::TESTS,

@@ -113,6 +113,7 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
     if let Some(timeout) = knobs.millis("header_read_timeout") {
         builder = builder.header_read_timeout(timeout);
     }
+    builder = builder.half_close(knobs.text("half_close").is_some());
     if let Some(timeout) = knobs.millis("worker_timeout") {
         builder = builder.worker_timeout(timeout);
     }
