@@ -54,6 +54,9 @@ const SILENCE: Duration = Duration::from_secs(1);
 /// or have a frame on its way.
 const STILL: Duration = Duration::from_millis(250);
 
+/// The same, while a listener waits for descriptors.
+const STARVED: Duration = Duration::from_millis(25);
+
 /// For how long one that never stops is listened to.
 const MOST: Duration = Duration::from_secs(2);
 
@@ -245,7 +248,14 @@ where
             let (since, talks) = *delivered.get_or_insert((now, false));
             let talks = talks || received;
             delivered = Some((since, talks));
-            let silence = if talks { SILENCE } else { STILL };
+            let silence = if talks {
+                SILENCE
+            } else if self.entry.0.owner.starved.is_waiting() {
+                // Its descriptor is needed.
+                STARVED
+            } else {
+                STILL
+            };
             if now - progress.max(since) >= silence || now - since >= MOST {
                 return;
             }
