@@ -306,6 +306,8 @@ const ANSWERS: u8 = 2;
 pub(crate) const LINGERS: u8 = 4;
 /// A response went out while the service stopped.
 pub(crate) const RESPONDED: u8 = 8;
+/// Two entries of it are to be dropped before it is removed.
+pub(crate) const HANDED_OVER: u8 = 16;
 
 /// What is noted of a connection, one bit each. `Relaxed`: they say nothing about anything else in
 /// memory.
@@ -329,7 +331,7 @@ impl Flags {
     }
 
     /// Takes a flag back, and says whether it was set.
-    fn take(&self, flag: u8) -> bool {
+    pub(crate) fn take(&self, flag: u8) -> bool {
         self.has(flag) && self.0.fetch_and(!flag, Ordering::Relaxed) & flag != 0
     }
 }

@@ -24,7 +24,7 @@ use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::RESPONDED,
+    registry::{HANDED_OVER, RESPONDED},
     sync::Ordering,
 };
 
@@ -77,14 +77,8 @@ pub struct GracefulIo<I: 'static> {
     /// `None` once it is dropped.
     io: Option<I>,
     stored: Stored,
-    /// The peer has closed its writing side.
-    eof: bool,
-    /// A read or a write has failed, and there is nobody to close the connection for.
-    failed: bool,
-    /// Something was written.
-    wrote: bool,
-    /// A `101 Switching Protocols` was written: the connection belongs to a handler, or will.
-    upgraded: bool,
+    peer: Peer,
+    written: Written,
     /// Bytes written while the service stops, as far as this can count.
     written_late: u16,
     /// Whether it is idle, where its descriptor is needed.
@@ -92,6 +86,25 @@ pub struct GracefulIo<I: 'static> {
     linger: Option<Linger<I>>,
     // After the IO, so that the connection is closed before it is removed.
     entry: Entry,
+}
+
+/// The other end of a connection, as reading and writing show it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Peer {
+    Open,
+    /// It has closed its writing side.
+    Finished,
+    /// A read or a write has failed, so there is no peer to close the connection for.
+    Gone,
+}
+
+/// What was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Written {
+    Nothing,
+    Something,
+    /// Among it a `101 Switching Protocols`: the connection belongs to a handler, or will.
+    Upgrade,
 }
 
 impl<I: 'static> Drop for GracefulIo<I> {
@@ -103,8 +116,10 @@ impl<I: 'static> Drop for GracefulIo<I> {
         let line = &self.entry.0;
         let told = line.notice.told();
         if told == Told::Cut {
-            let undelivered = tcp(&io).and_then(unacknowledged).unwrap_or(0);
-            line.undelivered.store(undelivered, Ordering::Relaxed);
+            let left = tcp(&io).and_then(unacknowledged).unwrap_or(0);
+            if left > FAREWELL || line.flags.has(RESPONDED) {
+                line.undelivered.store(left, Ordering::Relaxed);
+            }
             // The peer must not take a response that was cut off for a whole one.
             if line.notice.is_cut_short() {
                 reset(&io);
@@ -112,18 +127,22 @@ impl<I: 'static> Drop for GracefulIo<I> {
             return;
         }
         // While serving, a peer that has closed first has received all that it waited for.
-        let left = self.failed || self.eof && told == Told::Stay;
-        if left || !self.wrote {
+        let leaves = match self.peer {
+            Peer::Open => false,
+            Peer::Finished => told == Told::Stay,
+            Peer::Gone => true,
+        };
+        if leaves || self.written == Written::Nothing {
             return;
         }
         if let Some(linger) = self.linger {
-            linger(io, self.upgraded, self.entry.hand_over());
+            linger(io, self.written, self.entry.hand_over());
         }
     }
 }
 
-/// What takes a connection over: the IO, whether it was upgraded, its entry.
-type Linger<I> = fn(I, bool, Entry);
+/// What takes a connection over.
+type Linger<I> = fn(I, Written, Entry);
 
 /// What a response begins with after which the connection is no longer one of HTTP/1.
 const SWITCHING_PROTOCOLS: &[u8] = b"HTTP/1.1 101";
@@ -148,21 +167,15 @@ fn reset<I: 'static>(io: &I) {
     }
 }
 
-/// Removes the connection from the table when it is dropped.
-pub(super) struct Entry(pub(super) Arc<Line>, Stays);
-
-/// Whether this entry is the one that removes the connection.
-#[derive(PartialEq, Eq)]
-enum Stays {
-    Here,
-    Elsewhere,
-}
+/// Removes the connection from the table when it is dropped, or when what it was handed over to is
+/// dropped too.
+pub(super) struct Entry(pub(super) Arc<Line>);
 
 impl Entry {
-    /// The entry, for what keeps the connection open from now on.
-    fn hand_over(&mut self) -> Self {
-        self.1 = Stays::Elsewhere;
-        Self(Arc::clone(&self.0), Stays::Here)
+    /// An entry for what keeps the connection open from now on. The last of the two removes it.
+    fn hand_over(&self) -> Self {
+        self.0.flags.set(HANDED_OVER);
+        Self(Arc::clone(&self.0))
     }
 
     /// The peer has closed its writing side, and the connection is dropped before a response that
@@ -186,7 +199,7 @@ fn cut() -> io::Error {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        if self.1 == Stays::Elsewhere {
+        if self.0.flags.take(HANDED_OVER) {
             return;
         }
         let shared = &self.0.owner;
@@ -202,23 +215,21 @@ impl<I: 'static> GracefulIo<I> {
     pub(super) fn new(
         graceful: &Graceful,
         io: I,
-        peer: Option<SocketAddr>,
+        address: Option<SocketAddr>,
         linger: Option<Linger<I>>,
     ) -> Self {
         let shared = graceful.shared();
-        let line = shared.connections.insert(shared.clone(), peer);
+        let line = shared.connections.insert(shared.clone(), address);
         shared.mark_served();
         Self {
             io: Some(io),
             stored: Stored::default(),
-            eof: false,
-            failed: false,
-            wrote: false,
-            upgraded: false,
+            peer: Peer::Open,
+            written: Written::Nothing,
             written_late: 0,
             activity: Activity::default(),
             linger,
-            entry: Entry(line, Stays::Here),
+            entry: Entry(line),
         }
     }
 
@@ -251,7 +262,7 @@ impl<I: 'static> GracefulIo<I> {
     fn enter(&mut self, waiter: Waiter, cx: &Context<'_>) -> io::Result<Told> {
         let told = self.entry.0.notice.enter(&mut self.stored, waiter, cx);
         if told >= Told::Expire && (told == Told::Cut || self.expires()) {
-            self.failed = true;
+            self.peer = Peer::Gone;
             return Err(cut());
         }
         Ok(told)
@@ -267,7 +278,7 @@ impl<I: 'static> GracefulIo<I> {
         } else {
             // Over HTTP/1 idle connections were closed when this one was told to, so it has been
             // upgraded, or its first head is not whole.
-            self.wrote
+            self.written > Written::Nothing
         };
         let left = self.io.as_ref().and_then(tcp).and_then(unacknowledged);
         let nothing = if line.flags.has(RESPONDED) {
@@ -307,13 +318,17 @@ impl<I: 'static> GracefulIo<I> {
         this.activity.wrote(upgrades, result.is_ready());
         match &result {
             Poll::Ready(Ok(bytes)) => {
-                this.wrote = true;
-                this.upgraded |= upgrades;
+                let written = if upgrades {
+                    Written::Upgrade
+                } else {
+                    Written::Something
+                };
+                this.written = this.written.max(written);
                 if told > Told::Stay {
                     this.wrote_while_stopping(*bytes);
                 }
             }
-            Poll::Ready(Err(_)) => this.failed = true,
+            Poll::Ready(Err(_)) => this.peer = Peer::Gone,
             Poll::Pending => {}
         }
         result
@@ -359,11 +374,11 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 }
             }
             Poll::Ready(Ok(())) if room => {
-                this.eof = true;
+                this.peer = Peer::Finished;
                 line.heard.note_end();
             }
             Poll::Ready(Ok(())) => {}
-            Poll::Ready(Err(_)) => this.failed = true,
+            Poll::Ready(Err(_)) => this.peer = Peer::Gone,
         }
         result
     }

@@ -38,7 +38,7 @@ use tokio::{
 use tokio::net::UnixStream;
 
 use super::{
-    io::{Entry, tcp},
+    io::{Entry, Written, tcp},
     send_queue::unacknowledged,
 };
 use crate::{
@@ -89,19 +89,19 @@ pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
 
 /// Closes a connection that its server has let go of, if it is a socket of tokio's. Anything else is
 /// dropped.
-pub(super) fn socket<I: 'static>(socket: I, upgraded: bool, entry: Entry) {
+pub(super) fn socket<I: 'static>(socket: I, written: Written, entry: Entry) {
     let mut socket = Some(socket);
     let any: &mut dyn Any = &mut socket;
     if let Some(tcp) = any.downcast_mut::<Option<TcpStream>>() {
         if let Some(tcp) = tcp.take() {
-            io(tcp, upgraded, entry);
+            io(tcp, written, entry);
         }
         return;
     }
     #[cfg(unix)]
     if let Some(unix) = any.downcast_mut::<Option<UnixStream>>() {
         if let Some(unix) = unix.take() {
-            io(unix, upgraded, entry);
+            io(unix, written, entry);
         }
         return;
     }
@@ -109,7 +109,7 @@ pub(super) fn socket<I: 'static>(socket: I, upgraded: bool, entry: Entry) {
 }
 
 /// Closes a connection that its server has let go of.
-pub(super) fn io<I>(io: I, upgraded: bool, entry: Entry)
+pub(super) fn io<I>(io: I, written: Written, entry: Entry)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -119,7 +119,7 @@ where
         shut: false,
         eof: false,
         received: false,
-        upgraded,
+        written,
         entry,
     };
     // Most connections are idle, and need no task. Only a socket is polled here, because other IO may
@@ -148,8 +148,7 @@ struct Lingering<I: 'static> {
     eof: bool,
     /// Something came since this was last looked at.
     received: bool,
-    /// It was a handler that let go of it, after as much waiting as it found right.
-    upgraded: bool,
+    written: Written,
     // After the IO, so that the connection is closed before it is removed.
     entry: Entry,
 }
@@ -232,7 +231,8 @@ where
             look = (look * 2).min(LAST_LOOK);
             if left > 0 {
                 let patience = match self.entry.0.notice.told() {
-                    _ if self.upgraded => STILL,
+                    // A handler has let go of it, after as much waiting as it found right.
+                    _ if self.written == Written::Upgrade => STILL,
                     Told::Stay => STALLED,
                     // The cut ends it.
                     _ => Duration::MAX,

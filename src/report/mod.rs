@@ -52,9 +52,11 @@ impl fmt::Display for Trigger {
 pub enum Outcome {
     /// Everything in flight was finished and every server ended. Exit code 0.
     Clean,
-    /// Something was still running when the drain deadline passed, or when repeated signals cut
-    /// the drain short, or was a worker that did not end in time, and was given up; or connections
-    /// were reset in a listener's queue. Exit code 1.
+    /// Something was given up: it was still running when the drain deadline passed or when repeated
+    /// signals cut the drain short, a response had not been received then, a worker did not end in
+    /// time, connections were reset in a listener's queue ([`Remaining::queued`]), or a request was
+    /// dropped because its client had closed its writing side ([`Remaining::half_closed`]). Exit
+    /// code 1.
     Forced,
     /// What was in flight was finished, but a worker, a cleanup step or a hook failed, panicked, or
     /// in the case of a cleanup step did not end within its bound. Exit code 2.
