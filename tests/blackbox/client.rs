@@ -442,6 +442,12 @@ pub(crate) mod frames {
             }
         }
 
+        /// Reads to the end of a response, which may be a frame of its own.
+        #[track_caller]
+        pub(crate) fn end_of_stream(&mut self) {
+            while self.next(DATA).flags & END_STREAM == 0 {}
+        }
+
         /// Reads until nothing has come for this long. Returns what tells of a stream, or of the
         /// end.
         pub(crate) fn until_quiet(&mut self, quiet: Duration) -> Vec<Frame> {
