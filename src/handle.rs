@@ -10,7 +10,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    gate::{Door, Reading, Ticket, Unanswered},
+    gate::{self, Door, Reading, Ticket, Unanswered},
     phase::Phase,
     plan::{Knobs, Plan},
     policy::Policy,
@@ -27,6 +27,9 @@ pub(crate) type Pass = Ticket<Policy, Lifecycle>;
 
 /// The same, up to the response.
 pub(crate) type Begun = Unanswered<Policy, Lifecycle>;
+
+/// A piece of a response that its server holds.
+pub(crate) type Piece = gate::Piece<Policy, Lifecycle>;
 
 /// A refusal's permission to read the body of its request.
 pub(crate) type Reader = Reading<Policy, Lifecycle>;

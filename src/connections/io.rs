@@ -274,7 +274,7 @@ impl<I: 'static> GracefulIo<I> {
     fn expires(&self) -> bool {
         let line = &self.entry.0;
         let in_flight = if line.heard.is_http2() {
-            line.may_have_streams()
+            line.may_have_streams() || line.owner.pieces() > 0
         } else {
             // Over HTTP/1 idle connections were closed when this one was told to, so it has been
             // upgraded, or its first head is not whole.

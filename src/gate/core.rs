@@ -108,6 +108,11 @@ impl<K, S> Core<K, S> {
         self.hall().readers.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// How many pieces of responses servers hold.
+    pub(super) fn pieces(&self) -> usize {
+        self.hall().pieces.load(Ordering::Relaxed)
+    }
+
     /// What has happened after the first phase. `Relaxed`: figures.
     pub(super) fn since_serving(&self) -> SinceServing {
         let hall = self.hall();

@@ -13,7 +13,10 @@ use super::{
     lane::{Lane, Refused},
     word::Word,
 };
-use crate::{phase::Phase, sync::lock};
+use crate::{
+    phase::Phase,
+    sync::{Ordering, lock},
+};
 
 /// A gate, the rules `K` that stay for ever, and the `T` behind it. Cloning shares all of it, and
 /// `T` lives as long as one of the clones does.
@@ -76,6 +79,11 @@ impl<K, T> Gate<K, T> {
     /// The same door, for services that do nothing but lead to a probe.
     pub(crate) fn probe_door(&self) -> Door<K, T> {
         Door(&self.0.sides.probes)
+    }
+
+    /// How many pieces of responses servers hold.
+    pub(crate) fn pieces(&self) -> usize {
+        self.0.core.pieces()
     }
 
     /// What has happened after the first phase.
@@ -269,6 +277,27 @@ impl<K, T> Ticket<K, T> {
     #[inline]
     pub(crate) fn word(&self) -> Word {
         self.0.word()
+    }
+}
+
+impl<K, T> Ticket<K, T> {
+    /// Counts a piece of the response that goes to the server.
+    pub(crate) fn piece(&self) -> Piece<K, T> {
+        let lane = self.0;
+        lane.hall().pieces.fetch_add(1, Ordering::Relaxed);
+        Piece(lane)
+    }
+}
+
+/// A piece of a response that its server holds. Dropping it says that the server no longer does. It
+/// does not keep the request in flight: other middleware may keep what a response consists of for as
+/// long as it likes. `Relaxed`: a number that is looked at long after.
+#[must_use = "dropping it says that the server has sent the piece"]
+pub(crate) struct Piece<K: 'static, T: 'static>(&'static Lane<K, Shared<K, T>>);
+
+impl<K, T> Drop for Piece<K, T> {
+    fn drop(&mut self) {
+        self.0.hall().pieces.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

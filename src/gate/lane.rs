@@ -38,6 +38,8 @@ pub(super) struct Hall<K: 'static, S: 'static> {
     pub(super) refused: AtomicUsize,
     /// Releases without a response after the first phase.
     pub(super) dropped: AtomicUsize,
+    /// Pieces of responses that servers hold.
+    pub(super) pieces: AtomicUsize,
     /// Refusals that are reading the bodies of their requests.
     pub(super) readers: AtomicUsize,
     /// What the owners of the gate share, for as long as there is one.
@@ -53,6 +55,7 @@ impl<K, S> Hall<K, S> {
             late: AtomicUsize::new(0),
             refused: AtomicUsize::new(0),
             dropped: AtomicUsize::new(0),
+            pieces: AtomicUsize::new(0),
             readers: AtomicUsize::new(0),
             owned: Mutex::new(Weak::new()),
             rules,

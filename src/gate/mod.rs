@@ -104,7 +104,7 @@ mod word;
 
 pub(crate) use self::{
     core::SinceServing,
-    handle::{Door, Gate, Reading, Ticket, Unanswered, WeakGate},
+    handle::{Door, Gate, Piece, Reading, Ticket, Unanswered, WeakGate},
     here::here,
     lane::Refused,
 };

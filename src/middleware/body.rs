@@ -15,7 +15,10 @@
 //!
 //! hyper polls again when it has room. Over HTTP/1 its write buffer is below some 400 KiB then; where
 //! the length is known it drops the body instead, at that same point. Over HTTP/2 the stream has had
-//! window for at least a part of the frame, and the end of the stream is a frame of its own.
+//! window for at least a part of the frame, and the end of the stream is a frame of its own. What it
+//! has no window for stays in the server. So such frames are also counted until their data is dropped
+//! ([`Piece`]): while there are any, a connection of HTTP/2 may owe something although nothing is in
+//! flight and its peer is silent.
 //!
 //! A small last frame while the service serves ends its request at once, because to ask a body once
 //! more costs every request, and what a server holds of it then fits any socket's buffer. Trailers
@@ -35,7 +38,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::named::Named;
-use crate::handle::Pass;
+use crate::handle::{Pass, Piece};
 
 /// How many bytes the last frame has from which on its request outlives it.
 const LARGE: usize = 16 * 1024;
@@ -170,7 +173,7 @@ type Polled<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error
 
 /// Polls a body, and releases its request once the body has ended, unless the request outlives it.
 #[inline(always)]
-fn poll_inner<B: Body>(
+fn poll_inner<B: Body<Data: From<Bytes>>>(
     mut body: Pin<&mut B>,
     pass: &mut Option<Pass>,
     outlives: &mut bool,
@@ -179,10 +182,12 @@ fn poll_inner<B: Body>(
     let mut end = End { pass, come: false };
     match body.as_mut().poll_frame(cx) {
         Poll::Ready(Some(Ok(frame))) => {
-            if body.is_end_stream() {
-                *outlives = self::outlives(end.pass.as_ref(), &frame);
-                end.come = !*outlives;
+            let over = body.is_end_stream();
+            if let Some(pass) = outliving(end.pass.as_ref(), &frame) {
+                *outlives = over;
+                return Poll::Ready(Some(Ok(counted(pass, frame))));
             }
+            end.come = over;
             Poll::Ready(Some(Ok(frame)))
         }
         // An arm for each: to pass on two of them as one would move the frames of all once more.
@@ -198,16 +203,38 @@ fn poll_inner<B: Body>(
     }
 }
 
-/// Whether a request is in flight beyond the last frame of its body.
+/// The pass of a request that is in flight beyond this frame, also if it is the last of its body.
 #[inline(always)]
-fn outlives<D: Buf>(pass: Option<&Pass>, frame: &Frame<D>) -> bool {
-    let Some(pass) = pass else {
-        return false;
-    };
-    let Some(data) = frame.data_ref() else {
-        return false;
-    };
-    data.remaining() >= LARGE || pass.word().is_stopping()
+fn outliving<'a, D: Buf>(pass: Option<&'a Pass>, frame: &Frame<D>) -> Option<&'a Pass> {
+    let pass = pass?;
+    let data = frame.data_ref()?;
+    (data.remaining() >= LARGE || pass.word().is_stopping()).then_some(pass)
+}
+
+/// The frame, counted until the server drops its data.
+#[cold]
+#[inline(never)]
+fn counted<D: Buf + From<Bytes>>(pass: &Pass, frame: Frame<D>) -> Frame<D> {
+    frame.map_data(|mut data| {
+        let data = data.copy_to_bytes(data.remaining());
+        let piece = pass.piece();
+        Bytes::from_owner(Counted {
+            data,
+            _piece: piece,
+        })
+        .into()
+    })
+}
+
+struct Counted {
+    data: Bytes,
+    _piece: Piece,
+}
+
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        &self.data
+    }
 }
 
 /// Releases in its own drop: a frame is long, and by then it is where it is returned.
@@ -264,17 +291,21 @@ impl<B: Body<Data: From<Bytes>>> Special<B> {
                     return Poll::Ready(None);
                 }
                 let polled = body.as_mut().poll_frame(cx);
-                let over = match &polled {
+                let polled = match polled {
                     Poll::Ready(Some(Ok(frame))) => {
                         let pass = held.as_ref().map(|(_, pass)| pass);
-                        body.is_end_stream() && !outlives(pass, frame)
+                        if let Some(pass) = outliving(pass, &frame) {
+                            return Poll::Ready(Some(Ok(counted(pass, frame))));
+                        }
+                        if !body.is_end_stream() {
+                            return Poll::Ready(Some(Ok(frame)));
+                        }
+                        Poll::Ready(Some(Ok(frame)))
                     }
-                    Poll::Ready(Some(Err(_)) | None) => true,
-                    Poll::Pending => false,
+                    Poll::Pending => return Poll::Pending,
+                    over @ Poll::Ready(_) => over,
                 };
-                if over {
-                    *held = None;
-                }
+                *held = None;
                 polled
             }
             SpecialProj::HandedOver { pass } => {

@@ -286,6 +286,7 @@ impl Shared {
             },
             // After the count, so that no request that has left it is missing here.
             dropped: self.since_serving().dropped,
+            pieces: self.pieces(),
             given_up,
             connections,
             hurried: false,

@@ -143,6 +143,8 @@ pub(super) struct Cut {
     pub(super) at: Instant,
     /// Requests dropped without a response until then: those that the cut drops are cut.
     pub(super) dropped: usize,
+    /// Pieces of responses that servers held.
+    pub(super) pieces: usize,
     pub(super) remaining: Remaining,
     /// But for the connections.
     pub(super) given_up: GivenUp,
@@ -313,7 +315,8 @@ impl Shutdown {
             let owing = left().filter(|left| left.undelivered() > 0);
             owing.filter(|left| left.lingered() == lingered).count()
         };
-        let requests_cut = owing(true) + owing(false).max(remaining.requests);
+        let pieces = cut.map_or(0, |cut| cut.pieces);
+        let requests_cut = owing(true) + owing(false).max(pieces).max(remaining.requests);
         let nothing_else =
             remaining.requests == 0 && remaining.holds == 0 && remaining.connections == 0;
         let closed = self
