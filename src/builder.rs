@@ -5,8 +5,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Response, StatusCode};
 
-#[cfg(all(unix, feature = "signal"))]
-use crate::watchdog::Watchdog;
 use crate::{
     handle::Graceful,
     plan::{ConfigError, Knobs},
@@ -311,18 +309,9 @@ impl GracefulBuilder {
             Graceful::from_parts(self.max_in_flight, self.name_requests, self.policy, plan);
         #[cfg(all(unix, feature = "signal"))]
         if self.watchdog {
-            watch(&graceful, plan.last_moment())?;
+            let watched = graceful.shared().watch_grace_period();
+            watched.map_err(|error| ConfigError::NoWatchdog(error.to_string()))?;
         }
         Ok(graceful)
     }
-}
-
-#[cfg(all(unix, feature = "signal"))]
-fn watch(graceful: &Graceful, last_moment: Duration) -> Result<(), ConfigError> {
-    let shared = graceful.shared().downgrade();
-    let describe = move || shared.upgrade()?.describe();
-    let watchdog = Watchdog::start(last_moment, describe)
-        .map_err(|error| ConfigError::NoWatchdog(error.to_string()))?;
-    let _ = graceful.shared().watchdog.set(watchdog);
-    Ok(())
 }

@@ -5,9 +5,9 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::Shared;
+use super::{Shared, cleanup};
 use crate::{
-    events::Reason,
+    events::{Event, Origin, Reason},
     phase::Phase,
     plan::{Deadlines, instant_after},
     report::{Fate, GivenUp, Outcome, Remaining, Report, Requests, TaskKind, TaskReport, Trigger},
@@ -35,8 +35,18 @@ pub(super) struct State {
     pub(super) driven: bool,
     /// It waits for a shutdown to begin.
     pub(super) start: Option<oneshot::Sender<Shared>>,
+    /// The last driver has ended with its runtime.
+    pub(super) driver_gone: Option<Instant>,
+    pub(super) clock: Clock,
+    /// Signals that the driver is to act upon.
     #[cfg(feature = "signal")]
-    pub(super) listening: bool,
+    pub(super) heard: Vec<Trigger>,
+    /// Events of the step under way.
+    pub(super) events: Vec<Event>,
+    /// Where the log of the last step went that the control thread did not take.
+    pub(super) origin: Option<Origin>,
+    /// When the log is told what the drain waits for.
+    pub(super) progress_at: Option<Instant>,
     pub(super) shutdown: Option<Shutdown>,
     /// Servers given to `run` that have not ended. `None`: there never were any.
     pub(super) servers: Option<usize>,
@@ -46,8 +56,16 @@ pub(super) struct State {
     pub(super) spread_responses: u64,
     pub(super) server_error: Option<String>,
     pub(super) report: Option<Report>,
-    /// When the report was written.
-    pub(super) stopped: Option<Instant>,
+}
+
+/// Who lets time pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Clock {
+    /// The control thread, and the driver beside it.
+    #[default]
+    Real,
+    /// The driver, in a runtime whose clock is paused.
+    Tokio,
 }
 
 impl State {
@@ -127,6 +145,8 @@ pub(super) struct Cleanup {
     /// How what came before ended.
     pub(super) after: Reason,
     pub(super) done: bool,
+    /// When it is given up. A driver that runs is done before.
+    pub(super) until: Instant,
 }
 
 impl Shutdown {
@@ -211,6 +231,7 @@ impl Shutdown {
                 begun: now,
                 after,
                 done: false,
+                until: instant_after(self.end.max(now), cleanup::most_overtime(work.steps())),
             });
         }
         begins

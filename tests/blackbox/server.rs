@@ -174,11 +174,11 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
             return ExitCode::SUCCESS;
         }
         "Listening" => {
-            graceful.handle_signals();
+            graceful.handle_signals().unwrap();
             starting.await;
             let mut phases = graceful.subscribe();
             let stopped = async move {
-                let _ = phases.wait_for(|phase| *phase >= Phase::Closing).await;
+                let _ = phases.reached(Phase::Closing).await;
             };
             axum::serve(listener, app)
                 .with_graceful_shutdown(stopped)
