@@ -165,12 +165,12 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
         .collect();
     server.terminate();
     let mut phases = Vec::new();
-    for phase in ["lame duck", "draining", "closing", "stopped"] {
+    for phase in ["lame duck", "draining", "closing"] {
         server.expect_line(&format!("phase {phase}, ready false"));
         phases.push(server.elapsed());
     }
     let exit = server.exit();
-    let [lame_duck, draining, closing, stopped] = *phases else {
+    let [lame_duck, draining, closing] = *phases else {
         unreachable!()
     };
     let late = MS(100);
@@ -178,7 +178,6 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
         (lame_duck, MS(0)),
         (draining, MS(400)),
         (closing, MS(800)),
-        (stopped, MS(1050)),
         (exit.logged_after("lame duck, because SIGTERM"), MS(0)),
         (exit.logged_after("draining, because"), MS(400)),
         (
@@ -201,7 +200,7 @@ fn blocked_log(form: Form) {
     let mut server = Server::start(form, &["delay=300", "observed=yes", "log=blocks"]);
     let slow = server.get_in_background("/sleep/700");
     server.terminate();
-    for phase in ["lame duck", "draining", "closing", "stopped"] {
+    for phase in ["lame duck", "draining", "closing"] {
         server.expect_line(&format!("phase {phase}, ready false"));
     }
     slow.join().unwrap().assert_ok();
@@ -236,10 +235,9 @@ fn further_sigterm(form: Form) {
     for line in ["a begins", "a is over", "b begins", "b is over"] {
         server.expect_line(line);
     }
-    server.expect_line("phase stopped");
-    signalling.store(false, Relaxed);
     let least = answered.min(MS(800)) + exit - MS(100);
     let exit = server.exit();
+    signalling.store(false, Relaxed);
     more.join().unwrap();
     exit.assert_clean();
     exit.assert_within(least, answered + MS(900));
