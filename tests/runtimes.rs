@@ -94,7 +94,7 @@ fn ends_at_random(seed: u64) {
         let (graceful, ran) = (graceful.clone(), Arc::clone(&ran));
         async move {
             graceful
-                .on_lame_duck("hook", MS(20), time::sleep(MS(5)))
+                .on_lame_duck("hook", MS(20), async { time::sleep(MS(5)).await })
                 .unwrap();
             graceful.worker("worker", |stop| stop).unwrap();
             graceful
@@ -118,7 +118,7 @@ fn ends_at_random(seed: u64) {
     // Within the delay, the drain, the cleanup, or after the end.
     let moment = Duration::from_micros(random.below(150_000));
     if driven {
-        first.block_on(time::sleep(moment));
+        first.block_on(async { time::sleep(moment).await });
     } else {
         thread::sleep(moment);
     }
