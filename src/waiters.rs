@@ -362,6 +362,71 @@ mod tests {
     }
 
     #[test]
+    fn a_waker_that_panics_takes_no_other_with_it() {
+        struct Panics;
+
+        impl Wake for Panics {
+            fn wake(self: Arc<Self>) {
+                std::panic::resume_unwind(Box::new("as the test wants it to"));
+            }
+        }
+
+        for nudged in [false, true] {
+            let waiters = Waiters::new();
+            let panics = Waker::from(Arc::new(Panics));
+            let mut seats = [None; 3];
+            for seat in &mut seats {
+                let cx = Context::from_waker(&panics);
+                assert_pending!(waiters.poll(seat, Phase::Draining, false, &cx));
+            }
+            let mut last = task::spawn(told(&waiters, false));
+            assert_pending!(last.poll());
+            if nudged {
+                waiters.nudge();
+                assert!(last.is_woken());
+                assert_pending!(last.poll());
+            }
+            waiters.tell(draining(Place::LAST));
+            assert!(last.is_woken());
+            assert_ready!(last.poll());
+        }
+    }
+
+    #[test]
+    fn a_waker_that_blocks_delays_no_other() {
+        use std::sync::mpsc;
+
+        struct Blocks(std::sync::Mutex<mpsc::Receiver<()>>, mpsc::Sender<()>);
+
+        impl Wake for Blocks {
+            fn wake(self: Arc<Self>) {
+                self.1.send(()).unwrap();
+                let _ = self.0.lock().unwrap().recv();
+            }
+        }
+
+        let (release, blocked) = mpsc::channel();
+        let (woken, is_woken) = mpsc::channel();
+        let waiters = Waiters::new();
+        let blocks = Waker::from(Arc::new(Blocks(blocked.into(), woken)));
+        let mut seat = None;
+        let cx = Context::from_waker(&blocks);
+        assert_pending!(waiters.poll(&mut seat, Phase::Draining, false, &cx));
+        let mut other = task::spawn(told(&waiters, false));
+        assert_pending!(other.poll());
+        std::thread::scope(|scope| {
+            scope.spawn(|| waiters.tell(draining(Place::LAST)));
+            is_woken.recv().unwrap();
+            assert!(!other.is_woken());
+            // As the control thread does in place of the one that is stuck.
+            waiters.tell(draining(Place::LAST));
+            assert!(other.is_woken());
+            drop(release);
+        });
+        assert_ready!(other.poll());
+    }
+
+    #[test]
     fn a_seat_given_up_is_given_to_somebody_else_who_is_told() {
         struct Nothing;
 

@@ -416,8 +416,11 @@ impl Shared {
     /// Acts upon the signals that were left for the driver.
     fn act_on_signals(&self) {
         #[cfg(feature = "signal")]
-        for trigger in std::mem::take(&mut self.state().heard) {
-            self.signal(trigger);
+        {
+            let heard = std::mem::take(&mut self.state().heard);
+            for trigger in heard {
+                self.signal(trigger);
+            }
         }
     }
 
