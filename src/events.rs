@@ -72,9 +72,9 @@ struct Queued {
     written: bool,
 }
 
-#[cfg_attr(not(feature = "tracing"), expect(clippy::unused_self))]
 impl Queue {
     /// Queues events for [`write`](Self::write), or where `aside`, for the thread.
+    #[cfg_attr(not(feature = "tracing"), expect(clippy::unused_self))]
     pub(crate) fn push(&self, events: Vec<Event>, aside: bool, origin: Option<&Origin>) {
         #[cfg(feature = "tracing")]
         if LevelFilter::current() == LevelFilter::OFF || events.is_empty() {
@@ -93,15 +93,10 @@ impl Queue {
         let _ = (events, aside, origin);
     }
 
-    /// Has the thread write what is queued for it.
-    pub(crate) fn work(&self) {
-        #[cfg(feature = "tracing")]
-        LOG.work();
-    }
-
     /// Writes what is queued, here or on the thread. Without any lock.
+    #[cfg_attr(not(feature = "tracing"), expect(clippy::unused_self))]
     pub(crate) fn write(&self) {
-        self.work();
+        work();
         #[cfg(feature = "tracing")]
         {
             let mut mine = false;
@@ -128,6 +123,12 @@ fn write_all(events: &[Event]) {
     }
 }
 
+/// Has the thread write what is queued for it.
+pub(crate) fn work() {
+    #[cfg(feature = "tracing")]
+    LOG.work();
+}
+
 /// Waits until what is queued for the thread has been written, but not for a subscriber that blocks:
 /// the process may be about to end.
 pub(crate) fn flush() {
@@ -139,8 +140,7 @@ pub(crate) fn flush() {
 #[cfg(feature = "signal")]
 fn aside(event: Event) {
     Queue::default().push(vec![event], true, None);
-    #[cfg(feature = "tracing")]
-    LOG.work();
+    work();
 }
 
 impl Event {

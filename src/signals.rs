@@ -11,9 +11,6 @@ use crate::report::Trigger;
 #[cfg(unix)]
 use crate::report::{Outcome, Report};
 
-#[cfg(unix)]
-pub(crate) use self::os::Signals;
-#[cfg(not(unix))]
 pub(crate) use self::os::Signals;
 
 /// Does what the signal would have done if nobody had listened.
@@ -114,9 +111,9 @@ mod os {
             let mut installed = Vec::new();
             let result = signals.register(&mut installed);
             if let Err(error) = result {
-                installed.into_iter().for_each(|id| {
+                for id in installed {
                     low_level::unregister(id);
-                });
+                }
                 return Err(error);
             }
             Ok(signals)

@@ -32,7 +32,9 @@ pub(crate) mod clock;
 
 #[cfg(all(unix, feature = "signal"))]
 use std::collections::BTreeSet;
-use std::{collections::HashMap, io, mem, process, sync::MutexGuard, thread, time::Duration};
+#[cfg(feature = "signal")]
+use std::collections::HashMap;
+use std::{io, mem, process, sync::MutexGuard, thread, time::Duration};
 
 use tokio::time::Instant;
 
@@ -67,8 +69,10 @@ const MOST_STUCK: usize = 16;
 
 /// What the thread has to do with a lifecycle. None of it may run code that is not this crate's.
 pub(crate) trait Subject: Clone + Send + Sync + 'static {
+    #[cfg(feature = "signal")]
     type Weak: Clone + Send + 'static;
 
+    #[cfg(feature = "signal")]
     fn upgrade(weak: &Self::Weak) -> Option<Self>;
 
     /// Takes the steps that are due. Returns what there is to tell of them.

@@ -34,6 +34,7 @@ impl Driver {
                     Err(_) => return,
                 },
                 () = self.bell.rung() => {
+                    #[cfg(feature = "signal")]
                     if let Some(gate) = self.gate.upgrade() {
                         gate.act_on_signals();
                     }

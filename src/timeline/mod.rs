@@ -228,8 +228,10 @@ impl Drop for Lifecycle {
 }
 
 impl Subject for Shared {
+    #[cfg(feature = "signal")]
     type Weak = WeakShared;
 
+    #[cfg(feature = "signal")]
     fn upgrade(weak: &WeakShared) -> Option<Self> {
         weak.upgrade()
     }
@@ -414,13 +416,12 @@ impl Shared {
     }
 
     /// Acts upon the signals that were left for the driver.
+    #[cfg(feature = "signal")]
     fn act_on_signals(&self) {
-        #[cfg(feature = "signal")]
-        {
-            let heard = std::mem::take(&mut self.state().heard);
-            for trigger in heard {
-                self.signal(trigger);
-            }
+        // Not in the `for`, which would hold the lock.
+        let heard = std::mem::take(&mut self.state().heard);
+        for trigger in heard {
+            self.signal(trigger);
         }
     }
 
@@ -489,6 +490,7 @@ impl Shared {
     /// Takes every step that is due, for the driver. Says when to look again, if ever.
     fn tick(&self) -> Option<Instant> {
         let clock = clock_here();
+        #[cfg(feature = "signal")]
         self.act_on_signals();
         self.step(|state, _| state.clock = clock)
     }
@@ -564,7 +566,7 @@ impl Shared {
         }
         if by == By::Control {
             // The rest is written by the thread for it.
-            self.log.work();
+            events::work();
         }
         (next, news)
     }

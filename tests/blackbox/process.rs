@@ -226,7 +226,9 @@ impl Server {
             status,
             report: said.last().cloned().unwrap_or_default(),
             said,
-            log: logged.iter().map(|(_, line)| format!("{line}\n")).collect(),
+            log: logged
+                .iter()
+                .fold(String::new(), |log, (_, line)| log + line + "\n"),
             logged: logged
                 .into_iter()
                 .map(|(at, line)| (at.saturating_duration_since(signalled), line))

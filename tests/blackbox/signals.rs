@@ -235,7 +235,7 @@ fn further_sigterm(form: Form) {
     for line in ["a begins", "a is over", "b begins", "b is over"] {
         server.expect_line(line);
     }
-    let least = answered.min(MS(800)) + exit - MS(100);
+    let least = answered.min(MS(800)) + exit.saturating_sub(MS(100));
     let exit = server.exit();
     signalling.store(false, Relaxed);
     more.join().unwrap();
