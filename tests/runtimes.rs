@@ -90,7 +90,7 @@ fn ends_at_random(seed: u64) {
     let first = runtime(threads);
     let graceful = graceful();
     let ran = Arc::new(AtomicBool::new(false));
-    let begin = {
+    let register = {
         let (graceful, ran) = (graceful.clone(), Arc::clone(&ran));
         async move {
             graceful
@@ -108,7 +108,7 @@ fn ends_at_random(seed: u64) {
             tokio::task::yield_now().await;
         }
     };
-    first.block_on(begin);
+    first.block_on(register);
     let driven = threads == 0 && random.below(2) == 0;
     let stops_first = random.below(2) == 0;
     if stops_first {
