@@ -137,10 +137,11 @@ impl GracefulBuilder {
     /// how far the service had come. Default: no.
     ///
     /// That end is an immediate one: destructors, cleanup steps that have not begun and buffers
-    /// that are not flushed are skipped, and no [`Report`](crate::Report) is returned. The thread
-    /// is started by [`build`](Self::build) and sleeps until a stop is asked for. It goes when the
-    /// service has [stopped](Graceful::stopped): what `main` waits for after that, such as
-    /// `spawn_blocking` work at the end of the runtime, is not its business. For that there is
+    /// that are not flushed are skipped, and no [`Report`](crate::Report) is returned. The thread that
+    /// does it is started by [`build`](Self::build). A service that has [stopped](Graceful::stopped)
+    /// is watched no longer, unless something that was given up has not ended and may hold the runtime:
+    /// a handler that blocks its thread. What else `main` waits for after that, such as `spawn_blocking`
+    /// work at the end of the runtime, is not watched. For that there is
     /// [`Report::exit`](crate::Report::exit).
     #[cfg(all(unix, feature = "signal"))]
     pub fn watchdog(mut self, watch: bool) -> Self {

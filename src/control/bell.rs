@@ -55,6 +55,11 @@ impl Bell {
         }
     }
 
+    /// Rings for the driver alone.
+    pub(crate) fn wake_driver(&self) {
+        self.driver.notify_one();
+    }
+
     pub(crate) async fn rung(&self) {
         self.driver.notified().await;
     }

@@ -78,6 +78,10 @@ impl<S: Clone> Board<S> {
         self.due.first().map(|(at, _)| *at)
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.stops.len()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.stops.is_empty()
     }

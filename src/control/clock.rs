@@ -16,7 +16,6 @@ pub(crate) fn is_real() -> bool {
 }
 
 /// The present instant of the real clock, whatever the runtime.
-#[cfg(feature = "signal")]
 pub(crate) fn real_now() -> Instant {
     Instant::from_std(std::time::Instant::now())
 }

@@ -64,6 +64,12 @@ const LONGEST: Duration = Duration::from_secs(3600);
 /// When a stop is looked at again that has not said when.
 const OTHERWISE: Duration = Duration::from_millis(250);
 
+/// How often the driver of a stop is woken, where there are few.
+///
+/// Of the threads of a runtime one at a time waits for timers and sockets. If a task that it runs does
+/// not return, no thread does until another has reason to. To be woken from outside is one.
+const TICK: Duration = Duration::from_millis(50);
+
 /// How many threads may be stuck in wakers before the rest have to wait.
 const MOST_STUCK: usize = 16;
 
@@ -82,7 +88,7 @@ pub(crate) trait Subject: Clone + Send + Sync + 'static {
     #[cfg(feature = "signal")]
     fn hear(&self, signal: Trigger) -> Option<Box<dyn FnOnce() + Send>>;
 
-    /// What there is to say at the end of the grace period, unless the service has stopped.
+    /// What there is to say at the end of the grace period, unless everything has ended.
     #[cfg(all(unix, feature = "signal"))]
     fn describe(&self) -> Option<String>;
 }
@@ -162,9 +168,17 @@ impl<S: Subject> Control<S> {
         }
     }
 
-    /// Has a stop looked at at this instant. Without a thread the driver alone keeps the time.
-    pub(crate) fn schedule(&'static self, id: Id, subject: &S, at: Instant) {
+    /// Has a stop looked at at this instant, and where its driver is to be woken every now and then,
+    /// before that. Without a thread the driver alone keeps the time.
+    pub(crate) fn schedule(&'static self, id: Id, subject: &S, at: Instant, driven: bool) {
         let mut inner = lock!(self.inner);
+        let at = if driven {
+            let many = u32::try_from(inner.board.len() / 256).unwrap_or(u32::MAX);
+            let tick = TICK.saturating_mul(many.saturating_add(1));
+            at.min(instant_after(clock::real_now(), tick))
+        } else {
+            at
+        };
         inner.board.schedule(id, subject, at);
         let is_earlier = inner.sleeps_until.is_none_or(|until| at < until);
         let _ = self.need(&mut inner, is_earlier);
@@ -208,12 +222,16 @@ impl<S: Subject> Control<S> {
     }
 
     /// A service has stopped. Signals go to the others; if there are none, a moment later to the
-    /// operating system.
+    /// operating system. What was given up and has not ended may hold the process, and is still watched.
     #[cfg(feature = "signal")]
-    pub(crate) fn stopped(&'static self, id: Id) {
+    pub(crate) fn stopped(&'static self, id: Id, has_ended: bool) {
         let mut inner = lock!(self.inner);
         #[cfg(unix)]
-        inner.watched.remove(id);
+        if has_ended {
+            inner.watched.remove(id);
+        }
+        #[cfg(not(unix))]
+        let _ = has_ended;
         if inner.heard.listeners.remove(&id).is_some() && inner.heard.listeners.is_empty() {
             inner.heard.late_until = Some(clock::real_now() + LATE);
         }

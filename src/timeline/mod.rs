@@ -238,6 +238,7 @@ impl Subject for Shared {
 
     fn look(&self) -> Option<Box<dyn FnOnce() + Send>> {
         self.bell.looks();
+        self.bell.wake_driver();
         let (_, news) = self.step_by(By::Control, |_, _| ());
         self.to_tell(news)
     }
@@ -527,7 +528,7 @@ impl Shared {
         };
         let ended = match next {
             Some(next) if is_real => {
-                CONTROL.schedule(self.bell.id(), self, next);
+                CONTROL.schedule(self.bell.id(), self, next, state.driven);
                 None
             }
             _ if was_engaged || stopping && is_real => {
@@ -539,7 +540,7 @@ impl Shared {
         let stopped = stopping && state.report.is_some();
         #[cfg(feature = "signal")]
         if stopped {
-            CONTROL.stopped(self.bell.id());
+            CONTROL.stopped(self.bell.id(), self.has_ended());
         }
         // Of a service that has stopped it keeps no subscriber.
         let origin = origin.or_else(|| state.origin.take());
@@ -631,10 +632,22 @@ impl Shared {
         Some(next.min(at))
     }
 
+    /// Nothing is left of what the stop waited for.
+    #[cfg(feature = "signal")]
+    fn has_ended(&self) -> bool {
+        let workless = || {
+            let tasks = self.work.tasks();
+            tasks
+                .iter()
+                .all(|it| it.began.is_none() || it.ended.is_some())
+        };
+        self.in_flight() == 0 && self.connections.len() == 0 && workless()
+    }
+
     /// What there is to say when time is over and the service has not stopped.
     #[cfg(all(unix, feature = "signal"))]
     fn describe_end(&self) -> Option<String> {
-        if self.phase() == Phase::Stopped {
+        if self.phase() == Phase::Stopped && self.has_ended() {
             return None;
         }
         let now = Instant::now();
