@@ -50,10 +50,10 @@ pub(crate) type Pass = Ticket<Policy, Lifecycle>;
 /// first call that listens for signals or asks for a stop, and ends when no lifecycle needs it any more.
 /// So deadlines hold while handlers block every thread of the runtime, and after the runtime has ended.
 ///
-/// Hooks, workers and cleanup steps run on tokio's runtime, in a task that is started by the first call
-/// made inside one. If that runtime ends, they run on the runtime of a task that waits for
-/// [`run`](Self::run), [`stopped`](Self::stopped) or [`draining`](Self::draining); what can no longer be
-/// run is [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
+/// Workers run on the tokio runtime in which they are registered. Hooks and cleanup steps run on the
+/// runtime of the first call made inside one. If that runtime ends before, they run on the runtime of a
+/// task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or [`draining`](Self::draining);
+/// what can no longer be run is [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
 /// (`enable_time` or `enable_all`): inside one that has none, that first call panics.
 ///
 /// Every method may be called outside a runtime too; where one needs a runtime later, its page says so.

@@ -540,7 +540,8 @@ impl Shared {
         let stopped = stopping && state.report.is_some();
         #[cfg(feature = "signal")]
         if stopped {
-            CONTROL.stopped(self.bell.id(), self.has_ended());
+            let has_ended = self.has_ended(state.driver_gone.is_some());
+            CONTROL.stopped(self.bell.id(), has_ended);
         }
         // Of a service that has stopped it keeps no subscriber.
         let origin = origin.or_else(|| state.origin.take());
@@ -632,14 +633,13 @@ impl Shared {
         Some(next.min(at))
     }
 
-    /// Nothing is left of what the stop waited for.
+    /// Nothing is left of what the stop waited for. Tasks have ended with a runtime that is gone.
     #[cfg(feature = "signal")]
-    fn has_ended(&self) -> bool {
+    fn has_ended(&self, runtime_gone: bool) -> bool {
         let workless = || {
             let tasks = self.work.tasks();
-            tasks
-                .iter()
-                .all(|it| it.began.is_none() || it.ended.is_some())
+            let mut tasks = tasks.iter();
+            runtime_gone || tasks.all(|it| it.began.is_none() || it.ended.is_some())
         };
         self.in_flight() == 0 && self.connections.len() == 0 && workless()
     }
@@ -647,7 +647,8 @@ impl Shared {
     /// What there is to say when time is over and the service has not stopped.
     #[cfg(all(unix, feature = "signal"))]
     fn describe_end(&self) -> Option<String> {
-        if self.phase() == Phase::Stopped && self.has_ended() {
+        let runtime_gone = self.state().driver_gone.is_some();
+        if self.phase() == Phase::Stopped && self.has_ended(runtime_gone) {
             return None;
         }
         let now = Instant::now();
