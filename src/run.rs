@@ -3,6 +3,7 @@
 use std::{future::poll_fn, pin::pin, task::Poll};
 
 use crate::{
+    events,
     handle::Graceful,
     phase::Phase,
     report::Report,
@@ -64,6 +65,8 @@ impl Graceful {
                 drop(Seat::take(&graceful));
             }
             graceful.stopped().await;
+            // The process may end as soon as this returns.
+            events::flush();
             graceful.shared().report().unwrap_or_else(|| {
                 unreachable!("the report is written before the phase becomes Stopped")
             })
