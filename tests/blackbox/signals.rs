@@ -148,8 +148,8 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
     let what = format!("{blocked} of {threads} blocked");
     let threads = format!("threads={threads}");
     let knobs = [
-        "delay=400",
-        "drain=400",
+        "delay=800",
+        "drain=800",
         "observed=yes",
         "exit=now",
         &*threads,
@@ -177,15 +177,15 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
     let late = MS(1000);
     for (at, due) in [
         (lame_duck, MS(0)),
-        (draining, MS(400)),
-        (closing, MS(800)),
+        (draining, MS(800)),
+        (closing, MS(1600)),
         (exit.logged_after("lame duck, because SIGTERM"), MS(0)),
-        (exit.logged_after("draining, because"), MS(400)),
+        (exit.logged_after("draining, because"), MS(800)),
         (
             exit.logged_after("closing, because the drain deadline"),
-            MS(800),
+            MS(1600),
         ),
-        (exit.logged_after("stopped, because"), MS(1050)),
+        (exit.logged_after("stopped, because"), MS(1850)),
     ] {
         // The clock begins with the signal, a little before it arrives.
         let on_time = at >= due.saturating_sub(MS(1)) && at <= due + late;
@@ -193,7 +193,7 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
     }
     assert_eq!(exit.status.code(), Some(1), "{what}: {exit:?}");
     if threads != "threads=0" {
-        assert!(exit.after <= MS(1050) + 2 * late, "{what}: {exit:?}");
+        assert!(exit.after <= MS(1850) + 2 * late, "{what}: {exit:?}");
     }
 }
 
