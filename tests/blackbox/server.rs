@@ -7,12 +7,13 @@ use std::{
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{ConnectInfo, Path, Request},
-    http::{HeaderValue, StatusCode, Version, header},
+    extract::{ConnectInfo, DefaultBodyLimit, Path, Request},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header},
     response::{IntoResponse, Response},
     routing::{any, get, post},
 };
 use futures_util::stream;
+use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tower_graceful::{Graceful, GracefulBuilder, Phase, Stop};
@@ -303,12 +304,23 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         }
         "asked"
     };
+    let [telling, calling] = [(); 2].map(|()| graceful.clone());
+    let told = move |Path((ms, kib)): Path<(u64, usize)>| async move {
+        stop_and(&telling, ms).await;
+        vec![b'x'; kib * 1024]
+    };
+    let grpc = move |Path((ms, kib)): Path<(u64, usize)>, _message: Bytes| async move {
+        stop_and(&calling, ms).await;
+        message(kib)
+    };
     let set_ready = move |Path(ready): Path<bool>| async move { marking.set_ready(ready) };
     let behind = Router::new()
         .route("/", get(|| async { "hello" }))
         .route("/sleep/{ms}", get(sleep))
         .route("/stream/{chunks}/{ms}", get(stream))
         .route("/bytes/{ms}/{kib}", any(bytes))
+        .route("/told/{ms}/{kib}", get(told))
+        .route("/grpc/{ms}/{kib}", post(grpc))
         .route(
             "/peer",
             get(|ConnectInfo(peer): ConnectInfo<SocketAddr>| async move { peer.to_string() }),
@@ -331,7 +343,8 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         .route("/empty/{status}", get(empty))
         .route(
             "/upload",
-            post(|body: Bytes| async move { body.len().to_string() }),
+            post(|body: Bytes| async move { body.len().to_string() })
+                .layer(DefaultBodyLimit::max(8 << 20)),
         )
         .route("/metrics", get(|| async { "metrics" }))
         .route("/shutdown/{calls}", post(shutdown))
@@ -373,6 +386,28 @@ async fn sleep(Path(ms): Path<u64>) -> impl IntoResponse {
 async fn bytes(Path((ms, kib)): Path<(u64, usize)>) -> Vec<u8> {
     tokio::time::sleep(Duration::from_millis(ms)).await;
     vec![b'x'; kib * 1024]
+}
+
+/// Resolves so long after a stop was asked for.
+async fn stop_and(graceful: &Graceful, ms: u64) {
+    let mut phases = graceful.subscribe();
+    let stopping = phases.wait_for(|phase| *phase > Phase::Serving).await;
+    drop(stopping);
+    tokio::time::sleep(Duration::from_millis(ms)).await;
+}
+
+/// The response of a gRPC call: one message with so many KiB, and OK.
+fn message(kib: usize) -> impl IntoResponse {
+    let mut message = vec![0];
+    message.extend(u32::try_from(kib * 1024).unwrap().to_be_bytes());
+    message.resize(message.len() + kib * 1024, b'x');
+    let trailers = HeaderMap::from_iter([(
+        HeaderName::from_static("grpc-status"),
+        HeaderValue::from_static("0"),
+    )]);
+    let body = Full::new(Bytes::from(message)).with_trailers(async { Some(Ok(trailers)) });
+    let head = [(header::CONTENT_TYPE, "application/grpc")];
+    (head, Body::new(body))
 }
 
 async fn stream(Path((chunks, ms)): Path<(u32, u64)>) -> Body {
