@@ -248,6 +248,11 @@ pub(crate) struct Line<O> {
     pub(crate) notice: Notice,
 }
 
+/// What knows how many pieces of responses its servers hold.
+pub(crate) trait Pieces {
+    fn pieces(&self) -> usize;
+}
+
 impl<O> Line<O> {
     /// Notes that something was read while the service stops.
     #[inline]
@@ -268,15 +273,18 @@ impl<O> Line<O> {
         self.flags.set(STIRRED | answers);
     }
 
-    /// Whether streams of HTTP/2 may be open, a while after the peer was asked to leave. The GOAWAY
-    /// comes with a ping. A peer that is there answers it, and then the connection closes with its
-    /// last stream.
-    pub(crate) fn may_have_streams(&self) -> bool {
+    /// Whether streams of HTTP/2 may be open, or responses be left in the server, a while after the
+    /// peer was asked to leave. `serve` knows. On other servers the GOAWAY comes with a ping; a peer
+    /// that is there answers it, and then the connection closes with its last stream.
+    pub(crate) fn may_have_streams(&self) -> bool
+    where
+        O: Pieces,
+    {
         #[cfg(all(feature = "axum", feature = "signal"))]
-        if self.notice.has_streams() {
-            return true;
+        if self.is_served() {
+            return self.notice.has_streams();
         }
-        self.flags.has(ANSWERS)
+        self.flags.has(ANSWERS) || self.owner.pieces() > 0
     }
 
     /// `serve` has it, and sends the GOAWAY as soon as the connection is told to leave. Other servers
@@ -333,6 +341,11 @@ pub(crate) struct Left<O> {
 impl<O> Left<O> {
     pub(crate) fn undelivered(&self) -> u32 {
         self.line.undelivered.load(Ordering::Relaxed)
+    }
+
+    /// A response went out on it while the service stopped.
+    pub(crate) fn responded(&self) -> bool {
+        self.line.flags.has(RESPONDED)
     }
 
     /// Its server had let go of it, so that no request is counted for what it still owed.

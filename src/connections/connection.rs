@@ -9,7 +9,7 @@ use std::{
 };
 
 use axum::{body::Body, extract::Request, response::Response};
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http::{Method, StatusCode, Version, header};
 use http_body::{Frame, SizeHint};
 use hyper::{
@@ -365,9 +365,14 @@ where
             owner.ask_to_leave(&mut response, *this.version, phase);
         }
         // Over HTTP/2 the peer is asked by other means.
+        let http2 = *this.version == Version::HTTP_2;
         let comes_back = *this.version < Version::HTTP_2 && is_event_stream(&response);
-        let owner = this.owner.take().filter(|_| comes_back);
-        Poll::Ready(Ok(response.map(|inner| OwnedBody { inner, owner })))
+        let owner = this.owner.take().filter(|_| comes_back || http2);
+        Poll::Ready(Ok(response.map(|inner| OwnedBody {
+            inner,
+            owner,
+            http2,
+        })))
     }
 }
 
@@ -388,9 +393,37 @@ fn is_event_stream(response: &Response) -> bool {
 /// the client comes back, on the same connection if it can, and would be refused, which is final to
 /// an `EventSource`; the head went out long ago and could not ask it to leave. Of other responses
 /// the next request is refused in words, because it may be one that is not sent twice.
+///
+/// Over HTTP/2 what its peer has no window for stays in the server, after the stream's task has ended.
+/// So each piece counts as a stream until the server drops it.
 struct OwnedBody {
     inner: Body,
     owner: Option<Owner>,
+    http2: bool,
+}
+
+/// A piece of a response.
+struct Piece {
+    bytes: Bytes,
+    _counted: Option<Running>,
+}
+
+impl Buf for Piece {
+    fn remaining(&self) -> usize {
+        self.bytes.remaining()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.bytes.chunk()
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.bytes.advance(bytes);
+    }
+
+    fn copy_to_bytes(&mut self, length: usize) -> Bytes {
+        self.bytes.copy_to_bytes(length)
+    }
 }
 
 impl OwnedBody {
@@ -398,7 +431,7 @@ impl OwnedBody {
         let Some(owner) = self.owner.take() else {
             return;
         };
-        if owner.phase() < Phase::Draining {
+        if self.http2 || owner.phase() < Phase::Draining {
             return;
         }
         let heard = owner.0.heard.reads();
@@ -413,14 +446,23 @@ impl OwnedBody {
 }
 
 impl http_body::Body for OwnedBody {
-    type Data = Bytes;
+    type Data = Piece;
     type Error = axum::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    ) -> Poll<Option<Result<Frame<Piece>, axum::Error>>> {
         let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let frame = frame.map(|frame| {
+            let counting = self.owner.as_ref().filter(|_| self.http2);
+            frame.map(|frame| {
+                frame.map_data(|bytes| Piece {
+                    bytes,
+                    _counted: counting.map(|owner| Running::new(owner.clone())),
+                })
+            })
+        });
         if !matches!(frame, Some(Ok(_))) || self.inner.is_end_stream() {
             self.ended();
         }

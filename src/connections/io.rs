@@ -17,7 +17,7 @@ use tokio::{
 use super::{
     Line,
     linger::{self, FAREWELL},
-    send_queue::unacknowledged,
+    send_queue::{self, unacknowledged},
     starved::Activity,
 };
 use crate::{
@@ -79,6 +79,7 @@ pub struct GracefulIo<I: 'static> {
     stored: Stored,
     peer: Peer,
     written: Written,
+    head: FirstHead,
     /// Bytes written while the service stops, as far as this can count.
     written_late: u16,
     /// Whether it is idle, where its descriptor is needed.
@@ -105,6 +106,28 @@ pub(super) enum Written {
     Something,
     /// Among it a `101 Switching Protocols`: the connection belongs to a handler, or will.
     Upgrade,
+}
+
+/// How many line breaks there are at the end of what was read, until there are two in a row: then the
+/// first head of HTTP/1 may be whole.
+#[derive(Clone, Copy, Debug, Default)]
+struct FirstHead(u8);
+
+impl FirstHead {
+    fn is_whole(self) -> bool {
+        self.0 == 2
+    }
+
+    fn read(&mut self, read: &[u8]) {
+        for byte in read {
+            self.0 = match (self.0, byte) {
+                (2, _) => return,
+                (breaks, b'\n') => breaks + 1,
+                (breaks, b'\r') => breaks,
+                _ => 0,
+            };
+        }
+    }
 }
 
 impl<I: 'static> Drop for GracefulIo<I> {
@@ -218,6 +241,7 @@ impl<I: 'static> GracefulIo<I> {
         address: Option<SocketAddr>,
         linger: Option<Linger<I>>,
     ) -> Self {
+        send_queue::prepare();
         let shared = graceful.shared();
         let line = shared.connections.insert(shared.clone(), address);
         shared.mark_served();
@@ -226,6 +250,7 @@ impl<I: 'static> GracefulIo<I> {
             stored: Stored::default(),
             peer: Peer::Open,
             written: Written::Nothing,
+            head: FirstHead::default(),
             written_late: 0,
             activity: Activity::default(),
             linger,
@@ -274,27 +299,27 @@ impl<I: 'static> GracefulIo<I> {
     fn expires(&self) -> bool {
         let line = &self.entry.0;
         let in_flight = if line.heard.is_http2() {
-            line.may_have_streams() || line.owner.pieces() > 0
+            line.may_have_streams()
         } else {
             // Over HTTP/1 idle connections were closed when this one was told to, so it has been
-            // upgraded, or its first head is not whole.
-            self.written > Written::Nothing
+            // upgraded, its first request is running, or its first head is not whole.
+            self.written > Written::Nothing || self.head.is_whole()
         };
-        let left = self.io.as_ref().and_then(tcp).and_then(unacknowledged);
-        let nothing = if line.flags.has(RESPONDED) {
-            0
-        } else {
-            FAREWELL
+        let responded = line.flags.has(RESPONDED);
+        let owes = match self.io.as_ref().and_then(tcp).and_then(unacknowledged) {
+            Some(left) => left > if responded { 0 } else { FAREWELL },
+            None => responded,
         };
         // What is spoken on IO of another kind is not known.
-        self.linger.is_some() && !in_flight && left.unwrap_or(0) <= nothing
+        self.linger.is_some() && !in_flight && !owes
     }
 
     #[cold]
     fn wrote_while_stopping(&mut self, bytes: usize) {
         let bytes = u16::try_from(bytes).unwrap_or(u16::MAX);
         self.written_late = self.written_late.saturating_add(bytes);
-        if u32::from(self.written_late) > FAREWELL {
+        let http1 = self.entry.0.heard.is_decided() && !self.entry.0.heard.is_http2();
+        if http1 || u32::from(self.written_late) > FAREWELL {
             self.entry.0.flags.set(RESPONDED);
         }
     }
@@ -357,6 +382,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 line.read_while_stopping(told);
             }
             this.activity.read(read);
+            if this.written == Written::Nothing {
+                this.head.read(read);
+            }
             let lets_in = || told == Told::Stay || line.owner.phase() < Phase::Draining;
             let kept = line.heard.note(read, lets_in);
             if kept > 0 {

@@ -17,7 +17,9 @@
 //!   [`STILL`]. The kernel goes on trying;
 //! - while the service stops, when the connection is cut: what is not delivered then is in the report.
 //!
-//! Where the operating system does not say what is delivered, everything counts as delivered.
+//! Where it is not known what is delivered, because the operating system does not say so or the IO is
+//! not a socket of TCP, that counts as delivered which has been written; but then a connection on which
+//! something was written is never idle, and has the time of one whose response has just been sent.
 
 use std::{
     any::Any,
@@ -192,13 +194,11 @@ where
         Poll::Pending
     }
 
-    /// What the peer has not acknowledged of what it is owed.
-    fn undelivered(&self) -> u32 {
-        let Some(left) = tcp(&self.io).and_then(unacknowledged) else {
-            return 0;
-        };
+    /// What the peer has not acknowledged of what it is owed, if it is known.
+    fn undelivered(&self) -> Option<u32> {
+        let left = unacknowledged(tcp(&self.io)?)?;
         let nothing = if self.has_responded() { FIN } else { FAREWELL };
-        if left > nothing { left } else { 0 }
+        Some(if left > nothing { left } else { 0 })
     }
 
     /// A response may just have been sent. While serving nothing else makes a server close first.
@@ -209,13 +209,14 @@ where
     /// There is nothing to wait for.
     fn is_idle(&self) -> bool {
         let quiet = self.eof || !self.has_responded();
-        quiet && !self.received && self.undelivered() == 0
+        quiet && !self.received && self.undelivered() == Some(0)
     }
 
     async fn until_closed(mut self) {
         let mut look = FIRST_LOOK;
         let mut left = u32::MAX;
-        let mut progress = Instant::now();
+        // When the peer last took something, and when it last sent something.
+        let (mut took, mut sent) = (Instant::now(), Instant::now());
         let mut delivered = None;
         loop {
             let peer = std::future::poll_fn(|cx| self.poll_peer(cx));
@@ -223,10 +224,14 @@ where
                 break;
             }
             let now = Instant::now();
-            let before = std::mem::replace(&mut left, self.undelivered());
+            let known = self.undelivered();
+            let before = std::mem::replace(&mut left, known.unwrap_or(0));
             let received = std::mem::take(&mut self.received);
-            if received || left < before {
-                progress = now;
+            if left < before {
+                took = now;
+            }
+            if received {
+                sent = now;
             }
             look = (look * 2).min(LAST_LOOK);
             if left > 0 {
@@ -237,7 +242,7 @@ where
                     // The cut ends it.
                     _ => Duration::MAX,
                 };
-                if now - progress >= patience {
+                if now - took >= patience {
                     return;
                 }
                 continue;
@@ -250,18 +255,18 @@ where
             delivered = Some((since, talks));
             let silence = if talks {
                 SILENCE
-            } else if self.entry.0.owner.starved.is_waiting() {
+            } else if known.is_some() && self.entry.0.owner.starved.is_waiting() {
                 // Its descriptor is needed.
                 STARVED
             } else {
                 STILL
             };
-            if now - progress.max(since) >= silence || now - since >= MOST {
+            if now - sent.max(since) >= silence || now - since >= MOST {
                 return;
             }
         }
         if self.entry.0.notice.told() == Told::Cut {
-            let left = self.undelivered();
+            let left = self.undelivered().unwrap_or(0);
             self.entry.0.undelivered.store(left, Ordering::Relaxed);
         }
     }

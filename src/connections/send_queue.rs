@@ -7,8 +7,9 @@
 //! and one answer on a netlink socket, some 2 µs. Any user may ask for any of its network
 //! namespace's sockets.
 //!
-//! Where the question cannot be asked (another operating system, a sandbox that forbids `AF_NETLINK`,
-//! no descriptor left) the answer is `None`.
+//! The socket is opened with the first connection, because there may be no descriptor left when it is
+//! needed. Where the question cannot be asked (another operating system, a sandbox that forbids
+//! `AF_NETLINK`) the answer is `None`.
 
 use tokio::net::TcpStream;
 
@@ -19,6 +20,15 @@ pub(super) fn unacknowledged(tcp: &TcpStream) -> Option<u32> {
     diag::send_queue(local, peer)
 }
 
+/// Sees to it that the question can be asked later.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn prepare() {
+    diag::prepare();
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn prepare() {}
+
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 pub(super) fn unacknowledged(_: &TcpStream) -> Option<u32> {
     None
@@ -27,18 +37,22 @@ pub(super) fn unacknowledged(_: &TcpStream) -> Option<u32> {
 #[cfg(any(target_os = "linux", target_os = "android"))]
 mod diag {
     use std::{
-        cell::RefCell,
         io::{self, Read},
         net::{IpAddr, SocketAddr},
+        sync::{Mutex, Once},
     };
 
     use socket2::{Domain, Protocol, Socket, Type};
+
+    use crate::sync::lock;
 
     // linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
     const AF_NETLINK: i32 = 16;
     const NETLINK_SOCK_DIAG: i32 = 4;
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
     const NLM_F_REQUEST: u16 = 1;
+    const NLMSG_ERROR: u16 = 2;
+    const ENOENT: i32 = 2;
     const AF_INET: u8 = 2;
     const AF_INET6: u8 = 10;
     const IPPROTO_TCP: u8 = 6;
@@ -48,27 +62,38 @@ mod diag {
     const REQUEST: usize = HEADER + 56;
     const ANSWER: usize = HEADER + 72;
 
-    thread_local! {
-        /// One for each thread that asks: a lock would be needed otherwise, and a socket made for
-        /// each question costs three times as much.
-        static SOCKET: RefCell<Option<Socket>> = const { RefCell::new(None) };
+    /// One for the process: each question takes it for some 2 µs.
+    static SOCKET: Mutex<Asking> = Mutex::new(Asking {
+        socket: None,
+        questions: 0,
+    });
+
+    struct Asking {
+        socket: Option<Socket>,
+        /// So far: the number of a question, which its answer repeats.
+        questions: u32,
+    }
+
+    pub(super) fn prepare() {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            lock!(SOCKET).socket = open().ok();
+        });
     }
 
     pub(super) fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<u32> {
-        SOCKET
-            .try_with(|socket| {
-                let mut socket = socket.try_borrow_mut().ok()?;
-                if socket.is_none() {
-                    *socket = Some(open().ok()?);
-                }
-                let answer = ask(socket.as_ref()?, local, peer);
-                if answer.is_err() {
-                    // Whatever is still to be read from it would be taken for the next answer.
-                    *socket = None;
-                }
-                answer.ok()?
-            })
-            .ok()?
+        let mut asking = lock!(SOCKET);
+        if asking.socket.is_none() {
+            asking.socket = open().ok();
+        }
+        asking.questions = asking.questions.wrapping_add(1);
+        let answer = ask(asking.socket.as_ref()?, asking.questions, local, peer);
+        if answer.is_err() {
+            // What is still to be read from it, or another process reads, is not for the next
+            // question.
+            asking.socket = None;
+        }
+        answer.ok()
     }
 
     fn open() -> io::Result<Socket> {
@@ -82,21 +107,33 @@ mod diag {
         Ok(socket)
     }
 
-    /// `None`: there is no such connection.
-    fn ask(socket: &Socket, local: SocketAddr, peer: SocketAddr) -> io::Result<Option<u32>> {
-        let request = request(local, peer);
+    /// A connection that is not found has nothing in its queue any more.
+    fn ask(socket: &Socket, number: u32, local: SocketAddr, peer: SocketAddr) -> io::Result<u32> {
+        let request = request(number, local, peer);
         socket.send(&request)?;
         let mut answer = [0; 512];
         let read = { socket }.read(&mut answer)?;
-        Ok(parse(&answer[..read], &request))
+        let answer = &answer[..read];
+        if answer.get(8..12) != Some(&number.to_ne_bytes()) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        if answer.get(4..6) == Some(&NLMSG_ERROR.to_ne_bytes()) {
+            let error = answer.get(HEADER..HEADER + 4).map(<[u8; 4]>::try_from);
+            return match error {
+                Some(Ok(error)) if i32::from_ne_bytes(error) == -ENOENT => Ok(0),
+                _ => Err(io::ErrorKind::Other.into()),
+            };
+        }
+        Ok(parse(answer, &request).unwrap_or(0))
     }
 
-    fn request(local: SocketAddr, peer: SocketAddr) -> [u8; REQUEST] {
+    fn request(number: u32, local: SocketAddr, peer: SocketAddr) -> [u8; REQUEST] {
         let mut request = [0; REQUEST];
         let length = u32::try_from(REQUEST).unwrap_or_default();
         put(&mut request, 0, &length.to_ne_bytes());
         put(&mut request, 4, &SOCK_DIAG_BY_FAMILY.to_ne_bytes());
         put(&mut request, 6, &NLM_F_REQUEST.to_ne_bytes());
+        put(&mut request, 8, &number.to_ne_bytes());
         let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
         put(&mut request, HEADER, &[family, IPPROTO_TCP]);
         // Whatever its state.
@@ -125,16 +162,19 @@ mod diag {
     /// The send queue, if this is the answer to the request. A connection that is gone is not found,
     /// but the listener that accepted it may be.
     fn parse(answer: &[u8], request: &[u8; REQUEST]) -> Option<u32> {
-        const PORTS: std::ops::Range<usize> = HEADER + 4..HEADER + 8;
+        /// Ports and addresses, in the answer and in the request.
+        const ENDS: (std::ops::Range<usize>, std::ops::Range<usize>) =
+            (HEADER + 4..HEADER + 40, HEADER + 8..HEADER + 44);
         const STATE: usize = HEADER + 1;
         const SEND_QUEUE: std::ops::Range<usize> = HEADER + 60..HEADER + 64;
 
+        let same = answer.get(ENDS.0)? == &request[ENDS.1];
         let found = answer.len() >= ANSWER
             && answer[4..6] == SOCK_DIAG_BY_FAMILY.to_ne_bytes()
-            && answer[PORTS] == request[HEADER + 8..HEADER + 12]
-            && answer[STATE] != TCP_LISTEN;
-        let queue = <[u8; 4]>::try_from(&answer[SEND_QUEUE]).ok();
-        queue.filter(|_| found).map(u32::from_ne_bytes)
+            && answer[STATE] != TCP_LISTEN
+            && same;
+        let queue = answer.get(SEND_QUEUE)?.try_into().ok()?;
+        found.then(|| u32::from_ne_bytes(queue))
     }
 
     #[cfg(test)]
@@ -194,7 +234,7 @@ mod diag {
             let linger = socket2::SockRef::from(&server);
             linger.set_linger(Some(Duration::ZERO)).unwrap();
             drop(server);
-            assert_eq!(send_queue(local, peer), None);
+            assert_eq!(send_queue(local, peer), Some(0));
         }
     }
 }

@@ -64,7 +64,7 @@ use crate::{
     phase::Phase,
     plan::{Plan, instant_after},
     policy::Policy,
-    registry::Registry,
+    registry::{Pieces, Registry},
     report::{Report, Trigger},
     roll::Roll,
     spread::{Place, TURN},
@@ -269,6 +269,12 @@ impl Subject for Shared {
     #[cfg(all(unix, feature = "signal"))]
     fn describe(&self) -> Option<String> {
         self.describe_end()
+    }
+}
+
+impl Pieces for Shared {
+    fn pieces(&self) -> usize {
+        Gate::pieces(self)
     }
 }
 

@@ -243,9 +243,8 @@ impl Shutdown {
             return Some(due);
         }
         self.expiries += 1;
-        let next = instant_after(now, EXPIRY);
-        self.expiry = Some(next);
-        (now < before_cut).then_some(next)
+        self.expiry = (now < before_cut).then(|| instant_after(now, EXPIRY));
+        self.expiry
     }
 
     fn closing_until(&self, begun: Instant) -> Instant {
@@ -313,10 +312,13 @@ impl Shutdown {
         });
         // Where a server has let go of a connection no request is counted for what it owes.
         let owing = |lingered: bool| {
-            let owing = left().filter(|left| left.undelivered() > 0);
+            // What was answered before the stop is not among its requests.
+            let owing = left().filter(|left| left.undelivered() > 0 && left.responded());
             owing.filter(|left| left.lingered() == lingered).count()
         };
-        let pieces = cut.map_or(0, |cut| cut.pieces);
+        // A response may be in several pieces.
+        let open = left().filter(|left| !left.lingered()).count();
+        let pieces = cut.map_or(0, |cut| cut.pieces.min(open));
         let requests_cut = owing(true) + owing(false).max(pieces).max(remaining.requests);
         let nothing_else =
             remaining.requests == 0 && remaining.holds == 0 && remaining.connections == 0;

@@ -1,0 +1,181 @@
+//! What a connection owes when it is closed: by servers without a layer, on exempt paths, and on IO that
+//! is not a socket.
+use axum::{Router, routing::get, serve::Listener};
+
+#![cfg(all(feature = "axum", feature = "signal"))]
+
+use std::{
+    io,
+    net::Ipv4Addr,
+    pin::Pin,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    net::{TcpListener, TcpStream},
+    time,
+};
+use tower_graceful::{Graceful, Outcome};
+
+fn graceful() -> Graceful {
+    Graceful::builder()
+        .drain_delay(Duration::ZERO)
+        .exempt("/slow")
+        .build()
+        .unwrap()
+}
+async fn slow() -> &'static str {
+    time::sleep(Duration::from_secs(3)).await;
+    "slow"
+}
+
+async fn lost(layered: bool, tracked: bool) {
+    let graceful = graceful();
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = tcp.local_addr().unwrap();
+    let mut app = Router::new().route("/slow", get(slow));
+    if layered {
+        app = app.layer(graceful.layer());
+    }
+    let server = if tracked {
+        let server =
+            axum::serve(graceful.listener(tcp), app).with_graceful_shutdown(graceful.drain());
+        let g = graceful.clone();
+        tokio::spawn(async move { g.run(server.into_future()).await })
+    } else {
+        tokio::spawn(graceful.serve(tcp, app))
+    };
+    let hold = layered.then(|| graceful.hold("x"));
+    let mut io = TcpStream::connect(address).await.unwrap();
+    if layered {
+        graceful.shutdown();
+        time::sleep(Duration::from_millis(20)).await;
+    }
+    io.write_all(b"GET /slow HTTP/1.1\r\nhost: test\r\n\r\n")
+        .await
+        .unwrap();
+    time::sleep(Duration::from_millis(300)).await;
+    drop(hold);
+    graceful.shutdown();
+    let begun = Instant::now();
+    let mut answer = String::new();
+    let read = io.read_to_string(&mut answer).await;
+    let report = server.await.unwrap();
+    println!(
+        "layered {layered} tracked {tracked}: {read:?} {answer:?} after {:?}; {report}",
+        begun.elapsed()
+    );
+    assert!(
+        answer.ends_with("slow") || report.outcome() != Outcome::Clean,
+        "{answer:?} {report}"
+    );
+}
+#[tokio::test]
+async fn without_a_layer_serve() {
+    lost(false, false).await
+}
+#[tokio::test]
+async fn without_a_layer_tracked() {
+    lost(false, true).await
+}
+#[tokio::test]
+async fn exempt_serve() {
+    lost(true, false).await
+}
+#[tokio::test]
+async fn exempt_tracked() {
+    lost(true, true).await
+}
+
+/// IO of another kind, as TLS is.
+struct Other(TcpStream);
+impl AsyncRead for Other {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        b: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, b)
+    }
+}
+impl AsyncWrite for Other {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        b: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, b)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+struct Others(TcpListener);
+impl Listener for Others {
+    type Io = Other;
+    type Addr = std::net::SocketAddr;
+    async fn accept(&mut self) -> (Other, Self::Addr) {
+        let (io, a) = self.0.accept().await.unwrap();
+        (Other(io), a)
+    }
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        self.0.local_addr()
+    }
+}
+
+/// A keep-alive response in the kernel, a slow reader that pipelines, a stop.
+async fn wrapped(other: bool) {
+    let graceful = graceful();
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = tcp.local_addr().unwrap();
+    let app = Router::new()
+        .route("/big", get(|| async { vec![b'x'; 600 * 1024] }))
+        .layer(graceful.layer());
+    let server = if other {
+        tokio::spawn(graceful.serve(Others(tcp), app))
+    } else {
+        tokio::spawn(graceful.serve(tcp, app))
+    };
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(32 * 1024).unwrap();
+    let mut io = socket.connect(address).await.unwrap();
+    io.write_all(b"GET /big HTTP/1.1\r\nhost: test\r\n\r\n")
+        .await
+        .unwrap();
+    time::sleep(Duration::from_millis(300)).await;
+    println!("in flight at the stop: {}", graceful.in_flight());
+    graceful.shutdown();
+    let (mut got, mut piece) = (0, vec![0; 16 * 1024]);
+    let end = loop {
+        match io.read(&mut piece).await {
+            Ok(0) => break "eof".to_owned(),
+            Ok(n) => got += n,
+            Err(e) => break e.to_string(),
+        }
+        // As TLS answers a close_notify, HTTP/2 sends a WINDOW_UPDATE, a client pipelines.
+        let _ = io.write_all(b"\r\n").await;
+        time::sleep(Duration::from_millis(10)).await;
+        if got > 600 * 1024 {
+            break "whole".to_owned();
+        }
+    };
+    drop(io);
+    let report = server.await.unwrap();
+    println!("other {other}: got {got}, {end}; {report}");
+    assert!(
+        got > 600 * 1024 || report.outcome() != Outcome::Clean,
+        "{got} {end}; {report}"
+    );
+}
+#[tokio::test(flavor = "multi_thread")]
+async fn wrapped_io() {
+    wrapped(true).await
+}
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_io() {
+    wrapped(false).await
+}
