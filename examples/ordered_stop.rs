@@ -36,7 +36,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         .cleanup_timeout(Duration::from_secs(10))
         .name_requests(true)
         .build()?;
-    graceful.handle_signals();
+    graceful.handle_signals()?;
 
     // Logs go through a buffer, which is written by a thread of its own.
     let name = format!("ordered_stop.{}.log", std::process::id());

@@ -5,8 +5,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Response, StatusCode};
 
-#[cfg(all(unix, feature = "signal"))]
-use crate::watchdog::Watchdog;
 use crate::{
     handle::Graceful,
     plan::{ConfigError, Knobs},
@@ -139,10 +137,11 @@ impl GracefulBuilder {
     /// how far the service had come. Default: no.
     ///
     /// That end is an immediate one: destructors, cleanup steps that have not begun and buffers
-    /// that are not flushed are skipped, and no [`Report`](crate::Report) is returned. The thread
-    /// is started by [`build`](Self::build) and sleeps until a stop is asked for. It goes when the
-    /// service has [stopped](Graceful::stopped): what `main` waits for after that, such as
-    /// `spawn_blocking` work at the end of the runtime, is not its business. For that there is
+    /// that are not flushed are skipped, and no [`Report`](crate::Report) is returned. The thread that
+    /// does it is started by [`build`](Self::build). A service that has [stopped](Graceful::stopped)
+    /// is watched no longer, unless something that was given up has not ended and may hold the runtime:
+    /// a handler that blocks its thread. What else `main` waits for after that, such as `spawn_blocking`
+    /// work at the end of the runtime, is not watched. For that there is
     /// [`Report::exit`](crate::Report::exit).
     #[cfg(all(unix, feature = "signal"))]
     pub fn watchdog(mut self, watch: bool) -> Self {
@@ -340,18 +339,9 @@ impl GracefulBuilder {
             Graceful::from_parts(self.max_in_flight, self.name_requests, self.policy, plan);
         #[cfg(all(unix, feature = "signal"))]
         if self.watchdog {
-            watch(&graceful, plan.last_moment())?;
+            let watched = graceful.shared().watch_grace_period();
+            watched.map_err(|error| ConfigError::NoWatchdog(error.to_string()))?;
         }
         Ok(graceful)
     }
-}
-
-#[cfg(all(unix, feature = "signal"))]
-fn watch(graceful: &Graceful, last_moment: Duration) -> Result<(), ConfigError> {
-    let shared = graceful.shared().downgrade();
-    let describe = move || shared.upgrade()?.describe();
-    let watchdog = Watchdog::start(last_moment, describe)
-        .map_err(|error| ConfigError::NoWatchdog(error.to_string()))?;
-    let _ = graceful.shared().watchdog.set(watchdog);
-    Ok(())
 }

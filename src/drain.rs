@@ -43,14 +43,12 @@ impl Graceful {
     /// # }
     /// ```
     ///
-    /// # Panics
-    ///
-    /// Inside a runtime that was built without IO, which signals need. Outside a runtime it does
-    /// not panic; the handlers are then installed by the first poll.
+    /// Where signals cannot be listened for, an error event is logged and they end the process as
+    /// before; [`handle_signals`](Self::handle_signals) returns the error.
     #[cfg(feature = "signal")]
     pub fn drain(&self) -> Drain {
-        self.handle_signals();
-        Drain::new(self, Cause::Signals)
+        self.handle_signals_or_log();
+        Drain::new(self, Cause::Nothing)
     }
 
     /// As [`drain`](Self::drain), but what stops the service is `future`, not a signal: it is
@@ -81,82 +79,35 @@ impl Graceful {
     }
 
     /// Listens for signals from now on, as [`drain`](Self::drain) does: for a server that is
-    /// started by other means, or later. Calling it again changes nothing.
+    /// started by other means, or later. Calling it again changes nothing. It needs no runtime.
     ///
-    /// The first signal starts the timeline. Each further one skips what is left of the present
-    /// phase: the delay, then the drain, which is then cut, then the wait for what was cut. A
-    /// SIGINT within 100 ms of another is the same Ctrl-C, delivered to the process and to its
-    /// group.
+    /// The first SIGTERM or SIGINT starts the timeline. A further SIGTERM changes nothing, however
+    /// often and however soon it comes: `timeout`, process managers and wrappers send it twice. Each
+    /// further SIGINT ends the present phase: the delay, then the drain, which is then cut, then the
+    /// wait for the cleanup. A SIGINT within 100 ms of another is the same Ctrl-C, delivered to the
+    /// process and to its group. Every further signal is logged with what it did.
     ///
-    /// From then on a signal no longer ends the process by itself. On unix it does so again a second
-    /// after the service has stopped, so that whatever `main` does then can be interrupted; but not
-    /// once the lifecycle is gone, because tokio does not give its handlers back. So keep a handle,
-    /// or what else [keeps it alive](Graceful), for as long as signals are to be answered. Where the
-    /// operating system refuses the handlers, an error event is logged and signals end the process
-    /// as before.
+    /// Signals are received by a thread of this crate's own, so they take effect even while handlers
+    /// block every thread of the runtime. Where several lifecycles listen, a signal is for all that
+    /// have not stopped. A second after the last of them has stopped, or as soon as it is gone, a signal
+    /// does on unix what it does by default: it ends the process. Until then it is taken for one of the
+    /// shutdown's own.
     ///
-    /// # Panics
+    /// # Errors
     ///
-    /// Inside a runtime that was built without IO. Outside a runtime it does nothing.
+    /// When the operating system refuses a signal handler, a socket or a thread. Signals end the
+    /// process as before then. ([`drain`](Self::drain) and [`serve`](Self::serve) log such an error.)
     #[cfg(feature = "signal")]
-    pub fn handle_signals(&self) {
-        use crate::{events, signals::Signals};
-
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
-            return;
-        };
+    pub fn handle_signals(&self) -> std::io::Result<()> {
         self.shared().drive();
-        if !self.shared().claim_signals() {
-            return;
-        }
-        let claim = SignalsClaim(self.shared().downgrade());
-        match Signals::install() {
-            Ok(signals) => {
-                #[cfg(unix)]
-                if let Some(watchdog) = self.shared().watchdog.get() {
-                    watchdog.watch_signals();
-                }
-                drop(runtime.spawn(listen(signals, claim, self.subscribe())));
-            }
-            Err(error) => events::no_signals(&error),
-        }
+        self.shared().listen()
     }
-}
 
-/// Passes signals on for as long as the lifecycle lives.
-#[cfg(feature = "signal")]
-async fn listen(
-    mut signals: crate::signals::Signals,
-    claim: SignalsClaim,
-    mut phases: tokio::sync::watch::Receiver<crate::phase::Phase>,
-) {
-    loop {
-        let trigger = tokio::select! {
-            trigger = signals.next() => trigger,
-            gone = phases.changed() => match gone {
-                Ok(()) => continue,
-                Err(_) => return,
-            },
-        };
-        crate::events::signal(trigger);
-        match claim.0.upgrade() {
-            Some(shared) if shared.is_long_stopped() => crate::signals::default_action(trigger),
-            Some(shared) => shared.signal(trigger),
-            None => return,
-        }
-    }
-}
-
-/// Given back when the task that listens ends, with its runtime for example: another call of
-/// `handle_signals` then listens anew.
-#[cfg(feature = "signal")]
-struct SignalsClaim(crate::timeline::WeakShared);
-
-#[cfg(feature = "signal")]
-impl Drop for SignalsClaim {
-    fn drop(&mut self) {
-        if let Some(shared) = self.0.upgrade() {
-            shared.release_signals();
+    /// As [`handle_signals`](Self::handle_signals), where an error can only be logged.
+    #[cfg(feature = "signal")]
+    pub(crate) fn handle_signals_or_log(&self) {
+        if let Err(error) = self.handle_signals() {
+            crate::events::no_signals(&error);
         }
     }
 }
@@ -171,10 +122,8 @@ pub struct Drain {
     reached: Reached<Edge>,
 }
 
-/// What stops the service, apart from `shutdown()`.
+/// What stops the service, apart from signals and `shutdown()`.
 enum Cause {
-    #[cfg(feature = "signal")]
-    Signals,
     Future(Pin<Box<dyn Future<Output = ()> + Send>>),
     Nothing,
 }
@@ -198,11 +147,6 @@ impl Future for Drain {
         let this = &mut *self;
         if this.waiting.is_none() {
             this.waiting = Some(Waiting::new(&this.graceful));
-            #[cfg(feature = "signal")]
-            if matches!(this.cause, Cause::Signals) {
-                // Outside a runtime `drain` could not.
-                this.graceful.handle_signals();
-            }
         }
         if let Cause::Future(future) = &mut this.cause {
             let unwinding = TriggerOnPanic(&this.graceful);

@@ -7,11 +7,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::watch;
-
 use crate::{
     gate::{self, Door, Reading, Ticket, Unanswered},
     phase::Phase,
+    phase_receiver::PhaseReceiver,
     plan::{Knobs, Plan},
     policy::Policy,
     report::Trigger,
@@ -39,7 +38,7 @@ pub(crate) type Reader = Reading<Policy, Lifecycle>;
 /// It is cheap to clone, and clones share one lifecycle: give one to whatever needs it. The layer,
 /// the probes, tracked connections and every future it hands out keep the lifecycle alive, so a
 /// handle may be dropped as soon as they have been made; dropping never stops a service, and a stop
-/// that has begun inside a runtime is completed by itself.
+/// that has begun is completed by itself.
 ///
 /// The services that the layer has made do not keep it alive, nor do the requests in them, but for
 /// those that are known [by name](crate::GracefulBuilder::name_requests) or being refused: where
@@ -56,12 +55,18 @@ pub(crate) type Reader = Reading<Policy, Lifecycle>;
 ///
 /// # Runtime
 ///
-/// The timetable is kept by a task on tokio's runtime, started by the first call made inside one.
-/// The runtime must have timers (`enable_time` or `enable_all`): inside one that has none, that
-/// first call panics.
-/// Every method may be called outside a runtime too; where one needs a runtime later, its page
-/// says so. The clock is tokio's, so tests can pause it. A `Graceful` belongs to the runtime it
-/// is first used in.
+/// The timetable is kept by a thread of this crate's own, one for the process. It is started by the
+/// first call that listens for signals or asks for a stop, and ends when no lifecycle needs it any more.
+/// So deadlines hold while handlers block every thread of the runtime, and after the runtime has ended.
+///
+/// Workers run on the tokio runtime in which they are registered. Hooks and cleanup steps run on the
+/// runtime of the first call made inside one. If that runtime ends before, they run on the runtime of a
+/// task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or [`draining`](Self::draining);
+/// what can no longer be run is [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
+/// (`enable_time` or `enable_all`): inside one that has none, that first call panics.
+///
+/// Every method may be called outside a runtime too; where one needs a runtime later, its page says so.
+/// In a runtime whose clock is paused (`tokio::time::pause`) that clock rules.
 ///
 /// # Example
 ///
@@ -130,11 +135,10 @@ impl Graceful {
     /// responses say `Connection: close`.
     ///
     /// Any number of calls, from any number of tasks and threads, before or after serving began,
-    /// are one trigger; it never skips a phase that is under way, as a further signal does. The
+    /// are one trigger; it never ends a phase that is under way, as a further SIGINT does. The
     /// delay is the one of SIGTERM, [`drain_delay`](crate::GracefulBuilder::drain_delay).
     ///
-    /// May be called outside a runtime, from a thread of its own for example. Time then passes as
-    /// soon as something uses this lifecycle inside a runtime.
+    /// May be called outside a runtime, from a thread of its own for example.
     pub fn shutdown(&self) {
         self.shared.trigger(Trigger::Shutdown);
     }
@@ -202,7 +206,7 @@ impl Graceful {
         }
     }
 
-    /// Follows the phase. A receiver that looks rarely sees the latest phase, not each one.
+    /// Follows the phase.
     ///
     /// ```
     /// # use tower_graceful::{Graceful, Phase};
@@ -211,19 +215,15 @@ impl Graceful {
     /// let graceful = Graceful::new();
     /// let mut phases = graceful.subscribe();
     /// graceful.shutdown();
-    /// phases.changed().await.unwrap();
-    /// assert_eq!(*phases.borrow_and_update(), Phase::LameDuck);
+    /// assert_eq!(phases.changed().await, Some(Phase::LameDuck));
     /// # }
     /// ```
     ///
-    /// Copy the phase out, as above, before calling anything else: while it is borrowed the phase
-    /// cannot change, so a call that would change it waits, on the same thread for ever.
-    ///
     /// The receiver does not keep the lifecycle alive: when every handle, layer and future of it
-    /// is gone, `changed` returns an error.
+    /// is gone, `changed` returns `None`.
     #[must_use]
-    pub fn subscribe(&self) -> watch::Receiver<Phase> {
-        self.shared.phases()
+    pub fn subscribe(&self) -> PhaseReceiver {
+        PhaseReceiver::new(self.shared.phases())
     }
 
     /// Resolves when draining starts: the moment for long-lived work, a WebSocket or an event
@@ -367,7 +367,7 @@ impl Future for PhaseReached {
             *seat = None;
             return Poll::Ready(());
         }
-        if seat.is_none() {
+        if seat.is_none() || !shared.is_driven() {
             shared.drive();
         }
         shared.waiters.poll(seat, *phase, *spread, cx)

@@ -53,8 +53,8 @@
 //! | phase | readiness | a new request | HTTP/1 responses | ends when |
 //! |---|---|---|---|---|
 //! | [`Serving`](Phase::Serving) | yes | served | untouched | first signal, or `shutdown()` |
-//! | [`LameDuck`](Phase::LameDuck) | no | served | `Connection: close` | the delay is over, or a second signal |
-//! | [`Draining`](Phase::Draining) | no | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further signal |
+//! | [`LameDuck`](Phase::LameDuck) | no | served | `Connection: close` | the delay is over, or a further SIGINT |
+//! | [`Draining`](Phase::Draining) | no | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further SIGINT |
 //! | [`Closing`](Phase::Closing) | – | – | – | connections are closed, those left at the deadline cut; then workers have ended and cleanup steps are done |
 //! | [`Stopped`](Phase::Stopped) | | | | |
 //!
@@ -83,6 +83,7 @@
 
 mod builder;
 mod connections;
+mod control;
 mod drain;
 mod events;
 mod gate;
@@ -94,6 +95,7 @@ mod leaving;
 mod middleware;
 mod notice;
 mod phase;
+mod phase_receiver;
 mod plan;
 mod policy;
 mod probes;
@@ -127,6 +129,7 @@ pub use crate::{
     hold::Hold,
     middleware::{GracefulBody, GracefulFuture, GracefulLayer, GracefulService},
     phase::Phase,
+    phase_receiver::PhaseReceiver,
     plan::{ConfigError, Misfit},
     probes::{Probe, ProbeBody, ProbeFuture},
     rejection::{Rejection, RejectionReason},

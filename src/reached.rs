@@ -7,6 +7,8 @@ use std::{
 
 use tokio::sync::watch;
 
+use crate::phase_receiver::shielded_waker;
+
 /// The waiting itself, for the futures that do it. Ready for good once it has been.
 pub(crate) struct Reached<T> {
     point: T,
@@ -41,7 +43,8 @@ impl<T: Copy + Ord + Send + Sync + 'static> Reached<T> {
                 }))
             }
         };
-        ready!(waiting.as_mut().poll(cx));
+        let waker = shielded_waker(cx);
+        ready!(waiting.as_mut().poll(&mut Context::from_waker(&waker)));
         self.waiting = None;
         Poll::Ready(())
     }

@@ -272,29 +272,17 @@ impl<O> Line<O> {
     /// comes with a ping. A peer that is there answers it, and then the connection closes with its
     /// last stream.
     pub(crate) fn may_have_streams(&self) -> bool {
-        self.flags.has(ANSWERS) || self.has_streams()
+        #[cfg(all(feature = "axum", feature = "signal"))]
+        if self.notice.has_streams() {
+            return true;
+        }
+        self.flags.has(ANSWERS)
     }
 
     /// `serve` has it, and sends the GOAWAY as soon as the connection is told to leave. Other servers
     /// send it when they close their connections.
-    #[cfg(all(feature = "axum", feature = "signal"))]
     pub(crate) fn is_served(&self) -> bool {
         self.heard.is_listened_to()
-    }
-
-    #[cfg(not(all(feature = "axum", feature = "signal")))]
-    pub(crate) fn is_served(&self) -> bool {
-        false
-    }
-
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    fn has_streams(&self) -> bool {
-        self.notice.has_streams()
-    }
-
-    #[cfg(not(all(feature = "axum", feature = "signal")))]
-    fn has_streams(&self) -> bool {
-        false
     }
 }
 

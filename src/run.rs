@@ -3,6 +3,7 @@
 use std::{future::poll_fn, pin::pin, task::Poll};
 
 use crate::{
+    events,
     handle::Graceful,
     phase::Phase,
     report::Report,
@@ -64,9 +65,13 @@ impl Graceful {
                 drop(Seat::take(&graceful));
             }
             graceful.stopped().await;
-            graceful.shared().report().unwrap_or_else(|| {
+            let report = graceful.shared().report().unwrap_or_else(|| {
                 unreachable!("the report is written before the phase becomes Stopped")
-            })
+            });
+            // The process may end as soon as this returns. After the lock that the report is taken
+            // under: the phase is there a moment before the last events are.
+            events::flush();
+            report
         }
     }
 

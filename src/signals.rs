@@ -1,4 +1,9 @@
 //! The signals that ask a service to stop, as the operating system delivers them.
+//!
+//! A signal handler may do next to nothing: it leaves the signal in a flag, and writes a byte to a
+//! socket that the control thread waits on. Handlers are installed once and for good, because a
+//! process cannot know who has relied on them since. In their place a signal is *given back*: the
+//! handler then does what the operating system would have done.
 
 use std::io;
 
@@ -6,22 +11,7 @@ use crate::report::Trigger;
 #[cfg(unix)]
 use crate::report::{Outcome, Report};
 
-/// Installed handlers. The operating system's default action, to end the process, is off from
-/// the moment this exists and stays off when it is dropped.
-#[derive(Debug)]
-pub(crate) struct Signals(os::Signals);
-
-impl Signals {
-    /// Installs the handlers now. Panics outside a tokio runtime, and in one without IO.
-    pub(crate) fn install() -> io::Result<Self> {
-        os::Signals::install().map(Self)
-    }
-
-    /// The next signal. Cancel safe.
-    pub(crate) async fn next(&mut self) -> Trigger {
-        self.0.next().await
-    }
-}
+pub(crate) use self::os::Signals;
 
 /// Does what the signal would have done if nobody had listened.
 pub(crate) fn default_action(trigger: Trigger) {
@@ -48,61 +38,203 @@ impl Report {
 
 #[cfg(unix)]
 mod os {
-    use std::io;
-
-    use signal_hook::{
-        consts::{SIGINT, SIGTERM},
-        low_level::emulate_default_handler,
+    use std::{
+        io::{self, Read, Write},
+        os::unix::net::UnixStream,
+        process,
+        // Not those of `sync`: they are the ones that a signal handler may use.
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering::SeqCst},
+        },
+        thread,
+        time::Duration,
     };
 
-    use tokio::signal::unix::{Signal, SignalKind, signal};
+    use signal_hook::{
+        SigId,
+        consts::{SIGINT, SIGTERM},
+        flag,
+        low_level::{self, emulate_default_handler, pipe},
+    };
 
     use crate::report::Trigger;
 
+    /// In this order where both have come: SIGINT then ends the delay that SIGTERM began.
+    const SIGNALS: [(i32, Trigger); 2] =
+        [(SIGTERM, Trigger::Terminate), (SIGINT, Trigger::Interrupt)];
+
     pub(super) fn default_action(trigger: Trigger) {
-        let signal = match trigger {
-            Trigger::Terminate => SIGTERM,
-            Trigger::Interrupt => SIGINT,
-            Trigger::Shutdown | Trigger::Future | Trigger::ServerEnded => return,
+        let Some((signal, _)) = SIGNALS.into_iter().find(|(_, it)| *it == trigger) else {
+            return;
         };
-        if std::process::id() == 1 {
+        if is_init() {
             // The kernel would not deliver it.
             std::process::exit(128 + signal);
         }
         let _ = emulate_default_handler(signal);
     }
 
-    #[derive(Debug)]
-    pub(super) struct Signals {
-        terminate: Signal,
-        interrupt: Signal,
+    fn is_init() -> bool {
+        process::id() == 1
     }
 
+    /// Installed handlers, and the socket through which they wake the control thread.
+    pub(crate) struct Signals {
+        /// Set while a signal is to do what it does by itself.
+        given_back: Arc<AtomicBool>,
+        came: [Arc<AtomicBool>; 2],
+        socket: Socket,
+        /// Which of the handlers' actions write to the socket.
+        writing: Vec<SigId>,
+        process: u32,
+    }
+
+    struct Socket {
+        written: UnixStream,
+        read: Arc<UnixStream>,
+    }
+
+    /// What the thread waits on.
+    pub(crate) struct Alarm(Arc<UnixStream>);
+
     impl Signals {
-        pub(super) fn install() -> io::Result<Self> {
-            Ok(Self {
-                terminate: signal(SignalKind::terminate())?,
-                interrupt: signal(SignalKind::interrupt())?,
-            })
+        /// Installs the handlers, with the signals given back.
+        pub(crate) fn install(_: impl Fn() + Send + 'static) -> io::Result<Self> {
+            let mut signals = Self {
+                given_back: Arc::new(AtomicBool::new(true)),
+                came: [(); 2].map(|()| Arc::default()),
+                socket: Socket::open()?,
+                writing: Vec::new(),
+                process: process::id(),
+            };
+            let mut installed = Vec::new();
+            let result = signals.register(&mut installed);
+            if let Err(error) = result {
+                for id in installed {
+                    low_level::unregister(id);
+                }
+                return Err(error);
+            }
+            Ok(signals)
         }
 
-        pub(super) async fn next(&mut self) -> Trigger {
-            tokio::select! {
-                Some(()) = self.terminate.recv() => Trigger::Terminate,
-                Some(()) = self.interrupt.recv() => Trigger::Interrupt,
-                else => std::future::pending().await,
+        /// The actions of a signal are run in this order.
+        fn register(&mut self, installed: &mut Vec<SigId>) -> io::Result<()> {
+            for ((signal, _), came) in SIGNALS.into_iter().zip(&self.came) {
+                let given_back = Arc::clone(&self.given_back);
+                let context = |error| explain(&format!("no handler for signal {signal}"), &error);
+                installed.push(
+                    if is_init() {
+                        flag::register_conditional_shutdown(signal, 128 + signal, given_back)
+                    } else {
+                        flag::register_conditional_default(signal, given_back)
+                    }
+                    .map_err(context)?,
+                );
+                let came = flag::register(signal, Arc::clone(came));
+                installed.push(came.map_err(context)?);
+                let written = self.socket.written.try_clone()?;
+                let writes = pipe::register(signal, written).map_err(context)?;
+                installed.push(writes);
+                self.writing.push(writes);
+            }
+            Ok(())
+        }
+
+        /// In a child that was forked: a socket of its own in place of the parent's.
+        pub(crate) fn adopt(&mut self) -> io::Result<()> {
+            if self.process == process::id() {
+                return Ok(());
+            }
+            let socket = Socket::open()?;
+            let mut writing = Vec::new();
+            for (signal, _) in SIGNALS {
+                writing.push(pipe::register(signal, socket.written.try_clone()?)?);
+            }
+            for id in std::mem::replace(&mut self.writing, writing) {
+                low_level::unregister(id);
+            }
+            self.socket = socket;
+            self.process = process::id();
+            Ok(())
+        }
+
+        /// From now on they are ours.
+        pub(crate) fn keep(&self) {
+            self.given_back.store(false, SeqCst);
+        }
+
+        /// From now on they do what they did before.
+        pub(crate) fn give_back(&self) {
+            self.given_back.store(true, SeqCst);
+        }
+
+        /// Those that have come.
+        pub(crate) fn take(&self) -> Vec<Trigger> {
+            let came = SIGNALS.iter().zip(&self.came);
+            came.filter(|(_, came)| came.swap(false, SeqCst))
+                .map(|((_, trigger), _)| *trigger)
+                .collect()
+        }
+
+        /// Wakes the thread without a signal.
+        pub(crate) fn poke(&self) {
+            // A byte that does not fit finds others there.
+            let _ = (&self.socket.written).write(&[0]);
+        }
+
+        pub(crate) fn alarm(&self) -> Alarm {
+            Alarm(Arc::clone(&self.socket.read))
+        }
+    }
+
+    impl Socket {
+        fn open() -> io::Result<Self> {
+            let open = || {
+                let (written, read) = UnixStream::pair()?;
+                written.set_nonblocking(true)?;
+                let read = Arc::new(read);
+                Ok(Self { written, read })
+            };
+            open().map_err(|error| explain("no socket for signals", &error))
+        }
+    }
+
+    impl Alarm {
+        /// Waits for a byte, or this long.
+        pub(crate) fn wait(&self, most: Duration) {
+            // Zero would mean for ever.
+            let most = most.max(Duration::from_millis(1));
+            let set = self.0.set_read_timeout(Some(most));
+            let read = set.and_then(|()| (&*self.0).read(&mut [0; 64]));
+            match read.map_err(|error| error.kind()) {
+                Ok(1..) | Err(io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                // Never seen: not to be a loop that takes the processor.
+                Ok(0) | Err(_) => thread::sleep(most.min(Duration::from_millis(10))),
             }
         }
+    }
+
+    fn explain(what: &str, error: &io::Error) -> io::Error {
+        io::Error::new(error.kind(), format!("{what}: {error}"))
     }
 }
 
 #[cfg(windows)]
 mod os {
-    use std::io;
+    use std::{
+        io,
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering::SeqCst},
+        },
+        thread,
+    };
 
-    use tokio::signal::windows::{
-        CtrlBreak, CtrlC, CtrlClose, CtrlLogoff, CtrlShutdown, ctrl_break, ctrl_c, ctrl_close,
-        ctrl_logoff, ctrl_shutdown,
+    use tokio::{
+        runtime,
+        signal::windows::{ctrl_break, ctrl_c, ctrl_close, ctrl_logoff, ctrl_shutdown},
     };
 
     use crate::report::Trigger;
@@ -110,35 +242,72 @@ mod os {
     /// There, what a console event does cannot be had again once it is handled.
     pub(super) fn default_action(_: Trigger) {}
 
-    #[derive(Debug)]
-    pub(super) struct Signals {
-        ctrl_c: CtrlC,
-        ctrl_break: CtrlBreak,
-        close: CtrlClose,
-        logoff: CtrlLogoff,
-        shutdown: CtrlShutdown,
+    /// A thread with a small runtime that waits for console events. Tokio does not give them back, so
+    /// it stays.
+    pub(crate) struct Signals {
+        terminate: Arc<AtomicBool>,
+        interrupt: Arc<AtomicBool>,
     }
 
     impl Signals {
-        pub(super) fn install() -> io::Result<Self> {
-            Ok(Self {
-                ctrl_c: ctrl_c()?,
-                ctrl_break: ctrl_break()?,
-                close: ctrl_close()?,
-                logoff: ctrl_logoff()?,
-                shutdown: ctrl_shutdown()?,
-            })
+        pub(crate) fn install(wake: impl Fn() + Send + 'static) -> io::Result<Self> {
+            let runtime = runtime::Builder::new_current_thread().build()?;
+            let (mut c, mut pause, mut close, mut logoff, mut shutdown) = {
+                let _context = runtime.enter();
+                (
+                    ctrl_c()?,
+                    ctrl_break()?,
+                    ctrl_close()?,
+                    ctrl_logoff()?,
+                    ctrl_shutdown()?,
+                )
+            };
+            let terminate = Arc::new(AtomicBool::new(false));
+            let interrupt = Arc::new(AtomicBool::new(false));
+            let signals = Self {
+                terminate: Arc::clone(&terminate),
+                interrupt: Arc::clone(&interrupt),
+            };
+            let listening = async move {
+                loop {
+                    let came = tokio::select! {
+                        Some(()) = c.recv() => &interrupt,
+                        Some(()) = pause.recv() => &interrupt,
+                        Some(()) = close.recv() => &terminate,
+                        Some(()) = logoff.recv() => &terminate,
+                        Some(()) = shutdown.recv() => &terminate,
+                        else => return,
+                    };
+                    came.store(true, SeqCst);
+                    wake();
+                }
+            };
+            thread::Builder::new()
+                .name("graceful-console".to_owned())
+                .spawn(move || runtime.block_on(listening))?;
+            Ok(signals)
         }
 
-        pub(super) async fn next(&mut self) -> Trigger {
-            tokio::select! {
-                Some(()) = self.ctrl_c.recv() => Trigger::Interrupt,
-                Some(()) = self.ctrl_break.recv() => Trigger::Interrupt,
-                Some(()) = self.close.recv() => Trigger::Terminate,
-                Some(()) = self.logoff.recv() => Trigger::Terminate,
-                Some(()) = self.shutdown.recv() => Trigger::Terminate,
-                else => std::future::pending().await,
-            }
+        #[expect(clippy::unused_self, clippy::unnecessary_wraps)]
+        pub(crate) fn adopt(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+
+        #[expect(clippy::unused_self)]
+        pub(crate) fn keep(&self) {}
+
+        #[expect(clippy::unused_self)]
+        pub(crate) fn give_back(&self) {}
+
+        pub(crate) fn take(&self) -> Vec<Trigger> {
+            [
+                (&self.terminate, Trigger::Terminate),
+                (&self.interrupt, Trigger::Interrupt),
+            ]
+            .into_iter()
+            .filter(|(came, _)| came.swap(false, SeqCst))
+            .map(|(_, trigger)| trigger)
+            .collect()
         }
     }
 }
@@ -151,16 +320,27 @@ mod os {
 
     pub(super) fn default_action(_: Trigger) {}
 
-    #[derive(Debug)]
-    pub(super) struct Signals;
+    pub(crate) struct Signals(std::convert::Infallible);
 
     impl Signals {
-        pub(super) fn install() -> io::Result<Self> {
+        pub(crate) fn install(_: impl Fn() + Send + 'static) -> io::Result<Self> {
             Err(io::ErrorKind::Unsupported.into())
         }
 
-        pub(super) async fn next(&mut self) -> Trigger {
-            std::future::pending().await
+        pub(crate) fn adopt(&mut self) -> io::Result<()> {
+            match self.0 {}
+        }
+
+        pub(crate) fn keep(&self) {
+            match self.0 {}
+        }
+
+        pub(crate) fn give_back(&self) {
+            match self.0 {}
+        }
+
+        pub(crate) fn take(&self) -> Vec<Trigger> {
+            match self.0 {}
         }
     }
 }

@@ -5,13 +5,13 @@
 
 #[cfg(not(tower_graceful_loom))]
 pub(crate) use std::sync::{
-    Mutex,
+    Condvar, Mutex,
     atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering},
 };
 
 #[cfg(tower_graceful_loom)]
 pub(crate) use loom::sync::{
-    Mutex,
+    Condvar, Mutex,
     atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering},
 };
 

@@ -1,24 +1,30 @@
-//! Those who wait for a phase: by the thousands, each with a waker of its own.
+//! Tasks that wait for a phase: thousands of them, each with a waker of its own.
 //!
-//! A waiter is entered on the *lane* of the thread that polls it first, so that threads do not meet
-//! there, and gets a place in its phase: one after another they can be told over a while, instead
-//! of all in the same instant. Telling goes over the lanes, takes from each the wakers of those
-//! whose turn has come, and wakes them after the lane's lock is released. Where all are told at once,
-//! whoever is woken finds by the phase that it has come, without any lock, so ten thousand who wake
-//! do not queue; where they are told by and by, few come to their lane at a time.
+//! A waiter is entered on the *lane* of the thread that polls it first, so that threads do not contend
+//! there, and gets a place in its phase, so that waiters can be told over a period instead of all in
+//! the same instant. Telling goes over the lanes. In each it sets apart the wakers that are due, and
+//! wakes them one after another without the lane's lock. Where all are told at once, a task that is
+//! woken finds by the phase that it has come, without any lock, so ten thousand that wake do not
+//! queue; where they are told over a period, few come to their lane at a time.
 //!
-//! No wake-up is lost: what a lane was told and who waits on it are behind one lock. Whoever enters
-//! before the lane is told is found there and woken; whoever comes after sees that it was told. But a
-//! waker that panics takes the rest of its telling with it: no executor's does.
+//! 1. *No wake-up is lost.* What a lane was told and who waits on it are behind one lock. A waiter
+//!    that is entered before the lane is told is found there and woken; one that comes after sees that
+//!    it was told.
+//! 2. *No waker is called under the lock*: not to be cloned, woken or dropped. It may call back.
+//! 3. *A waker that panics or blocks takes no other with it.* A panic is caught. The wakers that are
+//!    due stay in the lane until each is taken, so whoever tells the lane next goes on with the rest.
 
 use std::{
     array,
+    collections::VecDeque,
+    mem,
     task::{Context, Poll, Waker},
 };
 
 use slab::Slab;
 
 use crate::{
+    control::shielded,
     gate::here,
     phase::Phase,
     spread::Place,
@@ -42,6 +48,8 @@ struct Lane {
     told: Moment,
     /// What each waits for is later than what was told.
     waiting: Slab<(Moment, Waker)>,
+    /// Told, and not woken yet.
+    due: VecDeque<Waker>,
 }
 
 /// Where a waiter is entered, until it is told. To be given back by [`Waiters::leave`].
@@ -62,13 +70,14 @@ impl Waiters {
                         place: Place::FIRST,
                     },
                     waiting: Slab::new(),
+                    due: VecDeque::new(),
                 })
             }),
         }
     }
 
-    /// Waits until `phase` is told. Whoever shares in the `spread` gets a place in it, and waits
-    /// until that is told; but nobody who comes after the phase has begun.
+    /// Waits until `phase` is told. A waiter that shares in the `spread` gets a place in it, and waits
+    /// until that is told, unless it comes after the phase has begun.
     pub(crate) fn poll(
         &self,
         seat: &mut Option<Seat>,
@@ -76,26 +85,58 @@ impl Waiters {
         spread: bool,
         cx: &Context<'_>,
     ) -> Poll<()> {
-        if let Some(Seat { lane, key, awaited }) = *seat {
-            let former = {
-                let mut lane = lock!(self.lanes[lane]);
-                if lane.told >= awaited {
-                    *seat = None;
-                    return Poll::Ready(());
-                }
-                let (_, waker) = &mut lane.waiting[key];
-                if waker.will_wake(cx.waker()) {
-                    return Poll::Pending;
-                }
-                std::mem::replace(waker, cx.waker().clone())
-            };
-            // After the lock, because dropping a waker may run anything.
-            drop(former);
-            return Poll::Pending;
+        match seat {
+            Some(_) => self.poll_seated(seat, cx),
+            None => self.poll_first(seat, phase, spread, cx),
         }
+    }
+
+    fn poll_seated(&self, seat: &mut Option<Seat>, cx: &Context<'_>) -> Poll<()> {
+        let Some(Seat { lane, key, awaited }) = *seat else {
+            return Poll::Ready(());
+        };
+        {
+            let lane = lock!(self.lanes[lane]);
+            if lane.told >= awaited {
+                *seat = None;
+                return Poll::Ready(());
+            }
+            if lane.waiting[key].1.will_wake(cx.waker()) {
+                return Poll::Pending;
+            }
+        }
+        let mut waker = cx.waker().clone();
+        let told = {
+            let mut lane = lock!(self.lanes[lane]);
+            let told = lane.told >= awaited;
+            if !told {
+                mem::swap(&mut lane.waiting[key].1, &mut waker);
+            }
+            told
+        };
+        if told {
+            *seat = None;
+        }
+        drop(waker);
+        if told { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    fn poll_first(
+        &self,
+        seat: &mut Option<Seat>,
+        phase: Phase,
+        spread: bool,
+        cx: &Context<'_>,
+    ) -> Poll<()> {
         let number = here() % LANES;
+        if lock!(self.lanes[number]).told.phase >= phase {
+            return Poll::Ready(());
+        }
+        let waker = cx.waker().clone();
         let mut lane = lock!(self.lanes[number]);
         if lane.told.phase >= phase {
+            drop(lane);
+            drop(waker);
             return Poll::Ready(());
         }
         let entry = lane.waiting.vacant_entry();
@@ -107,7 +148,7 @@ impl Waiters {
             Place::FIRST
         };
         let awaited = Moment { phase, place };
-        entry.insert((awaited, cx.waker().clone()));
+        entry.insert((awaited, waker));
         *seat = Some(Seat {
             lane: number,
             key,
@@ -120,34 +161,54 @@ impl Waiters {
     pub(crate) fn leave(&self, seat: Seat) {
         let waiter = {
             let mut lane = lock!(self.lanes[seat.lane]);
-            // Who was told is not there any more.
+            // A waiter that was told is not there any more.
             (lane.told < seat.awaited).then(|| lane.waiting.try_remove(seat.key))
         };
-        // After the lock, as above.
+        // After the lock: point 2.
         drop(waiter);
     }
 
-    /// Tells everybody who waits for this moment or an earlier one.
+    /// Tells every waiter for this moment or an earlier one.
     pub(crate) fn tell(&self, moment: Moment) {
         for lane in &self.lanes {
-            let wakers = lock!(lane).tell(moment);
+            lock!(lane).tell(moment);
+            loop {
+                let waker = lock!(lane).due.pop_front();
+                let Some(waker) = waker else { break };
+                shielded(|| waker.wake());
+            }
+        }
+    }
+
+    /// Wakes every waiter, to look again at what it waits with.
+    pub(crate) fn nudge(&self) {
+        for lane in &self.lanes {
+            let wakers: Vec<_> = {
+                let mut lane = lock!(lane);
+                let waiting = lane.waiting.iter_mut();
+                waiting
+                    .map(|(_, (_, waker))| mem::replace(waker, Waker::noop().clone()))
+                    .collect()
+            };
             for waker in wakers {
-                waker.wake();
+                shielded(|| waker.wake());
             }
         }
     }
 }
 
 impl Lane {
-    fn tell(&mut self, moment: Moment) -> Vec<Waker> {
+    /// Sets apart those that are due.
+    fn tell(&mut self, moment: Moment) {
         if self.told >= moment {
-            return Vec::new();
+            return;
         }
         self.told = moment;
         let due = self.waiting.iter().filter(|(_, (at, _))| *at <= moment);
         let due: Vec<_> = due.map(|(key, _)| key).collect();
-        let wakers = due.into_iter().map(|key| self.waiting.remove(key).1);
-        wakers.collect()
+        for key in due {
+            self.due.push_back(self.waiting.remove(key).1);
+        }
     }
 }
 
@@ -167,7 +228,7 @@ mod models {
 
     /// If the wake-up could be lost, loom would find the execution that never ends.
     #[test]
-    fn whoever_waits_is_told() {
+    fn a_waiter_is_told() {
         model(|| {
             let waiters = Arc::new(Waiters::new());
             let telling = Arc::clone(&waiters);
@@ -298,6 +359,71 @@ mod tests {
                 _ => waiters.tell(draining(Place::LAST)),
             }
         }
+    }
+
+    #[test]
+    fn a_waker_that_panics_takes_no_other_with_it() {
+        struct Panics;
+
+        impl Wake for Panics {
+            fn wake(self: Arc<Self>) {
+                std::panic::resume_unwind(Box::new("as the test wants it to"));
+            }
+        }
+
+        for nudged in [false, true] {
+            let waiters = Waiters::new();
+            let panics = Waker::from(Arc::new(Panics));
+            let mut seats = [None; 3];
+            for seat in &mut seats {
+                let cx = Context::from_waker(&panics);
+                assert_pending!(waiters.poll(seat, Phase::Draining, false, &cx));
+            }
+            let mut last = task::spawn(told(&waiters, false));
+            assert_pending!(last.poll());
+            if nudged {
+                waiters.nudge();
+                assert!(last.is_woken());
+                assert_pending!(last.poll());
+            }
+            waiters.tell(draining(Place::LAST));
+            assert!(last.is_woken());
+            assert_ready!(last.poll());
+        }
+    }
+
+    #[test]
+    fn a_waker_that_blocks_delays_no_other() {
+        use std::sync::mpsc;
+
+        struct Blocks(std::sync::Mutex<mpsc::Receiver<()>>, mpsc::Sender<()>);
+
+        impl Wake for Blocks {
+            fn wake(self: Arc<Self>) {
+                self.1.send(()).unwrap();
+                let _ = self.0.lock().unwrap().recv();
+            }
+        }
+
+        let (release, blocked) = mpsc::channel();
+        let (woken, is_woken) = mpsc::channel();
+        let waiters = Waiters::new();
+        let blocks = Waker::from(Arc::new(Blocks(blocked.into(), woken)));
+        let mut seat = None;
+        let cx = Context::from_waker(&blocks);
+        assert_pending!(waiters.poll(&mut seat, Phase::Draining, false, &cx));
+        let mut other = task::spawn(told(&waiters, false));
+        assert_pending!(other.poll());
+        std::thread::scope(|scope| {
+            scope.spawn(|| waiters.tell(draining(Place::LAST)));
+            is_woken.recv().unwrap();
+            assert!(!other.is_woken());
+            // As the control thread does in place of the one that is stuck.
+            waiters.tell(draining(Place::LAST));
+            assert!(other.is_woken());
+            drop(release);
+        });
+        assert_ready!(other.poll());
     }
 
     #[test]

@@ -209,7 +209,12 @@ impl Work {
     }
 
     pub(crate) fn has_steps(&self) -> bool {
-        !lock!(self.list).steps.jobs.is_empty()
+        self.steps() > 0
+    }
+
+    /// How many steps have not been taken.
+    pub(crate) fn steps(&self) -> usize {
+        lock!(self.list).steps.jobs.len()
     }
 
     /// The sum of the steps' bounds.

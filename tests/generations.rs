@@ -15,8 +15,8 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tokio::{task, time};
-use tower_graceful::{Graceful, Outcome, Trigger};
+use tokio::{sync::Mutex, task, time};
+use tower_graceful::{Graceful, Outcome, Phase, Trigger};
 
 const BOUND: Duration = Duration::from_secs(10);
 
@@ -25,10 +25,14 @@ fn without_delay() -> Graceful {
     builder.build().unwrap()
 }
 
+/// One test at a time: a signal is for the whole process.
+static SIGNALS: Mutex<()> = Mutex::const_new(());
+
 /// The first was stopped and dropped, the second dropped without a stop: neither has a say in what the
 /// signal does to the third.
 #[tokio::test]
 async fn a_signal_is_for_the_lifecycles_that_are_alive() {
+    let _alone = SIGNALS.lock().await;
     let first = without_delay();
     let drain = first.drain();
     first.shutdown();
@@ -47,7 +51,7 @@ async fn a_signal_is_for_the_lifecycles_that_are_alive() {
     drop(second.drain());
     drop(second);
     let gone = time::timeout(BOUND, phases.changed()).await;
-    assert!(gone.expect("in time").is_err());
+    assert!(gone.expect("in time").is_none());
     assert_eq!(Arc::strong_count(&ran), 1, "its step is gone with it");
 
     // Longer than a service that has stopped keeps signals to itself.
@@ -61,4 +65,77 @@ async fn a_signal_is_for_the_lifecycles_that_are_alive() {
     assert_eq!(report.trigger(), Trigger::Terminate);
     assert_eq!(report.outcome(), Outcome::Clean);
     assert!(!ran.load(Relaxed));
+}
+
+/// The one that stopped long ago is kept, and has no say.
+#[tokio::test]
+async fn a_signal_is_for_the_lifecycles_that_have_not_stopped() {
+    let _alone = SIGNALS.lock().await;
+    let first = without_delay();
+    first.handle_signals().unwrap();
+    let lasting = without_delay();
+    lasting.handle_signals().unwrap();
+    first.shutdown();
+    first.stopped().await;
+    // Longer than signals are kept after the last one.
+    time::sleep(Duration::from_millis(1_200)).await;
+    let held = lasting.hold("work");
+    for signal in [Signal::SIGTERM, Signal::SIGTERM] {
+        kill(Pid::this(), signal).unwrap();
+        time::timeout(BOUND, lasting.draining())
+            .await
+            .expect("in time");
+        // As long as a second signal may take.
+        time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(lasting.phase(), Phase::Draining);
+    }
+    let ran = Arc::new(AtomicBool::new(false));
+    let step = {
+        let ran = Arc::clone(&ran);
+        async move { ran.store(true, Relaxed) }
+    };
+    lasting.cleanup("of the second", BOUND, step).unwrap();
+    kill(Pid::this(), Signal::SIGINT).unwrap();
+    let report = time::timeout(BOUND, lasting.run(async {})).await;
+    let report = report.expect("in time");
+    drop(held);
+    assert_eq!(report.trigger(), Trigger::Terminate);
+    assert_eq!(report.outcome(), Outcome::Forced);
+    assert!(ran.load(Relaxed), "its cleanup has run");
+}
+
+/// And each acts upon it by itself.
+#[tokio::test]
+async fn a_signal_is_for_all_lifecycles() {
+    let _alone = SIGNALS.lock().await;
+    let all: Vec<_> = (0..3).map(|_| without_delay()).collect();
+    for graceful in &all {
+        graceful.handle_signals().unwrap();
+    }
+    kill(Pid::this(), Signal::SIGINT).unwrap();
+    for graceful in &all {
+        let stopped = time::timeout(BOUND, graceful.stopped()).await;
+        stopped.expect("in time");
+    }
+}
+
+/// Where tokio's clock rules a signal takes effect by that clock.
+#[tokio::test(start_paused = true)]
+async fn a_signal_starts_the_timeline_of_a_paused_clock() {
+    let _alone = SIGNALS.lock().await;
+    time::advance(Duration::from_secs(3_600)).await;
+    let delay = Duration::from_secs(5);
+    let graceful = Graceful::builder().drain_delay(delay).build().unwrap();
+    graceful.handle_signals().unwrap();
+    drop(graceful.track(()));
+    kill(Pid::this(), Signal::SIGTERM).unwrap();
+    let begun = time::Instant::now();
+    while graceful.phase() == Phase::Serving {
+        // The clock stands still as long as there is something to do.
+        task::yield_now().await;
+    }
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    graceful.draining().await;
+    assert_eq!(begun.elapsed(), delay);
+    graceful.stopped().await;
 }

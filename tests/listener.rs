@@ -134,7 +134,7 @@ async fn the_very_last_connection_of_a_quiet_service_is_answered() {
         let run = tokio::spawn(graceful.serve(listener, app(&graceful)));
         let mut phases = graceful.subscribe();
         graceful.shutdown();
-        let _ = phases.wait_for(|phase| *phase >= Phase::LameDuck).await;
+        let _ = phases.reached(Phase::LameDuck).await;
         // About the moment of the close: from 2 ms before the end of the delay to 1 ms after it.
         tokio::time::sleep(Duration::from_micros(38_000 + round * 50)).await;
         let begun = std::time::Instant::now();

@@ -52,7 +52,7 @@ fn round(threads: usize, phase: Phase) -> f64 {
     }
     assert_eq!(graceful.phase(), phase);
     let start = Barrier::new(threads);
-    let times: Vec<_> = thread::scope(|scope| {
+    let times = thread::scope(|scope| {
         let readers = connections.into_iter().map(|io| {
             scope.spawn(|| {
                 let mut io = io;
@@ -64,7 +64,7 @@ fn round(threads: usize, phase: Phase) -> f64 {
         let times = readers.into_iter().map(|it| it.join().expect("a time"));
         times.collect()
     });
-    times.iter().sum::<f64>() / times.len() as f64
+    Figures::new(times).percentile(50)
 }
 
 fn read(io: &mut GracefulIo<Ready>) -> f64 {

@@ -173,7 +173,7 @@ mod diag {
                 assert_eq!(queue(&server), Some(0), "{listen}");
                 server.set_nonblocking(true).unwrap();
                 let mut written = 0;
-                while let Ok(more) = server.write(&[0; 65536]) {
+                while let Ok(more) = server.write(&[0; 8192]) {
                     written += more;
                 }
                 assert!(queue(&server) > Some(100_000), "{listen}");

@@ -57,7 +57,7 @@ impl Graceful {
     ///
     /// # Panics
     ///
-    /// As [`drain`](Self::drain); and the future, when it is polled outside a runtime.
+    /// The future, when it is polled outside a runtime.
     pub fn serve<L, M, S>(
         &self,
         listener: L,
@@ -70,14 +70,10 @@ impl Graceful {
         S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
         S::Future: Send,
     {
-        self.handle_signals();
+        self.handle_signals_or_log();
         let graceful = self.clone();
         let listener = GracefulListener::new(listener, self.clone());
-        async move {
-            // Outside a runtime the call could not.
-            graceful.handle_signals();
-            graceful.run(accept(listener, app, graceful.clone())).await
-        }
+        async move { graceful.run(accept(listener, app, graceful.clone())).await }
     }
 }
 

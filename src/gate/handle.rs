@@ -162,6 +162,12 @@ impl<K, T> WeakGate<K, T> {
     }
 }
 
+impl<K, T> Clone for WeakGate<K, T> {
+    fn clone(&self) -> Self {
+        Self(Weak::clone(&self.0))
+    }
+}
+
 /// Where requests come in. It owns nothing, so to clone it is to copy a pointer, which also says
 /// whether the requests are for a probe: a service has no room for more than a pointer.
 pub(crate) struct Door<K: 'static, T: 'static>(&'static Side<K, T>);

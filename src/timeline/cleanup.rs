@@ -10,7 +10,7 @@ use tokio::{
 
 use super::{Shared, shutdown::Edge};
 use crate::{
-    events,
+    events::Event,
     phase::Phase,
     plan::instant_after,
     report::{Fate, TaskKind},
@@ -21,6 +21,13 @@ const GONE: Duration = Duration::from_millis(50);
 
 /// How long a step is given even where no time is left, so that every one has its turn.
 const LEAST_BOUND: Duration = Duration::from_millis(10);
+
+/// How long after the end of the plan the last step is over at the latest, whatever the steps do, where
+/// the runtime runs: see `clean_up`.
+pub(super) fn most_overtime(steps: usize) -> Duration {
+    let waits = u32::try_from(steps).unwrap_or(u32::MAX).saturating_add(3);
+    (LEAST_BOUND + GONE).saturating_mul(waits)
+}
 
 /// A task that is aborted when it is no longer wanted.
 struct Job(JoinHandle<()>);
@@ -176,7 +183,7 @@ impl Shared {
             fate => fate,
         };
         if let Some(task) = self.work.ended(key, fate) {
-            events::task(&task);
+            self.tell_log(Event::Task(Box::new(task)));
         }
     }
 
@@ -221,8 +228,12 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn signal(graceful: &Graceful) {
+    fn stop(graceful: &Graceful) {
         graceful.shared().signal(Trigger::Terminate);
+    }
+
+    fn hurry(graceful: &Graceful) {
+        graceful.shared().signal(Trigger::Interrupt);
     }
 
     async fn report(graceful: &Graceful) -> Report {
@@ -235,16 +246,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_further_signal_abandons_the_steps_at_once() {
+    async fn a_further_sigint_abandons_the_steps_at_once() {
         let graceful = Graceful::new();
         graceful.cleanup("done", SECOND, async {}).unwrap();
         let (running, waiting) = (pending::<()>(), pending::<()>());
         graceful.cleanup("running", SECOND * 9, running).unwrap();
         graceful.cleanup("waiting", SECOND * 9, waiting).unwrap();
-        signal(&graceful);
+        stop(&graceful);
         time::sleep(SECOND).await;
         assert_eq!(graceful.phase(), Phase::Closing);
-        signal(&graceful);
+        hurry(&graceful);
         assert_eq!(graceful.phase(), Phase::Stopped, "before it returns");
         let report = report(&graceful).await;
         assert_eq!(report.outcome(), Outcome::Abandoned);
@@ -254,7 +265,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_further_signal_abandons_the_workers_at_once() {
+    async fn a_further_sigint_abandons_the_workers_at_once() {
         let graceful = Graceful::new();
         let held = Arc::new(());
         let kept = Arc::clone(&held);
@@ -264,9 +275,9 @@ mod tests {
         };
         graceful.worker("endless", endless).unwrap();
         graceful.cleanup("step", SECOND, async {}).unwrap();
-        signal(&graceful);
+        stop(&graceful);
         time::sleep(SECOND).await;
-        signal(&graceful);
+        hurry(&graceful);
         let report = report(&graceful).await;
         assert_eq!(report.outcome(), Outcome::Abandoned);
         assert_eq!(report.duration(), SECOND);
@@ -277,14 +288,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_signal_that_ends_the_drain_does_not_end_the_cleanup() {
+    async fn a_sigint_that_ends_the_drain_does_not_end_the_cleanup() {
         let graceful = Graceful::new();
         let hold = graceful.hold("hold");
         let step = time::sleep(SECOND);
         graceful.cleanup("step", SECOND * 2, step).unwrap();
-        signal(&graceful);
+        stop(&graceful);
         time::sleep(SECOND).await;
-        signal(&graceful);
+        hurry(&graceful);
         assert_eq!(graceful.phase(), Phase::Closing);
         let report = report(&graceful).await;
         drop(hold);
@@ -293,16 +304,17 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_signal_in_the_moment_of_the_end_does_not_skip_the_cleanup() {
+    async fn a_sigint_in_the_moment_of_the_end_does_not_skip_the_cleanup() {
         let graceful = Graceful::new();
         let hold = graceful.hold("hold");
         graceful.cleanup("step", SECOND, async {}).unwrap();
-        signal(&graceful);
-        signal(&graceful);
+        stop(&graceful);
+        hurry(&graceful);
         assert_eq!(graceful.phase(), Phase::Closing);
+        time::sleep(SECOND / 8).await;
         // What was cut ends, and nobody has looked yet.
         drop(hold);
-        signal(&graceful);
+        hurry(&graceful);
         let report = report(&graceful).await;
         assert_eq!(report.outcome(), Outcome::Forced);
         assert_eq!(fates(&report), [Fate::Done]);

@@ -1,17 +1,25 @@
 //! The timeline: what moves the phase, and when.
 //!
 //! `settle` is the whole of it: a function of the state and the present instant that takes every
-//! step which is due and says when to look again. It is called under one lock by whoever changes
-//! something (a trigger, a further signal, a server that ends) and by the *driver*, a task that
-//! sleeps until the next deadline. So a trigger takes effect before it returns, on any thread and
-//! without a runtime, and only the passing of time needs the driver.
+//! step which is due and says when to look again. It is called under one lock by whatever changes
+//! something (a trigger, a further signal, a server that ends), and by those that let time pass. So a
+//! trigger takes effect before it returns, on any thread and without a runtime.
+//!
+//! Two let time pass. The *control thread* ([`control`](crate::control)) looks at every stop under way
+//! when its next deadline comes, and whenever something rings for it. The *driver* is a task that does
+//! the same in a runtime. It runs what is the user's and needs a runtime: hooks, and the cleanup. It
+//! also rules alone where tokio's clock is paused, because the control thread knows only the real
+//! clock. Where both look, the second finds nothing to do.
 //!
 //! The driver is spawned by the first call that happens inside a runtime. Until something triggers
 //! it waits to be given the state, and ends when that is gone: a service that is built and dropped
-//! leaves no task behind. From then on it owns it, and waits for a deadline, for the bell that every
-//! change rings, and for the gate to become idle. Nothing is polled by the clock, but that during a
-//! shutdown the bell is rung from outside the runtime as well, in case a task holds the thread that
-//! waits for timers.
+//! leaves no task behind. From then on it owns it, and so does the control thread. A driver that ends
+//! with its runtime leaves the rest to the control thread, and to the runtime of any task that waits
+//! for a phase: such tasks are woken, and one of them starts another driver there. What then can no
+//! longer be run is reported as it is.
+//!
+//! What is the user's may block and panic, so none of it is run under the lock. Events are queued there
+//! and written later ([`events`]); wakers are called after the lock, and not by the control thread.
 //!
 //! `shutdown` is what is known of a shutdown under way, `settle` the steps, `driver` the task; here
 //! is what the rest of the crate asks for.
@@ -22,13 +30,17 @@ mod settle;
 mod shutdown;
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    sync::{
+        Arc, LazyLock, Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Waker},
     time::Duration,
 };
 
 use tokio::{
     runtime,
-    sync::{Notify, oneshot, watch},
+    sync::{oneshot, watch},
     time::{self, Instant},
 };
 
@@ -39,13 +51,14 @@ pub(crate) use self::settle::LINGER;
 pub(crate) use self::shutdown::{Edge, ServerEnd};
 use self::{
     driver::Driver,
-    shutdown::{Expiring, Shutdown, State},
+    shutdown::{Clock, Shutdown, State},
 };
-#[cfg(all(unix, feature = "signal"))]
-use crate::watchdog::Watchdog;
+#[cfg(feature = "signal")]
+use crate::events::Effect;
 use crate::{
     connections::Starved,
-    events,
+    control::{Bell, Control, Subject, clock, shielded},
+    events::{self, Event, Origin, Transition},
     gate::{Gate, WeakGate},
     notice::Told,
     phase::Phase,
@@ -64,6 +77,12 @@ use crate::{
 #[cfg(feature = "signal")]
 const DOUBLED: Duration = Duration::from_millis(100);
 
+/// How often a drain says what it is waiting for.
+const PROGRESS: Duration = Duration::from_secs(2);
+
+/// The control thread of this process.
+pub(crate) static CONTROL: LazyLock<Control<Shared>> = LazyLock::new(Control::new);
+
 /// A service's whole state: its gate, and behind it what everybody shares.
 pub(crate) type Shared = Gate<Policy, Lifecycle>;
 
@@ -79,20 +98,44 @@ pub(crate) struct Lifecycle {
     pub(crate) roll: Roll,
     /// For a phase, by the thousands.
     pub(crate) waiters: Waiters,
-    /// Set where one was asked for.
-    #[cfg(all(unix, feature = "signal"))]
-    pub(crate) watchdog: OnceLock<Watchdog>,
     /// Set once there is a router with the probes' own paths.
     pub(crate) probes: OnceLock<()>,
     phases: watch::Sender<Phase>,
     edges: watch::Sender<Edge>,
-    /// Rung at every change that the driver has to look at.
-    bell: Arc<Notify>,
+    /// Rung at every change that has to be looked at.
+    bell: Arc<Bell>,
+    /// Rings it.
+    idle: Waker,
+    log: events::Queue,
+    /// There is a driver. For those who look without the lock.
+    driven: AtomicBool,
+    /// What the control thread has told last.
+    told: Mutex<Option<News>>,
     state: Mutex<State>,
+}
+
+/// What a step has to tell, once no lock is held. Telling an older one afterwards changes nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct News {
+    connections: Told,
+    /// How often connections were looked at for those on which there is nothing to wait for.
+    expiries: u32,
+    edge: Edge,
+    phase: Phase,
+    waiters: Moment,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    /// Whatever changes something, and the driver.
+    User,
+    /// The control thread.
+    Control,
 }
 
 impl Lifecycle {
     pub(crate) fn new(plan: Plan, policy: &'static Policy) -> Self {
+        let bell = Arc::new(Bell::new(|id| CONTROL.ring(id)));
         Self {
             plan,
             policy,
@@ -101,12 +144,14 @@ impl Lifecycle {
             work: Work::default(),
             roll: Roll::default(),
             waiters: Waiters::new(),
-            #[cfg(all(unix, feature = "signal"))]
-            watchdog: OnceLock::new(),
             probes: OnceLock::new(),
             phases: watch::Sender::new(Phase::Serving),
             edges: watch::Sender::new(Edge::Open),
-            bell: Arc::new(Notify::new()),
+            idle: Waker::from(Arc::clone(&bell)),
+            bell,
+            log: events::Queue::default(),
+            driven: AtomicBool::new(false),
+            told: Mutex::new(None),
             state: Mutex::new(State::default()),
         }
     }
@@ -123,9 +168,21 @@ impl Lifecycle {
         self.edges.subscribe()
     }
 
-    /// Wakes the driver to look at what has changed.
+    /// Has what has changed looked at.
     pub(crate) fn ring(&self) {
-        self.bell.notify_one();
+        self.bell.ring();
+    }
+
+    /// Whether a driver is alive.
+    pub(crate) fn is_driven(&self) -> bool {
+        self.driven.load(Ordering::Acquire)
+    }
+
+    /// Has an event written that belongs to no step.
+    fn tell_log(&self, event: Event) {
+        let aside = self.state().clock == Clock::Real;
+        self.log.push(vec![event], aside, Origin::here().as_ref());
+        self.log.write();
     }
 
     pub(crate) fn report(&self) -> Option<Report> {
@@ -168,6 +225,53 @@ impl Lifecycle {
     }
 }
 
+#[cfg(feature = "signal")]
+impl Drop for Lifecycle {
+    fn drop(&mut self) {
+        CONTROL.forget(self.bell.id());
+    }
+}
+
+impl Subject for Shared {
+    #[cfg(feature = "signal")]
+    type Weak = WeakShared;
+
+    #[cfg(feature = "signal")]
+    fn upgrade(weak: &WeakShared) -> Option<Self> {
+        weak.upgrade()
+    }
+
+    fn look(&self) -> Option<Box<dyn FnOnce() + Send>> {
+        self.bell.looks();
+        self.bell.wake_driver();
+        let (_, news) = self.step_by(By::Control, |_, _| ());
+        self.to_tell(news)
+    }
+
+    #[cfg(feature = "signal")]
+    fn hear(&self, trigger: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
+        {
+            let mut state = self.state();
+            if state.clock == Clock::Tokio {
+                // What time it is there only the driver knows.
+                state.heard.push(trigger);
+                drop(state);
+                self.ring();
+                return None;
+            }
+        }
+        let (_, news) = self.step_by(By::Control, |state, now| self.heard(state, trigger, now));
+        self.start_driver();
+        self.ring();
+        self.to_tell(news)
+    }
+
+    #[cfg(all(unix, feature = "signal"))]
+    fn describe(&self) -> Option<String> {
+        self.describe_end()
+    }
+}
+
 impl Shared {
     /// Requests and holds.
     pub(crate) fn in_flight(&self) -> usize {
@@ -190,13 +294,21 @@ impl Shared {
         let Ok(runtime) = runtime::Handle::try_current() else {
             return;
         };
+        let clock = clock_here();
         let (start, started) = oneshot::channel();
         {
             let mut state = self.state();
+            if clock == Clock::Tokio && state.driven {
+                // It has been paused since.
+                state.clock = clock;
+            }
             if state.driven || state.report.is_some() {
                 return;
             }
             state.driven = true;
+            self.driven.store(true, Ordering::Release);
+            state.clock = clock;
+            state.driver_gone = None;
             state.start = Some(start);
         }
         let driver = Driver::new(self.downgrade(), Arc::clone(&self.bell));
@@ -204,6 +316,28 @@ impl Shared {
         drop(time::sleep(Duration::ZERO));
         // After the lock: a runtime that shuts down drops the driver here and now.
         drop(runtime.spawn(driver.run(started)));
+    }
+
+    /// The driver has ended, with its runtime or because there is nothing left to drive. `ran`: it was
+    /// more than refused by a runtime that was shutting down.
+    fn driver_ended(&self, ran: bool) {
+        {
+            let mut state = self.state();
+            state.driven = false;
+            self.driven.store(false, Ordering::Release);
+            state.clock = Clock::Real;
+            if state.report.is_some() {
+                return;
+            }
+            if ran {
+                state.driver_gone = Some(Instant::now());
+            }
+        }
+        if ran {
+            // One of them may have a runtime that goes on.
+            self.waiters.nudge();
+        }
+        self.change(|_, _| ());
     }
 
     /// Has the driver keep the service alive from now on, if a shutdown is under way: it is to
@@ -236,8 +370,10 @@ impl Shared {
 
     /// Starts the timeline, unless something has already.
     pub(crate) fn trigger(&self, trigger: Trigger) {
+        // First, because it finds out which clock rules.
+        self.spawn_driver();
         self.change(|state, now| self.start(state, trigger, now));
-        self.drive();
+        self.start_driver();
     }
 
     fn start(&self, state: &mut State, trigger: Trigger, now: Instant) {
@@ -253,52 +389,80 @@ impl Shared {
             }
         };
         state.shutdown = Some(Shutdown::new(trigger, now, self.plan.deadlines(delay)));
+        #[cfg(all(unix, feature = "signal"))]
+        CONTROL.watch_until(
+            self.bell.id(),
+            instant_after(clock::real_now(), self.plan.last_moment()),
+        );
     }
 
-    /// Claims the listening for signals, once.
+    /// Passes signals on to this lifecycle from now on, unless it has stopped.
     #[cfg(feature = "signal")]
-    pub(crate) fn claim_signals(&self) -> bool {
-        let mut state = self.state();
-        !std::mem::replace(&mut state.listening, true)
+    pub(crate) fn listen(&self) -> std::io::Result<()> {
+        // Under the lock, so that it cannot stop in between.
+        let state = self.state();
+        if state.report.is_some() {
+            return Ok(());
+        }
+        CONTROL.listen(self.bell.id(), || self.downgrade())
     }
 
-    /// Gives the claim back, because the listening has ended.
-    #[cfg(feature = "signal")]
-    pub(crate) fn release_signals(&self) {
-        self.state().listening = false;
+    /// Ends the process at the end of the grace period, if this has not stopped by then.
+    #[cfg(all(unix, feature = "signal"))]
+    pub(crate) fn watch_grace_period(&self) -> std::io::Result<()> {
+        CONTROL.watch(self.bell.id(), self.downgrade())
     }
 
-    /// The service stopped longer ago than a signal that was meant for it may take.
-    #[cfg(feature = "signal")]
-    pub(crate) fn is_long_stopped(&self) -> bool {
-        const LATE: Duration = Duration::from_secs(1);
-
-        let stopped = self.state().stopped;
-        stopped.is_some_and(|stopped| stopped.elapsed() > LATE)
-    }
-
-    /// The first signal starts the timeline, each further one skips what is left of the phase.
+    /// As the control thread does where the real clock rules: for tests, and in the driver.
     #[cfg(feature = "signal")]
     pub(crate) fn signal(&self, trigger: Trigger) {
-        self.change(|state, now| {
-            let first = state.shutdown.is_none();
-            self.start(state, trigger, now);
-            let Some(shutdown) = &mut state.shutdown else {
-                return;
-            };
-            let interrupt = trigger == Trigger::Interrupt;
-            let doubled = interrupt
-                && shutdown
-                    .last_interrupt
-                    .is_some_and(|last| now.saturating_duration_since(last) < DOUBLED);
-            if interrupt && !doubled {
-                shutdown.last_interrupt = Some(now);
-            }
-            if !first && !doubled {
-                shutdown.hurry = true;
-            }
-        });
-        self.drive();
+        self.spawn_driver();
+        self.change(|state, now| self.heard(state, trigger, now));
+        self.start_driver();
+    }
+
+    /// Acts upon the signals that were left for the driver.
+    #[cfg(feature = "signal")]
+    fn act_on_signals(&self) {
+        // Not in the `for`, which would hold the lock.
+        let heard = std::mem::take(&mut self.state().heard);
+        for trigger in heard {
+            self.signal(trigger);
+        }
+    }
+
+    /// The first signal starts the timeline. A further SIGTERM changes nothing, a further SIGINT ends
+    /// the present phase.
+    #[cfg(feature = "signal")]
+    fn heard(&self, state: &mut State, trigger: Trigger, now: Instant) {
+        let first = state.shutdown.is_none();
+        self.start(state, trigger, now);
+        let stopped = state.report.is_some();
+        let Some(shutdown) = &mut state.shutdown else {
+            return;
+        };
+        let interrupt = trigger == Trigger::Interrupt;
+        let doubled = interrupt
+            && shutdown
+                .last_interrupt
+                .is_some_and(|last| now.saturating_duration_since(last) < DOUBLED);
+        if interrupt && !doubled {
+            shutdown.last_interrupt = Some(now);
+        }
+        if first {
+            return;
+        }
+        let effect = if doubled {
+            Effect::Doubled
+        } else if !interrupt || stopped {
+            Effect::Nothing
+        } else if shutdown.cleanup.is_some() {
+            Effect::EndedCleanup
+        } else {
+            Effect::Ended(self.phase())
+        };
+        shutdown.hurry |= matches!(effect, Effect::EndedCleanup | Effect::Ended(_));
+        state.events.push(Event::Signal(trigger, effect));
     }
 
     pub(crate) fn server_began(&self) {
@@ -331,74 +495,176 @@ impl Shared {
 
     /// Takes every step that is due, for the driver. Says when to look again, if ever.
     fn tick(&self) -> Option<Instant> {
-        self.step(|_, _| ())
+        let clock = clock_here();
+        #[cfg(feature = "signal")]
+        self.act_on_signals();
+        self.step(|state, _| state.clock = clock)
     }
 
     fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
-        let now = Instant::now();
-        let mut transitions = Vec::new();
-        let (next, edge, told, expires_again, moment, queued) = {
-            let mut state = self.state();
-            change(&mut state, now);
-            let next = self.settle(&mut state, now, &mut transitions);
-            let told = self.told(&state);
-            let shutdown = state.shutdown.as_mut();
-            let expires_again = shutdown.is_some_and(Shutdown::takes_again);
-            let edge = state.shutdown.as_ref().map(|shutdown| shutdown.edge);
-            let moment = self.moment(&state, now);
-            let stopped = transitions.iter().any(|it| it.to == Phase::Stopped);
-            let report = state.report.as_ref().filter(|_| stopped);
-            let queued = report.map(|report| report.remaining().queued);
-            (
-                next,
-                edge.unwrap_or(Edge::Open),
-                told,
-                expires_again,
-                moment,
-                queued,
-            )
-        };
-        // After the lock, because wakers and subscribers may call back.
-        self.connections.tell(told);
-        if expires_again {
-            self.connections.wake_all();
-        }
-        #[cfg(all(unix, feature = "signal"))]
-        self.tell_watchdog(&transitions);
-        advance(&self.edges, edge);
-        if let Some(last) = transitions.last() {
-            advance(&self.phases, last.to);
-        }
-        if moment.phase > Phase::LameDuck {
-            self.waiters.tell(moment);
-        }
-        for transition in &transitions {
-            events::transition(transition);
-        }
-        if let Some(queued @ 1..) = queued {
-            events::queue_reset(queued);
-        }
+        let (next, news) = self.step_by(By::User, change);
+        self.tell(news);
         next
     }
 
-    #[cfg(all(unix, feature = "signal"))]
-    fn tell_watchdog(&self, transitions: &[events::Transition]) {
-        let Some(watchdog) = self.watchdog.get() else {
-            return;
+    /// What is returned is still to be told.
+    fn step_by(&self, by: By, change: impl FnOnce(&mut State, Instant)) -> (Option<Instant>, News) {
+        let now = Instant::now();
+        let origin = (by == By::User).then(Origin::here).flatten();
+        let mut transitions = Vec::new();
+        let mut state = self.state();
+        change(&mut state, now);
+        let is_real = state.clock == Clock::Real;
+        let stopping = state.shutdown.is_some() && state.report.is_none();
+        let was_engaged = if stopping && is_real {
+            self.bell.engage(true)
+        } else {
+            self.bell.engage(false)
         };
-        for transition in transitions {
-            match transition.to {
-                Phase::LameDuck => watchdog.arm(),
-                Phase::Stopped => watchdog.call_off(),
-                Phase::Serving | Phase::Draining | Phase::Closing => {}
+        let next = if by == By::Control && !is_real {
+            None
+        } else {
+            if stopping {
+                // Before it is looked at, so that whatever ends later rings.
+                let _ = self.poll_idle(&mut Context::from_waker(&self.idle));
+            }
+            let next = self.settle(&mut state, now, &mut transitions);
+            self.note_progress(&mut state, next, now, &mut transitions)
+        };
+        let ended = match next {
+            Some(next) if is_real => {
+                CONTROL.schedule(self.bell.id(), self, next, state.driven);
+                None
+            }
+            _ if was_engaged || stopping && is_real => {
+                self.bell.engage(false);
+                CONTROL.end(self.bell.id())
+            }
+            _ => None,
+        };
+        let stopped = stopping && state.report.is_some();
+        if let (true, Some(report)) = (stopped, &state.report) {
+            let queued = report.remaining().queued;
+            if queued > 0 {
+                state.events.push(Event::QueueReset(queued));
             }
         }
+        #[cfg(feature = "signal")]
+        if stopped {
+            let has_ended = self.has_ended(state.driver_gone.is_some());
+            CONTROL.stopped(self.bell.id(), has_ended);
+        }
+        // Of a service that has stopped it keeps no subscriber.
+        let origin = origin.or_else(|| state.origin.take());
+        let events = std::mem::take(&mut state.events);
+        self.log.push(events, is_real, origin.as_ref());
+        let former = if stopping && !stopped {
+            std::mem::replace(&mut state.origin, origin)
+        } else {
+            origin
+        };
+        let phase = self.phase();
+        let news = News {
+            connections: self.told(&state),
+            expiries: state.shutdown.as_ref().map_or(0, |it| it.expiries),
+            edge: state.shutdown.as_ref().map_or(Edge::Open, |it| it.edge),
+            phase,
+            waiters: self.moment(&state, now),
+        };
+        let undriven = stopped && !state.driven;
+        drop(state);
+        drop((ended, former));
+        if undriven {
+            let shared = self.clone();
+            CONTROL.aside(Box::new(move || shared.give_up_work()));
+        }
+        if by == By::Control {
+            // The rest is written by the thread for it.
+            events::work();
+        }
+        (next, news)
+    }
+
+    /// For the control thread: what is new of this, to be told beside it.
+    fn to_tell(&self, news: News) -> Option<Box<dyn FnOnce() + Send>> {
+        if lock!(self.told).replace(news) == Some(news) {
+            return None;
+        }
+        let shared = self.clone();
+        Some(Box::new(move || shared.tell(news)))
+    }
+
+    /// Tells connections, servers and waiters, after every lock because they may call back. None of
+    /// them keeps another from being told.
+    fn tell(&self, news: News) {
+        shielded(|| self.connections.tell(news.connections));
+        if news.expiries > 1 {
+            // Some that were waited for may have become such.
+            shielded(|| self.connections.wake_all());
+        }
+        shielded(|| advance(&self.edges, news.edge));
+        shielded(|| advance(&self.phases, news.phase));
+        if news.waiters.phase > Phase::LameDuck {
+            self.waiters.tell(news.waiters);
+        }
+        self.log.write();
+    }
+
+    /// Notes the transitions for the log, and every now and then what the drain waits for. Says when to
+    /// look again.
+    fn note_progress(
+        &self,
+        state: &mut State,
+        next: Option<Instant>,
+        now: Instant,
+        transitions: &mut Vec<Transition>,
+    ) -> Option<Instant> {
+        let events = transitions.drain(..).map(Event::Transition);
+        state.events.extend(events);
+        let (next, since) = (next?, state.draining_since());
+        let Some(since) = since else {
+            return Some(next);
+        };
+        let at = *state
+            .progress_at
+            .get_or_insert_with(|| instant_after(since, PROGRESS));
+        if now < at {
+            return Some(next.min(at));
+        }
+        let phase = self.phase();
+        let ends = state.shutdown.as_ref().and_then(|it| it.ends(phase));
+        if let Some(ends) = ends {
+            let mut oldest = self.roll.list(now);
+            oldest.truncate(3);
+            state.events.push(Event::Progress(events::Progress {
+                phase,
+                in_flight: self.in_flight(),
+                connections: self.connections.len(),
+                time_left: ends.saturating_duration_since(now),
+                oldest,
+            }));
+        }
+        let at = instant_after(now, PROGRESS);
+        state.progress_at = Some(at);
+        Some(next.min(at))
+    }
+
+    /// Nothing is left of what the stop waited for. Tasks have ended with a runtime that is gone.
+    #[cfg(feature = "signal")]
+    fn has_ended(&self, runtime_gone: bool) -> bool {
+        let workless = || {
+            let tasks = self.work.tasks();
+            let mut tasks = tasks.iter();
+            runtime_gone || tasks.all(|it| it.began.is_none() || it.ended.is_some())
+        };
+        self.in_flight() == 0 && self.connections.len() == 0 && workless()
     }
 
     /// What there is to say when time is over and the service has not stopped.
     #[cfg(all(unix, feature = "signal"))]
-    pub(crate) fn describe(&self) -> Option<String> {
-        if self.phase() == Phase::Stopped {
+    fn describe_end(&self) -> Option<String> {
+        let runtime_gone = self.state().driver_gone.is_some();
+        if self.phase() == Phase::Stopped && self.has_ended(runtime_gone) {
             return None;
         }
         let now = Instant::now();
@@ -449,7 +715,7 @@ impl Shared {
             return Told::Cut;
         }
         let phase = self.phase();
-        if shutdown.expiring != Expiring::No {
+        if shutdown.expiries > 0 {
             Told::Expire
         } else if shutdown.edge == Edge::Connections {
             Told::Close
@@ -462,6 +728,14 @@ impl Shared {
         } else {
             Told::Stay
         }
+    }
+}
+
+fn clock_here() -> Clock {
+    if clock::is_real() {
+        Clock::Real
+    } else {
+        Clock::Tokio
     }
 }
 

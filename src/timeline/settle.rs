@@ -44,12 +44,26 @@ enum Step {
     Until(Instant),
 }
 
-/// The driver cleans up, and says when that is done.
-fn settle_cleanup(shutdown: &mut Shutdown, now: Instant) -> Step {
-    match &shutdown.cleanup {
-        Some(cleanup) if cleanup.done => Step::To(Phase::Stopped, cleanup.after),
-        _ if std::mem::take(&mut shutdown.hurry) => Step::To(Phase::Stopped, Reason::Signal),
-        _ => Step::Until(instant_after(now, Duration::MAX)),
+/// How long after its runtime has ended another one may take over the cleanup.
+const TAKE_OVER: Duration = Duration::from_millis(250);
+
+/// The driver cleans up, and says when that is done. Its runtime may be blocked, or gone.
+fn settle_cleanup(shutdown: &mut Shutdown, driver_gone: Option<Instant>, now: Instant) -> Step {
+    let hurry = std::mem::take(&mut shutdown.hurry);
+    let Some(cleanup) = &shutdown.cleanup else {
+        return Step::Until(now);
+    };
+    let lost = driver_gone.map(|gone| instant_after(gone.max(cleanup.begun), TAKE_OVER));
+    if cleanup.done {
+        Step::To(Phase::Stopped, cleanup.after)
+    } else if hurry {
+        Step::To(Phase::Stopped, Reason::Signal)
+    } else if lost.is_some_and(|lost| now >= lost) {
+        Step::To(Phase::Stopped, Reason::NoRuntime)
+    } else if now >= cleanup.until {
+        Step::To(Phase::Stopped, Reason::CleanupOverdue)
+    } else {
+        Step::Until(lost.map_or(cleanup.until, |lost| lost.min(cleanup.until)))
     }
 }
 
@@ -65,12 +79,15 @@ impl Shared {
             let phase = self.phase();
             let servers = state.servers.unwrap_or(0);
             let nobody_serves = state.servers == Some(0) && state.drains == 0;
+            let driver_gone = state.driver_gone;
             let shutdown = state.shutdown.as_mut()?;
             let step = match phase {
                 Phase::Serving => Step::To(Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
                 Phase::LameDuck => self.settle_lame_duck(shutdown, nobody_serves, now),
                 Phase::Draining => self.settle_draining(shutdown, servers, now),
-                Phase::Closing if shutdown.cleanup.is_some() => settle_cleanup(shutdown, now),
+                Phase::Closing if shutdown.cleanup.is_some() => {
+                    settle_cleanup(shutdown, driver_gone, now)
+                }
                 Phase::Closing => self.settle_closing(shutdown, servers, now),
                 Phase::Stopped => return None,
             };
@@ -199,7 +216,6 @@ impl Shared {
             return;
         };
         if to == Phase::Stopped {
-            state.stopped = Some(now);
             let error = state.server_error.take();
             let figures = self.since_serving();
             let half_closed = self.connections.count_half_closed();

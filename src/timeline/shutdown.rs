@@ -5,9 +5,9 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::Shared;
+use super::{Shared, cleanup};
 use crate::{
-    events::Reason,
+    events::{Event, Origin, Reason},
     gate::SinceServing,
     phase::Phase,
     plan::{Deadlines, instant_after},
@@ -44,8 +44,18 @@ pub(super) struct State {
     pub(super) driven: bool,
     /// It waits for a shutdown to begin.
     pub(super) start: Option<oneshot::Sender<Shared>>,
+    /// The last driver has ended with its runtime.
+    pub(super) driver_gone: Option<Instant>,
+    pub(super) clock: Clock,
+    /// Signals that the driver is to act upon.
     #[cfg(feature = "signal")]
-    pub(super) listening: bool,
+    pub(super) heard: Vec<Trigger>,
+    /// Events of the step under way.
+    pub(super) events: Vec<Event>,
+    /// Where the log of the last step went that the control thread did not take.
+    pub(super) origin: Option<Origin>,
+    /// When the log is told what the drain waits for.
+    pub(super) progress_at: Option<Instant>,
     pub(super) shutdown: Option<Shutdown>,
     /// Servers given to `run` that have not ended. `None`: there never were any.
     pub(super) servers: Option<usize>,
@@ -55,8 +65,16 @@ pub(super) struct State {
     pub(super) spread_responses: u64,
     pub(super) server_error: Option<String>,
     pub(super) report: Option<Report>,
-    /// When the report was written.
-    pub(super) stopped: Option<Instant>,
+}
+
+/// Who lets time pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Clock {
+    /// The control thread, and the driver beside it.
+    #[default]
+    Real,
+    /// The driver, in a runtime whose clock is paused.
+    Tokio,
 }
 
 impl State {
@@ -88,7 +106,8 @@ pub(super) struct Shutdown {
     /// When connections are next looked at for those on which there is nothing to wait for. Known once
     /// they have been told to close.
     expiry: Option<Instant>,
-    pub(super) expiring: Expiring,
+    /// How often they have been so far.
+    pub(super) expiries: u32,
     /// When each phase so far was entered: lame duck, draining, closing.
     pub(super) entered: Vec<Instant>,
     /// A little before the end of the delay: who has not been asked to leave by then is asked, so
@@ -130,15 +149,6 @@ pub(crate) enum ServerEnd {
     Failed(String),
 }
 
-/// Whether connections on which there is nothing to wait for are to close.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Expiring {
-    No,
-    Yes,
-    /// They have been told so, and some that were waited for may have become such.
-    Again,
-}
-
 pub(super) struct Cut {
     pub(super) at: Instant,
     /// Requests dropped without a response until then: those that the cut drops are cut.
@@ -160,6 +170,8 @@ pub(super) struct Cleanup {
     /// How what came before ended.
     pub(super) after: Reason,
     pub(super) done: bool,
+    /// When it is given up. A driver that runs is done before.
+    pub(super) until: Instant,
 }
 
 impl Shutdown {
@@ -174,7 +186,7 @@ impl Shutdown {
             edge_begun: None,
             heard: None,
             expiry: None,
-            expiring: Expiring::No,
+            expiries: 0,
             entered: Vec::with_capacity(3),
             last_words: before(deadlines.delay, deadlines.delay, LAST_WORDS),
             asks_everybody: false,
@@ -230,22 +242,10 @@ impl Shutdown {
         if now < due {
             return Some(due);
         }
-        self.expiring = match self.expiring {
-            Expiring::No => Expiring::Yes,
-            Expiring::Yes | Expiring::Again => Expiring::Again,
-        };
+        self.expiries += 1;
         let next = instant_after(now, EXPIRY);
         self.expiry = Some(next);
         (now < before_cut).then_some(next)
-    }
-
-    /// Whether the connections are to look once more, which is said once.
-    pub(super) fn takes_again(&mut self) -> bool {
-        let again = self.expiring == Expiring::Again;
-        if again {
-            self.expiring = Expiring::Yes;
-        }
-        again
     }
 
     fn closing_until(&self, begun: Instant) -> Instant {
@@ -282,6 +282,7 @@ impl Shutdown {
                 begun: now,
                 after,
                 done: false,
+                until: instant_after(self.end.max(now), cleanup::most_overtime(work.steps())),
             });
         }
         begins

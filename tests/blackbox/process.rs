@@ -1,7 +1,7 @@
 //! The child process: started, signalled, watched to its end, and never left behind.
 
 use std::{
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader},
     net::{SocketAddr, TcpListener},
     os::fd::OwnedFd,
     process::{Child, Command, ExitStatus, Stdio},
@@ -26,7 +26,7 @@ pub(crate) const BOUND: Duration = Duration::from_secs(20);
 pub(crate) struct Server {
     child: Child,
     lines: Receiver<String>,
-    log: Option<thread::JoinHandle<String>>,
+    log: Option<thread::JoinHandle<Vec<(Instant, String)>>>,
     pub(crate) address: SocketAddr,
     signalled: Option<Instant>,
 }
@@ -42,12 +42,22 @@ pub(crate) struct Exit {
     /// The lines of its standard output that nobody has expected before, the report last.
     pub(crate) said: Vec<String>,
     pub(crate) log: String,
+    /// Its lines, and when each came after the first signal.
+    pub(crate) logged: Vec<(Duration, String)>,
 }
 
 impl Exit {
     #[track_caller]
     pub(crate) fn assert_clean(&self) {
         assert_eq!(self.status.code(), Some(0), "{self:?}");
+    }
+
+    /// When a line with this in it was logged.
+    #[track_caller]
+    pub(crate) fn logged_after(&self, text: &str) -> Duration {
+        let line = self.logged.iter().find(|(_, line)| line.contains(text));
+        let (at, _) = line.unwrap_or_else(|| panic!("{text:?} is not in the log: {self:?}"));
+        *at
     }
 
     #[track_caller]
@@ -117,11 +127,12 @@ impl Server {
                 let _ = sender.send(line);
             }
         });
-        let mut stderr = child.stderr.take().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
         let log = thread::spawn(move || {
-            let mut log = String::new();
-            let _ = stderr.read_to_string(&mut log);
-            log
+            let lines = stderr.split(b'\n').map_while(Result::ok);
+            lines
+                .map(|line| (Instant::now(), String::from_utf8_lossy(&line).into_owned()))
+                .collect()
         });
         Self {
             child,
@@ -233,12 +244,20 @@ impl Server {
         };
         let after = self.signalled.map_or(Duration::ZERO, |at| at.elapsed());
         let said: Vec<_> = self.lines.iter().collect();
+        let logged = self.log.take().unwrap().join().unwrap();
+        let signalled = self.signalled.unwrap_or_else(Instant::now);
         Exit {
             after,
             status,
             report: said.last().cloned().unwrap_or_default(),
             said,
-            log: self.log.take().unwrap().join().unwrap(),
+            log: logged
+                .iter()
+                .fold(String::new(), |log, (_, line)| log + line + "\n"),
+            logged: logged
+                .into_iter()
+                .map(|(at, line)| (at.saturating_duration_since(signalled), line))
+                .collect(),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The server under test.
 
 use std::{
-    convert::Infallible, io, net::SocketAddr, process::ExitCode, sync::LazyLock, time::Duration,
+    convert::Infallible, io, net::SocketAddr, process::ExitCode, sync::LazyLock, thread,
+    time::Duration,
 };
 
 use axum::{
@@ -73,16 +74,44 @@ pub(crate) fn allow_files(files: u64) -> u64 {
 }
 
 pub(crate) fn run(args: &[String]) -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_ansi(false)
+    let knobs = Knobs(args);
+    let log = tracing_subscriber::fmt().with_ansi(false);
+    if knobs.text("log") == Some("blocks") {
+        log.with_writer(|| -> io::Stderr {
+            loop {
+                thread::park();
+            }
+        })
         .init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(4)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(serve(&Knobs(args)))
+    } else {
+        log.with_writer(io::stderr).init();
+    }
+    let mut runtime = match knobs.number("threads") {
+        // The one that calls.
+        Some(0) => tokio::runtime::Builder::new_current_thread(),
+        threads => {
+            let mut runtime = tokio::runtime::Builder::new_multi_thread();
+            runtime.worker_threads(threads.unwrap_or(4).try_into().unwrap());
+            runtime
+        }
+    };
+    let runtime = runtime.enable_all().build().unwrap();
+    runtime.block_on(serve(&knobs))
+}
+
+/// Says which phase it is, and what readiness says, from a thread of no runtime.
+fn observe(graceful: Graceful) {
+    thread::spawn(move || {
+        let mut last = graceful.phase();
+        while last < Phase::Stopped {
+            let phase = graceful.phase();
+            if phase > last {
+                println!("phase {phase}, ready {}", graceful.is_ready());
+                last = phase;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
 }
 
 fn listener_on_stdin() -> TcpListener {
@@ -142,6 +171,9 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
             return ExitCode::from(64);
         }
     };
+    if knobs.text("observed").is_some() {
+        observe(graceful.clone());
+    }
     register(&graceful, knobs);
     let app = app(&graceful, knobs);
     let listener = match knobs.text("listener") {
@@ -188,11 +220,11 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
             return ExitCode::SUCCESS;
         }
         "Listening" => {
-            graceful.handle_signals();
+            graceful.handle_signals().unwrap();
             starting.await;
             let mut phases = graceful.subscribe();
             let stopped = async move {
-                let _ = phases.wait_for(|phase| *phase >= Phase::Closing).await;
+                let _ = phases.reached(Phase::Closing).await;
             };
             axum::serve(listener, app)
                 .with_graceful_shutdown(stopped)

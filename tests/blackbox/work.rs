@@ -43,7 +43,7 @@ pub(crate) const TESTS: &[Test] = &[
         blocking,
     ),
     (
-        "work::of_cleaning_up_is_not_waited_for_after_a_fourth_signal",
+        "work::of_cleaning_up_is_not_waited_for_after_a_fourth_sigint",
         Form::CUTTING,
         fourth_signal,
     ),
@@ -263,14 +263,17 @@ fn fourth_signal(form: Form) {
     server.wait_for_in_flight(1);
     server.terminate();
     server.wait_for_unready();
-    server.signal(Signal::SIGTERM);
+    server.signal(Signal::SIGINT);
     server.wait_for_draining();
-    server.signal(Signal::SIGTERM);
+    // Not the same Ctrl-C.
+    thread::sleep(MS(150));
+    server.signal(Signal::SIGINT);
     server.expect_line("the handler is gone");
     server.expect_line("a begins");
     server.expect_line("a is over");
     server.expect_line("slow begins");
-    server.signal(Signal::SIGTERM);
+    thread::sleep(MS(150));
+    server.signal(Signal::SIGINT);
     let exit = server.exit();
     assert_eq!(exit.status.code(), Some(3), "{exit:?}");
     // What was cut may be gone only after the report.

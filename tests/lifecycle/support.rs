@@ -159,6 +159,18 @@ pub(crate) fn paused_runtime() -> runtime::Runtime {
         .unwrap()
 }
 
+/// Waits until what another thread does has been done. Says whether it has.
+pub(crate) fn comes(condition: impl Fn() -> bool) -> bool {
+    let begun = std::time::Instant::now();
+    while !condition() {
+        if begun.elapsed() > s(20) {
+            return false;
+        }
+        thread::sleep(ms(1));
+    }
+    true
+}
+
 /// Runs what might hang on a thread of its own, so that a hang is a failure.
 pub(crate) fn does_not_hang(test: impl FnOnce() + Send + 'static) {
     let (done, ended) = mpsc::channel();

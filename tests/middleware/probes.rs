@@ -40,10 +40,7 @@ async fn readiness_says_no_from_the_first_moment_and_liveness_yes_to_the_last() 
     assert_eq!(ask(&app, "/readyz").await, said(503, "lame duck"));
     assert_eq!(ask(&app, "/livez").await, said(200, "lame duck"));
 
-    phases
-        .wait_for(|phase| *phase == Phase::Draining)
-        .await
-        .unwrap();
+    assert!(phases.reached(Phase::Draining).await);
     assert_eq!(ask(&app, "/readyz").await, said(503, "draining"));
     assert_eq!(ask(&app, "/livez").await, said(200, "draining"));
 

@@ -1,0 +1,134 @@
+//! What is rung when something has changed that a stop under way has to look at.
+//!
+//! The ring goes to the driver, and where the real clock rules to the control thread. There may be
+//! thousands in one moment, so those that come before the thread has looked are one.
+//!
+//! No ring is lost. A ringer makes its change, and then sets the flag by a read-modify-write. Whoever
+//! finds it unset rings the thread. Whoever finds it set comes before the thread unsets it, by another
+//! read-modify-write, and then looks: each continues the release sequence of the one before, so that
+//! the thread sees the change.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    task::Wake,
+};
+
+use tokio::sync::Notify;
+
+use super::Id;
+use crate::sync::{AtomicBool, Ordering};
+
+pub(crate) struct Bell {
+    id: Id,
+    driver: Notify,
+    ring: fn(Id),
+    /// The control thread has this stop.
+    engaged: AtomicBool,
+    rung: AtomicBool,
+}
+
+impl Bell {
+    pub(crate) fn new(ring: fn(Id)) -> Self {
+        static IDS: AtomicU64 = AtomicU64::new(0);
+
+        Self {
+            id: IDS.fetch_add(1, Relaxed),
+            driver: Notify::new(),
+            ring,
+            engaged: AtomicBool::new(false),
+            rung: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn id(&self) -> Id {
+        self.id
+    }
+
+    pub(crate) fn ring(&self) {
+        self.driver.notify_one();
+        // `Acquire` and `AcqRel`: the header.
+        if self.engaged.load(Ordering::Acquire) && !self.rung.swap(true, Ordering::AcqRel) {
+            (self.ring)(self.id);
+        }
+    }
+
+    /// Rings for the driver alone.
+    pub(crate) fn wake_driver(&self) {
+        self.driver.notify_one();
+    }
+
+    pub(crate) async fn rung(&self) {
+        self.driver.notified().await;
+    }
+
+    /// The control thread is about to look.
+    pub(crate) fn looks(&self) {
+        self.rung.swap(false, Ordering::AcqRel);
+    }
+
+    /// From now on the control thread is rung too, or no longer. Says whether it was. Before anything
+    /// is looked at: whoever changes something later then finds it said.
+    pub(crate) fn engage(&self, engaged: bool) -> bool {
+        self.engaged.swap(engaged, Ordering::AcqRel)
+    }
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.ring();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.ring();
+    }
+}
+
+#[cfg(all(test, tower_graceful_loom))]
+mod models {
+    use loom::{
+        model,
+        sync::{Condvar, Mutex, atomic::AtomicUsize},
+        thread,
+    };
+
+    use super::*;
+
+    /// The flag and the change that it announces, with the thread's own waiting in place of the
+    /// control thread's.
+    #[test]
+    fn a_change_that_is_rung_for_is_seen() {
+        model(|| {
+            let rung = Arc::new(AtomicBool::new(false));
+            let change = Arc::new(AtomicUsize::new(0));
+            let post = Arc::new((Mutex::new(false), Condvar::new()));
+            let ringers: Vec<_> = (0..2)
+                .map(|_| {
+                    let (rung, change, post) =
+                        (Arc::clone(&rung), Arc::clone(&change), Arc::clone(&post));
+                    thread::spawn(move || {
+                        change.fetch_add(1, Ordering::Relaxed);
+                        if !rung.swap(true, Ordering::AcqRel) {
+                            *post.0.lock().unwrap() = true;
+                            post.1.notify_one();
+                        }
+                    })
+                })
+                .collect();
+            while change.load(Ordering::Relaxed) < 2 {
+                let mut posted = post.0.lock().unwrap();
+                while !*posted {
+                    posted = post.1.wait(posted).unwrap();
+                }
+                *posted = false;
+                drop(posted);
+                rung.swap(false, Ordering::AcqRel);
+            }
+            for ringer in ringers {
+                ringer.join().unwrap();
+            }
+        });
+    }
+}

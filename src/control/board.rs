@@ -1,0 +1,118 @@
+//! The stops under way, and when each has to be looked at.
+
+use std::collections::{BTreeSet, HashMap};
+
+use tokio::time::Instant;
+
+use super::Id;
+
+/// Each stop keeps its owner `S` alive.
+pub(super) struct Board<S> {
+    stops: HashMap<Id, Stop<S>>,
+    /// One entry for each stop.
+    due: BTreeSet<(Instant, Id)>,
+    rung: Vec<Id>,
+}
+
+struct Stop<S> {
+    owner: S,
+    at: Instant,
+}
+
+impl<S> Default for Board<S> {
+    fn default() -> Self {
+        Self {
+            stops: HashMap::new(),
+            due: BTreeSet::new(),
+            rung: Vec::new(),
+        }
+    }
+}
+
+impl<S: Clone> Board<S> {
+    /// Has a stop looked at at this instant, and no longer at the one named before.
+    pub(super) fn schedule(&mut self, id: Id, owner: &S, at: Instant) {
+        let stop = self.stops.entry(id).or_insert_with(|| Stop {
+            owner: owner.clone(),
+            at,
+        });
+        self.due.remove(&(stop.at, id));
+        stop.at = at;
+        self.due.insert((at, id));
+    }
+
+    /// Ends the looking. The owner is for the caller to drop, after every lock.
+    pub(super) fn end(&mut self, id: Id) -> Option<S> {
+        let stop = self.stops.remove(&id)?;
+        self.due.remove(&(stop.at, id));
+        Some(stop.owner)
+    }
+
+    /// Has a stop looked at now.
+    pub(super) fn ring(&mut self, id: Id) {
+        self.rung.push(id);
+    }
+
+    /// Those to be looked at now. Each names a later instant when it has been; one that does not, in
+    /// a panic, is looked at again at `otherwise`.
+    pub(super) fn take(&mut self, now: Instant, otherwise: Instant) -> Vec<S> {
+        let mut ids = std::mem::take(&mut self.rung);
+        let due = self.due.iter().take_while(|(at, _)| *at <= now);
+        ids.extend(due.map(|(_, id)| *id));
+        ids.sort_unstable();
+        ids.dedup();
+        let mut owners = Vec::with_capacity(ids.len());
+        for id in ids {
+            if let Some(stop) = self.stops.get_mut(&id) {
+                owners.push(stop.owner.clone());
+                self.due.remove(&(stop.at, id));
+                stop.at = stop.at.max(otherwise);
+                self.due.insert((stop.at, id));
+            }
+        }
+        owners
+    }
+
+    /// When the next one is due.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.due.first().map(|(at, _)| *at)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.stops.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.stops.is_empty()
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_stop_is_looked_at_when_it_is_due_or_rung_for_and_once_for_both() {
+        let now = Instant::now();
+        let in_seconds = |n| now + Duration::from_secs(n);
+        let mut board = Board::default();
+        board.schedule(1, &"one", in_seconds(1));
+        board.schedule(2, &"two", in_seconds(2));
+        assert_eq!(board.next(), Some(in_seconds(1)));
+        assert!(board.take(now, in_seconds(9)).is_empty());
+        board.ring(2);
+        board.ring(2);
+        board.ring(3);
+        assert_eq!(board.take(in_seconds(2), in_seconds(9)), ["one", "two"]);
+        assert_eq!(board.next(), Some(in_seconds(9)), "neither named another");
+        board.schedule(1, &"one", in_seconds(3));
+        assert_eq!(board.end(2), Some("two"));
+        assert_eq!(board.end(2), None);
+        assert_eq!(board.next(), Some(in_seconds(3)));
+        assert_eq!(board.end(1), Some("one"));
+        assert_eq!(board.next(), None);
+        assert!(board.is_empty());
+    }
+}

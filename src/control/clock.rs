@@ -1,0 +1,53 @@
+//! Which clock rules a thread.
+
+use tokio::time::Instant;
+
+/// Whether tokio's clock is the real one here. It is not inside a runtime whose clock is paused, or
+/// was: `tokio::time::pause` of the feature `test-util`.
+///
+/// A reading of the real clock lies between two others. A paused clock stands still, so that it could
+/// do so twice only if all five readings were the same.
+pub(crate) fn is_real() -> bool {
+    (0..2).all(|_| {
+        let before = std::time::Instant::now();
+        let now = Instant::now().into_std();
+        before <= now && now <= std::time::Instant::now()
+    })
+}
+
+/// The present instant of the real clock, whatever the runtime.
+pub(crate) fn real_now() -> Instant {
+    Instant::from_std(std::time::Instant::now())
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use std::{thread, time::Duration};
+
+    use tokio::time;
+
+    use super::*;
+
+    #[test]
+    fn the_clock_is_real_outside_a_runtime() {
+        assert!((0..1_000).all(|_| is_real()));
+    }
+
+    #[tokio::test]
+    async fn a_clock_is_real_until_it_is_paused() {
+        assert!((0..1_000).all(|_| is_real()));
+        time::pause();
+        assert!((0..1_000).all(|_| !is_real()));
+        time::advance(Duration::from_millis(1)).await;
+        assert!((0..1_000).all(|_| !is_real()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_is_resumed_is_not_the_real_one() {
+        assert!((0..1_000).all(|_| !is_real()));
+        time::advance(Duration::from_secs(1)).await;
+        time::resume();
+        thread::sleep(Duration::from_millis(1));
+        assert!((0..1_000).all(|_| !is_real()));
+    }
+}

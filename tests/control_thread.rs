@@ -1,0 +1,94 @@
+//! The control thread: there is none before something needs one, one for any number of lifecycles, and
+//! none afterwards. A program of its own, because it looks at all of the process.
+
+#![cfg(target_os = "linux")]
+
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tower_graceful::{Graceful, Phase};
+
+const BOUND: Duration = Duration::from_secs(60);
+const MANY: usize = 20_000;
+
+/// The threads of this crate: the kernel has room for fifteen letters of a name.
+fn threads() -> usize {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    tasks
+        .filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok())
+        .filter(|name| name.starts_with("graceful-"))
+        .count()
+}
+
+fn descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+fn wait_for(what: &str, condition: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !condition() {
+        assert!(begun.elapsed() < BOUND, "waited too long for {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn without_delay() -> Graceful {
+    let builder = Graceful::builder().drain_delay(Duration::ZERO);
+    builder.build().unwrap()
+}
+
+#[test]
+fn there_is_one_thread_while_something_needs_it() {
+    let before = descriptors();
+    let mut all: Vec<_> = (0..MANY).map(|_| without_delay()).collect();
+    assert_eq!(threads(), 0, "nothing needs one");
+
+    for graceful in &all {
+        graceful.handle_signals().unwrap();
+    }
+    wait_for("the thread", || threads() == 1);
+    assert!(descriptors() <= before + 8, "a socket, and its clones");
+    // One that is gone is none of its business.
+    all.truncate(MANY / 2);
+    assert_eq!(threads(), 1);
+
+    let begun = Instant::now();
+    kill(Pid::this(), Signal::SIGTERM).unwrap();
+    wait_for("all of them to stop", || {
+        all.iter().all(|it| it.phase() == Phase::Stopped)
+    });
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    // Signals belong to the last stop for a second; what tells and logs has ended before.
+    wait_for("the other threads to end", || threads() == 1);
+    wait_for("the thread to end", || threads() == 0);
+
+    // Each need starts another.
+    let graceful = without_delay();
+    let hold = graceful.hold("work");
+    graceful.shutdown();
+    wait_for("the thread", || threads() == 1);
+    drop(hold);
+    wait_for("the stop", || graceful.phase() == Phase::Stopped);
+    wait_for("the thread to end", || threads() == 0);
+
+    let graceful = without_delay();
+    graceful.handle_signals().unwrap();
+    wait_for("the thread", || threads() == 1);
+    drop(graceful);
+    wait_for("the thread to end", || threads() == 0);
+    assert!(descriptors() <= before + 8, "no more than at first");
+
+    // A watchdog needs it from the start.
+    let builder = Graceful::builder().watchdog(true);
+    let graceful = builder.build().unwrap();
+    wait_for("the thread", || threads() == 1);
+    drop(graceful);
+    wait_for("the thread to end", || threads() == 0);
+}
