@@ -422,9 +422,7 @@ async fn bytes(Path((ms, kib)): Path<(u64, usize)>) -> Vec<u8> {
 
 /// Resolves so long after a stop was asked for.
 async fn stop_and(graceful: &Graceful, ms: u64) {
-    let mut phases = graceful.subscribe();
-    let stopping = phases.wait_for(|phase| *phase > Phase::Serving).await;
-    drop(stopping);
+    graceful.subscribe().reached(Phase::LameDuck).await;
     tokio::time::sleep(Duration::from_millis(ms)).await;
 }
 
