@@ -1,8 +1,9 @@
 //! What a connection owes when it is closed: by servers without a layer, on exempt paths, and on IO that
 //! is not a socket.
-use axum::{Router, routing::get, serve::Listener};
 
 #![cfg(all(feature = "axum", feature = "signal"))]
+
+use axum::{Router, routing::get, serve::Listener};
 
 use std::{
     io,

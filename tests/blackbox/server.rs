@@ -422,8 +422,7 @@ async fn bytes(Path((ms, kib)): Path<(u64, usize)>) -> Vec<u8> {
 
 /// Resolves so long after a stop was asked for.
 async fn stop_and(graceful: &Graceful, ms: u64) {
-    let mut phases = graceful.subscribe();
-    phases.reached(Phase::LameDuck).await;
+    graceful.subscribe().reached(Phase::LameDuck).await;
     tokio::time::sleep(Duration::from_millis(ms)).await;
 }
 
