@@ -130,7 +130,7 @@ pub use crate::{
     middleware::{GracefulBody, GracefulFuture, GracefulLayer, GracefulService},
     phase::Phase,
     phase_receiver::PhaseReceiver,
-    plan::{ConfigError, Misfit},
+    plan::{ConfigError, EffectivePlan, Misfit},
     probes::{Probe, ProbeBody, ProbeFuture},
     rejection::{Rejection, RejectionReason},
     report::{
