@@ -1,5 +1,5 @@
-//! What the log is told: one event per transition, one per repeated signal, and a line while the drain
-//! waits. Without the `tracing` feature, nothing.
+//! What the log is told: the plan once, one event per transition, one per repeated signal, and a line
+//! while the drain waits. Without the `tracing` feature, nothing.
 //!
 //! A subscriber may block, and may panic: one that writes to a closed pipe does, and closed pipes are
 //! common at shutdown. So nothing is logged inside a step. A step queues its events under its lock, in
@@ -24,6 +24,7 @@ use crate::{
 };
 use crate::{
     phase::Phase,
+    plan::EffectivePlan,
     report::{CutRequest, Fate, TaskKind, Trigger},
     work::Task,
 };
@@ -33,6 +34,7 @@ static LOG: LazyLock<Aside> = LazyLock::new(|| Aside::new("graceful-log", 1));
 
 /// Something that the log is told.
 pub(crate) enum Event {
+    Plan(EffectivePlan),
     Transition(Transition),
     Progress(Progress),
     Task(Box<Task>),
@@ -149,6 +151,7 @@ impl Event {
     #[cfg_attr(not(feature = "tracing"), expect(dead_code))]
     fn write(&self) {
         match self {
+            Self::Plan(it) => plan(it),
             Self::Transition(it) => transition(it),
             Self::Progress(it) => progress(it),
             Self::Task(it) => task(it),
@@ -169,6 +172,31 @@ macro_rules! event {
         #[cfg(not(feature = "tracing"))]
         let _ = (stringify!($level), $($value,)* format_args!($($message)+));
     }};
+}
+
+/// Whether any subscriber wants events of the debug level.
+pub(crate) fn wants_debug() -> bool {
+    #[cfg(feature = "tracing")]
+    let wanted = LevelFilter::current() >= LevelFilter::DEBUG;
+    #[cfg(not(feature = "tracing"))]
+    let wanted = false;
+    wanted
+}
+
+/// The durations that the deadlines of a stop are made of.
+fn plan(plan: &EffectivePlan) {
+    event!(
+        debug,
+        {
+            grace_period = seconds(plan.grace_period),
+            drain_delay = seconds(plan.drain_delay),
+            interrupt_delay = seconds(plan.interrupt_delay),
+            drain_deadline = seconds(plan.drain_deadline),
+            cleanup_timeout = seconds(plan.cleanup_timeout),
+            margin = seconds(plan.margin),
+        },
+        "shutdown plan, in seconds"
+    );
 }
 
 /// One step of the timeline.

@@ -11,7 +11,7 @@ use crate::{
     gate::{self, Door, Reading, Ticket, Unanswered},
     phase::Phase,
     phase_receiver::PhaseReceiver,
-    plan::{Knobs, Plan},
+    plan::{EffectivePlan, Knobs, Plan},
     policy::Policy,
     report::Trigger,
     timeline::{Lifecycle, Shared},
@@ -187,6 +187,9 @@ impl Graceful {
 
     /// Phase, readiness, counts and the time left, for a status page or a metric.
     ///
+    /// The refusals are counted from the start of the lifecycle and never decrease, so a metric can
+    /// export them as counters.
+    ///
     /// ```
     /// # use tower_graceful::{Graceful, Phase};
     /// let graceful = Graceful::new();
@@ -197,13 +200,33 @@ impl Graceful {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let word = self.shared.word();
+        let refusals = self.shared.refusals();
         Snapshot {
             phase: word.phase(),
             ready: word.is_ready(),
             in_flight: self.in_flight(),
             connections: self.connections(),
             time_left: self.shared.time_left(word.phase()),
+            refused_draining: refusals.draining,
+            refused_full: refusals.full,
         }
+    }
+
+    /// The effective plan: the durations that were set, and those derived for the rest.
+    ///
+    /// It is also logged once, at debug level, by the first call that runs a server, listens for
+    /// signals or asks for a stop.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_graceful::Graceful;
+    /// let plan = Graceful::new().plan();
+    /// assert_eq!(plan.grace_period, Duration::from_secs(30));
+    /// assert_eq!(plan.drain_deadline, Duration::from_secs(24));
+    /// ```
+    #[must_use]
+    pub fn plan(&self) -> EffectivePlan {
+        self.shared.plan.effective()
     }
 
     /// Follows the phase.
@@ -320,6 +343,13 @@ pub struct Snapshot {
     /// Until the present phase ends at the latest; for [`Phase::Closing`], until what is still
     /// open is cut, and after that, until it is given up. `None` while serving and once stopped.
     pub time_left: Option<Duration>,
+    /// Requests that were refused because draining had begun (503), since the start of the lifecycle.
+    pub refused_draining: usize,
+    /// Requests that were refused above
+    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) (429), since the start of the
+    /// lifecycle. [`Requests::refused`](crate::Requests::refused) in the report counts both kinds from
+    /// the stop on.
+    pub refused_full: usize,
 }
 
 /// Resolves when a phase, or a later one, has been reached. Made by [`Graceful::draining`] and

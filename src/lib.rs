@@ -66,7 +66,8 @@
 //! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`]; on unix also
 //!   `GracefulBuilder::watchdog` and `Report::exit_by_signal`.
 //! - `tracing`: an event with target `tower_graceful` for each change of phase, at `INFO` or,
-//!   where something is given up, `WARN`; and while draining a line every two seconds.
+//!   where something is given up, `WARN`; while draining a line every two seconds;
+//!   and once, at `DEBUG`, the [plan](Graceful::plan).
 //!
 //! # Questions
 //!
@@ -130,7 +131,7 @@ pub use crate::{
     middleware::{GracefulBody, GracefulFuture, GracefulLayer, GracefulService},
     phase::Phase,
     phase_receiver::PhaseReceiver,
-    plan::{ConfigError, Misfit},
+    plan::{ConfigError, EffectivePlan, Misfit},
     probes::{Probe, ProbeBody, ProbeFuture},
     rejection::{Rejection, RejectionReason},
     report::{

@@ -43,6 +43,30 @@ pub(crate) struct Plan {
     cleanup_timeout: Duration,
 }
 
+/// The effective plan of a lifecycle: what was set in the [builder](crate::Graceful::builder), and what was
+/// derived for the rest. Made by [`Graceful::plan`](crate::Graceful::plan).
+///
+/// [`grace_period`](Self::grace_period) and [`drain_deadline`](Self::drain_deadline) are counted from
+/// the trigger. Each value is a duration; its `Debug` prints the unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EffectivePlan {
+    /// From the trigger to the moment the process would be killed.
+    pub grace_period: Duration,
+    /// How long the lame-duck phase lasts after SIGTERM or [`shutdown`](crate::Graceful::shutdown), at most.
+    pub drain_delay: Duration,
+    /// How long the lame-duck phase lasts after SIGINT, at most.
+    pub interrupt_delay: Duration,
+    /// From the trigger to the moment at which what is in flight is cut, after SIGTERM or
+    /// [`shutdown`](crate::Graceful::shutdown). After SIGINT the moment may be another one, because the delay is.
+    pub drain_deadline: Duration,
+    /// The share of the grace period that is kept for workers and cleanup steps.
+    pub cleanup_timeout: Duration,
+    /// The last part of the grace period, into which no deadline falls, so that the process can report
+    /// and exit.
+    pub margin: Duration,
+}
+
 /// When each phase ends at the latest, in time since the trigger. Never decreasing, and never
 /// later than the grace period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +132,18 @@ impl Plan {
         self.grace_period.saturating_sub(self.margin / 2)
     }
 
+    /// As the user reads it.
+    pub(crate) fn effective(&self) -> EffectivePlan {
+        EffectivePlan {
+            grace_period: self.grace_period,
+            drain_delay: self.drain_delay,
+            interrupt_delay: self.interrupt_delay,
+            drain_deadline: self.deadlines(self.drain_delay).drain,
+            cleanup_timeout: self.cleanup_timeout,
+            margin: self.margin,
+        }
+    }
+
     /// How long a drain may take, after the longer of the two delays.
     pub(crate) fn drain(&self) -> Duration {
         let longest = self.drain_delay.max(self.interrupt_delay);
@@ -147,8 +183,9 @@ pub(crate) fn instant_after(start: Instant, after: Duration) -> Instant {
 /// A configuration that cannot work, refused by
 /// [`GracefulBuilder::build`](crate::GracefulBuilder::build).
 ///
-/// Its `Display` names the numbers and says what to change.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Its `Display` names the numbers and says what to change. Its `Debug` prints the same text, because
+/// a `main` that returns `Result<_, Box<dyn Error>>` prints an error by its `Debug`.
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ConfigError {
     /// Delay, drain and cleanup together are longer than the grace period, or leave no time to
@@ -283,6 +320,13 @@ impl fmt::Display for ConfigError {
                 "exempt path {path:?} does not begin with a slash, so no request can have it"
             ),
         }
+    }
+}
+
+/// The text of `Display`: what a `main` that returns an error prints.
+impl fmt::Debug for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 

@@ -19,6 +19,15 @@ pub(super) const LANES: usize = if cfg!(tower_graceful_loom) { 2 } else { 16 };
 /// How many refusals may read the bodies of their requests at the same time.
 const READERS: usize = 128;
 
+/// Requests that were refused since the gate was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Refusals {
+    /// Because draining had begun.
+    pub(crate) draining: usize,
+    /// Because as many requests as the limit allows were in flight.
+    pub(crate) full: usize,
+}
+
 /// How many requests were let in, refused, and released without a response, after the first phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SinceServing {
@@ -86,11 +95,26 @@ impl<K, S> Core<K, S> {
         Word::sum(self.used().iter().map(Lane::settled_word))
     }
 
-    /// Notes a refusal. Not all who are not let in are refused.
+    /// Counts a refusal. An exempt request is not admitted, and not refused either.
     pub(super) fn refused(&self, refused: Refused) {
-        // Whoever found his lane draining may find the gate a phase behind.
-        if refused == Refused::Draining || self.phase() > Phase::Serving {
-            self.hall().refused.fetch_add(1, Ordering::Relaxed);
+        let hall = self.hall();
+        match refused {
+            Refused::Draining => &hall.refused_draining,
+            // A stop advances the gate's phase before its report asks for this count.
+            Refused::Full if self.phase() > Phase::Serving => &hall.refused_full_late,
+            Refused::Full => &hall.refused_full,
+        }
+        .fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// All refusals so far. `Relaxed`: figures.
+    pub(super) fn refusals(&self) -> Refusals {
+        let hall = self.hall();
+        let full = hall.refused_full.load(Ordering::Relaxed);
+        let full_late = hall.refused_full_late.load(Ordering::Relaxed);
+        Refusals {
+            draining: hall.refused_draining.load(Ordering::Relaxed),
+            full: full + full_late,
         }
     }
 
@@ -116,9 +140,11 @@ impl<K, S> Core<K, S> {
     /// What has happened after the first phase. `Relaxed`: figures.
     pub(super) fn since_serving(&self) -> SinceServing {
         let hall = self.hall();
+        let draining = hall.refused_draining.load(Ordering::Relaxed);
+        let full = hall.refused_full_late.load(Ordering::Relaxed);
         SinceServing {
             admitted: hall.late.load(Ordering::Relaxed),
-            refused: hall.refused.load(Ordering::Relaxed),
+            refused: draining + full,
             dropped: hall.dropped.load(Ordering::Relaxed),
         }
     }
@@ -234,6 +260,12 @@ mod tests {
             dropped: 2,
         };
         assert_eq!(core.since_serving(), since_serving);
+        // From the start, those of the limit apart.
+        let refusals = Refusals {
+            draining: 1,
+            full: 2,
+        };
+        assert_eq!(core.refusals(), refusals);
         assert!(core.word().is_idle());
     }
 

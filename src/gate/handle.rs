@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    core::{Core, SinceServing},
+    core::{Core, Refusals, SinceServing},
     lane::{Lane, Refused},
     word::Word,
 };
@@ -89,6 +89,11 @@ impl<K, T> Gate<K, T> {
     /// What has happened after the first phase.
     pub(crate) fn since_serving(&self) -> SinceServing {
         self.0.core.since_serving()
+    }
+
+    /// All refusals so far.
+    pub(crate) fn refusals(&self) -> Refusals {
+        self.0.core.refusals()
     }
 
     pub(crate) fn phase(&self) -> Phase {

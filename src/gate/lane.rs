@@ -33,9 +33,13 @@ impl Refused {
 /// What the lanes of a gate share and a request in Serving does not touch.
 pub(super) struct Hall<K: 'static, S: 'static> {
     pub(super) waiter: Mutex<Option<Waker>>,
-    /// Admissions and refusals after the first phase.
+    /// Admissions after the first phase.
     pub(super) late: AtomicUsize,
-    pub(super) refused: AtomicUsize,
+    /// Refusals because draining had begun.
+    pub(super) refused_draining: AtomicUsize,
+    /// Refusals above the limit in the first phase, and after it.
+    pub(super) refused_full: AtomicUsize,
+    pub(super) refused_full_late: AtomicUsize,
     /// Releases without a response after the first phase.
     pub(super) dropped: AtomicUsize,
     /// Pieces of responses that servers hold.
@@ -53,7 +57,9 @@ impl<K, S> Hall<K, S> {
         Self {
             waiter: Mutex::new(None),
             late: AtomicUsize::new(0),
-            refused: AtomicUsize::new(0),
+            refused_draining: AtomicUsize::new(0),
+            refused_full: AtomicUsize::new(0),
+            refused_full_late: AtomicUsize::new(0),
             dropped: AtomicUsize::new(0),
             pieces: AtomicUsize::new(0),
             readers: AtomicUsize::new(0),

@@ -107,6 +107,8 @@ pub(crate) struct Lifecycle {
     /// Rings it.
     idle: Waker,
     log: events::Queue,
+    /// The log has the plan.
+    plan_logged: AtomicBool,
     /// There is a driver. For those who look without the lock.
     driven: AtomicBool,
     /// What the control thread has told last.
@@ -150,6 +152,7 @@ impl Lifecycle {
             idle: Waker::from(Arc::clone(&bell)),
             bell,
             log: events::Queue::default(),
+            plan_logged: AtomicBool::new(false),
             driven: AtomicBool::new(false),
             told: Mutex::new(None),
             state: Mutex::new(State::default()),
@@ -183,6 +186,19 @@ impl Lifecycle {
         let aside = self.state().clock == Clock::Real;
         self.log.push(vec![event], aside, Origin::here().as_ref());
         self.log.write();
+    }
+
+    /// The plan as an event, the first time that a subscriber wants it.
+    fn plan_event(&self) -> Option<Event> {
+        let first = events::wants_debug() && !self.plan_logged.swap(true, Ordering::Relaxed);
+        first.then(|| Event::Plan(self.plan.effective()))
+    }
+
+    /// Logs the plan, once. Not under the lock.
+    fn log_plan(&self) {
+        if let Some(event) = self.plan_event() {
+            self.tell_log(event);
+        }
     }
 
     pub(crate) fn report(&self) -> Option<Report> {
@@ -367,6 +383,7 @@ impl Shared {
         self.state().drains += 1;
         self.mark_served();
         self.drive();
+        self.log_plan();
     }
 
     /// The waiting of `drain_began` is over.
@@ -394,6 +411,7 @@ impl Shared {
                 self.plan.drain_delay()
             }
         };
+        state.events.extend(self.plan_event());
         state.shutdown = Some(Shutdown::new(trigger, now, self.plan.deadlines(delay)));
         #[cfg(all(unix, feature = "signal"))]
         CONTROL.watch_until(
@@ -405,6 +423,7 @@ impl Shared {
     /// Passes signals on to this lifecycle from now on, unless it has stopped.
     #[cfg(feature = "signal")]
     pub(crate) fn listen(&self) -> std::io::Result<()> {
+        self.log_plan();
         // Under the lock, so that it cannot stop in between.
         let state = self.state();
         if state.report.is_some() {
@@ -478,6 +497,7 @@ impl Shared {
         }
         self.mark_served();
         self.drive();
+        self.log_plan();
     }
 
     pub(crate) fn server_ended(&self, end: &ServerEnd) {

@@ -113,8 +113,17 @@ impl Log {
         }
     }
 
+    /// But for those of the debug level.
     fn lines(&self) -> Vec<Line> {
-        self.lines.lock().unwrap().clone()
+        let mut lines = self.lines.lock().unwrap().clone();
+        lines.retain(|line| line.level < Level::DEBUG);
+        lines
+    }
+
+    fn debug_lines(&self) -> Vec<Line> {
+        let mut lines = self.lines.lock().unwrap().clone();
+        lines.retain(|line| line.level == Level::DEBUG);
+        lines
     }
 
     /// Phase, reason, seconds and level of every transition.
@@ -182,6 +191,42 @@ async fn every_transition_is_one_event_with_its_reason() {
     assert_eq!(lines[1].fields["seconds_left"], "10.0");
     assert_eq!(lines[2].fields["in_flight"], "0");
     assert_eq!(lines[3].fields["connections"], "0");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_plan_is_logged_once_before_everything_else() {
+    let log = Log::new();
+    let graceful = graceful();
+    let plan = graceful.plan();
+    assert_eq!(log.debug_lines().len(), 0, "nothing has used it");
+    let run = serve(&graceful, server(&graceful)).await;
+    let lines = log.debug_lines();
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+    assert_eq!(lines[0].message(), "shutdown plan, in seconds");
+    for (name, value) in [
+        ("grace_period", plan.grace_period),
+        ("drain_delay", plan.drain_delay),
+        ("interrupt_delay", plan.interrupt_delay),
+        ("drain_deadline", plan.drain_deadline),
+        ("cleanup_timeout", plan.cleanup_timeout),
+        ("margin", plan.margin),
+    ] {
+        let logged: f64 = lines[0].fields[name].parse().unwrap();
+        assert!((logged - value.as_secs_f64()).abs() < 1e-3, "{name}");
+    }
+    graceful.shutdown();
+    assert_eq!(run.await.unwrap().outcome(), Outcome::Clean);
+    assert_eq!(log.debug_lines().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_that_nothing_came_before_logs_the_plan() {
+    let log = Log::new();
+    let graceful = graceful();
+    graceful.shutdown();
+    let lines = log.lines.lock().unwrap().clone();
+    assert_eq!(lines[0].message(), "shutdown plan, in seconds");
+    assert!(lines[1].is_transition());
 }
 
 #[tokio::test(start_paused = true)]

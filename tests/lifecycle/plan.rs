@@ -42,6 +42,49 @@ fn a_plan_longer_than_its_grace_period_is_refused_with_its_numbers() {
     assert!(!message.contains("default"), "all were set: {message}");
 }
 
+/// A `main` that returns this error prints its `Debug`.
+#[test]
+fn debug_prints_the_message() {
+    let errors = [
+        Graceful::builder().drain_delay(s(10)).drain_timeout(s(25)),
+        Graceful::builder().close_spread(s(10)),
+        Graceful::builder().max_in_flight(0),
+        Graceful::builder().header_read_timeout(Duration::ZERO),
+        Graceful::builder().unready_status(StatusCode::OK),
+        Graceful::builder().exempt("metrics"),
+    ]
+    .map(|builder| builder.build().unwrap_err());
+    for error in errors {
+        let boxed: Box<dyn std::error::Error> = error.clone().into();
+        assert_eq!(format!("{boxed:?}"), error.to_string());
+    }
+}
+
+#[test]
+fn the_effective_plan_can_be_read_back() {
+    let plan = Graceful::new().plan();
+    assert_eq!(plan.grace_period, s(30));
+    assert_eq!(plan.drain_delay, s(5));
+    assert_eq!(plan.interrupt_delay, Duration::ZERO);
+    assert_eq!(plan.drain_deadline, s(24));
+    assert_eq!(plan.cleanup_timeout, s(5));
+    assert_eq!(plan.margin, s(1));
+
+    let builder = Graceful::builder()
+        .grace_period(s(60))
+        .drain_delay(s(10))
+        .interrupt_delay(s(2))
+        .drain_timeout(s(20))
+        .cleanup_timeout(s(3));
+    let plan = builder.build().unwrap().plan();
+    assert_eq!(plan.grace_period, s(60));
+    assert_eq!(plan.drain_delay, s(10));
+    assert_eq!(plan.interrupt_delay, s(2));
+    assert_eq!(plan.drain_deadline, s(30));
+    assert_eq!(plan.cleanup_timeout, s(3));
+    assert_eq!(plan.margin, s(1));
+}
+
 #[test]
 fn a_refusal_says_which_numbers_are_defaults() {
     let message = refusal(Graceful::builder().drain_delay(s(10)).drain_timeout(s(25)));

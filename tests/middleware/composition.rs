@@ -451,7 +451,8 @@ async fn handlers_get_the_handle_from_the_state_or_a_part_of_it() {
     for (app, graceful) in apps.into_iter().zip([whole, part]) {
         let response = app.oneshot(get("/")).await.unwrap();
         assert_eq!(text(response.into_body()).await, "2", "it is the same one");
-        assert_eq!(graceful.phase(), Phase::Draining);
+        // Nothing is in flight any more, so it may have stopped by now.
+        assert!(graceful.phase() >= Phase::Draining);
     }
 }
 

@@ -97,6 +97,22 @@ fn a_refused_request_is_never_in_flight() {
 }
 
 #[test]
+fn the_snapshot_counts_refusals_from_the_start_and_by_reason() {
+    let (graceful, _busy) = full(prompt());
+    let counts = || {
+        let snapshot = graceful.snapshot();
+        (snapshot.refused_draining, snapshot.refused_full)
+    };
+    assert_eq!(counts(), (0, 0));
+    drop(refuse(&graceful, get("/")));
+    drop(refuse(&graceful, get("/")));
+    assert_eq!(counts(), (0, 2), "while serving");
+    graceful.shutdown();
+    drop(refuse(&graceful, get("/")));
+    assert_eq!(counts(), (1, 2));
+}
+
+#[test]
 fn the_limit_holds_until_the_body_has_ended() {
     let graceful = prompt().max_in_flight(1).build().unwrap();
     let body = Script::new([Step::Data("data")]);
