@@ -74,19 +74,19 @@ async fn lost(layered: bool, tracked: bool) {
 }
 #[tokio::test]
 async fn without_a_layer_serve() {
-    lost(false, false).await
+    lost(false, false).await;
 }
 #[tokio::test]
 async fn without_a_layer_tracked() {
-    lost(false, true).await
+    lost(false, true).await;
 }
 #[tokio::test]
 async fn exempt_serve() {
-    lost(true, false).await
+    lost(true, false).await;
 }
 #[tokio::test]
 async fn exempt_tracked() {
-    lost(true, true).await
+    lost(true, true).await;
 }
 
 /// IO of another kind, as TLS is.
@@ -174,9 +174,9 @@ async fn wrapped(other: bool) {
 }
 #[tokio::test(flavor = "multi_thread")]
 async fn wrapped_io() {
-    wrapped(true).await
+    wrapped(true).await;
 }
 #[tokio::test(flavor = "multi_thread")]
 async fn plain_io() {
-    wrapped(false).await
+    wrapped(false).await;
 }
