@@ -7,7 +7,7 @@ use std::{
     borrow::Cow,
     cmp::Reverse,
     error::Error,
-    fmt,
+    fmt, iter,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     sync::Mutex,
@@ -23,7 +23,7 @@ use crate::{
     sync::lock,
 };
 
-/// What somebody calls his work.
+/// The name of a hold, worker, hook or cleanup step.
 pub(crate) type Name = Cow<'static, str>;
 
 type Job = Pin<Box<dyn Future<Output = Fate> + Send>>;
@@ -273,7 +273,16 @@ impl fmt::Debug for Work {
 /// What a server, a worker or a cleanup step may resolve to: `()`, or a `Result<(), E>` whose error
 /// is reported.
 ///
+/// The report has the error's text and those of its [sources](Error::source), joined by `": "`.
+///
 /// Sealed: implemented here for those two.
+#[diagnostic::on_unimplemented(
+    message = "the future must end with `()` or a `Result<(), E>`, but its output is `{Self}`",
+    label = "the output of this future is `{Self}`",
+    note = "a future that only loops has the output `!`, and could not be stopped: leave the loop \
+            when the service stops, as with `() = &mut stop => break` in `tokio::select!`",
+    note = "the error `E` must convert into `Box<dyn Error + Send + Sync>`"
+)]
 pub trait Completion: sealed::Sealed {}
 
 impl Completion for () {}
@@ -295,7 +304,7 @@ mod sealed {
 
     impl<E: Into<Box<dyn Error + Send + Sync>>> Sealed for Result<(), E> {
         fn error(self) -> Option<String> {
-            self.err().map(|error| error.into().to_string())
+            self.err().map(|error| super::with_sources(&*error.into()))
         }
     }
 }
@@ -304,6 +313,24 @@ mod sealed {
 pub(crate) fn error(completion: impl Completion) -> Option<String> {
     sealed::Sealed::error(completion)
 }
+
+/// The text of an error and of its sources, without those that the text has already.
+fn with_sources(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let sources = iter::successors(error.source(), |&error| error.source());
+    // Bounded, because an error may name itself as its source.
+    for source in sources.take(MOST_SOURCES) {
+        let source = source.to_string();
+        if !text.contains(&source) {
+            text.push_str(": ");
+            text.push_str(&source);
+        }
+    }
+    text
+}
+
+/// How many sources of an error are in its text.
+const MOST_SOURCES: usize = 32;
 
 /// Runs a future to its end, also if that is a panic.
 pub(crate) async fn fate<F: Future<Output: Completion>>(future: F) -> Fate {

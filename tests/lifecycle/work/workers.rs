@@ -272,6 +272,68 @@ async fn a_worker_that_panics_is_reported_with_what_it_said() {
     );
 }
 
+/// An error with a source, whose text may include that of the source.
+#[derive(Debug)]
+struct Layered(&'static str, Option<Box<Layered>>);
+
+impl fmt::Display for Layered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Layered {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        let source = self.1.as_deref()?;
+        Some(source)
+    }
+}
+
+/// An error that is its own source.
+#[derive(Debug)]
+struct Circular;
+
+impl fmt::Display for Circular {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("circular")
+    }
+}
+
+impl std::error::Error for Circular {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(self)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_is_reported_with_its_sources_and_each_of_them_once() {
+    let full = || Some(Box::new(Layered("disk full", None)));
+    let flushing = Layered("flushing", full());
+    let errors = [
+        Layered("closing the pool", full()),
+        Layered("closing the pool", Some(Box::new(flushing))),
+        Layered("closing the pool: disk full", full()),
+    ];
+    let graceful = without_delay();
+    for error in errors {
+        let step = async { Err(error) };
+        graceful.cleanup("step", s(1), step).unwrap();
+    }
+    let step = async { Err(Circular) };
+    graceful.cleanup("circular", s(1), step).unwrap();
+    let report = stop(&graceful).await;
+    let failed = |text: &str| Fate::Failed(text.into());
+    assert_eq!(
+        fates(&report),
+        [
+            failed("closing the pool: disk full"),
+            failed("closing the pool: flushing: disk full"),
+            failed("closing the pool: disk full"),
+            failed("circular"),
+        ]
+    );
+}
+
 /// An error that cannot say what it is.
 #[derive(Debug)]
 struct Speechless;
