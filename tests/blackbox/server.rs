@@ -423,7 +423,10 @@ async fn submit(
     tokio::time::sleep(Duration::from_millis(ms)).await;
     match jobs.send(job).await {
         Ok(()) => StatusCode::ACCEPTED,
-        Err(_) => StatusCode::SERVICE_UNAVAILABLE,
+        Err(_) => {
+            println!("closed too early");
+            StatusCode::SERVICE_UNAVAILABLE
+        }
     }
 }
 

@@ -225,6 +225,9 @@ fn queued(form: Form) {
         let mut accepted: Vec<u64> = accepted.collect();
         let exit = server.exit();
         exit.assert_clean();
+        // No request that was let in has found the queue closed.
+        let closed = exit.said.iter().any(|line| line == "closed too early");
+        assert!(!closed, "{exit:?}");
         let done = exit.said.iter().filter_map(|it| it.strip_prefix("done "));
         let mut done: Vec<u64> = done.map(|job| job.parse().unwrap()).collect();
         accepted.sort_unstable();

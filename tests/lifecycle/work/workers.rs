@@ -272,6 +272,54 @@ async fn a_worker_that_panics_is_reported_with_what_it_said() {
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn of_the_workers_that_ended_before_the_stop_the_latest_are_listed_and_the_others_counted() {
+    let graceful = graceful();
+    graceful.worker("living", obedient).unwrap();
+    for number in 0..1000_u32 {
+        let name = number.to_string();
+        let work = move |_| async move {
+            match number % 100 {
+                0 => Err("failed"),
+                50 => resume_unwind(Box::new("panicked")),
+                _ => Ok(()),
+            }
+        };
+        graceful.worker(name, work).unwrap();
+        let_others_run().await;
+    }
+    let failing = |_| async { Err("failed") };
+    for _ in 0..32 {
+        graceful.worker("last", failing).unwrap();
+        let_others_run().await;
+    }
+    let report = stop(&graceful).await;
+    let names: Vec<_> = report.tasks().iter().map(|it| it.name.clone()).collect();
+    let mut expected = vec!["living".to_owned()];
+    expected.extend((968..1000).map(|number: u32| number.to_string()));
+    expected.extend(vec!["last".to_owned(); 32]);
+    assert_eq!(names, expected);
+    assert_eq!(report.unlisted_workers().ended, 1000 - 32);
+    assert_eq!(report.unlisted_workers().failed, 20);
+    let line = "\n    and 968 more that ended before the stop, 20 of them failed\n";
+    assert!(format!("{report}\n").contains(line), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_failed_and_is_only_counted_is_in_the_outcome() {
+    let graceful = graceful();
+    let failing = |_| async { Err("failed") };
+    graceful.worker("failing", failing).unwrap();
+    let_others_run().await;
+    for _ in 0..100 {
+        graceful.worker("ending", |_| async {}).unwrap();
+        let_others_run().await;
+    }
+    let report = stop(&graceful).await;
+    assert_eq!(report.tasks().len(), 33, "the failure, and the latest");
+    assert_eq!(report.outcome(), Outcome::CleanupFailed);
+}
+
 /// An error with a source, whose text may include that of the source.
 #[derive(Debug)]
 struct Layered(&'static str, Option<Box<Layered>>);
