@@ -14,7 +14,7 @@ use tokio::{runtime, sync::oneshot};
 use crate::{
     handle::{Graceful, PhaseReached},
     phase::Phase,
-    report::TaskKind,
+    report::{TaskKind, Trigger},
     work::{self, Completion, Name},
 };
 
@@ -109,7 +109,52 @@ impl Graceful {
         F: FnOnce(Stop) -> W + Send + 'static,
         W: Future<Output: Completion> + Send + 'static,
     {
-        let name = name.into();
+        self.employ(name.into(), work, false)
+    }
+
+    /// Spawns a [worker](Self::worker) without which the service is of no use: if it ends before
+    /// anything has asked for a stop, in whatever way, the service stops.
+    ///
+    /// The report's trigger is then [`WorkerEnded`](Trigger::WorkerEnded), and its row says how the worker ended.
+    /// The outcome is [`CleanupFailed`](crate::Outcome::CleanupFailed) if it failed or panicked; a
+    /// worker that ends in good order leaves it [`Clean`](crate::Outcome::Clean).
+    ///
+    /// ```
+    /// # use tower_graceful::{Graceful, RegisterError};
+    /// # async fn consume() -> Result<(), std::io::Error> { Ok(()) }
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), RegisterError> {
+    /// # let graceful = Graceful::new();
+    /// graceful.critical_worker("consumer", |stop| async move {
+    ///     tokio::select! {
+    ///         () = stop => Ok(()),
+    ///         result = consume() => result,
+    ///     }
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As those of [`worker`](Self::worker).
+    pub fn critical_worker<F, W>(
+        &self,
+        name: impl Into<Cow<'static, str>>,
+        work: F,
+    ) -> Result<(), RegisterError>
+    where
+        F: FnOnce(Stop) -> W + Send + 'static,
+        W: Future<Output: Completion> + Send + 'static,
+    {
+        self.employ(name.into(), work, true)
+    }
+
+    fn employ<F, W>(&self, name: Name, work: F, critical: bool) -> Result<(), RegisterError>
+    where
+        F: FnOnce(Stop) -> W + Send + 'static,
+        W: Future<Output: Completion> + Send + 'static,
+    {
         let Ok(runtime) = runtime::Handle::try_current() else {
             return Err(RegisterError::NoRuntime { name });
         };
@@ -121,6 +166,10 @@ impl Graceful {
                 let Ok(key) = permission.await else { return };
                 let fate = work::fate(async move { work(stop).await }).await;
                 shared.task_ended(key, fate);
+                if critical {
+                    // Changes nothing where a stop is under way.
+                    shared.trigger(Trigger::WorkerEnded);
+                }
             })
         };
         let in_time = self.phase() < Phase::Draining;

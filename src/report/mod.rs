@@ -32,6 +32,9 @@ pub enum Trigger {
     /// A server given to [`Graceful::run`](crate::Graceful::run) ended although nothing had asked
     /// it to.
     ServerEnded,
+    /// A worker of [`Graceful::critical_worker`](crate::Graceful::critical_worker) ended before any
+    /// other trigger.
+    WorkerEnded,
 }
 
 impl fmt::Display for Trigger {
@@ -42,6 +45,7 @@ impl fmt::Display for Trigger {
             Self::Shutdown => "shutdown()",
             Self::Future => "drain_on()",
             Self::ServerEnded => "server ended",
+            Self::WorkerEnded => "worker ended",
         })
     }
 }

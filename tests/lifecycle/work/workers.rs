@@ -14,7 +14,7 @@ use std::{
 
 use tokio::{runtime, time::Instant};
 use tokio_test::{assert_pending, assert_ready, task};
-use tower_graceful::{Fate, Graceful, Outcome, Phase, RegisterError, Stop, TaskKind};
+use tower_graceful::{Fate, Graceful, Outcome, Phase, RegisterError, Stop, TaskKind, Trigger};
 
 use super::{Diary, END, fates, panics, report, row, rows, stop, until};
 use crate::support::{
@@ -318,6 +318,53 @@ async fn a_worker_that_failed_and_is_only_counted_is_in_the_outcome() {
     let report = stop(&graceful).await;
     assert_eq!(report.tasks().len(), 33, "the failure, and the latest");
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_critical_worker_that_ends_stops_the_service_and_the_report_says_why() {
+    type End = fn() -> Result<(), &'static str>;
+    let ends: [(_, End, _); 3] = [
+        (Fate::EndedEarly, || Ok(()), Outcome::Clean),
+        (
+            Fate::Failed("lost".into()),
+            || Err("lost"),
+            Outcome::CleanupFailed,
+        ),
+        (
+            Fate::Panicked("gone".into()),
+            || resume_unwind(Box::new("gone")),
+            Outcome::CleanupFailed,
+        ),
+    ];
+    for (fate, end, outcome) in ends {
+        let graceful = graceful();
+        let work = move |_| async move {
+            tokio::time::sleep(s(60)).await;
+            end()
+        };
+        graceful.critical_worker("critical", work).unwrap();
+        pass(s(59)).await;
+        assert_eq!(graceful.phase(), Phase::Serving);
+        pass(s(1)).await;
+        assert_eq!(graceful.phase(), Phase::LameDuck);
+        let report = report(&graceful).await;
+        assert_eq!(report.trigger(), Trigger::WorkerEnded);
+        assert_eq!(report.duration(), DELAY);
+        assert_eq!(report.outcome(), outcome);
+        assert_eq!(rows(&report), [row("critical", WORKER, ZERO, ZERO, fate)]);
+        assert!(report.to_string().starts_with("shutdown by worker ended: "));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_critical_worker_that_ends_with_the_stop_is_an_ordinary_worker() {
+    let graceful = graceful();
+    graceful.critical_worker("critical", obedient).unwrap();
+    pass(s(60)).await;
+    let report = stop(&graceful).await;
+    assert_eq!(report.trigger(), Trigger::Shutdown);
+    assert_eq!(report.outcome(), Outcome::Clean);
+    assert_eq!(fates(&report), [Fate::Done]);
 }
 
 /// An error with a source, whose text may include that of the source.
