@@ -421,12 +421,11 @@ async fn submit(
     Path((ms, job)): Path<(u64, u64)>,
 ) -> StatusCode {
     tokio::time::sleep(Duration::from_millis(ms)).await;
-    match jobs.send(job).await {
-        Ok(()) => StatusCode::ACCEPTED,
-        Err(_) => {
-            println!("closed too early");
-            StatusCode::SERVICE_UNAVAILABLE
-        }
+    if jobs.send(job).await.is_ok() {
+        StatusCode::ACCEPTED
+    } else {
+        println!("closed too early");
+        StatusCode::SERVICE_UNAVAILABLE
     }
 }
 
