@@ -352,8 +352,8 @@ pub struct Snapshot {
     pub refused_full: usize,
 }
 
-/// Resolves when a phase, or a later one, has been reached. Made by [`Graceful::draining`] and
-/// [`Graceful::stopped`].
+/// Resolves when a phase, or a later one, has been reached. Made by [`Graceful::draining`],
+/// [`Graceful::stopped`] and the methods of [`Stop`](crate::Stop).
 #[must_use = "futures do nothing unless polled"]
 pub struct PhaseReached {
     graceful: Graceful,
@@ -373,9 +373,9 @@ impl PhaseReached {
         }
     }
 
-    /// Resolves as soon as draining starts, also where that is told to others by and by.
-    pub(crate) fn at_once(graceful: &Graceful) -> Self {
-        Self::new(graceful, Phase::Draining, false)
+    /// Resolves as soon as the phase begins: `drain_spread` does not delay it.
+    pub(crate) fn at_once(graceful: &Graceful, phase: Phase) -> Self {
+        Self::new(graceful, phase, false)
     }
 }
 

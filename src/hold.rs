@@ -11,13 +11,13 @@ use std::{
 
 use futures_core::Stream;
 use futures_sink::Sink;
-use tokio::time;
+use tokio::{task::JoinHandle, time};
 
 use crate::{handle::Graceful, phase::Phase};
 
 impl Graceful {
     /// Holds the drain until the returned [`Hold`] is dropped: for work that no response carries,
-    /// such as a job that a request has spawned, or the task of a WebSocket.
+    /// such as the task of a WebSocket. To spawn a job, use [`spawn`](Self::spawn).
     ///
     /// It counts in [`in_flight`](Self::in_flight), and not against
     /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight). What holds beyond the drain
@@ -42,6 +42,37 @@ impl Graceful {
             graceful: self.clone(),
             key,
         }
+    }
+
+    /// Spawns a task that the drain waits for: [`hold`](Self::hold) and [`tokio::spawn`] in one.
+    ///
+    /// The hold begins before this returns, and ends when the future has been dropped: after it
+    /// has completed or panicked, or the task was aborted.
+    ///
+    /// ```
+    /// # use tower_graceful::Graceful;
+    /// # async fn send_mail() {}
+    /// async fn order(graceful: Graceful) -> &'static str {
+    ///     graceful.spawn("order mail", send_mail());
+    ///     "ordered"
+    /// }
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime, as `tokio::spawn` does.
+    #[track_caller]
+    pub fn spawn<F>(&self, name: impl Into<Cow<'static, str>>, future: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send + 'static> + Send + 'static,
+    {
+        let hold = self.hold(name);
+        tokio::spawn(async move {
+            // Captured first, and so dropped before the hold also where this is never polled.
+            let output = future.await;
+            drop(hold);
+            output
+        })
     }
 }
 

@@ -136,7 +136,7 @@ pub use crate::{
     rejection::{Rejection, RejectionReason},
     report::{
         CutConnection, CutRequest, Fate, HeldBy, Outcome, Remaining, Report, Requests, TaskKind,
-        TaskReport, Trigger,
+        TaskReport, Trigger, UnlistedWorkers,
     },
     tasks::{RegisterError, Stop},
     until_draining::UntilDraining,

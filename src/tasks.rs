@@ -14,42 +14,88 @@ use tokio::{runtime, sync::oneshot};
 use crate::{
     handle::{Graceful, PhaseReached},
     phase::Phase,
-    report::TaskKind,
+    report::{TaskKind, Trigger},
     work::{self, Completion, Name},
 };
 
 impl Graceful {
-    /// Spawns a worker: a task that lives as long as the service, and is told to stop when draining
-    /// starts.
+    /// Spawns a worker: a task that lives as long as the service.
     ///
-    /// It is waited for after the last request and hold has gone, and before the first
-    /// [cleanup](Self::cleanup) step, for at most
-    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout). Then it is cut: its future is
-    /// dropped, and the outcome is [`Forced`](crate::Outcome::Forced). A worker that fails, panics
-    /// or ends early is logged when it does, and reported; it does not stop the service.
+    /// The closure gets a [`Stop`], which has two moments. When draining starts, `Stop` itself
+    /// resolves: stop taking work from outside. When nothing is in flight any more,
+    /// [`stop.idle()`](Stop::idle) resolves: no request can add work any more, so finish what is
+    /// queued and end.
     ///
-    /// Register one for each kind of work, when the service starts: every worker has a row in the
-    /// report. For a job use [`hold`](Self::hold). The future must be able to end; one that only
-    /// loops does not compile, because its output is no [`Completion`].
+    /// A queue that requests fill is served until the second moment, and then drained. Every job
+    /// that was answered with 202 is done:
     ///
     /// ```
+    /// use axum::{extract::State, http::StatusCode};
+    /// use tokio::sync::mpsc;
     /// # use tower_graceful::{Graceful, RegisterError};
-    /// # async fn next_job() -> u32 { 1 }
-    /// # async fn send(_: u32) {}
+    /// # async fn process(_: String) {}
+    ///
+    /// async fn submit(State(jobs): State<mpsc::Sender<String>>, job: String) -> StatusCode {
+    ///     match jobs.send(job).await {
+    ///         Ok(()) => StatusCode::ACCEPTED,
+    ///         Err(_) => StatusCode::SERVICE_UNAVAILABLE,
+    ///     }
+    /// }
+    ///
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), RegisterError> {
     /// # let graceful = Graceful::new();
-    /// graceful.worker("mailer", |mut stop| async move {
+    /// let (sender, mut jobs) = mpsc::channel(1000); // the sender is the router's state
+    /// graceful.worker("jobs", |stop| async move {
+    ///     let mut idle = stop.idle();
+    ///     loop {
+    ///         tokio::select! {
+    ///             () = &mut idle => break,
+    ///             Some(job) = jobs.recv() => process(job).await,
+    ///         }
+    ///     }
+    ///     jobs.close(); // after a forced cut, a handler may still be sending
+    ///     while let Some(job) = jobs.recv().await {
+    ///         process(job).await;
+    ///     }
+    /// })?;
+    /// # submit(State(sender), "job".to_owned()).await;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// A worker that takes work from outside, such as a consumer of a message broker, ends at the
+    /// first moment:
+    ///
+    /// ```
+    /// # use tower_graceful::{Graceful, RegisterError};
+    /// # async fn next_message() -> u32 { 1 }
+    /// # async fn handle(_: u32) {}
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), RegisterError> {
+    /// # let graceful = Graceful::new();
+    /// graceful.worker("consumer", |mut stop| async move {
     ///     loop {
     ///         tokio::select! {
     ///             () = &mut stop => break,
-    ///             job = next_job() => send(job).await,
+    ///             message = next_message() => handle(message).await,
     ///         }
     ///     }
     /// })?;
     /// # Ok(())
     /// # }
     /// ```
+    ///
+    /// Workers are joined after the last request and hold have ended, and before the first
+    /// [cleanup](Self::cleanup) step, for at most
+    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout). A worker that has not ended by
+    /// then is cut: its future is dropped, and the outcome is [`Forced`](crate::Outcome::Forced). A
+    /// worker that fails, panics or ends before the stop is logged at once and reported; it does not
+    /// stop the service.
+    ///
+    /// Register one worker for each kind of work, when the service starts. For a single job use
+    /// [`spawn`](Self::spawn). The future must be able to end: a future that only loops does not
+    /// compile, because its output is not a [`Completion`].
     ///
     /// # Errors
     ///
@@ -63,7 +109,52 @@ impl Graceful {
         F: FnOnce(Stop) -> W + Send + 'static,
         W: Future<Output: Completion> + Send + 'static,
     {
-        let name = name.into();
+        self.employ(name.into(), work, false)
+    }
+
+    /// Spawns a [worker](Self::worker) without which the service is of no use: if it ends before
+    /// anything has asked for a stop, in whatever way, the service stops.
+    ///
+    /// The report's trigger is then [`WorkerEnded`](Trigger::WorkerEnded), and its row says how the worker ended.
+    /// The outcome is [`CleanupFailed`](crate::Outcome::CleanupFailed) if it failed or panicked; a
+    /// worker that ends in good order leaves it [`Clean`](crate::Outcome::Clean).
+    ///
+    /// ```
+    /// # use tower_graceful::{Graceful, RegisterError};
+    /// # async fn consume() -> Result<(), std::io::Error> { Ok(()) }
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), RegisterError> {
+    /// # let graceful = Graceful::new();
+    /// graceful.critical_worker("consumer", |stop| async move {
+    ///     tokio::select! {
+    ///         () = stop => Ok(()),
+    ///         result = consume() => result,
+    ///     }
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As those of [`worker`](Self::worker).
+    pub fn critical_worker<F, W>(
+        &self,
+        name: impl Into<Cow<'static, str>>,
+        work: F,
+    ) -> Result<(), RegisterError>
+    where
+        F: FnOnce(Stop) -> W + Send + 'static,
+        W: Future<Output: Completion> + Send + 'static,
+    {
+        self.employ(name.into(), work, true)
+    }
+
+    fn employ<F, W>(&self, name: Name, work: F, critical: bool) -> Result<(), RegisterError>
+    where
+        F: FnOnce(Stop) -> W + Send + 'static,
+        W: Future<Output: Completion> + Send + 'static,
+    {
         let Ok(runtime) = runtime::Handle::try_current() else {
             return Err(RegisterError::NoRuntime { name });
         };
@@ -75,6 +166,10 @@ impl Graceful {
                 let Ok(key) = permission.await else { return };
                 let fate = work::fate(async move { work(stop).await }).await;
                 shared.task_ended(key, fate);
+                if critical {
+                    // Changes nothing where a stop is under way.
+                    shared.trigger(Trigger::WorkerEnded);
+                }
             })
         };
         let in_time = self.phase() < Phase::Draining;
@@ -185,8 +280,15 @@ impl Graceful {
     }
 }
 
-/// How a [worker](Graceful::worker) is told to stop: a future that is ready, and a flag that is
-/// up, from the moment draining starts. Clones are told alike.
+/// Tells a [worker](Graceful::worker) to stop. It has two moments:
+///
+/// | moment | wait for it with | what a worker does |
+/// |---|---|---|
+/// | draining has begun | the `Stop` itself, or [`draining`](Self::draining) | takes no more work from outside |
+/// | nothing is in flight any more | [`idle`](Self::idle) | finishes the queue that requests have filled, and ends |
+///
+/// Clones resolve at the same moments. Waiting is cancel safe: a future that is dropped and made
+/// anew, or polled again after it was ready, misses nothing.
 #[derive(Clone, Debug)]
 #[must_use = "futures do nothing unless polled"]
 pub struct Stop {
@@ -198,11 +300,33 @@ impl Stop {
     fn new(graceful: &Graceful) -> Self {
         Self {
             graceful: graceful.clone(),
-            draining: PhaseReached::at_once(graceful),
+            draining: PhaseReached::at_once(graceful, Phase::Draining),
         }
     }
 
-    /// Whether the worker shall stop.
+    /// Resolves when draining has begun, as the `Stop` itself does: requests in flight go on, new
+    /// requests are refused.
+    ///
+    /// [`drain_spread`](crate::GracefulBuilder::drain_spread) does not delay it.
+    pub fn draining(&self) -> PhaseReached {
+        self.draining.clone()
+    }
+
+    /// Resolves when no request and no hold is in flight any more, and workers are about to be
+    /// joined: what a request could add to a queue has been added.
+    ///
+    /// Where the drain does not end by itself, this resolves when it is cut, at the drain deadline or
+    /// by a further SIGINT. A handler that was cut may run for a moment longer, so close the queue
+    /// before you drain it. Requests that the drain does not wait for, those of
+    /// [`probes`](Graceful::probes) and of routes outside the layer, may also come later.
+    ///
+    /// A worker that waits for this is still bounded by
+    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout), which begins afterwards.
+    pub fn idle(&self) -> PhaseReached {
+        PhaseReached::at_once(&self.graceful, Phase::Closing)
+    }
+
+    /// Whether draining has begun.
     #[must_use]
     pub fn is_stopping(&self) -> bool {
         self.graceful.phase() >= Phase::Draining

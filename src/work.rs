@@ -6,8 +6,9 @@ use std::{
     any::Any,
     borrow::Cow,
     cmp::Reverse,
+    collections::{BTreeMap, VecDeque},
     error::Error,
-    fmt,
+    fmt, iter,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     sync::Mutex,
@@ -19,11 +20,11 @@ use slab::Slab;
 use tokio::{sync::oneshot, task::JoinHandle, time::Instant};
 
 use crate::{
-    report::{Fate, HeldBy, TaskKind},
+    report::{Fate, HeldBy, TaskKind, UnlistedWorkers},
     sync::lock,
 };
 
-/// What somebody calls his work.
+/// The name of a hold, worker, hook or cleanup step.
 pub(crate) type Name = Cow<'static, str>;
 
 type Job = Pin<Box<dyn Future<Output = Fate> + Send>>;
@@ -38,11 +39,23 @@ pub(crate) struct Work {
 struct List {
     hooks: Registered,
     running_hooks: Vec<(usize, JoinHandle<()>)>,
-    workers: Vec<Worker>,
+    /// Those that have not ended.
+    workers: BTreeMap<usize, JoinHandle<()>>,
     workers_closed: bool,
     steps: Registered,
-    tasks: Vec<Task>,
+    /// In the order in which they were registered.
+    tasks: BTreeMap<usize, Task>,
+    next_key: usize,
+    /// Workers that ended in good order before the stop, as far as they are in `tasks`.
+    ended: VecDeque<usize>,
+    /// Workers that failed or panicked before the stop, as far as they are in `tasks`.
+    failed: VecDeque<usize>,
+    unlisted: UnlistedWorkers,
 }
+
+/// How many workers that ended before the stop are in the report: the latest of those that ended in
+/// good order, and the latest of those that did not. A service may run workers without end.
+const MOST_ENDED: usize = 32;
 
 /// Hooks or steps, in the order they were registered, until they are taken.
 #[derive(Default)]
@@ -57,11 +70,6 @@ pub(crate) struct Registration {
     pub(crate) key: usize,
     pub(crate) bound: Duration,
     pub(crate) job: Job,
-}
-
-struct Worker {
-    key: usize,
-    handle: JoinHandle<()>,
 }
 
 /// What is known of a worker, a hook or a step.
@@ -141,21 +149,17 @@ impl Work {
             return false;
         }
         let key = list.enter(name, TaskKind::Worker, Some(Instant::now()));
-        list.workers.push(Worker { key, handle });
+        list.workers.insert(key, handle);
         drop(list);
         let _ = permit.send(key);
         true
     }
 
-    /// The workers' handles. From now on there are no new ones.
+    /// The handles of the workers that have not ended. From now on there are no new ones.
     pub(crate) fn dismiss(&self) -> Vec<(usize, JoinHandle<()>)> {
         let mut list = lock!(self.list);
         list.workers_closed = true;
-        let workers = std::mem::take(&mut list.workers);
-        workers
-            .into_iter()
-            .map(|worker| (worker.key, worker.handle))
-            .collect()
+        std::mem::take(&mut list.workers).into_iter().collect()
     }
 
     pub(crate) fn hook_runs(&self, key: usize, handle: JoinHandle<()>) {
@@ -168,26 +172,39 @@ impl Work {
     }
 
     pub(crate) fn began(&self, key: usize) {
-        if let Some(task) = lock!(self.list).tasks.get_mut(key) {
+        if let Some(task) = lock!(self.list).tasks.get_mut(&key) {
             task.began = Some(Instant::now());
         }
     }
 
     /// Notes how a task came to its end. The first to say so is right.
-    pub(crate) fn ended(&self, key: usize, fate: Fate) -> Option<Task> {
+    pub(crate) fn ended(&self, key: usize, fate: Fate, before_stop: bool) -> Option<Task> {
         let mut list = lock!(self.list);
-        let task = list.tasks.get_mut(key)?;
+        let task = list.tasks.get_mut(&key)?;
         if task.ended.is_some() {
             return None;
         }
+        let failed = matches!(fate, Fate::Failed(_) | Fate::Panicked(_));
         task.ended = Some((Instant::now(), fate));
-        Some(task.clone())
+        let task = task.clone();
+        let handle = list.workers.remove(&key);
+        let unlisted = if before_stop && task.kind == TaskKind::Worker {
+            list.unlist(key, failed)
+        } else {
+            None
+        };
+        drop(list);
+        drop((handle, unlisted));
+        Some(task)
     }
 
     /// Has a task that ended in good order, but later than this, count as one that was cut.
     pub(crate) fn was_late(&self, key: usize, latest: Instant) {
         let mut list = lock!(self.list);
-        let ended = list.tasks.get_mut(key).and_then(|task| task.ended.as_mut());
+        let ended = list
+            .tasks
+            .get_mut(&key)
+            .and_then(|task| task.ended.as_mut());
         if let Some((ended, fate @ Fate::Done)) = ended {
             if *ended > latest {
                 *fate = Fate::Cut;
@@ -227,12 +244,17 @@ impl Work {
     pub(crate) fn is_worker(&self, key: usize) -> bool {
         let list = lock!(self.list);
         list.tasks
-            .get(key)
+            .get(&key)
             .is_some_and(|task| task.kind == TaskKind::Worker)
     }
 
     pub(crate) fn tasks(&self) -> Vec<Task> {
-        lock!(self.list).tasks.clone()
+        lock!(self.list).tasks.values().cloned().collect()
+    }
+
+    /// What ended before the stop and is not in [`tasks`](Self::tasks) any more.
+    pub(crate) fn unlisted(&self) -> UnlistedWorkers {
+        lock!(self.list).unlisted
     }
 }
 
@@ -246,18 +268,42 @@ impl List {
 
     /// A hook has not begun, or not come to its end.
     fn has_hook(&self) -> bool {
-        let mut hooks = self.tasks.iter().filter(|it| it.kind == TaskKind::LameDuck);
+        let mut hooks = self
+            .tasks
+            .values()
+            .filter(|it| it.kind == TaskKind::LameDuck);
         hooks.any(|hook| hook.ended.is_none())
     }
 
     fn enter(&mut self, name: Name, kind: TaskKind, began: Option<Instant>) -> usize {
-        self.tasks.push(Task {
+        let key = self.next_key;
+        self.next_key += 1;
+        let task = Task {
             name,
             kind,
             began,
             ended: None,
-        });
-        self.tasks.len() - 1
+        };
+        self.tasks.insert(key, task);
+        key
+    }
+
+    /// Notes that a worker has ended before the stop. Where there are too many of its kind, the
+    /// earliest is only counted from now on; gives that back.
+    fn unlist(&mut self, key: usize, failed: bool) -> Option<Task> {
+        let listed = if failed {
+            &mut self.failed
+        } else {
+            &mut self.ended
+        };
+        listed.push_back(key);
+        if listed.len() <= MOST_ENDED {
+            return None;
+        }
+        let earliest = listed.pop_front()?;
+        self.unlisted.ended += 1;
+        self.unlisted.failed += usize::from(failed);
+        self.tasks.remove(&earliest)
     }
 }
 
@@ -273,7 +319,16 @@ impl fmt::Debug for Work {
 /// What a server, a worker or a cleanup step may resolve to: `()`, or a `Result<(), E>` whose error
 /// is reported.
 ///
+/// The report has the error's text and those of its [sources](Error::source), joined by `": "`.
+///
 /// Sealed: implemented here for those two.
+#[diagnostic::on_unimplemented(
+    message = "the future must end with `()` or a `Result<(), E>`, but its output is `{Self}`",
+    label = "the output of this future is `{Self}`",
+    note = "a future that only loops has the output `!`, and could not be stopped: leave the loop \
+            when the service stops, as with `() = &mut stop => break` in `tokio::select!`",
+    note = "the error `E` must convert into `Box<dyn Error + Send + Sync>`"
+)]
 pub trait Completion: sealed::Sealed {}
 
 impl Completion for () {}
@@ -295,7 +350,7 @@ mod sealed {
 
     impl<E: Into<Box<dyn Error + Send + Sync>>> Sealed for Result<(), E> {
         fn error(self) -> Option<String> {
-            self.err().map(|error| error.into().to_string())
+            self.err().map(|error| super::with_sources(&*error.into()))
         }
     }
 }
@@ -304,6 +359,24 @@ mod sealed {
 pub(crate) fn error(completion: impl Completion) -> Option<String> {
     sealed::Sealed::error(completion)
 }
+
+/// The text of an error and of its sources, without those that the text has already.
+fn with_sources(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let sources = iter::successors(error.source(), |&error| error.source());
+    // Bounded, because an error may name itself as its source.
+    for source in sources.take(MOST_SOURCES) {
+        let source = source.to_string();
+        if !text.contains(&source) {
+            text.push_str(": ");
+            text.push_str(&source);
+        }
+    }
+    text
+}
+
+/// How many sources of an error are in its text.
+const MOST_SOURCES: usize = 32;
 
 /// Runs a future to its end, also if that is a panic.
 pub(crate) async fn fate<F: Future<Output: Completion>>(future: F) -> Fate {

@@ -99,6 +99,28 @@ fn a_response_allocates_twice_if_its_last_frame_is_large() {
 
 /// Kept beside the others, or a counter that counts nothing would pass them all.
 #[test]
+fn a_worker_that_has_ended_holds_no_memory() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    let graceful = Graceful::new();
+    let run = |workers: u32| {
+        runtime.block_on(async {
+            for _ in 0..workers {
+                graceful.worker("worker", |_| async {}).unwrap();
+                for _ in 0..3 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        });
+    };
+    run(200);
+    let held = measure(|| run(1000)).bytes_current;
+    assert!(held < 1000, "{held} bytes for 1000 workers");
+}
+
+#[test]
 fn what_allocates_is_counted() {
     let allocating = || drop(std::hint::black_box(vec![0_u8; 100]));
     assert_eq!(allocations(allocating), REQUESTS);

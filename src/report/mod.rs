@@ -13,7 +13,7 @@ use std::{
 
 pub use self::{
     remaining::{CutConnection, CutRequest, HeldBy, Remaining, Requests},
-    task::{Fate, TaskKind, TaskReport},
+    task::{Fate, TaskKind, TaskReport, UnlistedWorkers},
 };
 use crate::phase::Phase;
 
@@ -32,6 +32,9 @@ pub enum Trigger {
     /// A server given to [`Graceful::run`](crate::Graceful::run) ended although nothing had asked
     /// it to.
     ServerEnded,
+    /// A worker of [`Graceful::critical_worker`](crate::Graceful::critical_worker) ended before any
+    /// other trigger.
+    WorkerEnded,
 }
 
 impl fmt::Display for Trigger {
@@ -42,6 +45,7 @@ impl fmt::Display for Trigger {
             Self::Shutdown => "shutdown()",
             Self::Future => "drain_on()",
             Self::ServerEnded => "server ended",
+            Self::WorkerEnded => "worker ended",
         })
     }
 }
@@ -124,6 +128,7 @@ pub struct Report {
     pub(crate) remaining: Remaining,
     pub(crate) given_up: Arc<GivenUp>,
     pub(crate) tasks: Arc<[TaskReport]>,
+    pub(crate) unlisted_workers: UnlistedWorkers,
     pub(crate) server_error: Option<String>,
 }
 
@@ -187,9 +192,19 @@ impl Report {
     }
 
     /// Every worker, hook and cleanup step, in the order they were registered.
+    ///
+    /// Of the workers that ended before draining began, the latest 32 that ended in good order and
+    /// the latest 32 that failed or panicked; the others are
+    /// [counted](Self::unlisted_workers).
     #[must_use]
     pub fn tasks(&self) -> &[TaskReport] {
         &self.tasks
+    }
+
+    /// The workers that ended before draining began and are not in [`tasks`](Self::tasks).
+    #[must_use]
+    pub fn unlisted_workers(&self) -> UnlistedWorkers {
+        self.unlisted_workers
     }
 
     /// What was given up at the cut. All zero if there was none.

@@ -45,6 +45,17 @@ impl fmt::Display for Fate {
     }
 }
 
+/// Workers that are counted in the report and not listed. See
+/// [`Report::unlisted_workers`](crate::Report::unlisted_workers).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UnlistedWorkers {
+    /// All of them.
+    pub ended: usize,
+    /// Those of them that failed or panicked.
+    pub failed: usize,
+}
+
 /// One worker, hook or cleanup step. See [`Report::tasks`](crate::Report::tasks).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

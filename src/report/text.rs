@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use super::{Fate, Report, TaskKind, TaskReport};
+use super::{Fate, Report, TaskKind, TaskReport, UnlistedWorkers};
 use crate::phase::Phase;
 
 /// How many of the requests, holds and connections that were given up are named, of each.
@@ -38,6 +38,7 @@ impl fmt::Display for Report {
         {
             row(f, 2, "cleanup", began, self.cleanup, total)?;
             self.write_tasks(f, total, |task| task.kind == TaskKind::Worker)?;
+            self.write_unlisted(f)?;
             self.write_tasks(f, total, |task| task.kind == TaskKind::Cleanup)?;
         }
         self.write_requests(f)?;
@@ -64,6 +65,15 @@ impl Report {
             }
         }
         Ok(())
+    }
+
+    fn write_unlisted(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let UnlistedWorkers { ended, failed } = self.unlisted_workers;
+        if ended == 0 {
+            return Ok(());
+        }
+        let text = format!("and {ended} more that ended before the stop, {failed} of them failed");
+        line(f, 4, &text)
     }
 
     fn write_requests(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -241,6 +251,7 @@ mod tests {
             remaining: Remaining::default(),
             given_up: Arc::default(),
             tasks: Arc::default(),
+            unlisted_workers: UnlistedWorkers::default(),
             server_error: None,
         }
     }

@@ -175,14 +175,13 @@ impl Shared {
 
     /// Notes how a task came to its end, and has it logged.
     pub(crate) fn task_ended(&self, key: usize, fate: Fate) {
+        let before_stop = self.phase() < Phase::Draining;
         let fate = match fate {
             // A worker that was not told to.
-            Fate::Done if self.work.is_worker(key) && self.phase() < Phase::Draining => {
-                Fate::EndedEarly
-            }
+            Fate::Done if before_stop && self.work.is_worker(key) => Fate::EndedEarly,
             fate => fate,
         };
-        if let Some(task) = self.work.ended(key, fate) {
+        if let Some(task) = self.work.ended(key, fate, before_stop) {
             self.tell_log(Event::Task(Box::new(task)));
         }
     }

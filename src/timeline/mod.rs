@@ -407,9 +407,11 @@ impl Shared {
             // Nobody serves yet, so there is nothing for a balancer to look away from.
             Trigger::Terminate | Trigger::Interrupt if !self.word().has_served() => Duration::ZERO,
             Trigger::Interrupt => self.plan.interrupt_delay(),
-            Trigger::Terminate | Trigger::Shutdown | Trigger::Future | Trigger::ServerEnded => {
-                self.plan.drain_delay()
-            }
+            Trigger::Terminate
+            | Trigger::Shutdown
+            | Trigger::Future
+            | Trigger::ServerEnded
+            | Trigger::WorkerEnded => self.plan.drain_delay(),
         };
         state.events.extend(self.plan_event());
         state.shutdown = Some(Shutdown::new(trigger, now, self.plan.deadlines(delay)));

@@ -220,6 +220,7 @@ impl Shared {
             let figures = self.since_serving();
             let half_closed = self.connections.count_half_closed();
             let tasks = self.work.tasks();
+            let tasks = (tasks, self.work.unlisted());
             let report = shutdown.report(reason, error, figures, half_closed, tasks, now);
             state.report = Some(report);
             if let Some(cut) = &mut shutdown.cut {

@@ -12,7 +12,10 @@ use crate::{
     phase::Phase,
     plan::{Deadlines, instant_after},
     registry::Left,
-    report::{Fate, GivenUp, Outcome, Remaining, Report, Requests, TaskKind, TaskReport, Trigger},
+    report::{
+        Fate, GivenUp, Outcome, Remaining, Report, Requests, TaskKind, TaskReport, Trigger,
+        UnlistedWorkers,
+    },
     work::{Task, Work},
 };
 
@@ -293,7 +296,7 @@ impl Shutdown {
         server_error: Option<String>,
         figures: SinceServing,
         half_closed: usize,
-        tasks: Vec<Task>,
+        (tasks, unlisted_workers): (Vec<Task>, UnlistedWorkers),
         now: Instant,
     ) -> Report {
         let tasks: Arc<[_]> = tasks
@@ -339,7 +342,7 @@ impl Shutdown {
             Outcome::Forced
         } else if server_error.is_some() {
             Outcome::ServerFailed
-        } else if tasks.iter().any(TaskReport::is_failure) {
+        } else if unlisted_workers.failed > 0 || tasks.iter().any(TaskReport::is_failure) {
             Outcome::CleanupFailed
         } else {
             Outcome::Clean
@@ -370,6 +373,7 @@ impl Shutdown {
             remaining,
             given_up: Arc::new(given_up.unwrap_or_default()),
             tasks,
+            unlisted_workers,
             server_error,
         }
     }

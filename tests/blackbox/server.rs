@@ -8,7 +8,7 @@ use std::{
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{ConnectInfo, DefaultBodyLimit, Path, Request},
+    extract::{ConnectInfo, DefaultBodyLimit, Path, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header},
     response::{IntoResponse, Response},
     routing::{any, get, post},
@@ -16,7 +16,7 @@ use axum::{
 use futures_util::stream;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::mpsc};
 use tower_graceful::{Graceful, GracefulBuilder, Phase, Stop};
 
 use crate::long_lived;
@@ -388,6 +388,7 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
                 .route("/metrics", get(|| async { "nested metrics" }))
                 .merge(graceful.probes()),
         )
+        .merge(queue(graceful, knobs.millis("queue")))
         .fallback(|| async { (StatusCode::NOT_FOUND, "nothing here") })
         .layer(graceful.layer());
     // Outside the layer, so that looking does not change what is seen.
@@ -396,6 +397,49 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         .route("/outside/{ms}", get(sleep))
         .route("/count", get(count))
         .route("/connections", get(connections))
+}
+
+/// Jobs that are answered with 202 and done by a worker, each in so much time. The worker and the
+/// handler are those of the README.
+fn queue(graceful: &Graceful, each: Option<Duration>) -> Router {
+    let Some(each) = each else {
+        return Router::new();
+    };
+    let process = move |job: u64| async move {
+        tokio::time::sleep(each).await;
+        println!("done {job}");
+    };
+    let (sender, mut jobs) = mpsc::channel(1000);
+    let worker = move |stop: Stop| async move {
+        let mut idle = stop.idle();
+        loop {
+            tokio::select! {
+                () = &mut idle => break,
+                Some(job) = jobs.recv() => process(job).await,
+            }
+        }
+        jobs.close();
+        while let Some(job) = jobs.recv().await {
+            process(job).await;
+        }
+    };
+    graceful.worker("jobs", worker).unwrap();
+    Router::new()
+        .route("/queue/{ms}/{job}", post(submit))
+        .with_state(sender)
+}
+
+async fn submit(
+    State(jobs): State<mpsc::Sender<u64>>,
+    Path((ms, job)): Path<(u64, u64)>,
+) -> StatusCode {
+    tokio::time::sleep(Duration::from_millis(ms)).await;
+    if jobs.send(job).await.is_ok() {
+        StatusCode::ACCEPTED
+    } else {
+        println!("closed too early");
+        StatusCode::SERVICE_UNAVAILABLE
+    }
 }
 
 fn long_lived(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {

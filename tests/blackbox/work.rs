@@ -28,6 +28,11 @@ pub(crate) const TESTS: &[Test] = &[
         held,
     ),
     (
+        "work::that_requests_queue_during_a_stop_is_done_over_50_stops",
+        Form::CUTTING,
+        queued,
+    ),
+    (
         "work::that_is_held_for_too_long_is_given_up",
         Form::CUTTING,
         held_too_long,
@@ -188,6 +193,50 @@ fn held(form: Form) {
     );
     exit.assert_clean();
     exit.assert_within(MS(500), MS(1200));
+}
+
+/// Clients that submit one job after another while the service stops, and are slow in part.
+fn queued(form: Form) {
+    let mut accepted_in_all = 0;
+    for stop in 0..50 {
+        let mut server = Server::start(form, &["delay=20", "queue=1"]);
+        let clients: Vec<_> = (0..4)
+            .map(|client| {
+                let mut connection = server.connect();
+                thread::spawn(move || {
+                    let mut accepted = Vec::new();
+                    for job in client * 1000.. {
+                        // Some handlers are at work when draining starts.
+                        let path = format!("/queue/{}/{job}", job % 4 * 10);
+                        match connection.try_request("POST", &path) {
+                            Ok(response) if response.status == 202 => accepted.push(job),
+                            // Refused or closed by the stop.
+                            _ => break,
+                        }
+                    }
+                    accepted
+                })
+            })
+            .collect();
+        // The stop comes at another moment each time.
+        thread::sleep(MS(20 + stop % 10));
+        server.terminate();
+        let accepted = clients.into_iter().flat_map(|it| it.join().unwrap());
+        let mut accepted: Vec<u64> = accepted.collect();
+        let exit = server.exit();
+        exit.assert_clean();
+        // No request that was let in has found the queue closed.
+        let closed = exit.said.iter().any(|line| line == "closed too early");
+        assert!(!closed, "{exit:?}");
+        let done = exit.said.iter().filter_map(|it| it.strip_prefix("done "));
+        let mut done: Vec<u64> = done.map(|job| job.parse().unwrap()).collect();
+        accepted.sort_unstable();
+        done.sort_unstable();
+        let lost = accepted.iter().find(|it| done.binary_search(it).is_err());
+        assert_eq!(lost, None, "accepted and lost, of {accepted:?}: {exit:?}");
+        accepted_in_all += accepted.len();
+    }
+    assert!(accepted_in_all > 50, "{accepted_in_all} jobs");
 }
 
 fn held_too_long(form: Form) {

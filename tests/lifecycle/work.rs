@@ -3,6 +3,7 @@
 mod cleanup;
 mod holds;
 mod hooks;
+mod idle;
 mod report;
 mod workers;
 

@@ -1,9 +1,17 @@
 //! Holds: what keeps a drain open besides requests.
 
-use std::{thread, time::Duration};
+use std::{
+    future::pending,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use tokio::time::Instant;
-use tower_graceful::{Hold, Outcome, Phase, Remaining};
+use tower_graceful::{Graceful, Hold, Outcome, Phase, Remaining};
 
 use super::{END, report, stop};
 use crate::support::{
@@ -334,4 +342,72 @@ async fn a_drain_without_a_deadline_waits_for_a_hold_up_to_the_cleanup_share() {
     let _hold = graceful.hold("endless");
     let report = stop(&graceful).await;
     assert_eq!(report.duration(), END - s(5) + LET_GO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_spawned_job_is_finished_before_the_stop_and_gives_its_output() {
+    let graceful = without_delay();
+    let job = graceful.spawn("job", async {
+        pass(s(3)).await;
+        42
+    });
+    assert_eq!(graceful.in_flight(), 1, "before it is polled");
+    let begun = Instant::now();
+    graceful.shutdown();
+    graceful.stopped().await;
+    assert_eq!(begun.elapsed(), s(3));
+    assert_eq!(job.await.unwrap(), 42);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_hold_of_a_spawned_job_ends_however_the_job_does() {
+    let graceful = without_delay();
+    let panicking = graceful.spawn("panics", async { std::panic::resume_unwind(Box::new(1)) });
+    let aborted = graceful.spawn("aborted", pending::<()>());
+    let never_polled = graceful.spawn("never polled", pending::<()>());
+    assert_eq!(graceful.in_flight(), 3);
+    never_polled.abort();
+    let _: Result<(), _> = panicking.await;
+    aborted.abort();
+    assert!(aborted.await.unwrap_err().is_cancelled());
+    assert!(never_polled.await.unwrap_err().is_cancelled());
+    assert_eq!(graceful.in_flight(), 0);
+}
+
+/// Notes how many were in flight when it was dropped.
+struct InFlightAtDrop(Graceful, Arc<AtomicUsize>);
+
+impl Drop for InFlightAtDrop {
+    fn drop(&mut self) {
+        self.1.store(self.0.in_flight(), Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_hold_of_a_spawned_job_ends_after_the_future_is_dropped() {
+    for polled in [false, true] {
+        let graceful = without_delay();
+        let seen = Arc::new(AtomicUsize::new(usize::MAX));
+        let at_drop = InFlightAtDrop(graceful.clone(), Arc::clone(&seen));
+        let job = graceful.spawn("job", async move {
+            let _at_drop = at_drop;
+            pending::<()>().await;
+        });
+        if polled {
+            let_others_run().await;
+        }
+        job.abort();
+        assert!(job.await.unwrap_err().is_cancelled());
+        assert_eq!(seen.load(Ordering::Relaxed), 1, "polled: {polled}");
+        assert_eq!(graceful.in_flight(), 0);
+    }
+}
+
+#[test]
+fn a_job_spawned_outside_a_runtime_panics_and_holds_nothing() {
+    let graceful = without_delay();
+    let spawning = || drop(graceful.spawn("job", async {}));
+    let spawned = std::panic::catch_unwind(std::panic::AssertUnwindSafe(spawning));
+    assert!(spawned.is_err());
+    assert_eq!(graceful.in_flight(), 0);
 }

@@ -14,7 +14,7 @@ use std::{
 
 use tokio::{runtime, time::Instant};
 use tokio_test::{assert_pending, assert_ready, task};
-use tower_graceful::{Fate, Graceful, Outcome, Phase, RegisterError, Stop, TaskKind};
+use tower_graceful::{Fate, Graceful, Outcome, Phase, RegisterError, Stop, TaskKind, Trigger};
 
 use super::{Diary, END, fates, panics, report, row, rows, stop, until};
 use crate::support::{
@@ -268,6 +268,163 @@ async fn a_worker_that_panics_is_reported_with_what_it_said() {
             panicked("a str"),
             panicked("of a type that is no text"),
             Fate::Done,
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_the_workers_that_ended_before_the_stop_the_latest_are_listed_and_the_others_counted() {
+    let graceful = graceful();
+    graceful.worker("living", obedient).unwrap();
+    for number in 0..1000_u32 {
+        let name = number.to_string();
+        let work = move |_| async move {
+            match number % 100 {
+                0 => Err("failed"),
+                50 => resume_unwind(Box::new("panicked")),
+                _ => Ok(()),
+            }
+        };
+        graceful.worker(name, work).unwrap();
+        let_others_run().await;
+    }
+    let failing = |_| async { Err("failed") };
+    for _ in 0..32 {
+        graceful.worker("last", failing).unwrap();
+        let_others_run().await;
+    }
+    let report = stop(&graceful).await;
+    let names: Vec<_> = report.tasks().iter().map(|it| it.name.clone()).collect();
+    let mut expected = vec!["living".to_owned()];
+    expected.extend((968..1000).map(|number: u32| number.to_string()));
+    expected.extend(vec!["last".to_owned(); 32]);
+    assert_eq!(names, expected);
+    assert_eq!(report.unlisted_workers().ended, 1000 - 32);
+    assert_eq!(report.unlisted_workers().failed, 20);
+    let line = "\n    and 968 more that ended before the stop, 20 of them failed\n";
+    assert!(format!("{report}\n").contains(line), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_failed_and_is_only_counted_is_in_the_outcome() {
+    let graceful = graceful();
+    let failing = |_| async { Err("failed") };
+    graceful.worker("failing", failing).unwrap();
+    let_others_run().await;
+    for _ in 0..100 {
+        graceful.worker("ending", |_| async {}).unwrap();
+        let_others_run().await;
+    }
+    let report = stop(&graceful).await;
+    assert_eq!(report.tasks().len(), 33, "the failure, and the latest");
+    assert_eq!(report.outcome(), Outcome::CleanupFailed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_critical_worker_that_ends_stops_the_service_and_the_report_says_why() {
+    type End = fn() -> Result<(), &'static str>;
+    let ends: [(_, End, _); 3] = [
+        (Fate::EndedEarly, || Ok(()), Outcome::Clean),
+        (
+            Fate::Failed("lost".into()),
+            || Err("lost"),
+            Outcome::CleanupFailed,
+        ),
+        (
+            Fate::Panicked("gone".into()),
+            || resume_unwind(Box::new("gone")),
+            Outcome::CleanupFailed,
+        ),
+    ];
+    for (fate, end, outcome) in ends {
+        let graceful = graceful();
+        let work = move |_| async move {
+            tokio::time::sleep(s(60)).await;
+            end()
+        };
+        graceful.critical_worker("critical", work).unwrap();
+        pass(s(59)).await;
+        assert_eq!(graceful.phase(), Phase::Serving);
+        pass(s(1)).await;
+        assert_eq!(graceful.phase(), Phase::LameDuck);
+        let report = report(&graceful).await;
+        assert_eq!(report.trigger(), Trigger::WorkerEnded);
+        assert_eq!(report.duration(), DELAY);
+        assert_eq!(report.outcome(), outcome);
+        assert_eq!(rows(&report), [row("critical", WORKER, ZERO, ZERO, fate)]);
+        assert!(report.to_string().starts_with("shutdown by worker ended: "));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_critical_worker_that_ends_with_the_stop_is_an_ordinary_worker() {
+    let graceful = graceful();
+    graceful.critical_worker("critical", obedient).unwrap();
+    pass(s(60)).await;
+    let report = stop(&graceful).await;
+    assert_eq!(report.trigger(), Trigger::Shutdown);
+    assert_eq!(report.outcome(), Outcome::Clean);
+    assert_eq!(fates(&report), [Fate::Done]);
+}
+
+/// An error with a source, whose text may include that of the source.
+#[derive(Debug)]
+struct Layered(&'static str, Option<Box<Layered>>);
+
+impl fmt::Display for Layered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Layered {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        let source = self.1.as_deref()?;
+        Some(source)
+    }
+}
+
+/// An error that is its own source.
+#[derive(Debug)]
+struct Circular;
+
+impl fmt::Display for Circular {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("circular")
+    }
+}
+
+impl std::error::Error for Circular {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(self)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_is_reported_with_its_sources_and_each_of_them_once() {
+    let full = || Some(Box::new(Layered("disk full", None)));
+    let flushing = Layered("flushing", full());
+    let errors = [
+        Layered("closing the pool", full()),
+        Layered("closing the pool", Some(Box::new(flushing))),
+        Layered("closing the pool: disk full", full()),
+    ];
+    let graceful = without_delay();
+    for error in errors {
+        let step = async { Err(error) };
+        graceful.cleanup("step", s(1), step).unwrap();
+    }
+    let step = async { Err(Circular) };
+    graceful.cleanup("circular", s(1), step).unwrap();
+    let report = stop(&graceful).await;
+    let failed = |text: &str| Fate::Failed(text.into());
+    assert_eq!(
+        fates(&report),
+        [
+            failed("closing the pool: disk full"),
+            failed("closing the pool: flushing: disk full"),
+            failed("closing the pool: disk full"),
+            failed("circular"),
         ]
     );
 }
