@@ -79,7 +79,9 @@ pub struct GracefulIo<I: 'static> {
     stored: Stored,
     peer: Peer,
     written: Written,
-    head: FirstHead,
+    /// The last write had to wait.
+    blocked: bool,
+    heads: Heads,
     /// Bytes written while the service stops, as far as this can count.
     written_late: u16,
     /// Whether it is idle, where its descriptor is needed.
@@ -108,25 +110,43 @@ pub(super) enum Written {
     Upgrade,
 }
 
-/// How many line breaks there are at the end of what was read, until there are two in a row: then the
-/// first head of HTTP/1 may be whole.
+/// What reading shows of requests of HTTP/1. In the lower bits, how many line breaks there are at the
+/// end of what was read, until there are two in a row: then the first head may be whole.
 #[derive(Clone, Copy, Debug, Default)]
-struct FirstHead(u8);
+struct Heads(u8);
 
-impl FirstHead {
-    fn is_whole(self) -> bool {
-        self.0 == 2
+impl Heads {
+    const BREAKS: u8 = 3;
+    const WHOLE: u8 = 2;
+    /// The last read was a request without a body.
+    const BODILESS: u8 = 4;
+
+    fn first_is_whole(self) -> bool {
+        self.0 & Self::BREAKS == Self::WHOLE
     }
 
-    fn read(&mut self, read: &[u8]) {
+    fn last_is_bodiless(self) -> bool {
+        self.0 & Self::BODILESS != 0
+    }
+
+    fn first(&mut self, read: &[u8]) {
+        let mut breaks = self.0 & Self::BREAKS;
         for byte in read {
-            self.0 = match (self.0, byte) {
-                (2, _) => return,
-                (breaks, b'\n') => breaks + 1,
-                (breaks, b'\r') => breaks,
+            breaks = match byte {
+                _ if breaks == Self::WHOLE => break,
+                b'\n' => breaks + 1,
+                b'\r' => breaks,
                 _ => 0,
             };
         }
+        self.0 = self.0 & !Self::BREAKS | breaks;
+    }
+
+    #[inline]
+    fn last(&mut self, read: &[u8]) {
+        let method = read.starts_with(b"GET ") || read.starts_with(b"HEAD ");
+        let bodiless = method && read.ends_with(b"\r\n\r\n");
+        self.0 = self.0 & Self::BREAKS | if bodiless { Self::BODILESS } else { 0 };
     }
 }
 
@@ -159,13 +179,27 @@ impl<I: 'static> Drop for GracefulIo<I> {
             return;
         }
         if let Some(linger) = self.linger {
-            linger(io, self.written, self.entry.hand_over());
+            let heard = &line.heard;
+            let last = Last {
+                written: self.written,
+                request: self.heads.last_is_bodiless() && heard.is_decided() && !heard.is_http2(),
+            };
+            linger(io, last, self.entry.hand_over());
         }
     }
 }
 
 /// What takes a connection over.
-type Linger<I> = fn(I, Written, Entry);
+type Linger<I> = fn(I, Last, Entry);
+
+/// What passed on a connection that is taken over.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Last {
+    pub(super) written: Written,
+    /// The last that was read is a request of HTTP/1 without a body, so that its client sends nothing
+    /// more until it has read the response.
+    pub(super) request: bool,
+}
 
 /// What a response begins with after which the connection is no longer one of HTTP/1.
 const SWITCHING_PROTOCOLS: &[u8] = b"HTTP/1.1 101";
@@ -250,7 +284,8 @@ impl<I: 'static> GracefulIo<I> {
             stored: Stored::default(),
             peer: Peer::Open,
             written: Written::Nothing,
-            head: FirstHead::default(),
+            blocked: false,
+            heads: Heads::default(),
             written_late: 0,
             activity: Activity::default(),
             linger,
@@ -286,7 +321,9 @@ impl<I: 'static> GracefulIo<I> {
     #[inline]
     fn enter(&mut self, waiter: Waiter, cx: &Context<'_>) -> io::Result<Told> {
         let told = self.entry.0.notice.enter(&mut self.stored, waiter, cx);
-        if told >= Told::Expire && (told == Told::Cut || self.expires()) {
+        // What is to be written is owed.
+        let expires = || waiter == Waiter::Read && self.expires();
+        if told >= Told::Expire && (told == Told::Cut || expires()) {
             self.peer = Peer::Gone;
             return Err(cut());
         }
@@ -303,7 +340,7 @@ impl<I: 'static> GracefulIo<I> {
         } else {
             // Over HTTP/1 idle connections were closed when this one was told to, so it has been
             // upgraded, its first request is running, or its first head is not whole.
-            self.written > Written::Nothing || self.head.is_whole()
+            self.written > Written::Nothing || self.heads.first_is_whole()
         };
         let responded = line.flags.has(RESPONDED);
         let owes = match self.io.as_ref().and_then(tcp).and_then(unacknowledged) {
@@ -311,7 +348,7 @@ impl<I: 'static> GracefulIo<I> {
             None => responded,
         };
         // What is spoken on IO of another kind is not known.
-        self.linger.is_some() && !in_flight && !owes
+        self.linger.is_some() && !in_flight && !owes && !self.blocked
     }
 
     #[cold]
@@ -341,6 +378,7 @@ impl<I: 'static> GracefulIo<I> {
         let result = write(Pin::new(this.get_mut()), cx);
         let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
         this.activity.wrote(upgrades, result.is_ready());
+        this.blocked = result.is_pending();
         match &result {
             Poll::Ready(Ok(bytes)) => {
                 let written = if upgrades {
@@ -382,8 +420,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 line.read_while_stopping(told);
             }
             this.activity.read(read);
+            this.heads.last(read);
             if this.written == Written::Nothing {
-                this.head.read(read);
+                this.heads.first(read);
             }
             let lets_in = || told == Told::Stay || line.owner.phase() < Phase::Draining;
             let kept = line.heard.note(read, lets_in);

@@ -9,12 +9,13 @@
 //!
 //! It ends
 //! - when the peer has closed or reset the connection, and everything is delivered;
-//! - at once, where everything is delivered, nothing is unread, and no response has just been sent: an
-//!   idle connection costs no time;
+//! - at once, where everything is delivered, nothing is unread, and the client is not in the middle of
+//!   an upload or of HTTP/2: an idle connection costs no time, and neither does one whose request had
+//!   no body;
 //! - when everything is delivered and the peer has been silent for [`SILENCE`] or [`STILL`], or has
 //!   not closed for [`MOST`];
-//! - while serving, when nothing has been delivered for [`STALLED`], and where it was upgraded, for
-//!   [`STILL`]. The kernel goes on trying;
+//! - while serving, when nothing has been delivered for [`STALLED`]. The kernel goes on trying;
+//! - where it was upgraded, [`STILL`] after the peer last took something, or has everything;
 //! - while the service stops, when the connection is cut: what is not delivered then is in the report.
 //!
 //! Where it is not known what is delivered, because the operating system does not say so or the IO is
@@ -40,7 +41,7 @@ use tokio::{
 use tokio::net::UnixStream;
 
 use super::{
-    io::{Entry, Written, tcp},
+    io::{Entry, Last, Written, tcp},
     send_queue::unacknowledged,
 };
 use crate::{
@@ -91,19 +92,19 @@ pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
 
 /// Closes a connection that its server has let go of, if it is a socket of tokio's. Anything else is
 /// dropped.
-pub(super) fn socket<I: 'static>(socket: I, written: Written, entry: Entry) {
+pub(super) fn socket<I: 'static>(socket: I, last: Last, entry: Entry) {
     let mut socket = Some(socket);
     let any: &mut dyn Any = &mut socket;
     if let Some(tcp) = any.downcast_mut::<Option<TcpStream>>() {
         if let Some(tcp) = tcp.take() {
-            io(tcp, written, entry);
+            io(tcp, last, entry);
         }
         return;
     }
     #[cfg(unix)]
     if let Some(unix) = any.downcast_mut::<Option<UnixStream>>() {
         if let Some(unix) = unix.take() {
-            io(unix, written, entry);
+            io(unix, last, entry);
         }
         return;
     }
@@ -111,7 +112,7 @@ pub(super) fn socket<I: 'static>(socket: I, written: Written, entry: Entry) {
 }
 
 /// Closes a connection that its server has let go of.
-pub(super) fn io<I>(io: I, written: Written, entry: Entry)
+pub(super) fn io<I>(io: I, last: Last, entry: Entry)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -121,7 +122,7 @@ where
         shut: false,
         eof: false,
         received: false,
-        written,
+        last,
         entry,
     };
     // Most connections are idle, and need no task. Only a socket is polled here, because other IO may
@@ -150,7 +151,7 @@ struct Lingering<I: 'static> {
     eof: bool,
     /// Something came since this was last looked at.
     received: bool,
-    written: Written,
+    last: Last,
     // After the IO, so that the connection is closed before it is removed.
     entry: Entry,
 }
@@ -197,7 +198,9 @@ where
     /// What the peer has not acknowledged of what it is owed, if it is known.
     fn undelivered(&self) -> Option<u32> {
         let left = unacknowledged(tcp(&self.io)?)?;
-        let nothing = if self.has_responded() { FIN } else { FAREWELL };
+        // To a client that sends nothing, the kernel delivers what is left.
+        let little = self.last.request || !self.has_responded();
+        let nothing = if little { FAREWELL } else { FIN };
         Some(if left > nothing { left } else { 0 })
     }
 
@@ -208,7 +211,7 @@ where
 
     /// There is nothing to wait for.
     fn is_idle(&self) -> bool {
-        let quiet = self.eof || !self.has_responded();
+        let quiet = self.eof || self.last.request || !self.has_responded();
         quiet && !self.received && self.undelivered() == Some(0)
     }
 
@@ -237,7 +240,7 @@ where
             if left > 0 {
                 let patience = match self.entry.0.notice.told() {
                     // A handler has let go of it, after as much waiting as it found right.
-                    _ if self.written == Written::Upgrade => STILL,
+                    _ if self.last.written == Written::Upgrade => STILL,
                     Told::Stay => STALLED,
                     // The cut ends it.
                     _ => Duration::MAX,
@@ -253,7 +256,9 @@ where
             let (since, talks) = *delivered.get_or_insert((now, false));
             let talks = talks || received;
             delivered = Some((since, talks));
-            let silence = if talks {
+            let upgraded = self.last.written == Written::Upgrade;
+            let most = if upgraded { STILL } else { MOST };
+            let silence = if talks && !upgraded {
                 SILENCE
             } else if known.is_some() && self.entry.0.owner.starved.is_waiting() {
                 // Its descriptor is needed.
@@ -261,7 +266,7 @@ where
             } else {
                 STILL
             };
-            if now - sent.max(since) >= silence || now - since >= MOST {
+            if now - sent.max(since) >= silence || now - since >= most {
                 return;
             }
         }
