@@ -118,8 +118,12 @@ struct Heads(u8);
 impl Heads {
     const BREAKS: u8 = 3;
     const WHOLE: u8 = 2;
-    /// The last read was a request without a body.
+    /// What was read since the last write is a request without a body.
     const BODILESS: u8 = 4;
+    /// It begins with a method that has no body.
+    const METHOD: u8 = 8;
+    /// Something was read since the last write.
+    const ASKING: u8 = 16;
 
     fn first_is_whole(self) -> bool {
         self.0 & Self::BREAKS == Self::WHOLE
@@ -142,11 +146,24 @@ impl Heads {
         self.0 = self.0 & !Self::BREAKS | breaks;
     }
 
+    /// A request may come in several reads: servers read a few bytes to tell HTTP/1 from HTTP/2.
     #[inline]
     fn last(&mut self, read: &[u8]) {
-        let method = read.starts_with(b"GET ") || read.starts_with(b"HEAD ");
-        let bodiless = method && read.ends_with(b"\r\n\r\n");
-        self.0 = self.0 & Self::BREAKS | if bodiless { Self::BODILESS } else { 0 };
+        let mut bits = self.0 & !Self::BODILESS;
+        if bits & Self::ASKING == 0 {
+            bits |= Self::ASKING;
+            let method = read.starts_with(b"GET ") || read.starts_with(b"HEAD ");
+            bits = bits & !Self::METHOD | if method { Self::METHOD } else { 0 };
+        }
+        if bits & Self::METHOD != 0 && read.ends_with(b"\r\n\r\n") {
+            bits |= Self::BODILESS;
+        }
+        self.0 = bits;
+    }
+
+    #[inline]
+    fn wrote(&mut self) {
+        self.0 &= !Self::ASKING;
     }
 }
 
@@ -387,6 +404,7 @@ impl<I: 'static> GracefulIo<I> {
                     Written::Something
                 };
                 this.written = this.written.max(written);
+                this.heads.wrote();
                 if told > Told::Stay {
                     this.wrote_while_stopping(*bytes);
                 }

@@ -16,8 +16,12 @@ use tokio::net::TcpStream;
 /// Bytes that the peer has not acknowledged, with one more for a FIN that it has not acknowledged.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn unacknowledged(tcp: &TcpStream) -> Option<u32> {
-    let (local, peer) = (tcp.local_addr().ok()?, tcp.peer_addr().ok()?);
-    diag::send_queue(local, peer)
+    match tcp.peer_addr() {
+        Ok(peer) => diag::send_queue(tcp.local_addr().ok()?, peer),
+        // Both sides have closed, and everything is acknowledged; or the peer has reset it.
+        Err(error) if error.kind() == std::io::ErrorKind::NotConnected => Some(0),
+        Err(_) => None,
+    }
 }
 
 /// Sees to it that the question can be asked later.
