@@ -196,7 +196,9 @@ fn cut(form: Form) {
     let wave = wave() / 5 * 5;
     let (mut left, mut slowest) = (MANY, Duration::ZERO);
     while left > 0 {
-        let mut server = Server::start(form, &["delay=200", "drain=800", ALL_FILES]);
+        // It may take longer to connect all of them than a head may take to arrive.
+        const PATIENT: &str = "header_read_timeout=max";
+        let mut server = Server::start(form, &["delay=200", "drain=800", ALL_FILES, PATIENT]);
         let mut observer = server.connect();
         let stuck = STUCK
             .iter()
