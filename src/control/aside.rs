@@ -132,7 +132,7 @@ impl Aside {
     }
 
     /// Waits until every job is done, but not longer than this.
-    #[cfg_attr(not(feature = "tracing"), expect(dead_code))]
+    #[cfg(any(feature = "tracing", test))]
     pub(crate) fn flush(&self, within: Duration) {
         let until = Instant::now() + within;
         let mut queue = lock!(self.queue);
