@@ -218,6 +218,11 @@ impl Heard {
         self.preface.load(Relaxed) >= WHOLE
     }
 
+    /// The peer speaks HTTP/1, or what the connection was upgraded to.
+    pub(crate) fn is_http1(&self) -> bool {
+        self.preface.load(Relaxed) >= OTHER
+    }
+
     /// The peer speaks HTTP/2.
     pub(crate) fn is_http2(&self) -> bool {
         self.preface.load(Relaxed) == WHOLE

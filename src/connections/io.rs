@@ -196,10 +196,9 @@ impl<I: 'static> Drop for GracefulIo<I> {
             return;
         }
         if let Some(linger) = self.linger {
-            let heard = &line.heard;
             let last = Last {
                 written: self.written,
-                request: self.heads.last_is_bodiless() && heard.is_decided() && !heard.is_http2(),
+                request: self.heads.last_is_bodiless() && line.heard.is_http1(),
             };
             linger(io, last, self.entry.hand_over());
         }
@@ -372,8 +371,7 @@ impl<I: 'static> GracefulIo<I> {
     fn wrote_while_stopping(&mut self, bytes: usize) {
         let bytes = u16::try_from(bytes).unwrap_or(u16::MAX);
         self.written_late = self.written_late.saturating_add(bytes);
-        let http1 = self.entry.0.heard.is_decided() && !self.entry.0.heard.is_http2();
-        if http1 || u32::from(self.written_late) > FAREWELL {
+        if self.entry.0.heard.is_http1() || u32::from(self.written_late) > FAREWELL {
             self.entry.0.flags.set(RESPONDED);
         }
     }

@@ -32,6 +32,16 @@ pub(crate) const ALONE: &[Test] = &[
         leave_nothing,
     ),
     (
+        "many::ten_thousand_clients_that_do_not_close_leave_nothing_behind",
+        Form::CUTTING,
+        linger,
+    ),
+    (
+        "many::ten_thousand_clients_in_the_middle_of_an_upload_do_not_hold_the_stop",
+        Form::CUTTING,
+        linger_while_stopping,
+    ),
+    (
         "many::ten_thousand_stuck_connections_are_cut_in_time",
         Form::CUTTING,
         cut,
@@ -162,6 +172,61 @@ fn leave_nothing(form: Form) {
     assert_eq!(ask(&mut observer, "/count"), 0);
     server.terminate();
     server.exit().assert_clean();
+}
+
+/// Each is answered in the middle of its upload, so that the server lets go of it, and neither sends nor
+/// closes from then on.
+fn linger(form: Form) {
+    const UPLOAD: &str = "content-length: 5000\r\n\r\nhalf";
+    let clients = wave();
+    let mut server = Server::start(form, &["delay=0", ALL_FILES]);
+    let mut observer = server.connect();
+    observer.get("/").assert_ok();
+    let fresh = held(&server);
+    let (mut stays, mut most) = (Vec::new(), 0);
+    for _ in 0..clients {
+        let mut client = server.connect();
+        client.send(&format!(
+            "POST /bytes/0/1 HTTP/1.1\r\nhost: test\r\n{UPLOAD}"
+        ));
+        client.response("POST").assert_ok();
+        most = most.max(held(&server).files);
+        stays.push(client);
+    }
+    wait_for_connections(&mut observer, 1);
+    wait_for("the files to close", || held(&server).files == fresh.files);
+    println!("at most {most} files, of {clients} clients");
+    assert_eq!(stays.len(), clients);
+    server.terminate();
+    server.exit().assert_clean();
+}
+
+/// All of them are answered at once, when draining starts.
+fn linger_while_stopping(form: Form) {
+    let wave = wave();
+    let mut server = Server::start(form, &["delay=0", "drain=20000", ALL_FILES]);
+    let mut observer = server.connect();
+    let mut clients = Vec::new();
+    for i in 0..wave {
+        let mut client = server.connect();
+        client.send("POST /told/0/1 HTTP/1.1\r\nhost: test\r\ncontent-length: 5000\r\n\r\nhalf");
+        clients.push(client);
+        // The queue of the listener is not to run over.
+        if i % 500 == 0 {
+            wait_for_connections(&mut observer, i + 2);
+        }
+    }
+    wait_for("the requests", || ask(&mut observer, "/count") == wave);
+    drop(observer);
+    server.terminate();
+    let exit = server.exit();
+    println!("{} clients: {:?}", wave, exit.after);
+    exit.assert_clean();
+    exit.assert_within(MS(0), MS(12_000));
+    // The clients had been answered before.
+    for client in clients.iter_mut().step_by(100) {
+        client.response("POST").assert_ok();
+    }
 }
 
 /// A hundred at a time, so that the allocator has no part in it.

@@ -351,7 +351,7 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         .route("/sleep/{ms}", get(sleep))
         .route("/stream/{chunks}/{ms}", get(stream))
         .route("/bytes/{ms}/{kib}", any(bytes))
-        .route("/told/{ms}/{kib}", get(told))
+        .route("/told/{ms}/{kib}", any(told))
         .route("/grpc/{ms}/{kib}", post(grpc))
         .route(
             "/peer",

@@ -12,7 +12,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::{
     Test,
-    client::frames::{Connection, DATA, END_STREAM, PING, WINDOW_UPDATE},
+    client::frames::{Connection, DATA, END_STREAM, GOAWAY, HEADERS, PING, WINDOW_UPDATE},
     process::{BOUND, Server, wait_for},
     server::Form,
 };
@@ -27,6 +27,21 @@ pub(crate) const TESTS: &[Test] = &[
         "whole::a_response_over_http2_arrives_although_its_client_pauses",
         Form::CUTTING,
         http2_pauses,
+    ),
+    (
+        "whole::small_responses_over_http2_arrive_although_their_client_has_no_window",
+        Form::CUTTING,
+        http2_small,
+    ),
+    (
+        "whole::a_client_of_http2_that_falls_silent_after_a_frame_holds_the_stop_for_a_second",
+        &[Form::Serve],
+        http2_falls_silent,
+    ),
+    (
+        "whole::small_responses_arrive_although_their_clients_upload",
+        Form::CUTTING,
+        small_uploading,
     ),
     (
         "whole::a_response_arrives_although_its_client_pipelines",
@@ -174,6 +189,81 @@ fn http2_pauses(form: Form) {
     assert_eq!(got, 256 * 1024);
     drop(client);
     server.exit().assert_clean();
+}
+
+/// Each response is so small that its last byte was handed to the server before the stop. The peer has
+/// no window for any of them until some time after.
+fn http2_small(form: Form) {
+    const STREAMS: usize = 8;
+    const KIB: usize = 6;
+    // No window for a stream.
+    let mut server = Server::start(form, &["delay=0", "drain=20000"]);
+    let stream = TcpStream::connect(server.address).unwrap();
+    let mut client = Connection::on(stream, &[0, 4, 0, 0, 0, 0]);
+    let streams: Vec<_> = (0..STREAMS)
+        .map(|_| client.begin(&format!("/bytes/0/{KIB}")).unwrap())
+        .collect();
+    for _ in 0..STREAMS {
+        client.next(HEADERS);
+    }
+    server.terminate();
+    // It answers the ping, as every client does.
+    for frame in client.until_quiet(MS(2500)) {
+        assert_ne!(frame.kind, DATA, "there is no window");
+    }
+    let window = (1_u32 << 20).to_be_bytes();
+    for stream in streams {
+        client.send(WINDOW_UPDATE, 0, stream, &window).unwrap();
+    }
+    let (mut got, mut ended) = (0, 0);
+    while ended < STREAMS {
+        let frame = client
+            .read()
+            .unwrap_or_else(|| panic!("closed after {got} bytes and {ended} responses"));
+        if frame.kind == DATA {
+            got += frame.payload.len();
+            ended += usize::from(frame.flags & END_STREAM != 0);
+        }
+    }
+    assert_eq!(got, STREAMS * KIB * 1024);
+    drop(client);
+    server.exit().assert_clean();
+}
+
+/// It takes the GOAWAY, says one thing more, and is gone.
+fn http2_falls_silent(form: Form) {
+    let mut server = Server::start(form, &["delay=100", "drain=20000"]);
+    let mut client = Connection::open(server.address);
+    client.begin("/").unwrap();
+    client.until_quiet(MS(100));
+    server.terminate();
+    client.next(GOAWAY);
+    let window = 1_u32.to_be_bytes();
+    client.send(WINDOW_UPDATE, 0, 0, &window).unwrap();
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(100), MS(4000));
+    drop(client);
+}
+
+/// The response is out long before the upload is, and is not waited for by a drain.
+fn small_uploading(form: Form) {
+    for (phase, delay, handler) in PHASES {
+        let mut server = Server::start(form, &[delay, "drain=20000"]);
+        let mut client = narrow(server.address);
+        let head = format!("POST /bytes/{handler}/1 HTTP/1.1\r\nhost: test\r\n{UPLOAD}");
+        client.write_all(head.as_bytes()).unwrap();
+        server.wait_for_in_flight(1);
+        server.terminate();
+        let mut sending = client.try_clone().unwrap();
+        let sender = thread::spawn(move || while sending.write_all(&[0; 4096]).is_ok() {});
+        // Until well after the server has let go of the connection.
+        thread::sleep(MS(handler + 600));
+        assert_eq!(read_slowly(&mut client, 1), 1024, "{phase}");
+        client.shutdown(Shutdown::Both).unwrap();
+        sender.join().unwrap();
+        server.exit().assert_clean();
+    }
 }
 
 /// Reads a response with this many KiB, a little at a time. Says how many bytes of the body came.
