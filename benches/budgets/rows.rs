@@ -60,7 +60,7 @@ impl Rows {
         const BEGIN: &str = "<!-- written by cargo bench --bench budgets -- --write -->\n";
         const END: &str = "<!-- to here -->";
 
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let path = folder.join("BENCHMARKS.md");
         let text = fs::read_to_string(&path).expect("BENCHMARKS.md");
         let (before, rest) = text.split_once(BEGIN).expect("where the tables begin");

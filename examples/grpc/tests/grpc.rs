@@ -59,10 +59,10 @@ use tonic_health::{
 use tower_graceful::{Graceful, GracefulBuilder, GracefulIo, Outcome, Phase, Report, Requests};
 
 // As in the example.
-#[path = "../examples/grpc/greeter.rs"]
+#[path = "../greeter.rs"]
 #[allow(clippy::pedantic, unreachable_pub)]
 mod greeter;
-#[path = "../examples/grpc/health.rs"]
+#[path = "../health.rs"]
 #[allow(unreachable_pub)]
 mod health;
 

@@ -9,6 +9,10 @@ use std::{
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -116,12 +120,15 @@ fn post(address: SocketAddr, job: &str) -> Option<bool> {
 }
 
 /// Posts until the service is gone. Returns the jobs that were accepted.
-fn load(address: SocketAddr, client: usize) -> Vec<String> {
+fn load(address: SocketAddr, client: usize, begun: &AtomicBool) -> Vec<String> {
     let mut accepted = Vec::new();
     for job in 0.. {
         let job = format!("job {job} of client {client}");
         match post(address, &job) {
-            Some(true) => accepted.push(job),
+            Some(true) => {
+                accepted.push(job);
+                begun.store(true, Relaxed);
+            }
             Some(false) => thread::sleep(Duration::from_millis(1)),
             None => break,
         }
@@ -162,10 +169,18 @@ fn accepted_is_stored(kill: u64) {
     let database = folder.join("jobs.db");
     let service = Service::start(&database);
     let address = service.address;
+    let begun = Arc::new(AtomicBool::new(false));
     let clients: Vec<_> = (0..4)
-        .map(|client| thread::spawn(move || load(address, client)))
+        .map(|client| {
+            let begun = Arc::clone(&begun);
+            thread::spawn(move || load(address, client, &begun))
+        })
         .collect();
-    thread::sleep(Duration::from_millis(20 + 17 * kill));
+    let waited = Instant::now();
+    while !begun.load(Relaxed) && waited.elapsed() < BOUND {
+        thread::sleep(Duration::from_millis(1));
+    }
+    thread::sleep(Duration::from_millis(17 * kill));
     // Ctrl-C has no delay, and ends the one that SIGTERM began.
     if kill % 2 == 0 {
         service.signal(Signal::SIGINT);
