@@ -108,7 +108,8 @@ fn slow_head(form: Form) {
         for connection in [fresh, used] {
             closed_after(connection);
             let after = asked.elapsed();
-            assert!(after > MS(250) && after < MS(700), "{begun:?}: {after:?}");
+            // Without the timeout it would not be closed at all.
+            assert!(after > MS(250) && after < MS(4000), "{begun:?}: {after:?}");
         }
     }
     // Byte by byte is no way around it.
@@ -175,7 +176,7 @@ fn shared_segment(form: Form) {
                     closed_after(connection);
                     let after = asked.elapsed();
                     assert!(
-                        after > MS(250) && after < MS(800),
+                        after > MS(250) && after < MS(4000),
                         "{request:?} {begun:?}: {after:?}"
                     );
                 }
@@ -231,17 +232,18 @@ fn endless_head(form: Form) {
 
 /// Those that were not there when the others were told, and have had an answer before their turn.
 fn late_turns(form: Form) {
-    let mut server = Server::start(form, &["delay=3000", "spread=1000"]);
+    let mut server = Server::start(form, &["delay=5000", "spread=2000"]);
     server.get("/").assert_ok();
     server.terminate();
     server.wait_for_unready();
     let clients: Vec<_> = (0..8).map(|_| used_http2(&server)).collect();
-    assert!(server.elapsed() < MS(500), "{:?}", server.elapsed());
+    assert!(server.elapsed() < MS(1500), "{:?}", server.elapsed());
     for mut client in clients {
         client.next(GOAWAY);
         client.until_closed();
     }
-    assert!(server.elapsed() < MS(1500), "{:?}", server.elapsed());
+    // And not at the end of the delay.
+    assert!(server.elapsed() < MS(4500), "{:?}", server.elapsed());
     server.exit().assert_clean();
 }
 

@@ -145,15 +145,15 @@ fn forced(form: Form) {
 }
 
 fn stops_listening(form: Form) {
-    let mut server = Server::start(form, &["delay=500", "keep_listening=false"]);
-    let slow = server.get_in_background("/sleep/1500");
+    let mut server = Server::start(form, &["delay=1000", "keep_listening=false"]);
+    let slow = server.get_in_background("/sleep/3000");
     server.terminate();
     server.wait_for_unready();
     while server.elapsed() < MS(450) {
         server.get("/").assert_ok();
         thread::sleep(MS(10));
     }
-    server.until(MS(700));
+    server.until(MS(1200));
     for _ in 0..20 {
         let refused = Connection::try_open(server.address)
             .err()

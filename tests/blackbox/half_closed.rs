@@ -130,7 +130,8 @@ fn dropped(form: Form) {
     server.wait_for_in_flight(1);
     connection.stream().shutdown(Shutdown::Write).unwrap();
     let took = server.wait_for_in_flight(0);
-    assert!(took < MS(100), "{took:?}");
+    // The handler would take a minute.
+    assert!(took < MS(1000), "{took:?}");
     connection.assert_closed();
     // It was not the shutdown that lost it.
     server.terminate();

@@ -34,7 +34,8 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-const SOON: Duration = Duration::from_millis(100);
+/// For what is to come at once, and otherwise would not come, or after a minute.
+const SOON: Duration = Duration::from_millis(1000);
 
 fn peer(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);

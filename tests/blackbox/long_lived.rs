@@ -106,10 +106,10 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 /// For what is to come at once, on a machine that has other things to do.
-const SOON: Duration = Duration::from_millis(300);
+const SOON: Duration = Duration::from_millis(1500);
 
 fn usable(form: Form) {
-    let mut server = Server::start(form, &[]);
+    let mut server = Server::start(form, &["delay=2000"]);
     let mut early = peer::open(&server, "/ws");
     assert_echoes(&mut early, "before");
     server.terminate();
@@ -117,13 +117,13 @@ fn usable(form: Form) {
     assert_echoes(&mut early, "during the delay");
     let mut late = peer::open(&server, "/ws");
     assert_echoes(&mut late, "opened during the delay");
-    assert!(server.elapsed() < MS(1000), "{:?}", server.elapsed());
+    assert!(server.elapsed() < MS(2000), "{:?}", server.elapsed());
     let late = thread::spawn(move || closed(late));
     assert_eq!(u16::from(closed(early).code), 1001);
     assert_eq!(u16::from(late.join().unwrap().code), 1001);
     let exit = server.exit();
     exit.assert_clean();
-    exit.assert_within(MS(1000), MS(1500));
+    exit.assert_within(MS(2000), MS(2500));
 }
 
 fn waited_for(form: Form) {
@@ -211,7 +211,7 @@ fn stubborn(form: Form) {
     assert_eq!(peer.read().0, CLOSE);
     server.expect_line("the handler is gone");
     let gone = server.elapsed();
-    assert!(gone >= MS(3900) && gone < MS(4300), "{gone:?}");
+    assert!(gone >= MS(3900) && gone < MS(4000) + SOON, "{gone:?}");
     server.expect_line("db begins");
     server.expect_line("db is over");
     let exit = server.exit();
@@ -230,7 +230,7 @@ fn reset(form: Form) {
     leave(&serving);
     drop(serving);
     let took = server.wait_for_in_flight(1);
-    assert!(took < MS(100), "{took:?}");
+    assert!(took < SOON, "{took:?}");
     server.terminate();
     assert_eq!(draining.read().0, CLOSE);
     leave(&draining);
@@ -238,8 +238,9 @@ fn reset(form: Form) {
     let gone = Instant::now();
     server.expect_line("the socket is told");
     server.expect_line("the socket is closed: false");
+    // Sooner than it would be given up.
     let took = gone.elapsed();
-    assert!(took < MS(100), "{took:?}");
+    assert!(took < SOON, "{took:?}");
     let exit = server.exit();
     exit.assert_clean();
     exit.assert_within(Duration::ZERO, MS(500));
@@ -307,14 +308,14 @@ fn goodbye(form: Form) {
 fn finite(form: Form) {
     let mut server = Server::start(form, &["delay=300"]);
     let mut events = subscribe(&server, "/sse/20");
-    let download = server.get_in_background("/stream/12/100");
+    let download = server.get_in_background("/stream/25/100");
     server.terminate();
     assert_ended(&events.chunks().unwrap(), 1);
     assert!(server.elapsed() < MS(300) + SOON, "{:?}", server.elapsed());
     assert!(!download.is_finished());
     let download = download.join().unwrap();
     let ended = server.elapsed();
-    let whole: Vec<_> = (0..12).map(|chunk| format!("chunk {chunk}\n")).collect();
+    let whole: Vec<_> = (0..25).map(|chunk| format!("chunk {chunk}\n")).collect();
     assert_eq!(download.text(), whole.concat());
     let exit = server.exit();
     exit.assert_clean();
@@ -323,7 +324,7 @@ fn finite(form: Form) {
 
 fn comes_back(form: Form) {
     let mut server = Server::start(form, &["delay=300"]);
-    let slow = server.get_in_background("/sleep/1500");
+    let slow = server.get_in_background("/sleep/2500");
     let mut events = subscribe(&server, "/sse/20");
     server.terminate();
     assert_ended(&events.chunks().unwrap(), 1);
@@ -353,7 +354,7 @@ fn comes_back(form: Form) {
     slow.join().unwrap().assert_ok();
     let exit = server.exit();
     exit.assert_clean();
-    exit.assert_within(MS(1200), MS(2100));
+    exit.assert_within(MS(2200), MS(3100));
     let refusals = again.join().unwrap();
     assert!(refusals > 10, "{refusals}");
 }

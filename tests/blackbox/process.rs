@@ -1,7 +1,7 @@
 //! The child process: started, signalled, watched to its end, and never left behind.
 
 use std::{
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader},
     net::{SocketAddr, TcpListener},
     os::fd::OwnedFd,
     process::{Child, Command, ExitStatus, Stdio},
@@ -23,10 +23,24 @@ use crate::{
 /// How long anything may take that is not itself measured.
 pub(crate) const BOUND: Duration = Duration::from_secs(20);
 
+/// A response that is waited for in the background, or why there was none.
+pub(crate) struct Background(thread::JoinHandle<io::Result<Response>>);
+
+impl Background {
+    pub(crate) fn join(self) -> io::Result<Response> {
+        self.0.join().expect("reading a response does not panic")
+    }
+
+    /// Whether there is a response, or known to be none.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.0.is_finished()
+    }
+}
+
 pub(crate) struct Server {
     child: Child,
     lines: Receiver<String>,
-    log: Option<thread::JoinHandle<Vec<(Instant, String)>>>,
+    log: Option<thread::JoinHandle<String>>,
     pub(crate) address: SocketAddr,
     signalled: Option<Instant>,
 }
@@ -42,8 +56,27 @@ pub(crate) struct Exit {
     /// The lines of its standard output that nobody has expected before, the report last.
     pub(crate) said: Vec<String>,
     pub(crate) log: String,
-    /// Its lines, and when each came after the first signal.
-    pub(crate) logged: Vec<(Duration, String)>,
+}
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The time of day at which the server wrote this line of its log.
+fn time_of_day(line: &str) -> Option<Duration> {
+    let (_, time) = line.split_once('T')?;
+    let (time, _) = time.split_once('Z')?;
+    let mut parts = time.splitn(3, ':');
+    let [hours, minutes] = [parts.next()?, parts.next()?].map(str::parse::<u64>);
+    let whole = Duration::from_secs((hours.ok()? * 60 + minutes.ok()?) * 60);
+    let seconds: f64 = parts.next()?.parse().ok()?;
+    Some(whole + Duration::from_secs_f64(seconds))
+}
+
+/// When a phase began, if that is what this line of the log says.
+fn seconds_of(line: &str) -> Option<Duration> {
+    let (_, fields) = line.split_once(", because ")?;
+    let (_, seconds) = fields.split_once(" seconds=")?;
+    let seconds = seconds.split(' ').next()?.parse().ok()?;
+    Some(Duration::from_secs_f64(seconds))
 }
 
 impl Exit {
@@ -52,18 +85,53 @@ impl Exit {
         assert_eq!(self.status.code(), Some(0), "{self:?}");
     }
 
-    /// When a line with this in it was logged.
+    /// How long after the beginning of the stop a phase began, as the server's log says.
     #[track_caller]
     pub(crate) fn logged_after(&self, text: &str) -> Duration {
-        let line = self.logged.iter().find(|(_, line)| line.contains(text));
-        let (at, _) = line.unwrap_or_else(|| panic!("{text:?} is not in the log: {self:?}"));
-        *at
+        let line = self.log.lines().find(|line| line.contains(text));
+        let line = line.unwrap_or_else(|| panic!("{text:?} is not in the log: {self:?}"));
+        seconds_of(line).unwrap_or_else(|| panic!("no phase begins in {line:?}"))
     }
 
+    /// The process ended no earlier than `least` after the first signal, and no later than `most`
+    /// after the server took notice of it.
+    ///
+    /// The second figure is the server's own. On a busy machine the signal may arrive late, and so may
+    /// the news that the process has ended; the stopwatch of the test has a far bound only.
     #[track_caller]
     pub(crate) fn assert_within(&self, least: Duration, most: Duration) {
         assert!(self.after >= least, "too early: {self:?}");
-        assert!(self.after <= most, "too late: {self:?}");
+        let took = self.took();
+        assert!(took <= most, "too late, after {took:?}: {self:?}");
+        assert!(self.after <= most + BOUND, "far too late: {self:?}");
+    }
+
+    /// From the beginning of the stop to the end of the process, as the server says. Where it ends
+    /// without saying so, to the last that it says of the stop.
+    #[track_caller]
+    fn took(&self) -> Duration {
+        let time_of = |text: &str| {
+            let line = self.log.lines().find(|line| line.contains(text))?;
+            time_of_day(line)
+        };
+        let ended = time_of("the process ends")
+            .zip(time_of("shutdown: lame duck, because"))
+            // Midnight may lie between them.
+            .map(|(ended, begun)| ended.checked_sub(begun).unwrap_or(ended + DAY - begun));
+        let phases = self.log.lines().filter_map(seconds_of);
+        let said = phases.chain(self.reported()).chain(ended).max();
+        said.unwrap_or_else(|| panic!("the server does not say how long it took: {self:?}"))
+    }
+
+    /// How long the stop took, as the report says.
+    fn reported(&self) -> Option<Duration> {
+        let first = self
+            .report
+            .strip_prefix("report shutdown")?
+            .split(" |")
+            .next()?;
+        let (_, seconds) = first.strip_suffix(" s")?.rsplit_once(", ")?;
+        seconds.parse().ok().map(Duration::from_secs_f64)
     }
 }
 
@@ -130,9 +198,9 @@ impl Server {
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let log = thread::spawn(move || {
             let lines = stderr.split(b'\n').map_while(Result::ok);
-            lines
-                .map(|line| (Instant::now(), String::from_utf8_lossy(&line).into_owned()))
-                .collect()
+            lines.fold(String::new(), |log, line| {
+                log + &String::from_utf8_lossy(&line) + "\n"
+            })
         });
         Self {
             child,
@@ -196,12 +264,12 @@ impl Server {
     }
 
     /// A request in the background, on a connection of its own, begun before this returns.
-    pub(crate) fn get_in_background(&self, path: &str) -> thread::JoinHandle<Response> {
+    pub(crate) fn get_in_background(&self, path: &str) -> Background {
         let in_flight = self.in_flight();
         let mut connection = self.connect();
         connection.send(&format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n"));
         self.wait_for_in_flight(in_flight + 1);
-        thread::spawn(move || connection.response("GET"))
+        Background(thread::spawn(move || connection.try_response("GET")))
     }
 
     #[track_caller]
@@ -231,6 +299,15 @@ impl Server {
         wait_for("draining", || self.get("/livez").text() == "draining\n")
     }
 
+    /// Waits until the server is seen in a phase by its own observer. Says how long after the first one,
+    /// as the observer says.
+    #[track_caller]
+    pub(crate) fn expect_phase(&mut self, phase: &str) -> Duration {
+        let after = self.expect_line(&format!("phase {phase}, ready false, after"));
+        let after = after.trim_end_matches(" ms");
+        Duration::from_millis(after.parse().unwrap())
+    }
+
     /// Waits for the end of the process.
     #[track_caller]
     pub(crate) fn exit(mut self) -> Exit {
@@ -244,20 +321,13 @@ impl Server {
         };
         let after = self.signalled.map_or(Duration::ZERO, |at| at.elapsed());
         let said: Vec<_> = self.lines.iter().collect();
-        let logged = self.log.take().unwrap().join().unwrap();
-        let signalled = self.signalled.unwrap_or_else(Instant::now);
+        let log = self.log.take().unwrap().join().unwrap();
         Exit {
             after,
             status,
             report: said.last().cloned().unwrap_or_default(),
             said,
-            log: logged
-                .iter()
-                .fold(String::new(), |log, (_, line)| log + line + "\n"),
-            logged: logged
-                .into_iter()
-                .map(|(at, line)| (at.saturating_duration_since(signalled), line))
-                .collect(),
+            log,
         }
     }
 }

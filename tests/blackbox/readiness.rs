@@ -61,12 +61,13 @@ pub(crate) const TESTS: &[Test] = &[
 
 fn says_no_at_once(form: Form) {
     let mut server = Server::start(form, &[]);
-    let slow = server.get_in_background("/sleep/2000");
+    let slow = server.get_in_background("/sleep/3000");
     assert_eq!(server.get("/readyz").status, 200);
     assert_eq!(server.get("/livez").status, 200);
     server.terminate();
+    // Long before draining.
     let took = server.wait_for_unready();
-    assert!(took < Duration::from_millis(100), "{took:?}");
+    assert!(took < Duration::from_millis(800), "{took:?}");
     // For as long as anything answers: through the delay and the drain.
     while server.elapsed() < Duration::from_millis(1900) {
         let live = server.get("/livez");
@@ -87,7 +88,7 @@ fn says_no_at_once(form: Form) {
 }
 
 fn served_in_the_delay(form: Form) {
-    let mut server = Server::start(form, &[]);
+    let mut server = Server::start(form, &["delay=2000"]);
     let mut old = server.connect();
     let before = old.get("/");
     before.assert_ok();

@@ -1,8 +1,13 @@
 //! The server under test.
 
 use std::{
-    convert::Infallible, io, net::SocketAddr, process::ExitCode, sync::LazyLock, thread,
-    time::Duration,
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    process::ExitCode,
+    sync::LazyLock,
+    thread,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -96,17 +101,30 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
         }
     };
     let runtime = runtime.enable_all().build().unwrap();
-    runtime.block_on(serve(&knobs))
+    let code = runtime.block_on(serve(&knobs));
+    // Waits for what its threads do.
+    drop(runtime);
+    if knobs.text("log") != Some("blocks") {
+        tracing::info!("the process ends");
+    }
+    code
 }
 
-/// Says which phase it is, and what readiness says, from a thread of no runtime.
+/// Says which phase it is, what readiness says, and how long after the first phase of the stop, from a
+/// thread of no runtime.
 fn observe(graceful: Graceful) {
     thread::spawn(move || {
         let mut last = graceful.phase();
+        let mut begun = None;
         while last < Phase::Stopped {
             let phase = graceful.phase();
             if phase > last {
-                println!("phase {phase}, ready {}", graceful.is_ready());
+                let after = begun.get_or_insert_with(Instant::now).elapsed();
+                let ready = graceful.is_ready();
+                println!(
+                    "phase {phase}, ready {ready}, after {} ms",
+                    after.as_millis()
+                );
                 last = phase;
             }
             thread::sleep(Duration::from_millis(1));

@@ -164,19 +164,18 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
         })
         .collect();
     server.terminate();
-    let mut phases = Vec::new();
-    for phase in ["lame duck", "draining", "closing"] {
-        server.expect_line(&format!("phase {phase}, ready false"));
-        phases.push(server.elapsed());
-    }
+    server.expect_phase("lame duck");
+    // Where a handler's thread is needed to hear the signal it is more than 4 s.
+    assert!(
+        server.elapsed() < MS(3000),
+        "{what}: {:?}",
+        server.elapsed()
+    );
+    let [draining, closing] = ["draining", "closing"].map(|phase| server.expect_phase(phase));
     let exit = server.exit();
-    let [lame_duck, draining, closing] = *phases else {
-        unreachable!()
-    };
     // For a busy machine. Where the handlers' threads are needed it is more than 3 s.
     let late = MS(1000);
     for (at, due) in [
-        (lame_duck, MS(0)),
         (draining, MS(800)),
         (closing, MS(1600)),
         (exit.logged_after("lame duck, because SIGTERM"), MS(0)),
@@ -187,13 +186,15 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
         ),
         (exit.logged_after("stopped, because"), MS(1850)),
     ] {
-        // The clock begins with the signal, a little before it arrives.
-        let on_time = at >= due.saturating_sub(MS(1)) && at <= due + late;
+        // The observer looks once in a millisecond, and on a busy machine more rarely.
+        let on_time = at >= due.saturating_sub(MS(100)) && at <= due + late;
         assert!(on_time, "{what}: {at:?} instead of {due:?}, {exit:?}");
     }
     assert_eq!(exit.status.code(), Some(1), "{what}: {exit:?}");
     if threads != "threads=0" {
-        assert!(exit.after <= MS(1850) + 2 * late, "{what}: {exit:?}");
+        exit.assert_within(MS(1600), MS(1850) + 2 * late);
+        // It waits for none of the handlers.
+        assert!(exit.after < MS(4500), "{what}: {exit:?}");
     }
 }
 
@@ -277,13 +278,16 @@ fn second_skips(form: Form) {
     server.get("/").assert_ok();
     server.until(MS(300));
     server.signal(SIGINT);
+    let sent = server.elapsed();
     server.wait_for_draining();
-    assert!(server.elapsed() < MS(500));
     assert_eq!(server.get("/").status, 503);
     slow.join().unwrap().assert_ok();
+    let answered = server.elapsed();
     let exit = server.exit();
     exit.assert_clean();
-    exit.assert_within(MS(1000), MS(1500));
+    let draining = exit.logged_after("draining, because a further signal");
+    assert!(draining < sent + MS(200), "{sent:?}, {exit:?}");
+    exit.assert_within(MS(1000), answered + MS(300));
     let ended = "shutdown: a further SIGINT ends the phase lame duck";
     assert!(exit.log.contains(ended), "{exit:?}");
 }
@@ -404,7 +408,7 @@ fn worker(form: Form) {
 }
 
 fn other_means(form: Form) {
-    let mut server = Server::start(form, &[]);
+    let mut server = Server::start(form, &["delay=2000"]);
     server.get("/").assert_ok();
     server.terminate();
     server.wait_for_unready();
@@ -415,7 +419,7 @@ fn other_means(form: Form) {
     }
     let exit = server.exit();
     exit.assert_clean();
-    exit.assert_within(MS(1000), MS(1300));
+    exit.assert_within(MS(2000), MS(2300));
 }
 
 fn assert_never_served(mut server: Server) {

@@ -90,20 +90,20 @@ fn assert_said(exit: &Exit, lines: &[&str]) {
 
 fn in_order(form: Form) {
     let knobs = [
-        "delay=300",
+        "delay=1000",
         "hooks=hook:100",
         "workers=worker:100",
         "cleanup=a:100,b:0,c:50",
     ];
     let mut server = Server::start(form, &knobs);
-    let slow = server.get_in_background("/sleep/800");
+    let slow = server.get_in_background("/sleep/1500");
     server.wait_for_in_flight(1);
     server.terminate();
     server.expect_line("hook begins");
     server.expect_line("hook is over");
-    assert!(server.elapsed() < MS(300), "{:?}", server.elapsed());
+    assert!(server.elapsed() < MS(1000), "{:?}", server.elapsed());
     server.expect_line("worker is told");
-    assert!(server.elapsed() >= MS(300), "{:?}", server.elapsed());
+    assert!(server.elapsed() >= MS(1000), "{:?}", server.elapsed());
     server.expect_line("worker begins");
     server.expect_line("worker is over");
     assert_eq!(slow.join().unwrap().text(), "slept");
@@ -118,7 +118,7 @@ fn in_order(form: Form) {
     ];
     assert_said(&exit, &steps);
     exit.assert_clean();
-    exit.assert_within(MS(900), MS(1500));
+    exit.assert_within(MS(1600), MS(2200));
     for row in ["hook  ", "worker  ", "a  ", "b  ", "c  ", "cleanup  "] {
         assert!(exit.report.contains(row), "{row}: {exit:?}");
     }
@@ -422,6 +422,8 @@ fn watchdog(form: Form) {
     let exit = server.exit();
     assert_eq!(exit.status.code(), Some(1), "{exit:?}");
     exit.assert_within(MS(1450), MS(1900));
+    // It says no more after the drain. Without the watchdog it would be a minute.
+    assert!(exit.after <= MS(5000), "{exit:?}");
     assert!(exit.log.contains("ended by the watchdog"), "{exit:?}");
     assert!(exit.log.contains("GET /block/60000"), "{exit:?}");
     drop(blocked);
