@@ -13,7 +13,7 @@ use futures_core::Stream;
 use futures_sink::Sink;
 use tokio::{task::JoinHandle, time};
 
-use crate::{handle::Graceful, phase::Phase};
+use crate::handle::Graceful;
 
 impl Graceful {
     /// Holds the drain until the returned [`Hold`] is dropped: for work that no response carries,
@@ -196,8 +196,7 @@ const MESSAGES: usize = 32;
 impl Drop for Hold {
     fn drop(&mut self) {
         let shared = self.graceful.shared();
-        let left = shared.work.release(self.key);
-        if left == 0 && shared.phase() >= Phase::Draining {
+        if shared.work.release(self.key, || shared.phase()) {
             shared.ring();
         }
     }

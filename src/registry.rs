@@ -6,23 +6,29 @@
 //!
 //! Each connection has wakers of its own. One notification shared by all of them would make ten
 //! thousand tasks queue for one lock at the moment of the cut.
+//!
+//! 1. *The end of the last connection is not missed.* [`remove`](Registry::remove) removes it under the
+//!    lock, and then reads the phase. The timeline advances the phase, and then counts the connections
+//!    under the lock. If the removal comes first, the count is zero. If the count comes first, the
+//!    lock orders the advance before the reading of the phase, so that the timeline is rung for.
+//! 2. *A connection that comes while the others are told is told too.* Under the lock
+//!    [`tell`](Registry::tell) notes what is told and copies the list. A connection is entered before
+//!    that, and is in the list, or after it, and is told when it is entered.
+//!
+//! `models` holds both, and fails where the phase is read before the removal, and where the list is
+//! copied before what is told is noted.
 
-use std::{
-    cmp::Reverse,
-    fmt,
-    net::SocketAddr,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{cmp::Reverse, fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
 use crate::{
     heard::Heard,
     notice::{Notice, Told},
+    phase::Phase,
     report::CutConnection,
     spread::Place,
-    sync::{AtomicU8, AtomicU32, Ordering, lock},
+    sync::{AtomicU8, AtomicU32, Mutex, Ordering, lock},
 };
 
 /// Each connection keeps its owner `O` alive.
@@ -151,8 +157,10 @@ impl<O> Registry<O> {
         line
     }
 
-    /// Strikes out a connection. Says how many are left.
-    pub(crate) fn remove(&self, line: &Line<O>) -> usize {
+    /// Strikes out a connection. Says whether the service may have waited for it: it was the last one,
+    /// and connections are being closed. The phase is read after the removal: point 1 of the module
+    /// header.
+    pub(crate) fn remove(&self, line: &Line<O>, phase: impl FnOnce() -> Phase) -> bool {
         let mut open = lock!(self.open);
         let seat = line.seat.load(Ordering::Relaxed);
         let line = open.lines.swap_remove(seat as usize);
@@ -162,7 +170,7 @@ impl<O> Registry<O> {
         let left = open.lines.len();
         drop(open);
         drop(line);
-        left
+        left == 0 && phase() == Phase::Closing
     }
 
     /// The connections that are open at the cut, the oldest first. What becomes of each is known
@@ -359,6 +367,67 @@ impl<O> Left<O> {
             age: self.age,
             undelivered: self.undelivered().into(),
         }
+    }
+}
+
+#[cfg(all(test, tower_graceful_loom))]
+mod models {
+    use loom::{model, thread};
+
+    use super::*;
+    use crate::{
+        gate::Gate,
+        sync::{AtomicBool, Ordering::Relaxed},
+    };
+
+    type Connected = Gate<(), Registry<()>>;
+
+    fn connected() -> Connected {
+        Gate::new(None, false, (), |()| Registry::default())
+    }
+
+    #[test]
+    fn the_end_of_the_last_connection_is_seen_or_rung_for() {
+        model(|| {
+            let gate = connected();
+            let rung = Arc::new(AtomicBool::new(false));
+            let lines = [(); 2].map(|()| gate.insert((), None));
+            let ends = lines.map(|line| {
+                let (gate, rung) = (gate.clone(), Arc::clone(&rung));
+                thread::spawn(move || {
+                    if gate.remove(&line, || gate.phase()) {
+                        rung.store(true, Relaxed);
+                    }
+                })
+            });
+            gate.advance(Phase::Closing);
+            let seen = gate.len() == 0;
+            for end in ends {
+                end.join().unwrap();
+            }
+            assert!(
+                seen || rung.load(Relaxed),
+                "it is waited for to the deadline"
+            );
+            assert_eq!(gate.len(), 0);
+        });
+    }
+
+    #[test]
+    fn a_connection_that_comes_while_others_are_told_is_told_too() {
+        model(|| {
+            let registry = Arc::new(Registry::default());
+            let there = registry.insert((), None);
+            let comes = {
+                let registry = Arc::clone(&registry);
+                thread::spawn(move || registry.insert((), None))
+            };
+            registry.tell(Told::Close);
+            let came = comes.join().unwrap();
+            for line in [there, came] {
+                assert_eq!(line.notice.told(), Told::Close);
+            }
+        });
     }
 }
 

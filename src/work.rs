@@ -1,6 +1,19 @@
 //! The work besides requests: holds, and what is registered to run during a shutdown.
 //!
 //! What is here is bookkeeping. When what runs is for the timeline to say; `tasks` is the face.
+//!
+//! # The last hold and the drain
+//!
+//! 1. *The end of the last hold is not missed.* [`release`](Work::release) removes the hold under the
+//!    lock, and then reads the phase. The timeline advances the phase, and then counts the holds under
+//!    the lock. If the removal comes first, the count is zero. If the count comes first, the lock
+//!    orders the advance before the reading of the phase, so that the timeline is rung for.
+//! 2. *A hold that continues a request is waited for.* It begins before the request is over.
+//!    [`is_idle`](Work::is_idle) looks at the requests first: where the request is over, the hold is
+//!    counted.
+//!
+//! `models` holds both, and fails where the phase is read before the removal, and where the holds are
+//! counted before the requests are looked at.
 
 use std::{
     any::Any,
@@ -11,7 +24,6 @@ use std::{
     fmt, iter,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
-    sync::Mutex,
     task::Poll,
     time::Duration,
 };
@@ -20,8 +32,9 @@ use slab::Slab;
 use tokio::{sync::oneshot, task::JoinHandle, time::Instant};
 
 use crate::{
+    phase::Phase,
     report::{Fate, HeldBy, TaskKind, UnlistedWorkers},
-    sync::lock,
+    sync::{Mutex, lock},
 };
 
 /// The name of a hold, worker, hook or cleanup step.
@@ -86,14 +99,20 @@ impl Work {
         lock!(self.holds).insert((name, Instant::now()))
     }
 
-    /// Ends a hold. Says how many are left.
-    pub(crate) fn release(&self, key: usize) -> usize {
+    /// Ends a hold. Says whether a drain may have waited for it: it was the last one, and draining has
+    /// begun. The phase is read after the hold has ended: point 1 of the module header.
+    pub(crate) fn release(&self, key: usize, phase: impl FnOnce() -> Phase) -> bool {
         let mut holds = lock!(self.holds);
         let held = holds.try_remove(key);
         let left = holds.len();
         drop(holds);
         drop(held);
-        left
+        left == 0 && phase() >= Phase::Draining
+    }
+
+    /// Whether the requests are over, and nothing is held. In this order: point 2 of the module header.
+    pub(crate) fn is_idle(&self, requests_are_over: impl FnOnce() -> bool) -> bool {
+        requests_are_over() && self.holds() == 0
     }
 
     pub(crate) fn holds(&self) -> usize {
@@ -400,4 +419,73 @@ fn message(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().copied();
     let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("of a type that is no text").to_owned()
+}
+
+#[cfg(all(test, tower_graceful_loom))]
+mod models {
+    use std::sync::Arc;
+
+    use loom::{model, thread};
+
+    use super::*;
+    use crate::{
+        gate::Gate,
+        sync::{AtomicBool, Ordering::Relaxed},
+    };
+
+    type Holding = Gate<(), Work>;
+
+    fn holding() -> Holding {
+        Gate::new(None, false, (), |()| Work::default())
+    }
+
+    /// As the timeline asks.
+    fn is_idle(gate: &Holding) -> bool {
+        gate.is_idle(|| gate.settled_word().is_idle())
+    }
+
+    #[test]
+    fn the_end_of_the_last_hold_is_seen_or_rung_for() {
+        model(|| {
+            let gate = holding();
+            let rung = Arc::new(AtomicBool::new(false));
+            let holds = [(); 2].map(|()| gate.hold("work".into()));
+            let ends = holds.map(|key| {
+                let (gate, rung) = (gate.clone(), Arc::clone(&rung));
+                thread::spawn(move || {
+                    if gate.release(key, || gate.phase()) {
+                        rung.store(true, Relaxed);
+                    }
+                })
+            });
+            gate.advance(Phase::Draining);
+            let seen = is_idle(&gate);
+            for end in ends {
+                end.join().unwrap();
+            }
+            assert!(seen || rung.load(Relaxed), "the drain waits for ever");
+            assert!(is_idle(&gate));
+        });
+    }
+
+    #[test]
+    fn a_hold_that_continues_a_request_is_waited_for() {
+        model(|| {
+            let gate = holding();
+            let request = gate.door().admit().unwrap().answered();
+            gate.advance(Phase::Draining);
+            let handler = {
+                let gate = gate.clone();
+                thread::spawn(move || {
+                    let key = gate.hold("work".into());
+                    drop(request);
+                    key
+                })
+            };
+            assert!(!is_idle(&gate), "it is in flight, or held");
+            let key = handler.join().unwrap();
+            assert!(gate.release(key, || gate.phase()));
+            assert!(is_idle(&gate));
+        });
+    }
 }

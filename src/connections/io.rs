@@ -276,8 +276,7 @@ impl Drop for Entry {
             return;
         }
         let shared = &self.0.owner;
-        let left = shared.connections.remove(&self.0);
-        if left == 0 && shared.phase() == Phase::Closing {
+        if shared.connections.remove(&self.0, || shared.phase()) {
             shared.ring();
         }
     }

@@ -6,7 +6,7 @@
 //! No ring is lost. A ringer makes its change, and then sets the flag by a read-modify-write. Whoever
 //! finds it unset rings the thread. Whoever finds it set comes before the thread unsets it, by another
 //! read-modify-write, and then looks: each continues the release sequence of the one before, so that
-//! the thread sees the change.
+//! the thread sees the change. `models` fails where the thread looks before it unsets the flag.
 
 use std::{
     sync::{
@@ -96,35 +96,40 @@ mod models {
 
     use super::*;
 
-    /// The flag and the change that it announces, with the thread's own waiting in place of the
-    /// control thread's.
+    loom::lazy_static! {
+        /// What the control thread waits on.
+        static ref POST: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
+    }
+
+    fn post(_: Id) {
+        *POST.0.lock().unwrap() = true;
+        POST.1.notify_one();
+    }
+
+    /// The change that is announced is a `Relaxed` store: only the bell orders it.
     #[test]
     fn a_change_that_is_rung_for_is_seen() {
         model(|| {
-            let rung = Arc::new(AtomicBool::new(false));
+            let bell = Arc::new(Bell::new(post));
+            bell.engage(true);
             let change = Arc::new(AtomicUsize::new(0));
-            let post = Arc::new((Mutex::new(false), Condvar::new()));
             let ringers: Vec<_> = (0..2)
                 .map(|_| {
-                    let (rung, change, post) =
-                        (Arc::clone(&rung), Arc::clone(&change), Arc::clone(&post));
+                    let (bell, change) = (Arc::clone(&bell), Arc::clone(&change));
                     thread::spawn(move || {
                         change.fetch_add(1, Ordering::Relaxed);
-                        if !rung.swap(true, Ordering::AcqRel) {
-                            *post.0.lock().unwrap() = true;
-                            post.1.notify_one();
-                        }
+                        bell.ring();
                     })
                 })
                 .collect();
             while change.load(Ordering::Relaxed) < 2 {
-                let mut posted = post.0.lock().unwrap();
+                let mut posted = POST.0.lock().unwrap();
                 while !*posted {
-                    posted = post.1.wait(posted).unwrap();
+                    posted = POST.1.wait(posted).unwrap();
                 }
                 *posted = false;
                 drop(posted);
-                rung.swap(false, Ordering::AcqRel);
+                bell.looks();
             }
             for ringer in ringers {
                 ringer.join().unwrap();

@@ -22,6 +22,11 @@
 //!    signal handler leaves its signal in memory, where only its own process finds it: the byte that a
 //!    child writes to the parent's socket wakes the parent, and means nothing.
 //!
+//! The lock and the socket are the operating system's, and no model has them. `rest` has the decisions
+//! that points 1 and 2 are about, and models of them with a lock and a socket of loom's. The models fail
+//! where a wake-up does not write to the socket, where the thread says that it sleeps after it has given
+//! up the lock, and where it leaves after that. `bell` has a model of what is rung for.
+//!
 //! Inside a runtime whose clock is paused tokio's clock rules, and this thread leaves the deadlines to
 //! the driver: see [`clock`].
 
@@ -29,20 +34,21 @@ mod aside;
 mod bell;
 mod board;
 pub(crate) mod clock;
+mod rest;
 
 #[cfg(all(unix, feature = "signal"))]
 use std::collections::BTreeSet;
 #[cfg(feature = "signal")]
 use std::collections::HashMap;
-use std::{io, mem, process, sync::MutexGuard, thread, time::Duration};
+use std::{io, process, sync::MutexGuard, thread, time::Duration};
 
 use tokio::time::Instant;
 
-use self::board::Board;
 pub(crate) use self::{
     aside::{Aside, shielded},
     bell::Bell,
 };
+use self::{board::Board, rest::Rest};
 #[cfg(feature = "signal")]
 use crate::{
     events,
@@ -101,10 +107,7 @@ pub(crate) struct Control<S: Subject> {
 }
 
 struct Inner<S: Subject> {
-    /// The process that the thread runs in, if there is a thread.
-    thread: Option<u32>,
-    /// The thread looks at everything before it sleeps again.
-    awake: bool,
+    rest: Rest,
     /// Until when it sleeps.
     sleeps_until: Option<Instant>,
     board: Board<S>,
@@ -147,8 +150,7 @@ impl<S: Subject> Control<S> {
     pub(crate) fn new() -> Self {
         Self {
             inner: std::sync::Mutex::new(Inner {
-                thread: None,
-                awake: true,
+                rest: Rest::new(),
                 sleeps_until: None,
                 board: Board::default(),
                 #[cfg(feature = "signal")]
@@ -278,7 +280,7 @@ impl<S: Subject> Control<S> {
 
     /// Wakes the thread, if there is a need for it to look.
     fn wake(&self, inner: &mut Inner<S>) {
-        if mem::replace(&mut inner.awake, true) {
+        if !inner.rest.wakes() {
             return;
         }
         self.needed.notify_one();
@@ -297,7 +299,7 @@ impl<S: Subject> Control<S> {
     /// Starts the thread, unless this process has it, or wakes it.
     fn need(&'static self, inner: &mut Inner<S>, wake: bool) -> io::Result<()> {
         let process = process::id();
-        if inner.thread == Some(process) {
+        if inner.rest.has_thread(process) {
             if wake {
                 self.wake(inner);
             }
@@ -310,15 +312,14 @@ impl<S: Subject> Control<S> {
                 format!("the control thread cannot be started: {error}"),
             )
         })?;
-        inner.thread = Some(process);
-        inner.awake = true;
+        inner.rest.started(process);
         Ok(())
     }
 
     fn run(&'static self) {
         let mut inner = lock!(self.inner);
         loop {
-            inner.awake = true;
+            inner.rest.looks();
             let now = Instant::now();
             let todo = inner.take(now);
             if !todo.is_empty() {
@@ -335,7 +336,7 @@ impl<S: Subject> Control<S> {
                 continue;
             }
             if !inner.has_need() {
-                inner.thread = None;
+                inner.rest.leaves();
                 return;
             }
             // Those who tell what it has seen may be stuck.
@@ -347,7 +348,7 @@ impl<S: Subject> Control<S> {
 
     /// Sleeps until it is woken, or it is time.
     fn sleep<'a>(&'a self, mut inner: MutexGuard<'a, Inner<S>>) -> MutexGuard<'a, Inner<S>> {
-        inner.awake = false;
+        inner.rest.sleeps();
         let left = inner.sleeps_until.map_or(LONGEST, |until| {
             until.saturating_duration_since(Instant::now()).min(LONGEST)
         });

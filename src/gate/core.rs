@@ -186,6 +186,8 @@ impl<K, S> Core<K, S> {
         self.first().update(|word| Some(word.with_ready(ready)));
     }
 
+    /// Writes only the first time. Every connection and every probe calls this, and a write takes the
+    /// cache line from the requests of that lane.
     pub(super) fn mark_served(&self) {
         self.first()
             .update(|word| (!word.has_served()).then(|| word.served()));
@@ -346,6 +348,63 @@ mod tests {
         assert_pending!(waiting.poll());
         core.lane().release();
         assert!(!waiting.is_woken());
+    }
+
+    #[test]
+    fn it_waits_for_whoever_polled_last() {
+        let core = Core::new(None, false, ());
+        assert!(core.lane().admit());
+        core.advance(Phase::Draining);
+        let [mut first, mut last] = [(); 2].map(|()| task::spawn(idle(&core)));
+        assert_pending!(first.poll());
+        assert_pending!(last.poll());
+        core.lane().release();
+        assert!(last.is_woken());
+        assert!(!first.is_woken());
+        assert_ready!(last.poll());
+    }
+
+    #[test]
+    fn nothing_is_kept_of_a_task_that_has_seen_it_idle() {
+        struct Nothing;
+
+        impl std::task::Wake for Nothing {
+            fn wake(self: std::sync::Arc<Self>) {}
+        }
+
+        let core = Core::new(None, false, ());
+        let nothing = std::sync::Arc::new(Nothing);
+        let waker = nothing.clone().into();
+        let mut cx = Context::from_waker(&waker);
+        assert_pending!(core.poll_idle(&mut cx));
+        assert_eq!(std::sync::Arc::strong_count(&nothing), 3);
+        core.advance(Phase::Draining);
+        assert_ready!(core.poll_idle(&mut cx));
+        assert_eq!(std::sync::Arc::strong_count(&nothing), 2);
+    }
+
+    #[test]
+    fn what_is_marked_as_served_was_served() {
+        let core = Core::new(None, false, ());
+        core.mark_served();
+        assert!(core.word().has_served());
+        assert_eq!(core.word().count(), 0);
+        core.mark_served();
+        assert!(core.word().has_served());
+    }
+
+    #[test]
+    fn as_many_threads_as_there_are_lanes_do_not_meet() {
+        let core = Core::new(None, false, ());
+        assert_eq!(LANES, 16);
+        for thread in 0..LANES {
+            assert!(core.nth(thread).admit());
+            for other in 0..2 * LANES {
+                let met = other % LANES == thread;
+                assert_eq!(core.nth(other).word().count(), usize::from(met));
+            }
+            core.nth(thread).release();
+        }
     }
 
     #[test]

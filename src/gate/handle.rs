@@ -41,7 +41,7 @@ struct Side<K: 'static, T: 'static> {
 
 impl<K, T> Drop for Shared<K, T> {
     fn drop(&mut self) {
-        // The rest of its memory goes with the last weak reference.
+        // Its memory goes with the last weak reference, and the hall, which holds one, stays for ever.
         *lock!(self.core.hall().owned) = Weak::new();
     }
 }
@@ -332,5 +332,44 @@ impl<K, T> Drop for Reading<K, T> {
 impl<K, T> fmt::Debug for Ticket<K, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Ticket").field(&self.word()).finish()
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+
+    fn gate() -> Gate<(), ()> {
+        Gate::new(None, false, (), |()| ())
+    }
+
+    #[test]
+    fn a_piece_counts_until_its_server_drops_it() {
+        let gate = gate();
+        let ticket = gate.door().admit().unwrap().answered();
+        let pieces = [(); 2].map(|()| ticket.piece());
+        drop(ticket);
+        assert_eq!(gate.pieces(), 2);
+        assert_eq!(gate.word().count(), 0);
+        drop(pieces);
+        assert_eq!(gate.pieces(), 0);
+    }
+
+    #[test]
+    fn a_door_leads_to_what_is_behind_it_as_long_as_anybody_owns_that() {
+        let gate = gate();
+        let door = gate.door();
+        let request = door.admit().unwrap();
+        assert!(door.gate().is_some() && request.gate().is_some());
+        drop(gate);
+        assert!(door.gate().is_none() && request.gate().is_none());
+    }
+
+    #[test]
+    fn what_is_marked_as_served_was_served() {
+        let gate = gate();
+        assert!(!gate.word().has_served());
+        gate.mark_served();
+        assert!(gate.word().has_served());
     }
 }

@@ -82,6 +82,8 @@ impl Word {
     }
 
     /// There is nothing to an admission but to count, and there is room: `full` is the limit's.
+    /// No word with a count is equal to it, because [`plus_one`](Self::plus_one) sets a flag below the
+    /// count.
     pub(super) const fn is_below(self, full: Self) -> bool {
         self.0 < full.0
     }
@@ -147,6 +149,28 @@ impl fmt::Debug for Word {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sum_has_the_phase_and_the_readiness_of_the_first_lane() {
+        let first = Word::SERVING.plus_one();
+        let other = first.with_phase(Phase::Draining).with_ready(false);
+        let sum = Word::sum([first, other, other.plus_one()]);
+        assert_eq!(sum.phase(), Phase::Serving);
+        assert!(sum.is_ready());
+        assert_eq!(sum.count(), 4);
+        let sum = Word::sum([other, first]);
+        assert_eq!(sum.phase(), Phase::Draining);
+        assert!(!sum.is_marked_ready());
+    }
+
+    #[test]
+    fn a_sum_that_is_too_large_is_the_most_that_a_word_can_hold() {
+        let most = Word(Word::MAX_COUNT * Word::ONE);
+        let sum = Word::sum([most, most]);
+        assert_eq!(sum.count(), Word::MAX_COUNT);
+        assert_eq!(sum.phase(), Phase::Serving);
+        assert!(!sum.is_named());
+    }
 
     #[test]
     fn phase_readiness_and_count_do_not_disturb_one_another() {

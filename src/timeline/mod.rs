@@ -28,6 +28,8 @@ mod cleanup;
 mod driver;
 mod settle;
 mod shutdown;
+#[cfg(all(test, feature = "axum", feature = "signal", not(tower_graceful_loom)))]
+mod tests;
 
 use std::{
     sync::{
@@ -302,8 +304,7 @@ impl Shared {
 
     /// Draining or later, with nothing in flight.
     fn is_idle(&self) -> bool {
-        // In this order: what holds on behalf of a request begins before the request is over.
-        self.settled_word().is_idle() && self.work.holds() == 0
+        self.work.is_idle(|| self.settled_word().is_idle())
     }
 
     /// Sees to it that there is a driver, if there is a runtime to run it.

@@ -270,7 +270,7 @@ impl Shared {
             let begun = self.starved.over().map_or(begun, |over| over.max(begun));
             let most = shutdown.drain_until.min(begun + MOST_LINGER);
             // On a busy machine a connection may be accepted long before anybody looks at it.
-            if self.connections.take_stirred() || now < most && self.connections.has_unread() {
+            if self.connections.take_stirred() || self.connections.has_unread() {
                 shutdown.heard = Some(now);
             }
             let heard = shutdown.heard.max(shutdown.entered.first().copied());

@@ -1,0 +1,216 @@
+//! Whether there is a control thread, and whether it sleeps. Kept under the lock of the control.
+
+use std::mem;
+
+pub(super) struct Rest {
+    /// The process that the thread runs in, if there is a thread.
+    thread: Option<u32>,
+    /// The thread looks at everything before it sleeps again.
+    awake: bool,
+}
+
+impl Rest {
+    pub(super) fn new() -> Self {
+        Self {
+            thread: None,
+            awake: true,
+        }
+    }
+
+    /// A child that was forked has no thread.
+    pub(super) fn has_thread(&self, process: u32) -> bool {
+        self.thread == Some(process)
+    }
+
+    /// The thread has been started, and looks before it sleeps.
+    pub(super) fn started(&mut self, process: u32) {
+        self.thread = Some(process);
+        self.awake = true;
+    }
+
+    /// The thread looks at everything now.
+    pub(super) fn looks(&mut self) {
+        self.awake = true;
+    }
+
+    /// The thread has found nothing to do. What it waits on is to be chosen under the same lock.
+    pub(super) fn sleeps(&mut self) {
+        self.awake = false;
+    }
+
+    /// The thread has found nothing that needs it. It looks no more.
+    pub(super) fn leaves(&mut self) {
+        self.thread = None;
+    }
+
+    /// The thread is to look. Says whether it sleeps, and so has to be woken.
+    #[must_use]
+    pub(super) fn wakes(&mut self) -> bool {
+        !mem::replace(&mut self.awake, true)
+    }
+}
+
+#[cfg(all(test, tower_graceful_loom))]
+mod models {
+    use std::sync::Arc;
+
+    use loom::{
+        model,
+        sync::{Condvar, Mutex, MutexGuard},
+        thread,
+    };
+
+    use super::*;
+
+    /// What the thread waits on.
+    #[derive(Clone, Copy)]
+    enum On {
+        /// The socket, once the lock is free. The byte stays in it until it is read.
+        Socket,
+        /// The condition variable, which frees the lock itself.
+        Condition,
+    }
+
+    /// The control thread without its clock. The socket is a count of bytes.
+    struct Control {
+        inner: Mutex<Inner>,
+        needed: Condvar,
+        bytes: Mutex<usize>,
+        written: Condvar,
+        on: On,
+    }
+
+    struct Inner {
+        rest: Rest,
+        /// What the thread has to look at, and how much it has seen.
+        entered: usize,
+        seen: usize,
+        /// It has a need of the thread until so much was seen.
+        needs: usize,
+    }
+
+    impl Control {
+        fn new(on: On, needs: usize) -> Arc<Self> {
+            Arc::new(Self {
+                inner: Mutex::new(Inner {
+                    rest: Rest::new(),
+                    entered: 0,
+                    seen: 0,
+                    needs,
+                }),
+                needed: Condvar::new(),
+                bytes: Mutex::new(0),
+                written: Condvar::new(),
+                on,
+            })
+        }
+
+        fn wake(&self, inner: &mut Inner) {
+            if inner.rest.wakes() {
+                self.needed.notify_one();
+                *self.bytes.lock().unwrap() += 1;
+                self.written.notify_one();
+            }
+        }
+
+        /// Enters something to look at. Says whether a thread has to be started for it.
+        fn enter(&self) -> bool {
+            let mut inner = self.inner.lock().unwrap();
+            inner.entered += 1;
+            if inner.rest.has_thread(1) {
+                self.wake(&mut inner);
+                return false;
+            }
+            inner.rest.started(1);
+            true
+        }
+
+        fn run(&self) {
+            let mut inner = self.inner.lock().unwrap();
+            loop {
+                inner.rest.looks();
+                if inner.seen < inner.entered {
+                    inner.seen = inner.entered;
+                    // What is found is acted upon without the lock.
+                    drop(inner);
+                    inner = self.inner.lock().unwrap();
+                    continue;
+                }
+                if inner.seen >= inner.needs {
+                    inner.rest.leaves();
+                    return;
+                }
+                inner = self.sleep(inner);
+            }
+        }
+
+        fn sleep<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+            inner.rest.sleeps();
+            if matches!(self.on, On::Condition) {
+                return self.needed.wait(inner).unwrap();
+            }
+            drop(inner);
+            let mut bytes = self.bytes.lock().unwrap();
+            while *bytes == 0 {
+                bytes = self.written.wait(bytes).unwrap();
+            }
+            *bytes = 0;
+            drop(bytes);
+            self.inner.lock().unwrap()
+        }
+    }
+
+    /// Enters something, and runs the thread where it is to be started.
+    fn enter(control: &Arc<Control>) -> Option<thread::JoinHandle<()>> {
+        control.enter().then(|| {
+            let control = Arc::clone(control);
+            thread::spawn(move || control.run())
+        })
+    }
+
+    /// Point 2 of the control's header. What is overslept is a deadlock, which loom reports.
+    fn is_not_overslept(on: On) {
+        model(move || {
+            let control = Control::new(on, 3);
+            let runs = enter(&control).expect("there was no thread");
+            let other = {
+                let control = Arc::clone(&control);
+                thread::spawn(move || assert!(!control.enter()))
+            };
+            assert!(!control.enter());
+            other.join().unwrap();
+            runs.join().unwrap();
+            assert_eq!(control.inner.lock().unwrap().seen, 3);
+        });
+    }
+
+    #[test]
+    fn what_is_entered_is_not_overslept_on_the_socket() {
+        is_not_overslept(On::Socket);
+    }
+
+    #[test]
+    fn what_is_entered_is_not_overslept_on_the_condition() {
+        is_not_overslept(On::Condition);
+    }
+
+    /// Point 1 of the control's header: the thread leaves whenever it has seen everything.
+    #[test]
+    fn what_is_entered_is_never_left_without_a_thread() {
+        model(|| {
+            let control = Control::new(On::Socket, 0);
+            let other = {
+                let control = Arc::clone(&control);
+                thread::spawn(move || enter(&control))
+            };
+            let mine = enter(&control);
+            let others = other.join().unwrap();
+            for runs in [mine, others].into_iter().flatten() {
+                runs.join().unwrap();
+            }
+            let inner = control.inner.lock().unwrap();
+            assert_eq!(inner.seen, 2);
+            assert!(!inner.rest.has_thread(1));
+        });
+    }
+}
