@@ -481,3 +481,65 @@ async fn what_was_cut_takes_only_a_part_of_the_time_for_cleaning_up() {
         );
     }
 }
+
+/// What the report makes of connections that were open at the cut.
+#[tokio::test(start_paused = true)]
+async fn a_connection_at_the_cut_loses_what_it_had_not_delivered() {
+    use crate::{
+        registry::{LINGERS, RESPONDED},
+        sync::Ordering,
+    };
+
+    // The flags of a connection, whether bytes are left, and what is lost: connections, requests.
+    let cases = [
+        (0, 0, 1, 0),
+        (0, 1, 1, 0),
+        (RESPONDED, 0, 1, 0),
+        (RESPONDED, 1, 1, 1),
+        (LINGERS, 0, 0, 0),
+        (LINGERS, 1, 1, 0),
+        (LINGERS | RESPONDED, 0, 0, 0),
+        (LINGERS | RESPONDED, 1, 1, 1),
+    ];
+    for (flags, undelivered, connections, requests) in cases {
+        let mut stop = Stop::new(0, 500, as_it_is);
+        let lines = [stop.connect(), stop.connect()];
+        // In flight when the stop begins, and let go by their handlers.
+        let pieces: Vec<_> = (0..3)
+            .map(|_| stop.shared().door().admit().unwrap().answered())
+            .collect();
+        stop.terminate();
+        drop(pieces);
+        for line in &lines {
+            line.flags.set(flags);
+            line.undelivered.store(undelivered, Ordering::Relaxed);
+        }
+        stop.at(1000).await;
+        let report = stop.shared().report().unwrap();
+        let what = format!("{flags} {undelivered}: {report}");
+        assert_eq!(report.remaining().connections, 2 * connections, "{what}");
+        assert_eq!(report.requests().cut, 2 * requests, "{what}");
+        assert_eq!(report.requests().finished, 3 - 2 * requests, "{what}");
+        let outcome = if connections == 0 {
+            Outcome::Clean
+        } else {
+            Outcome::Forced
+        };
+        assert_eq!(report.outcome(), outcome, "{what}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn pieces_of_responses_are_requests_cut_but_no_more_than_connections_were_open() {
+    for (open, pieces, cut) in [(1, 0, 0), (1, 1, 1), (2, 1, 1), (1, 2, 1)] {
+        let mut stop = Stop::new(0, 500, as_it_is);
+        let _lines: Vec<_> = (0..open).map(|_| stop.connect()).collect();
+        let tickets = [(); 3].map(|()| stop.shared().door().admit().unwrap().answered());
+        let _held: Vec<_> = (0..pieces).map(|_| tickets[0].piece()).collect();
+        stop.terminate();
+        drop(tickets);
+        stop.at(1000).await;
+        let report = stop.shared().report().unwrap();
+        assert_eq!(report.requests().cut, cut, "{open} {pieces}: {report}");
+    }
+}
