@@ -150,8 +150,8 @@ impl Shared {
         } else {
             // Who has been answered is to be gone before the others are cut.
             let told = self.close_edge(shutdown, now);
-            let until = shutdown.drain_until;
-            Step::Until(told.map_or(until, |told| told.min(until)))
+            // It looks again no later than at the drain deadline.
+            Step::Until(told.unwrap_or(shutdown.drain_until))
         }
     }
 
@@ -201,6 +201,7 @@ impl Shared {
         if now >= end {
             return never;
         }
+        // Looking more often tells nobody later. Looking once more after the end tells nobody twice.
         end.min(instant_after(now, LEAST_TURN.max(spread / TURNS)))
     }
 

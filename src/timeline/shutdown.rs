@@ -246,6 +246,7 @@ impl Shutdown {
             return Some(due);
         }
         self.expiries += 1;
+        // Once more would be after the cut.
         self.expiry = (now < before_cut).then(|| instant_after(now, EXPIRY));
         self.expiry
     }
@@ -342,7 +343,8 @@ impl Shutdown {
             Outcome::Forced
         } else if server_error.is_some() {
             Outcome::ServerFailed
-        } else if unlisted_workers.failed > 0 || tasks.iter().any(TaskReport::is_failure) {
+        } else if tasks.iter().any(TaskReport::is_failure) {
+            // A failure that is not listed was pushed out by others that are.
             Outcome::CleanupFailed
         } else {
             Outcome::Clean

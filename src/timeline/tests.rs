@@ -214,6 +214,33 @@ async fn a_listener_is_not_waited_for_beyond_the_drain_deadline() {
     stop.at(1002).await;
     assert_eq!(stop.edge(), Edge::Connections);
     stop.leave(&line);
+
+    let mut stop = Stop::new(0, 400, as_it_is);
+    stop.listen();
+    let hold = stop.graceful.hold("work");
+    stop.terminate();
+    // 30 ms after the last call.
+    stop.at(380).await;
+    drop(hold);
+    stop.at(398).await;
+    assert_eq!(
+        (stop.phase(), stop.edge()),
+        (Phase::Closing, Edge::Listeners)
+    );
+    stop.at(402).await;
+    assert_eq!(stop.phase(), Phase::Stopped);
+
+    // Nor once the rest is cut.
+    let mut stop = Stop::new(0, 5000, as_it_is);
+    stop.listen();
+    let _hold = stop.graceful.hold("work");
+    stop.terminate();
+    stop.at(1000).await;
+    stop.interrupt();
+    assert_eq!(
+        (stop.phase(), stop.edge()),
+        (Phase::Closing, Edge::Connections)
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -333,6 +360,22 @@ async fn a_connection_expires_a_second_after_the_last_request_has_left() {
     assert_eq!(line.notice.told(), Told::Close);
     stop.at(3002).await;
     assert_eq!(line.notice.told(), Told::Expire);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_look_again_every_second_after_the_first_has_expired() {
+    let mut stop = Stop::new(0, 5000, as_it_is);
+    let line = stop.connect();
+    stop.terminate();
+    stop.at(1500).await;
+    assert_eq!(line.notice.told(), Told::Expire);
+    let mut reader = tokio_test::task::spawn(());
+    let mut stored = Stored::default();
+    reader.enter(|cx, _| line.notice.enter(&mut stored, Waiter::Read, cx));
+    stop.at(1998).await;
+    assert!(!reader.is_woken());
+    stop.at(2002).await;
+    assert!(reader.is_woken());
 }
 
 #[tokio::test(start_paused = true)]
@@ -461,9 +504,14 @@ async fn connections_are_told_to_close_a_little_before_the_drain_deadline() {
 
 #[tokio::test(start_paused = true)]
 async fn what_was_cut_takes_only_a_part_of_the_time_for_cleaning_up() {
-    for (cleans_up, let_go) in [(true, 100), (false, 250)] {
+    // The end of the plan is so long after the deadline.
+    for (kept, grace, cleans_up, let_go) in [
+        (800, 1862, true, 100),
+        (800, 1862, false, 250),
+        (40, 1076, true, 20),
+    ] {
         let mut stop = Stop::new(0, 1000, |it| {
-            it.cleanup_timeout(ms(800)).grace_period(ms(1862))
+            it.cleanup_timeout(ms(kept)).grace_period(ms(grace))
         });
         if cleans_up {
             let step = std::future::pending::<()>();
@@ -479,6 +527,31 @@ async fn what_was_cut_takes_only_a_part_of_the_time_for_cleaning_up() {
             closed >= expected && closed <= expected + ms(3),
             "{closed:?}"
         );
+    }
+}
+
+/// Anything else that was cut, or a server that does not end, is something that was lost.
+#[tokio::test(start_paused = true)]
+async fn a_sigint_that_cuts_the_wait_for_servers_does_not_hide_what_else_is_lost() {
+    for what in ["a connection", "a hold", "a server"] {
+        let mut stop = Stop::new(0, 5000, as_it_is);
+        stop.shared().server_began();
+        let line = (what == "a connection").then(|| stop.connect());
+        stop.terminate();
+        let hold = (what == "a hold").then(|| stop.graceful.hold("work"));
+        stop.at(500).await;
+        stop.interrupt();
+        if let Some(line) = line {
+            stop.leave(&line);
+        }
+        drop(hold);
+        if what != "a server" {
+            stop.shared().server_ended(&ServerEnd::Finished);
+        }
+        stop.at(1000).await;
+        let report = stop.shared().report().unwrap();
+        assert_eq!(report.outcome(), Outcome::Forced, "{what}");
+        assert_eq!(report.remaining().servers, 1, "{what}");
     }
 }
 
@@ -541,5 +614,31 @@ async fn pieces_of_responses_are_requests_cut_but_no_more_than_connections_were_
         stop.at(1000).await;
         let report = stop.shared().report().unwrap();
         assert_eq!(report.requests().cut, cut, "{open} {pieces}: {report}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_connection_that_its_server_has_let_go_no_piece_is_held() {
+    use crate::{
+        registry::{LINGERS, RESPONDED},
+        sync::Ordering,
+    };
+
+    // With so many requests in flight when the stop begins.
+    for (begun, cut) in [(3, 2), (1, 1)] {
+        let mut stop = Stop::new(0, 500, as_it_is);
+        let [_open, lingers] = [stop.connect(), stop.connect()];
+        lingers.flags.set(LINGERS | RESPONDED);
+        lingers.undelivered.store(1, Ordering::Relaxed);
+        let door = stop.shared().door();
+        let tickets: Vec<_> = (0..begun)
+            .map(|_| door.admit().unwrap().answered())
+            .collect();
+        let _held = [tickets[0].piece(), tickets[0].piece()];
+        stop.terminate();
+        drop(tickets);
+        stop.at(1000).await;
+        let report = stop.shared().report().unwrap();
+        assert_eq!(report.requests().cut, cut, "{report}");
     }
 }
