@@ -150,7 +150,7 @@ impl Shared {
         } else {
             // Who has been answered is to be gone before the others are cut.
             let told = self.close_edge(shutdown, now);
-            // It looks again no later than at the drain deadline.
+            // That is no later than the drain deadline.
             Step::Until(told.unwrap_or(shutdown.drain_until))
         }
     }

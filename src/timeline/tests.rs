@@ -514,8 +514,8 @@ async fn what_was_cut_takes_only_a_part_of_the_time_for_cleaning_up() {
             it.cleanup_timeout(ms(kept)).grace_period(ms(grace))
         });
         if cleans_up {
-            let step = std::future::pending::<()>();
-            stop.graceful.cleanup("step", ms(10), step).unwrap();
+            let endless = std::future::pending::<()>();
+            stop.graceful.cleanup("step", ms(10), endless).unwrap();
         }
         let _line = stop.connect();
         stop.terminate();

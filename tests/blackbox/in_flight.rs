@@ -35,7 +35,7 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 /// For what is to come at once, and otherwise would not come, or after a minute.
-const SOON: Duration = Duration::from_millis(1000);
+const SOON: Duration = Duration::from_secs(1);
 
 fn peer(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);
