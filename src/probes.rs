@@ -198,7 +198,7 @@ impl<B> Service<Request<B>> for Probe {
 impl Clone for Probe {
     fn clone(&self) -> Self {
         if self.is_route {
-            probe_route::note_clone(self.graceful.probe_entrance());
+            probe_route::note_clone(self.graceful.shared());
         }
         Self {
             graceful: self.graceful.clone(),

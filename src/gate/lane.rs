@@ -31,7 +31,7 @@ impl Refused {
 }
 
 /// What the lanes of a gate share and a request in Serving does not touch.
-pub(super) struct Hall<K: 'static, S: 'static> {
+pub(super) struct Hall<K, S> {
     pub(super) waiter: Mutex<Option<Waker>>,
     /// Admissions after the first phase.
     pub(super) late: AtomicUsize,
@@ -48,8 +48,8 @@ pub(super) struct Hall<K: 'static, S: 'static> {
     pub(super) readers: AtomicUsize,
     /// What the owners of the gate share, for as long as there is one.
     pub(super) owned: Mutex<Weak<S>>,
-    /// What stays.
-    pub(super) rules: K,
+    /// What holds for as long as there are requests.
+    pub(super) rules: Arc<K>,
 }
 
 impl<K, S> Hall<K, S> {
@@ -64,7 +64,7 @@ impl<K, S> Hall<K, S> {
             pieces: AtomicUsize::new(0),
             readers: AtomicUsize::new(0),
             owned: Mutex::new(Weak::new()),
-            rules,
+            rules: Arc::new(rules),
         }
     }
 
@@ -77,15 +77,15 @@ impl<K, S> Hall<K, S> {
 /// On cache lines of its own, two because they are fetched in pairs: what one thread writes there no
 /// other reads in Serving.
 #[repr(align(128))]
-pub(super) struct Lane<K: 'static, S: 'static> {
+pub(super) struct Lane<K, S> {
     word: AtomicUsize,
     /// The least word above the limit. Here, where the word is, so that no other line is touched.
     full: Word,
-    hall: &'static Hall<K, S>,
+    hall: Arc<Hall<K, S>>,
 }
 
 impl<K, S> Lane<K, S> {
-    pub(super) fn new(limit: Option<usize>, named: bool, hall: &'static Hall<K, S>) -> Self {
+    pub(super) fn new(limit: Option<usize>, named: bool, hall: Arc<Hall<K, S>>) -> Self {
         Self {
             word: AtomicUsize::new(Word::SERVING.named(named).0),
             full: Word::full(limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT)),
@@ -93,8 +93,8 @@ impl<K, S> Lane<K, S> {
         }
     }
 
-    pub(super) fn hall(&self) -> &'static Hall<K, S> {
-        self.hall
+    pub(super) fn hall(&self) -> &Hall<K, S> {
+        &self.hall
     }
 
     /// A snapshot for headers, probes and figures. `Relaxed`: point 5 of the module header.

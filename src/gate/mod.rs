@@ -83,12 +83,16 @@
 //!
 //! # Who owns what
 //!
-//! To count a reference is to change a shared word twice more for each request, and twice again for
-//! the clone of the service that servers make for each. So neither a request nor a service owns
-//! anything: a [`Ticket`] points at its lane and a [`Door`] at the lanes, which are made once and
-//! never given back. That is the price: two kilobytes and its rules, which may hold what the user's
-//! rejection has captured, for each lifecycle that was ever made. A process makes one. Whoever looks
-//! for leaks finds it.
+//! Counting a reference changes a shared word twice more for each request, and twice again for the
+//! clone of the service that servers make for each. So neither a request nor a service owns anything:
+//! a [`Ticket`] points at its lane and a [`Door`] at the lanes. Both are `'static` references, so what
+//! they point at is kept until the process ends, from the moment the first door of a gate is asked
+//! for. That is when the layer makes its first service. A gate without a door is given back with its
+//! last owner.
+//!
+//! The price is two kilobytes and the rules, which may hold what the user's rejection has captured, for
+//! each lifecycle whose layer has made a service. A process makes one. A static list (`kept`) leads to
+//! all of it, so that leak checkers find nothing lost.
 //!
 //! What is behind the gate has owners as usual, the clones of [`Gate`]: handles, layers, whatever
 //! waits or serves. When the last of them is gone, nobody is left who could move the phase on, so to
@@ -97,6 +101,7 @@
 mod core;
 mod handle;
 mod here;
+mod kept;
 mod lane;
 #[cfg(all(test, tower_graceful_loom))]
 mod models;

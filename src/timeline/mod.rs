@@ -91,7 +91,7 @@ pub(crate) type WeakShared = WeakGate<Policy, Lifecycle>;
 
 pub(crate) struct Lifecycle {
     pub(crate) plan: Plan,
-    pub(crate) policy: &'static Policy,
+    pub(crate) policy: Arc<Policy>,
     pub(crate) connections: Registry<Shared>,
     pub(crate) starved: Starved,
     pub(crate) work: Work,
@@ -136,7 +136,7 @@ enum By {
 }
 
 impl Lifecycle {
-    pub(crate) fn new(plan: Plan, policy: &'static Policy) -> Self {
+    pub(crate) fn new(plan: Plan, policy: Arc<Policy>) -> Self {
         let bell = Arc::new(Bell::new(|id| CONTROL.ring(id)));
         Self {
             plan,
