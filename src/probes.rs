@@ -128,6 +128,7 @@ impl Probe {
 
     fn answer(&self, method: &Method, version: http::Version) -> Response<ProbeBody> {
         let phase = self.graceful.phase();
+        self.graceful.shared().outside.probed();
         let (status, text) = match self.question {
             Question::Alive => (StatusCode::OK, phase.as_str()),
             Question::Ready if self.graceful.is_ready() => {

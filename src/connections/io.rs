@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     Line,
     linger::{self, FAREWELL},
+    requests::Requests,
     send_queue::{self, unacknowledged},
     starved::Activity,
 };
@@ -24,7 +25,7 @@ use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::{HANDED_OVER, RESPONDED},
+    registry::{HANDED_OVER, RESPONDED, UPGRADES},
     sync::Ordering,
 };
 
@@ -48,6 +49,7 @@ impl Graceful {
     pub fn track<I: 'static>(&self, io: I) -> GracefulIo<I> {
         let peer = tcp(&io).and_then(|tcp| tcp.peer_addr().ok());
         let linger = linger::is_socket(&io).then_some(linger::socket as Linger<I>);
+        self.shared().tracks.store(true, Ordering::Relaxed);
         GracefulIo::new(self, io, peer, linger)
     }
 }
@@ -82,6 +84,8 @@ pub struct GracefulIo<I: 'static> {
     /// The last write had to wait.
     blocked: bool,
     heads: Heads,
+    /// The requests, where the server is not ours and as long as they are looked at.
+    requests: Requests,
     /// Bytes written while the service stops, as far as this can count.
     written_late: u16,
     /// Whether it is idle, where its descriptor is needed.
@@ -170,6 +174,10 @@ impl Heads {
 impl<I: 'static> Drop for GracefulIo<I> {
     fn drop(&mut self) {
         let Some(io) = self.io.take() else { return };
+        if self.entry.0.flags.has(UPGRADES) {
+            let line = &self.entry.0;
+            line.owner.upgraded.ended(line.number());
+        }
         if self.entry.0.heard.is_unanswered() {
             self.entry.half_closed();
         }
@@ -302,6 +310,7 @@ impl<I: 'static> GracefulIo<I> {
             written: Written::Nothing,
             blocked: false,
             heads: Heads::default(),
+            requests: Requests::default(),
             written_late: 0,
             activity: Activity::default(),
             linger,
@@ -313,6 +322,7 @@ impl<I: 'static> GracefulIo<I> {
     #[cfg(all(feature = "axum", feature = "signal"))]
     pub(super) fn noted(&mut self) -> Arc<Line> {
         self.activity.is_owned();
+        self.requests = Requests::Unknown;
         self.entry.0.heard.listen();
         Arc::clone(&self.entry.0)
     }
@@ -390,6 +400,10 @@ impl<I: 'static> GracefulIo<I> {
         let this = &mut *self;
         this.entry.0.heard.note_write();
         let told = this.enter(Waiter::Write, cx)?;
+        if this.requests.are_known() {
+            // Before the client can send the next request.
+            this.requests.wrote(head);
+        }
         let result = write(Pin::new(this.get_mut()), cx);
         let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
         this.activity.wrote(upgrades, result.is_ready());
@@ -397,6 +411,7 @@ impl<I: 'static> GracefulIo<I> {
         match &result {
             Poll::Ready(Ok(bytes)) => {
                 let written = if upgrades {
+                    this.entry.0.upgraded();
                     Written::Upgrade
                 } else {
                     Written::Something
@@ -436,6 +451,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 line.read_while_stopping(told);
             }
             this.activity.read(read);
+            if this.requests.are_known() {
+                this.requests.read(line, read);
+            }
             this.heads.last(read);
             if this.written == Written::Nothing {
                 this.heads.first(read);

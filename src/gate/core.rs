@@ -189,6 +189,27 @@ impl<K, S> Core<K, S> {
         self.first().update(|word| Some(word.with_ready(ready)));
     }
 
+    /// Whether a request was admitted since the flags were last cleared. `Relaxed`: see `outside`.
+    pub(super) fn has_admitted(&self) -> bool {
+        self.used().iter().any(|lane| lane.word().has_admitted())
+    }
+
+    /// Whether a request was ever admitted.
+    pub(super) fn has_ever_admitted(&self) -> bool {
+        // In this order: what is cleared is noted before.
+        self.has_admitted() || self.hall().admitted.load(Ordering::Acquire)
+    }
+
+    /// Clears the flags. One at a time.
+    pub(super) fn clear_admitted(&self) {
+        if self.has_admitted() {
+            self.hall().admitted.store(true, Ordering::Release);
+        }
+        for lane in self.used() {
+            lane.update(|word| word.has_admitted().then(|| word.without_admitted()));
+        }
+    }
+
     pub(super) fn mark_served(&self) {
         self.first()
             .update(|word| (!word.has_served()).then(|| word.served()));

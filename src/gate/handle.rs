@@ -133,6 +133,21 @@ impl<K, T> Gate<K, T> {
         self.0.core.mark_served();
     }
 
+    /// Whether a request was admitted since the flags were last cleared.
+    pub(crate) fn has_admitted(&self) -> bool {
+        self.0.core.has_admitted()
+    }
+
+    /// Whether a request was ever admitted.
+    pub(crate) fn has_ever_admitted(&self) -> bool {
+        self.0.core.has_ever_admitted()
+    }
+
+    /// Clears the flags of [`has_admitted`](Self::has_admitted). One at a time.
+    pub(crate) fn clear_admitted(&self) {
+        self.0.core.clear_admitted();
+    }
+
     pub(crate) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.0.core.poll_idle(cx)
     }

@@ -8,7 +8,7 @@ use std::{
 use super::word::Word;
 use crate::{
     phase::Phase,
-    sync::{AtomicUsize, Mutex, Ordering, lock},
+    sync::{AtomicBool, AtomicUsize, Mutex, Ordering, lock},
 };
 
 /// Why a request was not let in.
@@ -44,6 +44,8 @@ pub(super) struct Hall<K, S> {
     pub(super) dropped: AtomicUsize,
     /// Pieces of responses that servers hold.
     pub(super) pieces: AtomicUsize,
+    /// A request was admitted before the lanes' flags were last cleared.
+    pub(super) admitted: AtomicBool,
     /// Refusals that are reading the bodies of their requests.
     pub(super) readers: AtomicUsize,
     /// What the owners of the gate share, for as long as there is one.
@@ -62,6 +64,7 @@ impl<K, S> Hall<K, S> {
             refused_full_late: AtomicUsize::new(0),
             dropped: AtomicUsize::new(0),
             pieces: AtomicUsize::new(0),
+            admitted: AtomicBool::new(false),
             readers: AtomicUsize::new(0),
             owned: Mutex::new(Weak::new()),
             rules: Arc::new(rules),

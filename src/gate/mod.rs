@@ -6,8 +6,8 @@
 //! # The word
 //!
 //! One machine word holds everything that an admission depends on: the phase in its top three bits,
-//! a flag under them ("named"), the number of requests in flight, and at the bottom two flags that
-//! admission does not depend on ("not ready" and "has served"). So the more there is to it, the
+//! a flag under them ("named"), the number of requests in flight, and at the bottom three flags that
+//! admission does not depend on ("not ready", "has served" and "has admitted"). So the more there is to it, the
 //! larger the word: "draining or later", "no longer just serving, or requests are to be known by
 //! name", and "that, or as many as the limit are in flight" are each one comparison of the whole
 //! word with a constant, and the last of them is all that an admission in Serving asks.
@@ -28,7 +28,7 @@
 //! # The protocol
 //!
 //! - **admit** is a compare-and-swap from a word that is before draining and below the limit to
-//!   the same word plus one, with "has served" set. It is written twice: as short as it can be for
+//!   the same word plus one, with "has served" and "has admitted" set. It is written twice: as short as it can be for
 //!   the phase that lasts for months, and in full for the rest.
 //! - **advance** is a compare-and-swap to a later phase on one lane after another, the first lane
 //!   last; the counts are carried over. The phase of the gate is that of the first lane.

@@ -28,6 +28,7 @@ mod cleanup;
 mod driver;
 mod settle;
 mod shutdown;
+mod warn;
 
 use std::{
     sync::{
@@ -61,14 +62,16 @@ use crate::{
     events::{self, Event, Origin, Transition},
     gate::{Gate, WeakGate},
     notice::Told,
+    outside::Outside,
     phase::Phase,
     plan::{Plan, instant_after},
     policy::Policy,
     registry::{Pieces, Registry},
-    report::{Report, Trigger},
+    report::{Report, Trigger, Warning},
     roll::Roll,
     spread::{Place, TURN},
     sync::lock,
+    upgraded::Upgraded,
     waiters::{Moment, Waiters},
     work::Work,
 };
@@ -96,6 +99,11 @@ pub(crate) struct Lifecycle {
     pub(crate) starved: Starved,
     pub(crate) work: Work,
     pub(crate) roll: Roll,
+    pub(crate) outside: Outside,
+    pub(crate) upgraded: Upgraded,
+    /// There are connections that a user has accepted.
+    pub(crate) tracks: AtomicBool,
+    warnings: Mutex<Vec<Warning>>,
     /// For a phase, by the thousands.
     pub(crate) waiters: Waiters,
     /// Set once there is a router with the probes' own paths.
@@ -145,6 +153,10 @@ impl Lifecycle {
             starved: Starved::default(),
             work: Work::default(),
             roll: Roll::default(),
+            outside: Outside::default(),
+            upgraded: Upgraded::default(),
+            tracks: AtomicBool::new(false),
+            warnings: Mutex::default(),
             waiters: Waiters::new(),
             probes: OnceLock::new(),
             phases: watch::Sender::new(Phase::Serving),
@@ -380,7 +392,11 @@ impl Shared {
 
     /// Notes that a server waits for the drain, by whomever it is run.
     pub(crate) fn drain_began(&self) {
-        self.state().drains += 1;
+        {
+            let mut state = self.state();
+            state.drains += 1;
+            state.drains_so_far += 1;
+        }
         self.mark_served();
         self.drive();
         self.log_plan();
@@ -496,6 +512,7 @@ impl Shared {
         {
             let mut state = self.state();
             state.servers = Some(state.servers.map_or(1, |servers| servers + 1));
+            state.servers_so_far += 1;
         }
         self.mark_served();
         self.drive();
@@ -557,7 +574,8 @@ impl Shared {
                 let _ = self.poll_idle(&mut Context::from_waker(&self.idle));
             }
             let next = self.settle(&mut state, now, &mut transitions);
-            self.note_progress(&mut state, next, now, &mut transitions)
+            let next = self.note_progress(&mut state, next, now, &mut transitions);
+            self.warn_of_unheld(&mut state, next, now)
         };
         let ended = match next {
             Some(next) if is_real => {
