@@ -91,10 +91,10 @@ impl Known {
         let Some((method, path, fields)) = parse(&head[..end]) else {
             return false;
         };
-        let mut fields = fields.map(|field| field.split(':').next().unwrap_or(field));
         let (mut body, mut upgrades) = (false, false);
-        for name in &mut fields {
-            body |= name.eq_ignore_ascii_case("content-length")
+        for field in fields {
+            let (name, value) = field.split_once(':').unwrap_or((field, ""));
+            body |= name.eq_ignore_ascii_case("content-length") && value.trim() != "0"
                 || name.eq_ignore_ascii_case("transfer-encoding");
             upgrades |= name.eq_ignore_ascii_case("upgrade");
         }
