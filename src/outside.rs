@@ -28,7 +28,7 @@
 //! - On a server that is not ours, whatever is not HTTP/1 in the clear. There the reads and writes of the
 //!   connection are all that is known.
 
-use std::{net::SocketAddr, sync::Mutex, time::Duration};
+use std::{net::SocketAddr, num::NonZeroU32, sync::Mutex, time::Duration};
 
 use http::{Method, StatusCode};
 use tokio::time::Instant;
@@ -53,14 +53,22 @@ pub(crate) struct Outside {
 
 #[derive(Default)]
 struct State {
-    /// Which window is open, or was last.
-    window: usize,
-    opened: Option<Instant>,
+    /// Which window was opened last.
+    window: u32,
+    /// It, while it is open.
+    open: Option<Open>,
     /// The first request that was answered outside the layer.
     request: Option<OutsideLayer>,
     /// A server of ours has answered it.
     served: bool,
     warned: bool,
+}
+
+struct Open {
+    since: Instant,
+    request: OutsideLayer,
+    served: bool,
+    noise: usize,
 }
 
 /// The servers of a lifecycle so far.
@@ -114,14 +122,10 @@ impl Outside {
     }
 }
 
-/// A look at whether the layer sees a request.
-pub(crate) struct Window {
-    shared: Shared,
-    number: usize,
-    noise: usize,
-    request: Option<OutsideLayer>,
-    served: bool,
-}
+/// A look at whether the layer sees a request. What belongs to it is with the lifecycle, because it is
+/// kept with each request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Window(NonZeroU32);
 
 impl Window {
     /// Opens a window for a request that has arrived, unless it is one that the layer need not see, or
@@ -144,49 +148,60 @@ impl Window {
             return None;
         }
         let now = Instant::now();
-        let number = {
-            let mut state = lock!(shared.outside.state);
-            let open = state.opened.is_some_and(|opened| now - opened < OPEN);
-            // One in which another request was admitted says nothing any more.
-            if state.warned || open && !shared.has_admitted() {
-                return None;
-            }
-            state.window += 1;
-            state.opened = Some(now);
-            shared.clear_admitted();
-            state.window
-        };
-        Some(Self {
-            noise: noise(shared),
-            shared: shared.clone(),
-            number,
-            request: Some(OutsideLayer {
+        let mut state = lock!(shared.outside.state);
+        let open = state.open.as_ref();
+        let open = open.is_some_and(|open| now.saturating_duration_since(open.since) < OPEN);
+        // One in which another request was admitted says nothing any more.
+        if state.warned || open && !shared.has_admitted() {
+            return None;
+        }
+        state.window = state.window.wrapping_add(1).max(1);
+        shared.clear_admitted();
+        state.open = Some(Open {
+            since: now,
+            request: OutsideLayer {
                 method: method.clone(),
                 path: path.to_owned(),
                 peer,
-            }),
+            },
             served,
-        })
+            noise: noise(shared),
+        });
+        NonZeroU32::new(state.window).map(Self)
     }
 
-    /// Notes what the window shows when the response goes out.
+    /// Closes the window, and notes what it shows when the response goes out.
     #[cold]
-    pub(crate) fn answered(mut self, status: StatusCode) {
+    pub(crate) fn answered(self, shared: &Shared, status: StatusCode) {
         let succeeds = status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS;
         {
-            let mut state = lock!(self.shared.outside.state);
-            if state.window == self.number
-                && succeeds
+            let mut state = lock!(shared.outside.state);
+            let Some(open) = self.take(&mut state) else {
+                return;
+            };
+            if succeeds
                 && state.request.is_none()
-                && !self.shared.has_admitted()
-                && self.noise == noise(&self.shared)
-                && self.shared.phase() < Phase::Draining
+                && !shared.has_admitted()
+                && open.noise == noise(shared)
+                && shared.phase() < Phase::Draining
             {
-                state.request = self.request.take();
-                state.served = self.served;
+                state.request = Some(open.request);
+                state.served = open.served;
             }
         }
-        self.shared.warn_of_outside();
+        shared.warn_of_outside();
+    }
+
+    /// Closes the window of a request that has no response, or none that says anything.
+    #[cold]
+    pub(crate) fn close(self, shared: &Shared) {
+        let closed = self.take(&mut lock!(shared.outside.state));
+        drop(closed);
+    }
+
+    /// What belongs to it, unless it was replaced.
+    fn take(self, state: &mut State) -> Option<Open> {
+        (state.window == self.0.get()).then(|| state.open.take())?
     }
 }
 
@@ -194,13 +209,4 @@ impl Window {
 fn noise(shared: &Shared) -> usize {
     let refusals = shared.refusals();
     shared.outside.probed.load(Relaxed) + refusals.draining + refusals.full
-}
-
-impl Drop for Window {
-    fn drop(&mut self) {
-        let mut state = lock!(self.shared.outside.state);
-        if state.window == self.number {
-            state.opened = None;
-        }
-    }
 }

@@ -150,7 +150,7 @@ impl<O> Registry<O> {
             seat: AtomicU32::new(seat),
             place: Place::nth(open.entered),
             heard: Heard::default(),
-            flags: Flags::new(if watched { STIRRED | WATCHED } else { STIRRED }),
+            flags: Flags::new(STIRRED | LOOKED_AT | if watched { WATCHED } else { 0 }),
             undelivered: AtomicU32::new(0),
             notice: Notice::new(told),
         });
@@ -328,9 +328,13 @@ pub(crate) const WATCHED: u8 = 32;
 /// It has asked for an upgrade, and is among those that have.
 pub(crate) const UPGRADES: u8 = 64;
 
+/// What passes is looked at for requests: where the server is not ours, and as long as they can be told
+/// apart.
+pub(crate) const LOOKED_AT: u8 = 128;
+
 /// So many connections are watched, and after them one in so many nanoseconds.
-const ALL_WATCHED: u64 = 128;
-const WATCH_EVERY: u64 = 1_000_000;
+const ALL_WATCHED: u64 = 32;
+const WATCH_EVERY: u64 = 20_000_000;
 
 /// What is noted of a connection, one bit each. `Relaxed`: they say nothing about anything else in
 /// memory.

@@ -265,14 +265,26 @@ impl Owner {
     /// Looks at whether the layer sees a request: at the first ones of a connection, and then at one
     /// in many.
     #[cold]
-    fn watch<B>(&self, request: &http::Request<B>) -> Option<Box<Window>> {
+    fn watch<B>(&self, request: &http::Request<B>) -> Option<Window> {
         let reads = self.0.heard.reads();
         if reads >= FIRST_READS && reads % EVERY_READS != 0 {
             return None;
         }
         let (shared, peer) = (&self.0.owner, self.0.peer());
         let path = request.uri().path();
-        Window::open(shared, request.method(), path, peer, true).map(Box::new)
+        Window::open(shared, request.method(), path, peer, true)
+    }
+
+    /// A request that is looked at has this response.
+    #[cold]
+    fn answered(&self, window: Window, response: &Response) {
+        let shared = &self.0.owner;
+        let grpc = response.headers().get("grpc-status");
+        if grpc.is_none_or(|status| status == "0") {
+            window.answered(shared, response.status());
+        } else {
+            window.close(shared);
+        }
     }
 
     /// Notes where an upgrade is asked for. Over HTTP/2 the connection has other streams too, and is
@@ -375,7 +387,7 @@ pin_project! {
         // It came while requests were let in.
         let_in: bool,
         // Whether the layer sees it.
-        window: Option<Box<Window>>,
+        window: Option<Window>,
         // Goes on to the body.
         owner: Option<Owner>,
     }
@@ -384,6 +396,9 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             let this = this.project();
             if let Some(owner) = this.owner {
+                if let Some(window) = this.window.take() {
+                    window.close(&owner.0.owner);
+                }
                 if *this.let_in && *this.version < Version::HTTP_2 {
                     owner.dropped_unanswered();
                 }
@@ -414,7 +429,7 @@ where
             owner.upgraded();
         }
         if let Some(window) = this.window.take() {
-            answered(*window, &response);
+            owner.answered(window, &response);
         }
         let phase = owner.phase();
         if phase > Phase::Serving {
@@ -429,14 +444,6 @@ where
             owner,
             http2,
         })))
-    }
-}
-
-#[cold]
-fn answered(window: Window, response: &Response) {
-    let grpc = response.headers().get("grpc-status");
-    if grpc.is_none_or(|status| status == "0") {
-        window.answered(response.status());
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::{
 use super::{
     Line,
     linger::{self, FAREWELL},
-    requests::Requests,
+    requests,
     send_queue::{self, unacknowledged},
     starved::Activity,
 };
@@ -25,7 +25,7 @@ use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::{HANDED_OVER, RESPONDED, UPGRADES},
+    registry::{HANDED_OVER, LOOKED_AT, RESPONDED, UPGRADES},
     sync::Ordering,
 };
 
@@ -84,8 +84,6 @@ pub struct GracefulIo<I: 'static> {
     /// The last write had to wait.
     blocked: bool,
     heads: Heads,
-    /// The requests, where the server is not ours and as long as they are looked at.
-    requests: Requests,
     /// Bytes written while the service stops, as far as this can count.
     written_late: u16,
     /// Whether it is idle, where its descriptor is needed.
@@ -174,6 +172,9 @@ impl Heads {
 impl<I: 'static> Drop for GracefulIo<I> {
     fn drop(&mut self) {
         let Some(io) = self.io.take() else { return };
+        if self.entry.0.flags.has(LOOKED_AT) {
+            requests::end(&self.entry.0);
+        }
         if self.entry.0.flags.has(UPGRADES) {
             let line = &self.entry.0;
             line.owner.upgraded.ended(line.number());
@@ -310,7 +311,6 @@ impl<I: 'static> GracefulIo<I> {
             written: Written::Nothing,
             blocked: false,
             heads: Heads::default(),
-            requests: Requests::default(),
             written_late: 0,
             activity: Activity::default(),
             linger,
@@ -322,7 +322,7 @@ impl<I: 'static> GracefulIo<I> {
     #[cfg(all(feature = "axum", feature = "signal"))]
     pub(super) fn noted(&mut self) -> Arc<Line> {
         self.activity.is_owned();
-        self.requests = Requests::Unknown;
+        self.entry.0.flags.take(LOOKED_AT);
         self.entry.0.heard.listen();
         Arc::clone(&self.entry.0)
     }
@@ -400,9 +400,9 @@ impl<I: 'static> GracefulIo<I> {
         let this = &mut *self;
         this.entry.0.heard.note_write();
         let told = this.enter(Waiter::Write, cx)?;
-        if this.requests.are_known() {
+        if this.entry.0.flags.has(LOOKED_AT) {
             // Before the client can send the next request.
-            this.requests.wrote(head);
+            requests::wrote(&this.entry.0, head);
         }
         let result = write(Pin::new(this.get_mut()), cx);
         let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
@@ -451,8 +451,8 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 line.read_while_stopping(told);
             }
             this.activity.read(read);
-            if this.requests.are_known() {
-                this.requests.read(line, read);
+            if line.flags.has(LOOKED_AT) {
+                requests::read(line, read);
             }
             this.heads.last(read);
             if this.written == Written::Nothing {

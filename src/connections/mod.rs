@@ -33,7 +33,7 @@ pub use self::accepted::Accepted;
 pub use self::io::GracefulIo;
 #[cfg(feature = "axum")]
 pub use self::listener::{GracefulListener, TrackedListener};
-pub(crate) use self::starved::Starved;
+pub(crate) use self::{requests::Requests, starved::Starved};
 use crate::{
     registry::{self, UPGRADES},
     timeline::Shared,

@@ -5,12 +5,15 @@
 //! that as long as each read was one whole request without a body. What is read otherwise ends the
 //! looking.
 
+use std::{collections::HashMap, sync::Mutex};
+
 use http::{Method, StatusCode};
 
 use super::Line;
 use crate::{
     outside::Window,
-    registry::{UPGRADES, WATCHED},
+    registry::{LOOKED_AT, UPGRADES, WATCHED},
+    sync::lock,
 };
 
 /// How long the head of a first request may be.
@@ -19,19 +22,13 @@ const MOST_BYTES: usize = 8 * 1024;
 /// How many requests of a connection are looked at.
 const MOST_REQUESTS: u8 = 32;
 
-/// What is known of the requests.
+/// What is known of the requests of connections that are [looked at](LOOKED_AT). Here and not with each
+/// connection, because few are at a time and there may be very many.
 #[derive(Default)]
-pub(super) enum Requests {
-    /// Nothing, nor will it be.
-    Unknown,
-    /// Nothing has been read.
-    #[default]
-    None,
-    Known(Box<Known>),
-}
+pub(crate) struct Requests(Mutex<HashMap<usize, Known>>);
 
 #[derive(Default)]
-pub(super) struct Known {
+struct Known {
     /// What has been read of a head that is not whole.
     head: Vec<u8>,
     /// A request has been read and not answered.
@@ -42,35 +39,39 @@ pub(super) struct Known {
     window: Option<Window>,
 }
 
-impl Requests {
-    #[inline]
-    pub(super) fn are_known(&self) -> bool {
-        !matches!(self, Self::Unknown)
-    }
+/// Something was read.
+#[cold]
+#[inline(never)]
+pub(super) fn read(line: &Line, read: &[u8]) {
+    look(line, |known| known.read(line, read));
+}
 
-    #[cold]
-    #[inline(never)]
-    pub(super) fn read(&mut self, line: &Line, read: &[u8]) {
-        if matches!(self, Self::None) {
-            *self = Self::Known(Box::default());
-        }
-        if let Self::Known(known) = self {
-            if !known.read(line, read) {
-                *self = Self::Unknown;
-            }
-        }
-    }
+/// Something is to be written.
+#[cold]
+#[inline(never)]
+pub(super) fn wrote(line: &Line, written: &[u8]) {
+    look(line, |known| known.wrote(line, written));
+}
 
-    #[cold]
-    #[inline(never)]
-    pub(super) fn wrote(&mut self, written: &[u8]) {
-        let more = match self {
-            Self::Known(known) => known.wrote(written),
-            Self::None | Self::Unknown => false,
-        };
-        if !more {
-            *self = Self::Unknown;
-        }
+/// Looks, and says whether more can be known.
+fn look(line: &Line, look: impl FnOnce(&mut Known) -> bool) {
+    let requests = &line.owner.requests.0;
+    // Not under the lock, because it may log.
+    let mut known = lock!(requests).remove(&line.number()).unwrap_or_default();
+    if look(&mut known) {
+        lock!(requests).insert(line.number(), known);
+    } else {
+        known.end(line);
+        line.flags.take(LOOKED_AT);
+    }
+}
+
+/// The connection is dropped, or not to be looked at any more.
+#[cold]
+pub(super) fn end(line: &Line) {
+    let known = lock!(line.owner.requests.0).remove(&line.number());
+    if let Some(known) = known {
+        known.end(line);
     }
 }
 
@@ -117,7 +118,7 @@ impl Known {
     }
 
     /// Whether more can be known.
-    fn wrote(&mut self, written: &[u8]) -> bool {
+    fn wrote(&mut self, line: &Line, written: &[u8]) -> bool {
         if !self.asked {
             // The rest of a response.
             return self.requests > 0;
@@ -132,10 +133,16 @@ impl Known {
             return true;
         }
         if let Some(window) = self.window.take() {
-            window.answered(status);
+            window.answered(&line.owner, status);
         }
         self.asked = false;
         self.another
+    }
+
+    fn end(self, line: &Line) {
+        if let Some(window) = self.window {
+            window.close(&line.owner);
+        }
     }
 }
 

@@ -57,7 +57,7 @@ use self::{
 #[cfg(feature = "signal")]
 use crate::events::Effect;
 use crate::{
-    connections::Starved,
+    connections::{Requests, Starved},
     control::{Bell, Control, Subject, clock, shielded},
     events::{self, Event, Origin, Transition},
     gate::{Gate, WeakGate},
@@ -100,6 +100,7 @@ pub(crate) struct Lifecycle {
     pub(crate) work: Work,
     pub(crate) roll: Roll,
     pub(crate) outside: Outside,
+    pub(crate) requests: Requests,
     pub(crate) upgraded: Upgraded,
     /// There are connections that a user has accepted.
     pub(crate) tracks: AtomicBool,
@@ -154,6 +155,7 @@ impl Lifecycle {
             work: Work::default(),
             roll: Roll::default(),
             outside: Outside::default(),
+            requests: Requests::default(),
             upgraded: Upgraded::default(),
             tracks: AtomicBool::new(false),
             warnings: Mutex::default(),
