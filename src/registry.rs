@@ -333,7 +333,7 @@ pub(crate) const UPGRADES: u8 = 64;
 pub(crate) const LOOKED_AT: u8 = 128;
 
 /// So many connections are watched, and after them one in so many nanoseconds.
-const ALL_WATCHED: u64 = 32;
+const ALL_WATCHED: u64 = 8;
 const WATCH_EVERY: u64 = 20_000_000;
 
 /// What is noted of a connection, one bit each. `Relaxed`: they say nothing about anything else in

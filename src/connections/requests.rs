@@ -25,7 +25,7 @@ const MOST_REQUESTS: u8 = 32;
 /// What is known of the requests of connections that are [looked at](LOOKED_AT). Here and not with each
 /// connection, because few are at a time and there may be very many.
 #[derive(Default)]
-pub(crate) struct Requests(Mutex<HashMap<usize, Known>>);
+pub(crate) struct Requests(Mutex<HashMap<usize, Box<Known>>>);
 
 #[derive(Default)]
 struct Known {
@@ -139,7 +139,7 @@ impl Known {
         self.another
     }
 
-    fn end(self, line: &Line) {
+    fn end(&self, line: &Line) {
         if let Some(window) = self.window {
             window.close(&line.owner);
         }
