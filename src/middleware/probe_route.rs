@@ -38,21 +38,9 @@ pub(crate) fn note_clone(shared: &Shared) {
 pub(super) fn clone<S: Clone>(service: &S, entrance: Entrance) -> (S, Entrance) {
     CLONED.set(NONE);
     let service = service.clone();
-    let entrance = match CLONED.get() {
-        NONE => entrance,
-        probe => of_probe(entrance, probe),
-    };
-    (service, entrance)
-}
-
-/// The entrance for a clone with this probe in it, which keeps its lifecycle, so that no other has its
-/// address.
-#[cold]
-#[inline(never)]
-fn of_probe(entrance: Entrance, probe: usize) -> Entrance {
-    if probe == entrance.address() {
-        entrance.to_probe()
-    } else {
-        entrance
+    match CLONED.get() {
+        // The probe in the clone keeps its lifecycle, so that no other has its address.
+        probe if probe != NONE && probe == entrance.address() => (service, entrance.to_probe()),
+        _ => (service, entrance),
     }
 }
