@@ -57,13 +57,13 @@ impl fmt::Display for Warning {
             Self::NoRequestInLayer(request) => write!(
                 f,
                 "no request has reached the layer, although {request} was answered: requests are \
-                 not counted, not waited for and not refused; add `.layer(graceful.layer())`, of the \
+                 not counted, and the drain neither waits for them nor rejects them; add `.layer(graceful.layer())`, of the \
                  same `Graceful` that serves or tracks the connections"
             ),
             Self::RequestOutsideLayer(request) => write!(
                 f,
-                "{request} was answered outside the layer: such requests are not counted, not waited \
-                 for and not refused; add the route before `.layer(…)`, or give its path to `exempt`"
+                "{request} was answered outside the layer: such requests are not counted, and the \
+                 drain neither waits for them nor rejects them; add the route before `.layer(…)`, or give its path to `exempt`"
             ),
             Self::UpgradesNotHeld(connections) => {
                 match &**connections {
