@@ -25,7 +25,7 @@ use crate::{
 use crate::{
     phase::Phase,
     plan::EffectivePlan,
-    report::{CutRequest, Fate, TaskKind, Trigger},
+    report::{CutRequest, Fate, TaskKind, Trigger, Warning},
     work::Task,
 };
 
@@ -40,6 +40,7 @@ pub(crate) enum Event {
     Task(Box<Task>),
     /// Connections that were reset in accept queues.
     QueueReset(usize),
+    Warning(Warning),
     #[cfg(feature = "signal")]
     Signal(Trigger, Effect),
 }
@@ -156,6 +157,7 @@ impl Event {
             Self::Progress(it) => progress(it),
             Self::Task(it) => task(it),
             Self::QueueReset(queued) => queue_reset(*queued),
+            Self::Warning(it) => warning(it),
             #[cfg(feature = "signal")]
             Self::Signal(it, effect) => signal(*it, *effect),
         }
@@ -363,6 +365,11 @@ fn queue_reset(queued: usize) {
         { queued = queued },
         "connections reset in the accept queue, for want of file descriptors: {queued}"
     );
+}
+
+/// A mistake in the set-up.
+fn warning(warning: &Warning) {
+    event!(warn, {}, "{warning}");
 }
 
 /// What a signal did that was not the first.

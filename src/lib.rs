@@ -95,6 +95,7 @@ mod hold;
 mod leaving;
 mod middleware;
 mod notice;
+mod outside;
 mod phase;
 mod phase_receiver;
 mod plan;
@@ -113,6 +114,7 @@ mod sync;
 mod tasks;
 mod timeline;
 mod until_draining;
+mod upgraded;
 mod waiters;
 #[cfg(all(unix, feature = "signal"))]
 mod watchdog;
@@ -135,8 +137,8 @@ pub use crate::{
     probes::{Probe, ProbeBody, ProbeFuture},
     rejection::{Rejection, RejectionReason},
     report::{
-        CutConnection, CutRequest, Fate, HeldBy, Outcome, Remaining, Report, Requests, TaskKind,
-        TaskReport, Trigger, UnlistedWorkers,
+        CutConnection, CutRequest, Fate, HeldBy, Outcome, OutsideLayer, Remaining, Report,
+        Requests, TaskKind, TaskReport, Trigger, UnlistedWorkers, UpgradedConnection, Warning,
     },
     tasks::{RegisterError, Stop},
     until_draining::UntilDraining,

@@ -128,6 +128,7 @@ impl Probe {
 
     fn answer(&self, method: &Method, version: http::Version) -> Response<ProbeBody> {
         let phase = self.graceful.phase();
+        self.graceful.shared().outside.probed();
         let (status, text) = match self.question {
             Question::Alive => (StatusCode::OK, phase.as_str()),
             Question::Ready if self.graceful.is_ready() => {
@@ -198,7 +199,7 @@ impl<B> Service<Request<B>> for Probe {
 impl Clone for Probe {
     fn clone(&self) -> Self {
         if self.is_route {
-            probe_route::note_clone(self.graceful.probe_entrance());
+            probe_route::note_clone(self.graceful.shared());
         }
         Self {
             graceful: self.graceful.clone(),

@@ -44,6 +44,8 @@ struct Open<O> {
     first: Option<Instant>,
     /// Connections so far.
     entered: u64,
+    /// When the last one was opened that is [`WATCHED`], in nanoseconds after the first one.
+    watched: u64,
     /// Requests that were dropped because their clients had closed their writing side.
     half_closed: usize,
     /// What everybody has been told.
@@ -55,8 +57,8 @@ struct Open<O> {
 pub(crate) struct Listeners {
     /// Those that are open now.
     pub(crate) open: usize,
-    /// There has been one.
-    pub(crate) any: bool,
+    /// There have been so many.
+    pub(crate) so_far: usize,
 }
 
 impl<O> Default for Registry<O> {
@@ -67,6 +69,7 @@ impl<O> Default for Registry<O> {
                 listeners: Listeners::default(),
                 first: None,
                 entered: 0,
+                watched: 0,
                 half_closed: 0,
                 told: Told::default(),
             }),
@@ -83,7 +86,7 @@ impl<O> Registry<O> {
     pub(crate) fn listener_opened(&self) {
         let mut open = lock!(self.open);
         open.listeners.open += 1;
-        open.listeners.any = true;
+        open.listeners.so_far += 1;
     }
 
     #[cfg(feature = "axum")]
@@ -140,15 +143,20 @@ impl<O> Registry<O> {
             open.told.min(Told::Stopping)
         };
         let opened = now.saturating_duration_since(*open.first.get_or_insert(now));
+        let opened = u64::try_from(opened.as_nanos()).unwrap_or(u64::MAX);
+        let watched = open.entered < ALL_WATCHED || opened - open.watched >= WATCH_EVERY;
+        if watched {
+            open.watched = opened;
+        }
         let seat = u32::try_from(open.lines.len()).expect("files are counted in 32 bits");
         let line = Arc::new(Line {
             owner,
             peer,
-            opened: u64::try_from(opened.as_nanos()).unwrap_or(u64::MAX),
+            opened,
             seat: AtomicU32::new(seat),
             place: Place::nth(open.entered),
             heard: Heard::default(),
-            flags: Flags::new(STIRRED),
+            flags: Flags::new(STIRRED | LOOKED_AT | if watched { WATCHED } else { 0 }),
             undelivered: AtomicU32::new(0),
             notice: Notice::new(told),
         });
@@ -256,6 +264,17 @@ pub(crate) struct Line<O> {
     pub(crate) notice: Notice,
 }
 
+impl<O> Line<O> {
+    pub(crate) fn peer(&self) -> Option<SocketAddr> {
+        self.peer
+    }
+
+    /// A number that no other open connection has.
+    pub(crate) fn number(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+}
+
 /// What knows how many pieces of responses its servers hold.
 pub(crate) trait Pieces {
     fn pieces(&self) -> usize;
@@ -312,6 +331,18 @@ pub(crate) const LINGERS: u8 = 4;
 pub(crate) const RESPONDED: u8 = 8;
 /// Two entries of it are to be dropped before it is removed.
 pub(crate) const HANDED_OVER: u8 = 16;
+/// Some of its requests are looked at, whether the layer sees them.
+pub(crate) const WATCHED: u8 = 32;
+/// It has asked for an upgrade, and is among those that have.
+pub(crate) const UPGRADES: u8 = 64;
+
+/// What passes is looked at for requests: where the server is not ours, and as long as they can be told
+/// apart.
+pub(crate) const LOOKED_AT: u8 = 128;
+
+/// So many connections are watched, and after them one in so many nanoseconds.
+const ALL_WATCHED: u64 = 8;
+const WATCH_EVERY: u64 = 20_000_000;
 
 /// What is noted of a connection, one bit each. `Relaxed`: they say nothing about anything else in
 /// memory.

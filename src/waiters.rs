@@ -168,6 +168,16 @@ impl Waiters {
         drop(waiter);
     }
 
+    /// Whether somebody waits for this phase.
+    pub(crate) fn any(&self, phase: Phase) -> bool {
+        let waits = |lane: &Mutex<Lane>| {
+            let lane = lock!(lane);
+            let mut waiting = lane.waiting.iter();
+            waiting.any(|(_, (awaited, _))| awaited.phase == phase)
+        };
+        self.lanes.iter().any(waits)
+    }
+
     /// Tells every waiter for this moment or an earlier one.
     pub(crate) fn tell(&self, moment: Moment) {
         for lane in &self.lanes {

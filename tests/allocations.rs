@@ -272,9 +272,10 @@ mod idle_connections {
              with listener and layer {listener}, of serve {serve}"
         );
         println!("{of}");
-        assert!(alone - plain <= 168, "{of}");
-        assert!(listener - plain <= 288, "{of}");
-        assert!(listener - layered <= 208, "{of}");
+        // Of a few connections the next request is looked at, which takes some memory in between.
+        assert!(alone - plain <= 172, "{of}");
+        assert!(listener - plain <= 294, "{of}");
+        assert!(listener - layered <= 214, "{of}");
         assert!(serve - plain <= 40, "{of}");
     }
 }

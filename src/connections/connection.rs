@@ -29,8 +29,9 @@ use crate::{
     heard::{Awaited, Heard},
     leaving,
     notice::{Stored, Told, Waiter},
+    outside::Window,
     phase::Phase,
-    registry::RESPONDED,
+    registry::{RESPONDED, UPGRADES, WATCHED},
     spread::TURN,
     timeline::LINGER,
 };
@@ -201,6 +202,10 @@ impl Drop for Running {
     }
 }
 
+/// At how many reads of a connection its requests are looked at, and how often after that.
+const FIRST_READS: u32 = 32;
+const EVERY_READS: u32 = 256;
+
 /// Boxed, because most connections never need it and ten thousand may be idle.
 type RareSleep = Option<Pin<Box<time::Sleep>>>;
 
@@ -257,6 +262,54 @@ impl Owner {
         }
     }
 
+    /// Looks at whether the layer sees a request: at the first ones of a connection, and then at one
+    /// in many.
+    #[cold]
+    fn watch<B>(&self, request: &http::Request<B>) -> Option<Window> {
+        let reads = self.0.heard.reads();
+        if reads >= FIRST_READS && reads % EVERY_READS != 0 {
+            return None;
+        }
+        let (shared, peer) = (&self.0.owner, self.0.peer());
+        let path = request.uri().path();
+        Window::open(shared, request.method(), path, peer, true)
+    }
+
+    /// A request that is looked at has this response.
+    #[cold]
+    fn answered(&self, window: Window, response: &Response) {
+        let shared = &self.0.owner;
+        let grpc = response.headers().get("grpc-status");
+        if grpc.is_none_or(|status| status == "0") {
+            window.answered(shared, response.status());
+        } else {
+            window.close(shared);
+        }
+    }
+
+    /// Notes where an upgrade is asked for. Over HTTP/2 the connection has other streams too, and is
+    /// none of them.
+    #[cold]
+    fn asks_for_upgrade<B>(&self, request: &http::Request<B>) {
+        if request.version() < Version::HTTP_2 {
+            let path = match request.uri().path() {
+                // A tunnel's target is a host.
+                "" => &*request.uri().to_string(),
+                path => path,
+            };
+            self.0.flags.set(UPGRADES);
+            let upgraded = &self.0.owner.upgraded;
+            upgraded.asked(self.0.number(), path, self.0.peer());
+        }
+    }
+
+    /// What follows is another protocol.
+    #[cold]
+    fn upgraded(&self) {
+        self.0.heard.upgraded();
+        self.0.upgraded();
+    }
+
     /// Asks the peer to leave, with this response, if its turn has come.
     #[cold]
     fn ask_to_leave(&self, response: &mut Response, version: Version, phase: Phase) {
@@ -303,7 +356,17 @@ where
     type Future = OwnedFuture<Inner<S>>;
 
     fn call(&self, request: http::Request<Incoming>) -> Self::Future {
+        // hyper puts there what an upgrade needs, and otherwise nothing.
+        if !request.extensions().is_empty() {
+            self.owner.asks_for_upgrade(&request);
+        }
+        let watched = self.owner.0.flags.has(WATCHED);
         OwnedFuture {
+            window: if watched {
+                self.owner.watch(&request)
+            } else {
+                None
+            },
             version: request.version(),
             connect: request.method() == Method::CONNECT,
             let_in: self.owner.phase() < Phase::Draining,
@@ -323,6 +386,8 @@ pin_project! {
         connect: bool,
         // It came while requests were let in.
         let_in: bool,
+        // Whether the layer sees it.
+        window: Option<Window>,
         // Goes on to the body.
         owner: Option<Owner>,
     }
@@ -331,6 +396,9 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             let this = this.project();
             if let Some(owner) = this.owner {
+                if let Some(window) = this.window.take() {
+                    window.close(&owner.0.owner);
+                }
                 if *this.let_in && *this.version < Version::HTTP_2 {
                     owner.dropped_unanswered();
                 }
@@ -358,7 +426,10 @@ where
         };
         let Ok(mut response) = ready!(polled);
         if *this.version < Version::HTTP_2 && is_upgrade(&response, *this.connect) {
-            owner.0.heard.upgraded();
+            owner.upgraded();
+        }
+        if let Some(window) = this.window.take() {
+            owner.answered(window, &response);
         }
         let phase = owner.phase();
         if phase > Phase::Serving {

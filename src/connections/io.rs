@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     Line,
     linger::{self, FAREWELL},
+    requests,
     send_queue::{self, unacknowledged},
     starved::Activity,
 };
@@ -24,7 +25,7 @@ use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::{HANDED_OVER, RESPONDED},
+    registry::{HANDED_OVER, LOOKED_AT, RESPONDED, UPGRADES},
     sync::Ordering,
 };
 
@@ -48,6 +49,7 @@ impl Graceful {
     pub fn track<I: 'static>(&self, io: I) -> GracefulIo<I> {
         let peer = tcp(&io).and_then(|tcp| tcp.peer_addr().ok());
         let linger = linger::is_socket(&io).then_some(linger::socket as Linger<I>);
+        self.shared().tracks.store(true, Ordering::Relaxed);
         GracefulIo::new(self, io, peer, linger)
     }
 }
@@ -170,6 +172,13 @@ impl Heads {
 impl<I: 'static> Drop for GracefulIo<I> {
     fn drop(&mut self) {
         let Some(io) = self.io.take() else { return };
+        if self.entry.0.flags.has(LOOKED_AT) {
+            requests::end(&self.entry.0);
+        }
+        if self.entry.0.flags.has(UPGRADES) {
+            let line = &self.entry.0;
+            line.owner.upgraded.ended(line.number());
+        }
         if self.entry.0.heard.is_unanswered() {
             self.entry.half_closed();
         }
@@ -312,6 +321,7 @@ impl<I: 'static> GracefulIo<I> {
     #[cfg(all(feature = "axum", feature = "signal"))]
     pub(super) fn noted(&mut self) -> Arc<Line> {
         self.activity.is_owned();
+        self.entry.0.flags.take(LOOKED_AT);
         self.entry.0.heard.listen();
         Arc::clone(&self.entry.0)
     }
@@ -389,6 +399,10 @@ impl<I: 'static> GracefulIo<I> {
         let this = &mut *self;
         this.entry.0.heard.note_write();
         let told = this.enter(Waiter::Write, cx)?;
+        if this.entry.0.flags.has(LOOKED_AT) {
+            // Before the client can send the next request.
+            requests::wrote(&this.entry.0, head);
+        }
         let result = write(Pin::new(this.get_mut()), cx);
         let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
         this.activity.wrote(upgrades, result.is_ready());
@@ -396,6 +410,7 @@ impl<I: 'static> GracefulIo<I> {
         match &result {
             Poll::Ready(Ok(bytes)) => {
                 let written = if upgrades {
+                    this.entry.0.upgraded();
                     Written::Upgrade
                 } else {
                     Written::Something
@@ -435,6 +450,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 line.read_while_stopping(told);
             }
             this.activity.read(read);
+            if line.flags.has(LOOKED_AT) {
+                requests::read(line, read);
+            }
             this.heads.last(read);
             if this.written == Written::Nothing {
                 this.heads.first(read);

@@ -21,6 +21,7 @@ mod linger;
 mod listener;
 #[cfg(feature = "axum")]
 mod queue;
+mod requests;
 mod send_queue;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod serve;
@@ -32,8 +33,20 @@ pub use self::accepted::Accepted;
 pub use self::io::GracefulIo;
 #[cfg(feature = "axum")]
 pub use self::listener::{GracefulListener, TrackedListener};
-pub(crate) use self::starved::Starved;
-use crate::{registry, timeline::Shared};
+pub(crate) use self::{requests::Requests, starved::Starved};
+use crate::{
+    registry::{self, UPGRADES},
+    timeline::Shared,
+};
 
 /// A connection, which keeps its lifecycle alive.
 type Line = registry::Line<Shared>;
+
+impl Line {
+    /// What follows is another protocol than HTTP.
+    #[cold]
+    fn upgraded(&self) {
+        self.flags.set(UPGRADES);
+        self.owner.upgraded.began(self.number(), self.peer());
+    }
+}

@@ -1,6 +1,9 @@
 //! The lanes of a gate, and what concerns all of them.
 
-use std::task::{Context, Poll};
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use super::{
     here::here,
@@ -36,7 +39,7 @@ pub(crate) struct SinceServing {
     pub(crate) dropped: usize,
 }
 
-pub(super) struct Core<K: 'static, S: 'static> {
+pub(super) struct Core<K, S> {
     lanes: [Lane<K, S>; LANES],
     /// How many of them are used, less one: where there is a limit, one is, so that it is exact.
     last: usize,
@@ -45,9 +48,9 @@ pub(super) struct Core<K: 'static, S: 'static> {
 impl<K, S> Core<K, S> {
     /// `named`: every admission is to be a special one.
     pub(super) fn new(limit: Option<usize>, named: bool, rules: K) -> Self {
-        let hall: &'static _ = Box::leak(Box::new(Hall::new(rules)));
+        let hall = Arc::new(Hall::new(rules));
         Self {
-            lanes: std::array::from_fn(|_| Lane::new(limit, named, hall)),
+            lanes: std::array::from_fn(|_| Lane::new(limit, named, Arc::clone(&hall))),
             last: if limit.is_some() { 0 } else { LANES - 1 },
         }
     }
@@ -73,7 +76,7 @@ impl<K, S> Core<K, S> {
         &self.lanes[..=self.last]
     }
 
-    pub(super) fn hall(&self) -> &'static Hall<K, S> {
+    pub(super) fn hall(&self) -> &Hall<K, S> {
         self.first().hall()
     }
 
@@ -184,6 +187,27 @@ impl<K, S> Core<K, S> {
 
     pub(super) fn set_ready(&self, ready: bool) {
         self.first().update(|word| Some(word.with_ready(ready)));
+    }
+
+    /// Whether a request was admitted since the flags were last cleared. `Relaxed`: see `outside`.
+    pub(super) fn has_admitted(&self) -> bool {
+        self.used().iter().any(|lane| lane.word().has_admitted())
+    }
+
+    /// Whether a request was ever admitted.
+    pub(super) fn has_ever_admitted(&self) -> bool {
+        // In this order: what is cleared is noted before.
+        self.has_admitted() || self.hall().admitted.load(Ordering::Acquire)
+    }
+
+    /// Clears the flags. One at a time.
+    pub(super) fn clear_admitted(&self) {
+        if self.has_admitted() {
+            self.hall().admitted.store(true, Ordering::Release);
+        }
+        for lane in self.used() {
+            lane.update(|word| word.has_admitted().then(|| word.without_admitted()));
+        }
     }
 
     /// Writes only the first time. Every connection and every probe calls this, and a write takes the

@@ -4,12 +4,14 @@
 use std::{
     fmt, mem,
     ops::Deref,
-    sync::{Arc, Weak},
+    ptr,
+    sync::{Arc, OnceLock, Weak},
     task::{Context, Poll},
 };
 
 use super::{
     core::{Core, Refusals, SinceServing},
+    kept::keep,
     lane::{Lane, Refused},
     word::Word,
 };
@@ -18,25 +20,22 @@ use crate::{
     sync::{Ordering, lock},
 };
 
-/// A gate, the rules `K` that stay for ever, and the `T` behind it. Cloning shares all of it, and
-/// `T` lives as long as one of the clones does.
+/// A gate, its rules `K`, and the `T` behind it. Cloning shares all of it, and `T` lives as long as
+/// one of the clones does.
 pub(crate) struct Gate<K: 'static, T: 'static>(Arc<Shared<K, T>>);
 
 struct Shared<K: 'static, T: 'static> {
-    core: &'static Core<K, Shared<K, T>>,
-    sides: &'static Sides<K, T>,
+    core: Arc<Core<K, Shared<K, T>>>,
+    /// The door, from when it was first asked for. Then the core is kept for ever.
+    door: OnceLock<Door<K, T>>,
     value: T,
 }
 
-/// The two sides of a door.
-struct Sides<K: 'static, T: 'static> {
-    requests: Side<K, T>,
-    probes: Side<K, T>,
-}
-
+/// One side of a door.
 struct Side<K: 'static, T: 'static> {
-    core: &'static Core<K, Shared<K, T>>,
-    leads_to_probe: bool,
+    core: Arc<Core<K, Shared<K, T>>>,
+    /// The side for services that do nothing but lead to a probe. `None` on that side.
+    to_probe: Option<&'static Self>,
 }
 
 impl<K, T> Drop for Shared<K, T> {
@@ -48,37 +47,42 @@ impl<K, T> Drop for Shared<K, T> {
 
 impl<K, T> Gate<K, T> {
     /// `named`: every admission is to be a special one.
-    ///
-    /// The lanes are never given back, two kilobytes in all: requests point at them without being
-    /// counted twice. See "Who owns what" in the module header.
     pub(crate) fn new(
         limit: Option<usize>,
         named: bool,
         rules: K,
-        behind: impl FnOnce(&'static K) -> T,
+        behind: impl FnOnce(&Arc<K>) -> T,
     ) -> Self {
-        let core = Box::leak(Box::new(Core::new(limit, named, rules)));
-        let value = behind(&core.hall().rules);
-        let side = |leads_to_probe| Side {
-            core,
-            leads_to_probe,
-        };
-        let sides = Box::leak(Box::new(Sides {
-            requests: side(false),
-            probes: side(true),
-        }));
-        let shared = Arc::new(Shared { core, sides, value });
+        let core = Arc::new(Core::new(limit, named, rules));
+        let shared = Arc::new(Shared {
+            value: behind(&core.hall().rules),
+            door: OnceLock::new(),
+            core: Arc::clone(&core),
+        });
         *lock!(core.hall().owned) = Arc::downgrade(&shared);
         Self(shared)
     }
 
-    pub(crate) fn door(&self) -> Door<K, T> {
-        Door(&self.0.sides.requests)
+    /// The first call keeps the lanes for ever. See "Who owns what" in the module header.
+    pub(crate) fn door(&self) -> Door<K, T>
+    where
+        K: Send + Sync,
+        T: Send + Sync,
+    {
+        *self.0.door.get_or_init(|| {
+            let side = |to_probe| {
+                keep(Side {
+                    core: Arc::clone(&self.0.core),
+                    to_probe,
+                })
+            };
+            Door(side(Some(side(None))))
+        })
     }
 
-    /// The same door, for services that do nothing but lead to a probe.
-    pub(crate) fn probe_door(&self) -> Door<K, T> {
-        Door(&self.0.sides.probes)
+    /// What tells the doors of this gate from others, for as long as there is an owner of it.
+    pub(crate) fn address(&self) -> usize {
+        ptr::from_ref(&*self.0.core).addr()
     }
 
     /// How many pieces of responses servers hold.
@@ -127,6 +131,21 @@ impl<K, T> Gate<K, T> {
     /// Notes that somebody was told he would be served.
     pub(crate) fn mark_served(&self) {
         self.0.core.mark_served();
+    }
+
+    /// Whether a request was admitted since the flags were last cleared.
+    pub(crate) fn has_admitted(&self) -> bool {
+        self.0.core.has_admitted()
+    }
+
+    /// Whether a request was ever admitted.
+    pub(crate) fn has_ever_admitted(&self) -> bool {
+        self.0.core.has_ever_admitted()
+    }
+
+    /// Clears the flags of [`has_admitted`](Self::has_admitted). One at a time.
+    pub(crate) fn clear_admitted(&self) {
+        self.0.core.clear_admitted();
     }
 
     pub(crate) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
@@ -180,17 +199,22 @@ pub(crate) struct Door<K: 'static, T: 'static>(&'static Side<K, T>);
 impl<K, T> Door<K, T> {
     #[inline]
     fn core(self) -> &'static Core<K, Shared<K, T>> {
-        self.0.core
+        &self.0.core
     }
 
     /// Whether what comes in here goes to a probe and nowhere else.
     pub(crate) fn leads_to_probe(self) -> bool {
-        self.0.leads_to_probe
+        self.0.to_probe.is_none()
     }
 
-    /// Whether both are doors of one gate.
-    pub(crate) fn is_of_same_gate(self, other: Self) -> bool {
-        std::ptr::eq(self.core(), other.core())
+    /// The same door, for services that do nothing but lead to a probe.
+    pub(crate) fn to_probe(self) -> Self {
+        self.0.to_probe.map_or(self, Door)
+    }
+
+    /// What tells the doors of one gate from those of others.
+    pub(crate) fn address(self) -> usize {
+        ptr::from_ref(self.core()).addr()
     }
 
     /// Lets one request in, if there is nothing to it but to count.
@@ -338,9 +362,10 @@ impl<K, T> fmt::Debug for Ticket<K, T> {
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
     use super::*;
+    use crate::gate::kept::is_kept;
 
     fn gate() -> Gate<(), ()> {
-        Gate::new(None, false, (), |()| ())
+        Gate::new(None, false, (), |_| ())
     }
 
     #[test]
@@ -371,5 +396,28 @@ mod tests {
         assert!(!gate.word().has_served());
         gate.mark_served();
         assert!(gate.word().has_served());
+    }
+
+    #[test]
+    fn a_static_list_leads_to_all_that_a_door_points_at() {
+        let gate = gate();
+        let door = gate.door();
+        assert!(is_kept(door.0));
+        assert!(door.0.to_probe.is_some_and(is_kept));
+        assert_eq!(gate.address(), door.address());
+        assert!(door.to_probe().leads_to_probe() && !door.leads_to_probe());
+    }
+
+    #[test]
+    fn one_door_is_made_and_none_before_it_is_asked_for() {
+        let gate = gate();
+        let core = Arc::downgrade(&gate.0.core);
+        drop(gate);
+        assert!(core.upgrade().is_none(), "it is kept without a door");
+        let gate = self::gate();
+        assert!(ptr::eq(gate.door().0, gate.clone().door().0));
+        let core = Arc::downgrade(&gate.0.core);
+        drop(gate);
+        assert!(core.upgrade().is_some());
     }
 }

@@ -8,7 +8,7 @@ use std::{
 use super::word::Word;
 use crate::{
     phase::Phase,
-    sync::{AtomicUsize, Mutex, Ordering, lock},
+    sync::{AtomicBool, AtomicUsize, Mutex, Ordering, lock},
 };
 
 /// Why a request was not let in.
@@ -31,7 +31,7 @@ impl Refused {
 }
 
 /// What the lanes of a gate share and a request in Serving does not touch.
-pub(super) struct Hall<K: 'static, S: 'static> {
+pub(super) struct Hall<K, S> {
     pub(super) waiter: Mutex<Option<Waker>>,
     /// Admissions after the first phase.
     pub(super) late: AtomicUsize,
@@ -44,12 +44,14 @@ pub(super) struct Hall<K: 'static, S: 'static> {
     pub(super) dropped: AtomicUsize,
     /// Pieces of responses that servers hold.
     pub(super) pieces: AtomicUsize,
+    /// A request was admitted before the lanes' flags were last cleared.
+    pub(super) admitted: AtomicBool,
     /// Refusals that are reading the bodies of their requests.
     pub(super) readers: AtomicUsize,
     /// What the owners of the gate share, for as long as there is one.
     pub(super) owned: Mutex<Weak<S>>,
-    /// What stays.
-    pub(super) rules: K,
+    /// What holds for as long as there are requests.
+    pub(super) rules: Arc<K>,
 }
 
 impl<K, S> Hall<K, S> {
@@ -62,9 +64,10 @@ impl<K, S> Hall<K, S> {
             refused_full_late: AtomicUsize::new(0),
             dropped: AtomicUsize::new(0),
             pieces: AtomicUsize::new(0),
+            admitted: AtomicBool::new(false),
             readers: AtomicUsize::new(0),
             owned: Mutex::new(Weak::new()),
-            rules,
+            rules: Arc::new(rules),
         }
     }
 
@@ -77,15 +80,15 @@ impl<K, S> Hall<K, S> {
 /// On cache lines of its own, two because they are fetched in pairs: what one thread writes there no
 /// other reads in Serving.
 #[repr(align(128))]
-pub(super) struct Lane<K: 'static, S: 'static> {
+pub(super) struct Lane<K, S> {
     word: AtomicUsize,
     /// The least word above the limit. Here, where the word is, so that no other line is touched.
     full: Word,
-    hall: &'static Hall<K, S>,
+    hall: Arc<Hall<K, S>>,
 }
 
 impl<K, S> Lane<K, S> {
-    pub(super) fn new(limit: Option<usize>, named: bool, hall: &'static Hall<K, S>) -> Self {
+    pub(super) fn new(limit: Option<usize>, named: bool, hall: Arc<Hall<K, S>>) -> Self {
         Self {
             word: AtomicUsize::new(Word::SERVING.named(named).0),
             full: Word::full(limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT)),
@@ -93,8 +96,8 @@ impl<K, S> Lane<K, S> {
         }
     }
 
-    pub(super) fn hall(&self) -> &'static Hall<K, S> {
-        self.hall
+    pub(super) fn hall(&self) -> &Hall<K, S> {
+        &self.hall
     }
 
     /// A snapshot for headers, probes and figures. `Relaxed`: point 5 of the module header.

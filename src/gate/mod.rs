@@ -6,8 +6,8 @@
 //! # The word
 //!
 //! One machine word holds everything that an admission depends on: the phase in its top three bits,
-//! a flag under them ("named"), the number of requests in flight, and at the bottom two flags that
-//! admission does not depend on ("not ready" and "has served"). So the more there is to it, the
+//! a flag under them ("named"), the number of requests in flight, and at the bottom three flags that
+//! admission does not depend on ("not ready", "has served" and "has admitted"). So the more there is to it, the
 //! larger the word: "draining or later", "no longer just serving, or requests are to be known by
 //! name", and "that, or as many as the limit are in flight" are each one comparison of the whole
 //! word with a constant, and the last of them is all that an admission in Serving asks.
@@ -28,7 +28,7 @@
 //! # The protocol
 //!
 //! - **admit** is a compare-and-swap from a word that is before draining and below the limit to
-//!   the same word plus one, with "has served" set. It is written twice: as short as it can be for
+//!   the same word plus one, with "has served" and "has admitted" set. It is written twice: as short as it can be for
 //!   the phase that lasts for months, and in full for the rest.
 //! - **advance** is a compare-and-swap to a later phase on one lane after another, the first lane
 //!   last; the counts are carried over. The phase of the gate is that of the first lane.
@@ -83,12 +83,16 @@
 //!
 //! # Who owns what
 //!
-//! To count a reference is to change a shared word twice more for each request, and twice again for
-//! the clone of the service that servers make for each. So neither a request nor a service owns
-//! anything: a [`Ticket`] points at its lane and a [`Door`] at the lanes, which are made once and
-//! never given back. That is the price: two kilobytes and its rules, which may hold what the user's
-//! rejection has captured, for each lifecycle that was ever made. A process makes one. Whoever looks
-//! for leaks finds it.
+//! Counting a reference changes a shared word twice more for each request, and twice again for the
+//! clone of the service that servers make for each. So neither a request nor a service owns anything:
+//! a [`Ticket`] points at its lane and a [`Door`] at the lanes. Both are `'static` references, so what
+//! they point at is kept until the process ends, from the moment the first door of a gate is asked
+//! for. That is when the layer makes its first service. A gate without a door is given back with its
+//! last owner.
+//!
+//! The price is two kilobytes and the rules, which may hold what the user's rejection has captured, for
+//! each lifecycle whose layer has made a service. A process makes one. A static list (`kept`) leads to
+//! all of it, so that leak checkers find nothing lost.
 //!
 //! What is behind the gate has owners as usual, the clones of [`Gate`]: handles, layers, whatever
 //! waits or serves. When the last of them is gone, nobody is left who could move the phase on, so to
@@ -97,6 +101,7 @@
 mod core;
 mod handle;
 mod here;
+mod kept;
 mod lane;
 #[cfg(all(test, tower_graceful_loom))]
 mod models;

@@ -9,6 +9,7 @@ const PHASE_SHIFT: u32 = usize::BITS - 3;
 const NAMED: usize = 1 << (PHASE_SHIFT - 1);
 const NOT_READY: usize = 1 << 1;
 const SERVED: usize = 1;
+const ADMITTED: usize = 1 << 2;
 const COUNT: usize = NAMED - Word::ONE;
 const LAME_DUCK: usize = (Phase::LameDuck as usize) << PHASE_SHIFT;
 const DRAINING: usize = (Phase::Draining as usize) << PHASE_SHIFT;
@@ -19,9 +20,9 @@ pub(crate) struct Word(pub(super) usize);
 
 impl Word {
     /// One in flight. The flags are under the count, where no comparison of counts sees them.
-    pub(super) const ONE: usize = 1 << 2;
+    pub(super) const ONE: usize = 1 << 3;
 
-    /// The most requests that can be in flight at once: 2^58 - 1, or 2^26 - 1 where a word has
+    /// The most requests that can be in flight at once: 2^57 - 1, or 2^25 - 1 where a word has
     /// 32 bits. Admission refuses the next one, so the count cannot spill into the flags.
     pub(super) const MAX_COUNT: usize = COUNT / Self::ONE;
 
@@ -54,6 +55,15 @@ impl Word {
     /// Somebody has been served, or has been told that he would be.
     pub(crate) const fn has_served(self) -> bool {
         self.0 & SERVED != 0
+    }
+
+    /// A request was admitted since this was last cleared.
+    pub(super) const fn has_admitted(self) -> bool {
+        self.0 & ADMITTED != 0
+    }
+
+    pub(super) const fn without_admitted(self) -> Self {
+        Self(self.0 & !ADMITTED)
     }
 
     /// Whoever is in flight is known by name.
@@ -99,7 +109,10 @@ impl Word {
     }
 
     pub(super) const fn with_phase(self, phase: Phase) -> Self {
-        Self((self.0 & (NOT_READY | SERVED | NAMED | COUNT)) | ((phase as usize) << PHASE_SHIFT))
+        Self(
+            (self.0 & (NOT_READY | SERVED | ADMITTED | NAMED | COUNT))
+                | ((phase as usize) << PHASE_SHIFT),
+        )
     }
 
     pub(super) const fn with_ready(self, ready: bool) -> Self {
@@ -111,7 +124,7 @@ impl Word {
     }
 
     pub(super) const fn plus_one(self) -> Self {
-        Self(self.0 + Self::ONE).served()
+        Self((self.0 + Self::ONE) | SERVED | ADMITTED)
     }
 
     pub(super) const fn minus_one(self) -> Self {
@@ -123,13 +136,13 @@ impl Word {
     }
 
     /// Of all lanes: phase and flags of the first, what all have in flight, and whether anybody was
-    /// served on any.
+    /// served or admitted on any.
     pub(super) fn sum(lanes: impl IntoIterator<Item = Self>) -> Self {
         let mut lanes = lanes.into_iter();
         let first = lanes.next().unwrap_or(Self::SERVING);
         lanes.fold(first, |sum, lane| {
             let count = (sum.count() + lane.count()).min(Self::MAX_COUNT);
-            Self((sum.0 & !COUNT) | (count * Self::ONE) | (lane.0 & SERVED))
+            Self((sum.0 & !COUNT) | (count * Self::ONE) | (lane.0 & (SERVED | ADMITTED)))
         })
     }
 }
@@ -140,6 +153,7 @@ impl fmt::Debug for Word {
             .field("phase", &self.phase())
             .field("marked_ready", &self.is_marked_ready())
             .field("has_served", &self.has_served())
+            .field("has_admitted", &self.has_admitted())
             .field("named", &self.is_named())
             .field("count", &self.count())
             .finish()
@@ -197,7 +211,10 @@ mod tests {
                     assert_eq!(word.count(), count);
                     assert_eq!(word.is_special(), phase > Phase::Serving);
                     assert_eq!(word.is_stopping(), phase > Phase::Serving);
-                    assert_eq!(word.plus_one().minus_one(), word.served());
+                    let admitted = word.plus_one().minus_one();
+                    assert!(admitted.has_admitted() && !word.has_admitted());
+                    assert_eq!(admitted.without_admitted(), word.served());
+                    assert!(admitted.with_phase(phase).with_ready(ready).has_admitted());
                     let named = word.named(true).with_phase(phase).with_ready(ready);
                     assert_eq!(named.0 ^ word.0, NAMED);
                     assert!(named.is_named() && named.is_special());

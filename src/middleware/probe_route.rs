@@ -17,26 +17,30 @@
 
 use std::cell::Cell;
 
-use crate::handle::Entrance;
+use crate::{handle::Entrance, timeline::Shared};
+
+/// What no lifecycle has for an address.
+const NONE: usize = 0;
 
 thread_local! {
     // Without a destructor and known at compile time, so that to read it is one instruction.
-    static CLONED: Cell<Option<Entrance>> = const { Cell::new(None) };
+    static CLONED: Cell<usize> = const { Cell::new(NONE) };
 }
 
-/// Notes that the route of a probe is being cloned.
-pub(crate) fn note_clone(entrance: Entrance) {
-    CLONED.set(Some(entrance));
+/// Notes that the route of a probe of this lifecycle is being cloned.
+pub(crate) fn note_clone(shared: &Shared) {
+    CLONED.set(shared.address());
 }
 
 /// Clones a service. Returns the entrance for the clone: another one if it leads to a probe of the
 /// same lifecycle.
 #[inline]
 pub(super) fn clone<S: Clone>(service: &S, entrance: Entrance) -> (S, Entrance) {
-    CLONED.set(None);
+    CLONED.set(NONE);
     let service = service.clone();
     match CLONED.get() {
-        Some(probe) if probe.is_of_same_gate(entrance) => (service, probe),
+        // The probe in the clone keeps its lifecycle, so that no other has its address.
+        probe if probe != NONE && probe == entrance.address() => (service, entrance.to_probe()),
         _ => (service, entrance),
     }
 }

@@ -3,6 +3,7 @@
 mod remaining;
 mod task;
 mod text;
+mod warning;
 
 use std::{
     fmt,
@@ -14,6 +15,7 @@ use std::{
 pub use self::{
     remaining::{CutConnection, CutRequest, HeldBy, Remaining, Requests},
     task::{Fate, TaskKind, TaskReport, UnlistedWorkers},
+    warning::{OutsideLayer, UpgradedConnection, Warning},
 };
 use crate::phase::Phase;
 
@@ -130,6 +132,7 @@ pub struct Report {
     pub(crate) tasks: Arc<[TaskReport]>,
     pub(crate) unlisted_workers: UnlistedWorkers,
     pub(crate) server_error: Option<String>,
+    pub(crate) warnings: Arc<[Warning]>,
 }
 
 /// What was still there at the cut, one by one. The oldest first.
@@ -237,6 +240,23 @@ impl Report {
     #[must_use]
     pub fn server_error(&self) -> Option<&str> {
         self.server_error.as_deref()
+    }
+
+    /// Mistakes in the set-up that were found while the service ran, each kind once. They change
+    /// neither outcome nor exit code, and are logged at `WARN` when they are found.
+    ///
+    /// Not every such mistake is found. The following is looked for:
+    ///
+    /// - requests that the layer does not see ([`Warning::NoRequestInLayer`],
+    ///   [`Warning::RequestOutsideLayer`]), where the lifecycle has one server: with
+    ///   [`serve`](crate::Graceful::serve) in any protocol, with a
+    ///   [`listener`](crate::Graceful::listener) or [`track`](crate::Graceful::track) in HTTP/1 without
+    ///   TLS. Some requests are looked at, not all;
+    /// - upgraded connections of HTTP/1, such as WebSockets, that are open while draining although
+    ///   there is no [`Hold`](crate::Hold) ([`Warning::UpgradesNotHeld`]).
+    #[must_use]
+    pub fn warnings(&self) -> &[Warning] {
+        &self.warnings
     }
 
     /// Ends the process with the exit code.

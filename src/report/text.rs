@@ -46,6 +46,9 @@ impl fmt::Display for Report {
         if let Some(error) = &self.server_error {
             line(f, 2, &format!("server error: {error}"))?;
         }
+        for warning in self.warnings() {
+            wrapped(f, &format!("warning: {warning}"))?;
+        }
         Ok(())
     }
 }
@@ -181,6 +184,23 @@ fn line(f: &mut fmt::Formatter<'_>, indent: usize, text: &str) -> fmt::Result {
     write!(f, "\n{:indent$}{}", "", printable(text, WIDTH - indent))
 }
 
+/// On as many lines as it takes.
+fn wrapped(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    let columns = |text: &str| text.chars().map(width).sum::<usize>();
+    let (mut indent, mut shown) = (2, String::new());
+    for word in text.split(' ') {
+        if !shown.is_empty() && indent + columns(&shown) + 1 + columns(word) > WIDTH {
+            line(f, indent, &shown)?;
+            (indent, shown) = (4, String::new());
+        }
+        if !shown.is_empty() {
+            shown.push(' ');
+        }
+        shown.push_str(word);
+    }
+    line(f, indent, &shown)
+}
+
 /// On one line, and no wider than this.
 fn printable(text: &str, most: usize) -> String {
     let clean = |char: char| if char.is_control() { ' ' } else { char };
@@ -253,6 +273,7 @@ mod tests {
             tasks: Arc::default(),
             unlisted_workers: UnlistedWorkers::default(),
             server_error: None,
+            warnings: Arc::default(),
         }
     }
 

@@ -30,6 +30,7 @@ mod settle;
 mod shutdown;
 #[cfg(all(test, feature = "axum", feature = "signal", not(tower_graceful_loom)))]
 mod tests;
+mod warn;
 
 use std::{
     sync::{
@@ -58,19 +59,21 @@ use self::{
 #[cfg(feature = "signal")]
 use crate::events::Effect;
 use crate::{
-    connections::Starved,
+    connections::{Requests, Starved},
     control::{Bell, Control, Subject, clock, shielded},
     events::{self, Event, Origin, Transition},
     gate::{Gate, WeakGate},
     notice::Told,
+    outside::Outside,
     phase::Phase,
     plan::{Plan, instant_after},
     policy::Policy,
     registry::{Pieces, Registry},
-    report::{Report, Trigger},
+    report::{Report, Trigger, Warning},
     roll::Roll,
     spread::{Place, TURN},
     sync::lock,
+    upgraded::Upgraded,
     waiters::{Moment, Waiters},
     work::Work,
 };
@@ -93,11 +96,17 @@ pub(crate) type WeakShared = WeakGate<Policy, Lifecycle>;
 
 pub(crate) struct Lifecycle {
     pub(crate) plan: Plan,
-    pub(crate) policy: &'static Policy,
+    pub(crate) policy: Arc<Policy>,
     pub(crate) connections: Registry<Shared>,
     pub(crate) starved: Starved,
     pub(crate) work: Work,
     pub(crate) roll: Roll,
+    pub(crate) outside: Outside,
+    pub(crate) requests: Requests,
+    pub(crate) upgraded: Upgraded,
+    /// There are connections that a user has accepted.
+    pub(crate) tracks: AtomicBool,
+    warnings: Mutex<Vec<Warning>>,
     /// For a phase, by the thousands.
     pub(crate) waiters: Waiters,
     /// Set once there is a router with the probes' own paths.
@@ -138,7 +147,7 @@ enum By {
 }
 
 impl Lifecycle {
-    pub(crate) fn new(plan: Plan, policy: &'static Policy) -> Self {
+    pub(crate) fn new(plan: Plan, policy: Arc<Policy>) -> Self {
         let bell = Arc::new(Bell::new(|id| CONTROL.ring(id)));
         Self {
             plan,
@@ -147,6 +156,11 @@ impl Lifecycle {
             starved: Starved::default(),
             work: Work::default(),
             roll: Roll::default(),
+            outside: Outside::default(),
+            requests: Requests::default(),
+            upgraded: Upgraded::default(),
+            tracks: AtomicBool::new(false),
+            warnings: Mutex::default(),
             waiters: Waiters::new(),
             probes: OnceLock::new(),
             phases: watch::Sender::new(Phase::Serving),
@@ -381,7 +395,11 @@ impl Shared {
 
     /// Notes that a server waits for the drain, by whomever it is run.
     pub(crate) fn drain_began(&self) {
-        self.state().drains += 1;
+        {
+            let mut state = self.state();
+            state.drains += 1;
+            state.drains_so_far += 1;
+        }
         self.mark_served();
         self.drive();
         self.log_plan();
@@ -497,6 +515,7 @@ impl Shared {
         {
             let mut state = self.state();
             state.servers = Some(state.servers.map_or(1, |servers| servers + 1));
+            state.servers_so_far += 1;
         }
         self.mark_served();
         self.drive();
@@ -558,7 +577,8 @@ impl Shared {
                 let _ = self.poll_idle(&mut Context::from_waker(&self.idle));
             }
             let next = self.settle(&mut state, now, &mut transitions);
-            self.note_progress(&mut state, next, now, &mut transitions)
+            let next = self.note_progress(&mut state, next, now, &mut transitions);
+            self.warn_of_unheld(&mut state, next, now)
         };
         let ended = match next {
             Some(next) if is_real => {

@@ -13,6 +13,7 @@ use crate::{
     phase::Phase,
     plan::instant_after,
     report::{GivenUp, Remaining},
+    sync::lock,
 };
 
 /// How long nothing may have been heard, neither a new connection nor a byte on an old one, before
@@ -222,7 +223,8 @@ impl Shared {
             let half_closed = self.connections.count_half_closed();
             let tasks = self.work.tasks();
             let tasks = (tasks, self.work.unlisted());
-            let report = shutdown.report(reason, error, figures, half_closed, tasks, now);
+            let mut report = shutdown.report(reason, error, figures, half_closed, tasks, now);
+            report.warnings = lock!(self.warnings).as_slice().into();
             state.report = Some(report);
             if let Some(cut) = &mut shutdown.cut {
                 // They keep the lifecycle alive.
@@ -230,6 +232,9 @@ impl Shared {
             }
         } else {
             shutdown.entered.push(now);
+        }
+        if to == Phase::Draining {
+            state.tells_somebody = self.tells_somebody();
         }
         if let Some(before) = self.advance(to) {
             if to == Phase::LameDuck {
@@ -239,6 +244,14 @@ impl Shared {
             }
         }
         let until = shutdown.ends(to).unwrap_or(now);
+        if to == Phase::LameDuck || to == Phase::Draining {
+            let servers = self.servers(state);
+            let warning = (self.outside).warning(self.has_ever_admitted(), servers, true);
+            state.events.extend(warning.map(|it| self.warn(it)));
+        }
+        let Some(shutdown) = &state.shutdown else {
+            return;
+        };
         transitions.push(Transition {
             to,
             reason,
@@ -259,7 +272,7 @@ impl Shared {
         shutdown.edge = Edge::Listeners;
         let listeners = self.connections.listeners();
         // Without a listener of ours there is no knowing what is accepted when.
-        if listeners.any && shutdown.cut.is_none() {
+        if listeners.so_far > 0 && shutdown.cut.is_none() {
             let mut last_accepts = begun + LAST_ACCEPTS;
             if self.starved.is_waiting() {
                 last_accepts = last_accepts.max(shutdown.last_call);

@@ -62,8 +62,17 @@ pub(super) struct State {
     pub(super) shutdown: Option<Shutdown>,
     /// Servers given to `run` that have not ended. `None`: there never were any.
     pub(super) servers: Option<usize>,
+    /// All there ever were.
+    pub(super) servers_so_far: usize,
     /// Drain futures that are waiting, each for a server that may be run by other means.
     pub(super) drains: usize,
+    /// All there ever were.
+    pub(super) drains_so_far: usize,
+    /// Somebody is told that draining starts.
+    pub(super) tells_somebody: bool,
+    /// Since when connections have been upgraded and nothing has been held, while draining.
+    pub(super) unheld_since: Option<Instant>,
+    pub(super) warned_of_unheld: bool,
     /// Responses that had a turn of their own.
     pub(super) spread_responses: u64,
     pub(super) server_error: Option<String>,
@@ -377,6 +386,7 @@ impl Shutdown {
             tasks,
             unlisted_workers,
             server_error,
+            warnings: Arc::default(),
         }
     }
 

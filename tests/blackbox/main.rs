@@ -35,6 +35,8 @@ mod long_lived;
 #[cfg(unix)]
 mod many;
 #[cfg(unix)]
+mod misuse;
+#[cfg(unix)]
 mod process;
 #[cfg(unix)]
 mod readiness;
@@ -85,6 +87,7 @@ fn main() -> ExitCode {
         hostile::TESTS,
         in_flight::TESTS,
         long_lived::TESTS,
+        misuse::TESTS,
         refusal::TESTS,
         signals::TESTS,
         starved::TESTS,

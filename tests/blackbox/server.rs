@@ -200,6 +200,10 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
     };
     let address = listener.local_addr().unwrap();
 
+    if let Some(how) = knobs.text("admin") {
+        serve_admin(&graceful, how).await;
+    }
+
     if knobs.text("worker").is_some() {
         tokio::spawn(graceful.draining());
     }
@@ -262,6 +266,23 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
             report.into()
         }
         _ => report.into(),
+    }
+}
+
+/// A second server, for figures, without a layer.
+async fn serve_admin(graceful: &Graceful, how: &str) {
+    let admin = Router::new().route("/figures", get(|| async { "figures" }));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    println!("admin {}", listener.local_addr().unwrap());
+    if how == "tracked" {
+        tokio::spawn(graceful.serve(listener, admin));
+    } else {
+        let served = axum::serve(listener, admin);
+        tokio::spawn(
+            served
+                .with_graceful_shutdown(graceful.stopped())
+                .into_future(),
+        );
     }
 }
 
@@ -407,8 +428,13 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
                 .merge(graceful.probes()),
         )
         .merge(queue(graceful, knobs.millis("queue")))
-        .fallback(|| async { (StatusCode::NOT_FOUND, "nothing here") })
-        .layer(graceful.layer());
+        .fallback(|| async { (StatusCode::NOT_FOUND, "nothing here") });
+    let behind = match knobs.text("layer") {
+        None => behind.layer(graceful.layer()),
+        Some("none") => behind,
+        Some("other") => behind.layer(Graceful::new().layer()),
+        Some(other) => panic!("no such layer: {other}"),
+    };
     // Outside the layer, so that looking does not change what is seen.
     behind
         .merge(graceful.probes())

@@ -14,4 +14,5 @@ mod phases;
 mod plan;
 mod run;
 mod support;
+mod warnings;
 mod work;

@@ -53,6 +53,8 @@ pub(crate) fn routes(graceful: &Graceful, code: u16, within: Duration, loud: boo
     Router::new()
         .route("/ws", any(echo))
         .route("/ws/flood", any(flood))
+        .route("/ws/unheld/{room}", any(unheld))
+        .route("/ws/told", any(told))
         .route("/ws/stubborn", any(stubborn))
         .route("/sse/silent", get(silent))
         .route("/sse/{ms}", get(ticking))
@@ -76,6 +78,24 @@ async fn echo(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Resp
             }
             close(hold, socket, sockets).await;
         })
+}
+
+/// Nobody holds it, and it is not told.
+async fn unheld(upgrade: WebSocketUpgrade) -> Response {
+    upgrade.on_upgrade(|mut socket| async move {
+        while let Some(Ok(message)) = socket.recv().await {
+            drop(socket.send(message).await);
+        }
+    })
+}
+
+/// Nobody holds it, and it ends when it is told.
+async fn told(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
+    upgrade.on_upgrade(|mut socket| async move {
+        sockets.graceful.draining().await;
+        drop(socket.send(sockets.goodbye()).await);
+        drop(socket.recv().await);
+    })
 }
 
 async fn close(hold: Hold, socket: WebSocket, sockets: Sockets) {

@@ -1,0 +1,111 @@
+//! What is set up in a way that cannot work as meant.
+
+use std::{fmt, net::SocketAddr, time::Duration};
+
+use http::Method;
+
+/// Something that is set up in a way that cannot work as meant. See
+/// [`Report::warnings`](crate::Report::warnings).
+///
+/// Its `Display` says what is wrong, where, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Warning {
+    /// Requests were served, and none of them reached the [layer](crate::Graceful::layer) of this
+    /// lifecycle. `.layer(…)` is missing, or belongs to another [`Graceful`](crate::Graceful). This is
+    /// one of the requests.
+    NoRequestInLayer(OutsideLayer),
+    /// Some requests reached the layer, and this one was served without it. Its route, or middleware
+    /// that answered it, was added after `.layer(…)`.
+    RequestOutsideLayer(OutsideLayer),
+    /// Upgraded connections were open while draining, and no [`Hold`](crate::Hold) was left, so that
+    /// the drain did not wait for their handlers. The oldest first.
+    UpgradesNotHeld(Vec<UpgradedConnection>),
+}
+
+/// A request that was answered without the layer. See [`Warning`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OutsideLayer {
+    /// The method.
+    pub method: Method,
+    /// The path, without the query.
+    pub path: String,
+    /// The peer of its connection, where that is known.
+    pub peer: Option<SocketAddr>,
+}
+
+/// A connection that speaks another protocol than HTTP since its upgrade. See [`Warning`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UpgradedConnection {
+    /// The path of the request that was answered with the upgrade, without the query, where that is
+    /// known.
+    pub path: Option<String>,
+    /// The peer, where that is known.
+    pub peer: Option<SocketAddr>,
+    /// How long ago the upgrade was asked for.
+    pub age: Duration,
+}
+
+/// How many connections are named.
+const NAMED: usize = 3;
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoRequestInLayer(request) => write!(
+                f,
+                "no request has reached the layer, although {request} was answered: requests are \
+                 not counted, and the drain neither waits for them nor rejects them; add `.layer(graceful.layer())`, of the \
+                 same `Graceful` that serves or tracks the connections"
+            ),
+            Self::RequestOutsideLayer(request) => write!(
+                f,
+                "{request} was answered outside the layer: such requests are not counted, and the \
+                 drain neither waits for them nor rejects them; add the route before `.layer(…)`, or give its path to `exempt`"
+            ),
+            Self::UpgradesNotHeld(connections) => {
+                match &**connections {
+                    [_] => f.write_str("an upgraded connection has no `Hold`: ")?,
+                    all => write!(f, "{} upgraded connections have no `Hold`: ", all.len())?,
+                }
+                let mut separator = "";
+                for connection in connections.iter().take(NAMED) {
+                    write!(f, "{separator}{connection}")?;
+                    separator = ", ";
+                }
+                let more = connections.len().saturating_sub(NAMED);
+                if more > 0 {
+                    write!(f, ", and {more} more")?;
+                }
+                f.write_str(
+                    "; the drain does not wait for the handler, and at the drain deadline the \
+                     connection is cut; take `graceful.hold(…)` before the upgrade, end the handler \
+                     when `graceful.draining()` resolves, and close with `Hold::close_socket`",
+                )
+            }
+        }
+    }
+}
+
+fn from(f: &mut fmt::Formatter<'_>, peer: Option<SocketAddr>) -> fmt::Result {
+    peer.map_or(Ok(()), |peer| write!(f, " from {peer}"))
+}
+
+impl fmt::Display for OutsideLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.method, self.path.escape_default())?;
+        from(f, self.peer)
+    }
+}
+
+impl fmt::Display for UpgradedConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.path {
+            Some(path) => write!(f, "{}", path.escape_default())?,
+            None => f.write_str("a path that is not known")?,
+        }
+        from(f, self.peer)
+    }
+}

@@ -1,0 +1,74 @@
+//! Connections that were upgraded, with the paths of the requests that asked for it.
+//!
+//! They are kept here and not with each connection, because few are upgraded and there may be very
+//! many. A connection is entered when it asks for the upgrade, and removed when its IO is dropped: what
+//! then waits for the peer to close is no longer the handler's.
+
+use std::{cmp::Reverse, collections::HashMap, net::SocketAddr, sync::Mutex};
+
+use tokio::time::Instant;
+
+use crate::{report::UpgradedConnection, sync::lock};
+
+#[derive(Default)]
+pub(crate) struct Upgraded(Mutex<HashMap<usize, Entry>>);
+
+struct Entry {
+    path: Option<Box<str>>,
+    peer: Option<SocketAddr>,
+    asked: Instant,
+    upgraded: bool,
+}
+
+impl Upgraded {
+    /// A request asks for an upgrade. `connection` is a number that no other open connection has.
+    #[cold]
+    pub(crate) fn asked(&self, connection: usize, path: &str, peer: Option<SocketAddr>) {
+        let entry = Entry {
+            path: Some(path.into()),
+            peer,
+            asked: Instant::now(),
+            upgraded: false,
+        };
+        lock!(self.0).insert(connection, entry);
+    }
+
+    /// The request was granted.
+    #[cold]
+    pub(crate) fn began(&self, connection: usize, peer: Option<SocketAddr>) {
+        let mut connections = lock!(self.0);
+        let entry = connections.entry(connection).or_insert_with(|| Entry {
+            path: None,
+            peer,
+            asked: Instant::now(),
+            upgraded: true,
+        });
+        entry.upgraded = true;
+    }
+
+    #[cold]
+    pub(crate) fn ended(&self, connection: usize) {
+        let ended = lock!(self.0).remove(&connection);
+        drop(ended);
+    }
+
+    /// Those that are open, the oldest first.
+    pub(crate) fn list(&self, now: Instant) -> Vec<UpgradedConnection> {
+        let mut list: Vec<_> = {
+            let connections = lock!(self.0);
+            let upgraded = connections.values().filter(|entry| entry.upgraded);
+            let list = upgraded.map(|entry| UpgradedConnection {
+                path: entry.path.as_deref().map(str::to_owned),
+                peer: entry.peer,
+                age: now.saturating_duration_since(entry.asked),
+            });
+            list.collect()
+        };
+        list.sort_by_key(|connection| Reverse(connection.age));
+        list
+    }
+
+    pub(crate) fn any(&self) -> bool {
+        lock!(self.0).values().any(|entry| entry.upgraded)
+    }
+}

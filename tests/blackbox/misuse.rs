@@ -1,0 +1,268 @@
+//! Mistakes that the log and the report name, and set-ups that are none.
+
+use std::time::Duration;
+
+use crate::{
+    Test,
+    client::{Connection, http2},
+    long_lived::peer::Raw,
+    process::{Exit, Server},
+    server::Form,
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "misuse::a_layer_that_is_missing_is_named",
+        Form::CUTTING,
+        missing,
+    ),
+    (
+        "misuse::a_layer_of_another_lifecycle_is_named",
+        Form::CUTTING,
+        of_another,
+    ),
+    (
+        "misuse::a_route_after_the_layer_is_named_once",
+        Form::CUTTING,
+        after,
+    ),
+    (
+        "misuse::a_route_after_the_layer_is_named_over_http2",
+        &[Form::Serve],
+        after_over_http2,
+    ),
+    (
+        "misuse::a_websocket_that_nobody_holds_is_named_when_draining_starts",
+        Form::CUTTING,
+        unheld,
+    ),
+    (
+        "misuse::a_websocket_that_nobody_holds_is_named_when_the_last_hold_ends",
+        Form::CUTTING,
+        unheld_among_others,
+    ),
+    (
+        "misuse::what_is_set_up_as_it_should_be_is_not_warned_of",
+        Form::CUTTING,
+        ordinary,
+    ),
+    (
+        "misuse::an_admin_server_without_a_layer_is_not_warned_of",
+        Form::CUTTING,
+        admin,
+    ),
+    (
+        "misuse::websockets_that_are_held_or_told_are_not_warned_of",
+        Form::CUTTING,
+        held,
+    ),
+];
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+
+/// What a mistake is known by.
+const NO_REQUEST: &str = "no request has reached the layer";
+const OUTSIDE: &str = "was answered outside the layer";
+const UNHELD: &str = "no `Hold`";
+
+/// A warning is there once, in the log and in the report, with what it names.
+#[track_caller]
+fn assert_warned(exit: &Exit, kind: &str, names: &[&str]) {
+    let logged: Vec<_> = exit
+        .log
+        .lines()
+        .filter(|line| line.contains(kind))
+        .collect();
+    let [line] = &*logged else {
+        panic!("{kind:?} is logged {} times: {exit:?}", logged.len());
+    };
+    assert!(line.contains("WARN tower_graceful"), "{line}");
+    let report = exit.report.replace(" |    ", " ");
+    assert_eq!(report.matches(kind).count(), 1, "{report}");
+    assert_eq!(report.matches("warning: ").count(), 1, "{report}");
+    for name in names {
+        assert!(line.contains(name), "{name:?} is not in {line}");
+        assert!(report.contains(name), "{name:?} is not in {report}");
+    }
+}
+
+#[track_caller]
+fn assert_not_warned(exit: &Exit) {
+    assert!(!exit.log.contains("WARN"), "{exit:?}");
+    assert!(!exit.report.contains("warning"), "{exit:?}");
+}
+
+/// Its own address, as a warning has it.
+fn from(connection: &Connection) -> String {
+    format!("from {}", connection.stream().local_addr().unwrap())
+}
+
+fn never_reached(form: Form, layer: &str) {
+    let mut server = Server::start(form, &["delay=200", layer]);
+    // Not among what was served: a probe, and what has no route.
+    server.get("/readyz").assert_ok();
+    assert_eq!(server.get("/favicon.ico").status, 404);
+    let mut connection = server.connect();
+    connection.get("/bytes/0/1?secret").assert_ok();
+    server.get("/").assert_ok();
+    server.terminate();
+    let exit = server.exit();
+    exit.assert_clean();
+    let names = ["GET /bytes/0/1 ", &*from(&connection), "`.layer("];
+    assert_warned(&exit, NO_REQUEST, &names);
+}
+
+fn missing(form: Form) {
+    never_reached(form, "layer=none");
+}
+
+fn of_another(form: Form) {
+    never_reached(form, "layer=other");
+}
+
+fn after(form: Form) {
+    let mut server = Server::start(form, &["delay=200"]);
+    let mut connection = server.connect();
+    connection.get("/").assert_ok();
+    // On a connection on which requests have been seen, beside another in flight.
+    let mut other = server.connect();
+    other.send("GET /sleep/300 HTTP/1.1\r\nhost: test\r\n\r\n");
+    std::thread::sleep(MS(50));
+    connection.get("/outside/5").assert_ok();
+    connection.get("/outside/6").assert_ok();
+    other.response("GET").assert_ok();
+    server.terminate();
+    let exit = server.exit();
+    exit.assert_clean();
+    let names = ["GET /outside/5 ", &*from(&connection), "`exempt`"];
+    assert_warned(&exit, OUTSIDE, &names);
+}
+
+fn after_over_http2(form: Form) {
+    let mut server = Server::start(form, &["delay=200"]);
+    let connection = http2::Connection::open(server.address);
+    assert_eq!(connection.get("/").status, 200);
+    assert_eq!(connection.get("/outside/5").status, 200);
+    server.terminate();
+    let exit = server.exit();
+    exit.assert_clean();
+    assert_warned(&exit, OUTSIDE, &["GET /outside/5 "]);
+}
+
+fn unheld(form: Form) {
+    let mut server = Server::start(form, &["delay=300", "drain=2000"]);
+    let mut raw = Raw::open(&server, "/ws/unheld/7?secret");
+    raw.send(1, b"hello").unwrap();
+    assert_eq!(raw.read().1, b"hello");
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    let names = [
+        &*format!("/ws/unheld/7 {}", from(&raw.0)),
+        "`graceful.hold(…)`",
+        "close_socket",
+    ];
+    assert_warned(&exit, UNHELD, &names);
+    let warned = exit.logged_after(UNHELD);
+    assert!(warned >= MS(300) && warned < MS(1500), "{warned:?}");
+}
+
+fn unheld_among_others(form: Form) {
+    let mut server = Server::start(form, &["delay=300", "drain=3000"]);
+    let first = Raw::open(&server, "/ws/unheld/1");
+    let held = Raw::open(&server, "/ws");
+    let second = Raw::open(&server, "/ws/unheld/2");
+    assert_eq!(server.connect().request("POST", "/job/900").status, 200);
+    server.terminate();
+    let exit = server.exit();
+    drop(held);
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    let both = format!(
+        "2 upgraded connections have no `Hold`: /ws/unheld/1 {}, /ws/unheld/2 {}",
+        from(&first.0),
+        from(&second.0)
+    );
+    assert_warned(&exit, UNHELD, &[&both]);
+}
+
+fn ordinary(form: Form) {
+    let mut server = Server::start(form, &["delay=300", "limit=50"]);
+    // A probe of TCP, and a client that does not get to send anything.
+    drop(server.connect());
+    let silent = server.connect();
+    let mut connection = server.connect();
+    for path in [
+        "/readyz",
+        "/nested/livez",
+        "/metrics",
+        "/nested/metrics",
+        "/",
+    ] {
+        connection.get(path).assert_ok();
+    }
+    for method in ["GET", "HEAD", "OPTIONS"] {
+        let mut connection = server.connect();
+        assert_eq!(connection.request(method, "/livez").status, 200);
+    }
+    assert_eq!(server.get("/nothing").status, 404);
+    assert_eq!(
+        server.connect().request("OPTIONS", "/outside/1").status,
+        405
+    );
+    let mut bad = server.connect();
+    bad.send("GET / HTTP/1.1\r\nbad header\r\n\r\n");
+    assert_eq!(bad.response("GET").status, 400);
+    let upload = "POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 5\r\n\r\n";
+    let mut uploading = server.connect();
+    uploading.send(&format!("{upload}hello"));
+    uploading.response("POST").assert_ok();
+    uploading.send(upload);
+    uploading.send("again");
+    uploading.response("POST").assert_ok();
+    let http2 = http2::Connection::open(server.address);
+    assert_eq!(http2.get("/").status, 200);
+    assert_eq!(http2.get("/livez").status, 200);
+    let mut pipelining = server.connect();
+    pipelining.send(&"GET /sleep/20 HTTP/1.1\r\nhost: test\r\n\r\n".repeat(5));
+    for _ in 0..5 {
+        pipelining.response("GET").assert_ok();
+    }
+    server.terminate();
+    server.get("/").assert_ok();
+    server.get("/readyz");
+    let exit = server.exit();
+    exit.assert_clean();
+    drop(silent);
+    assert_not_warned(&exit);
+}
+
+fn admin(form: Form) {
+    for how in ["admin=tracked", "admin=plain"] {
+        let mut server = Server::unheard(form, &["delay=300", how]);
+        let admin = server.expect_line("admin").parse().unwrap();
+        server.address = server.expect_line("starting").parse().unwrap();
+        server.expect_line("listening");
+        let mut admin = Connection::open(admin);
+        admin.get("/figures").assert_ok();
+        server.get("/").assert_ok();
+        admin.get("/figures").assert_ok();
+        server.terminate();
+        let exit = server.exit();
+        exit.assert_clean();
+        assert_not_warned(&exit);
+    }
+}
+
+fn held(form: Form) {
+    let mut server = Server::start(form, &["delay=300"]);
+    let mut held = Raw::open(&server, "/ws");
+    let mut told = Raw::open(&server, "/ws/told");
+    server.terminate();
+    for peer in [&mut told, &mut held] {
+        let (_, close) = peer.read();
+        peer.send(8, &close).unwrap();
+    }
+    let exit = server.exit();
+    exit.assert_clean();
+    assert_not_warned(&exit);
+}
