@@ -25,6 +25,10 @@ pub(crate) const LINGER: Duration = Duration::from_millis(25);
 /// How long it waits for that, for clients that are never quiet.
 const MOST_LINGER: Duration = Duration::from_millis(150);
 
+/// How long it waits for connections that no task has read yet: on a busy machine the runtime comes to
+/// them late, and each may have a request waiting.
+const MOST_UNREAD: Duration = Duration::from_secs(1);
+
 /// How long a listener may take to empty its accept queue.
 pub(crate) const LAST_ACCEPTS: Duration = Duration::from_millis(100);
 
@@ -282,9 +286,10 @@ impl Shared {
                 return Some(last_accepts);
             }
             let begun = self.starved.over().map_or(begun, |over| over.max(begun));
-            let most = shutdown.drain_until.min(begun + MOST_LINGER);
-            // On a busy machine a connection may be accepted long before anybody looks at it.
-            if self.connections.take_stirred() || self.connections.has_unread() {
+            let unread = self.connections.has_unread();
+            let most = begun + if unread { MOST_UNREAD } else { MOST_LINGER };
+            let most = shutdown.drain_until.min(most);
+            if self.connections.take_stirred() || unread {
                 shutdown.heard = Some(now);
             }
             let heard = shutdown.heard.max(shutdown.entered.first().copied());

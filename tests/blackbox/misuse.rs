@@ -163,7 +163,7 @@ fn unheld(form: Form) {
         "close_socket",
     ];
     assert_warned(&exit, UNHELD, &names);
-    let warned = exit.logged_after(UNHELD);
+    let warned = exit.written_after(UNHELD);
     assert!(warned >= MS(300) && warned < MS(1500), "{warned:?}");
 }
 

@@ -93,6 +93,24 @@ impl Exit {
         seconds_of(line).unwrap_or_else(|| panic!("no phase begins in {line:?}"))
     }
 
+    /// How long after the beginning of the stop this was logged, by the times in the log.
+    #[track_caller]
+    pub(crate) fn written_after(&self, text: &str) -> Duration {
+        let at = |text: &str| {
+            let line = self.log.lines().find(|line| line.contains(text));
+            let line = line.unwrap_or_else(|| panic!("{text:?} is not in the log: {self:?}"));
+            time_of_day(line).unwrap_or_else(|| panic!("no time of day in {line:?}"))
+        };
+        let (begun, written) = (at("lame duck, because"), at(text));
+        // Over midnight.
+        let written = if written < begun {
+            written + DAY
+        } else {
+            written
+        };
+        written - begun
+    }
+
     /// The process ended no earlier than `least` after the first signal, and no later than `most`
     /// after the server took notice of it.
     ///

@@ -77,7 +77,7 @@ fn on_http2(form: Form) {
     let exit = server.exit();
     exit.assert_clean();
     assert!(
-        !exit.log.contains("WARN"),
+        !exit.log.contains("WARN hyper"),
         "hyper warns of a Connection header: {exit:?}"
     );
 }
