@@ -245,22 +245,36 @@ async fn a_listener_is_not_waited_for_beyond_the_drain_deadline() {
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_nobody_has_read_is_not_closed_at_once() {
-    let mut stop = Stop::new(0, 1000, as_it_is);
+    let mut stop = Stop::new(0, 3000, as_it_is);
     stop.listen();
     stop.close_listener();
     let line = stop.connect();
     stop.terminate();
-    stop.at(148).await;
+    stop.at(998).await;
     assert_eq!(stop.edge(), Edge::Listeners);
     assert!(line.notice.told() < Told::Close);
-    stop.at(152).await;
+    stop.at(1002).await;
     assert_eq!(line.notice.told(), Told::Close);
     // Not before a second after it was told to close.
+    stop.at(1990).await;
+    assert_eq!(line.notice.told(), Told::Close);
+    stop.at(2010).await;
+    assert_eq!(line.notice.told(), Told::Expire);
+    stop.leave(&line);
+    stop.at(2015).await;
+    assert_eq!(stop.phase(), Phase::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_expires_before_it_would_be_cut() {
+    let mut stop = Stop::new(0, 1000, as_it_is);
+    let line = stop.connect_and_read();
+    stop.terminate();
+    stop.at(900).await;
+    assert_eq!(line.notice.told(), Told::Close);
     stop.at(990).await;
     assert_eq!(line.notice.told(), Told::Expire, "50 ms before it is cut");
     stop.leave(&line);
-    stop.at(995).await;
-    assert_eq!(stop.phase(), Phase::Stopped);
 }
 
 #[tokio::test(start_paused = true)]
@@ -385,9 +399,9 @@ async fn a_connection_expires_no_sooner_because_it_was_told_late() {
     stop.close_listener();
     let line = stop.connect();
     stop.terminate();
-    stop.at(1140).await;
+    stop.at(1990).await;
     assert_eq!(line.notice.told(), Told::Close);
-    stop.at(1160).await;
+    stop.at(2010).await;
     assert_eq!(line.notice.told(), Told::Expire);
 }
 
