@@ -358,6 +358,32 @@ pub(crate) fn queue_given_up() {
     );
 }
 
+/// A handshake has failed, or was too slow if there is no error.
+#[cfg(feature = "axum")]
+pub(crate) fn handshake_failed(
+    peer: Option<std::net::SocketAddr>,
+    error: Option<Box<dyn std::error::Error + Send + Sync>>,
+) {
+    if !wants_debug() {
+        return;
+    }
+    let error = match error {
+        Some(error) => crate::work::with_sources(&*error),
+        None => "it took too long".to_owned(),
+    };
+    let peer = peer.map_or_else(|| "a peer".to_owned(), |peer| peer.to_string());
+    event!(
+        debug,
+        { peer = &*peer, error = &*error },
+        "the handshake with {peer} has failed: {error}"
+    );
+}
+
+#[cfg(feature = "axum")]
+pub(crate) fn handshake_panicked() {
+    event!(warn, {}, "a handshake has panicked");
+}
+
 /// What became of the queues of such listeners.
 fn queue_reset(queued: usize) {
     event!(

@@ -20,6 +20,12 @@
 //! So a head has begun if the last read returned bytes of which the last is not part of a line
 //! break. It takes neither the length of a body nor a search for the end of a head.
 //!
+//! # Handshakes
+//!
+//! After a handshake, of TLS for example, what is read from the connection is not what the server
+//! reads. Then the bytes are noted that the outermost [`GracefulIo`](crate::GracefulIo) hands to the
+//! server: each has the number of its layer, and only the layer that was begun last notes.
+//!
 //! # On other servers
 //!
 //! Where the server is not ours, its requests are not known, and only one thing is noted: whether a
@@ -44,6 +50,8 @@ pub(crate) struct Heard {
     /// The end of a read that is kept back: which of [`KEPT`].
     kept: AtomicU8,
     flags: AtomicU8,
+    /// The layer that notes.
+    layer: AtomicU8,
 }
 
 /// The server is ours.
@@ -89,6 +97,30 @@ impl Heard {
     /// The server is ours.
     pub(crate) fn is_listened_to(&self) -> bool {
         self.has(LISTENING)
+    }
+
+    /// The layer that notes.
+    #[inline]
+    pub(crate) fn layer(&self) -> u8 {
+        self.layer.load(Relaxed)
+    }
+
+    /// Begins another layer, of which nothing has been read. Returns its number.
+    #[cfg_attr(not(feature = "axum"), expect(dead_code))]
+    pub(crate) fn begin_layer(&self) -> u8 {
+        self.reads.store(0, Relaxed);
+        for byte in [&self.preface, &self.kept, &self.flags] {
+            byte.store(0, Relaxed);
+        }
+        // More layers than there are numbers would share the last one.
+        let layer = self.layer().saturating_add(1);
+        self.layer.store(layer, Relaxed);
+        layer
+    }
+
+    /// Something has been read.
+    pub(crate) fn has_read(&self) -> bool {
+        self.preface.load(Relaxed) > 0
     }
 
     /// What is read from now on is not HTTP.

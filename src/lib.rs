@@ -37,6 +37,7 @@
 //! - [`Graceful::drain`] is the future for axum's `with_graceful_shutdown`, driven by signals.
 //! - [`Graceful::listener`] and [`Graceful::track`] count connections and cut them at the
 //!   deadline.
+//! - [`HandshakeExt::handshakes`] puts TLS, or whatever else comes before HTTP, on a tracked listener.
 //! - [`Graceful::hold`], [`Graceful::worker`], [`Graceful::on_lame_duck`] and
 //!   [`Graceful::cleanup`] are for work besides requests, and for the order in which it ends.
 //! - [`Graceful::draining`] tells long-lived work that the time has come:
@@ -123,7 +124,9 @@ mod work;
 #[cfg(all(feature = "axum", feature = "signal"))]
 pub use crate::connections::Accepted;
 #[cfg(feature = "axum")]
-pub use crate::connections::{GracefulListener, TrackedListener};
+pub use crate::connections::{
+    GracefulListener, HandshakeExt, Handshakes, TrackedHandshakes, TrackedListener,
+};
 pub use crate::{
     builder::GracefulBuilder,
     connections::GracefulIo,

@@ -192,6 +192,13 @@ impl Notice {
         mem::replace(wakers, Wakers::None)
     }
 
+    /// Nobody waits for it, as if it had just been opened: its next task has not polled it yet.
+    #[cfg(feature = "axum")]
+    pub(crate) fn forget_all(&self) {
+        let wakers = self.take_all(&mut lock!(self.wakers));
+        drop(wakers);
+    }
+
     /// It was cut when something had been written, or tried to be. Asked by whoever writes.
     pub(crate) fn is_cut_short(&self) -> bool {
         self.told() == Told::Cut && self.wrote.load(Ordering::Relaxed)

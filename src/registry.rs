@@ -18,7 +18,7 @@
 //! `models` holds both, and fails where the phase is read before the removal, and where the list is
 //! copied before what is told is noted.
 
-use std::{cmp::Reverse, fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{cmp::Reverse, collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -28,7 +28,7 @@ use crate::{
     phase::Phase,
     report::CutConnection,
     spread::Place,
-    sync::{AtomicU8, AtomicU32, Mutex, Ordering, lock},
+    sync::{AtomicU16, AtomicU32, Mutex, Ordering, lock},
 };
 
 /// Each connection keeps its owner `O` alive.
@@ -39,6 +39,8 @@ pub(crate) struct Registry<O> {
 struct Open<O> {
     /// Each knows its seat, which changes when another one leaves.
     lines: Vec<Arc<Line<O>>>,
+    /// The peers of lines that have the flag [`RENAMED`], by the address of the line.
+    renamed: HashMap<usize, SocketAddr>,
     listeners: Listeners,
     /// When the first connection was opened.
     first: Option<Instant>,
@@ -66,6 +68,7 @@ impl<O> Default for Registry<O> {
         Self {
             open: Mutex::new(Open {
                 lines: Vec::new(),
+                renamed: HashMap::new(),
                 listeners: Listeners::default(),
                 first: None,
                 entered: 0,
@@ -131,6 +134,27 @@ impl<O> Registry<O> {
         open.lines.iter().any(|line| line.notice.is_unread())
     }
 
+    /// Whether a handshake runs whose peer has sent something.
+    pub(crate) fn has_handshakes(&self) -> bool {
+        let open = lock!(self.open);
+        let mut lines = open.lines.iter();
+        lines.any(|line| line.flags.has(HANDSHAKE) && line.heard.has_read())
+    }
+
+    /// Replaces the address of the peer, which is another one behind a proxy.
+    pub(crate) fn rename(&self, line: &Arc<Line<O>>, peer: SocketAddr) {
+        let mut open = lock!(self.open);
+        open.renamed.insert(line.number(), peer);
+        line.flags.set(RENAMED);
+    }
+
+    pub(crate) fn peer(&self, line: &Line<O>) -> Option<SocketAddr> {
+        if line.flags.has(RENAMED) {
+            return lock!(self.open).renamed.get(&line.number()).copied();
+        }
+        line.peer
+    }
+
     /// Enters a connection, until [`remove`](Self::remove).
     pub(crate) fn insert(&self, owner: O, peer: Option<SocketAddr>) -> Arc<Line<O>> {
         let now = Instant::now();
@@ -172,6 +196,9 @@ impl<O> Registry<O> {
         let mut open = lock!(self.open);
         let seat = line.seat.load(Ordering::Relaxed);
         let line = open.lines.swap_remove(seat as usize);
+        if line.flags.has(RENAMED) {
+            open.renamed.remove(&line.number());
+        }
         if let Some(moved) = open.lines.get(seat as usize) {
             moved.seat.store(seat, Ordering::Relaxed);
         }
@@ -190,6 +217,7 @@ impl<O> Registry<O> {
             let lines = open.lines.iter().cloned();
             let left = lines.map(|line| Left {
                 age: first.saturating_sub(Duration::from_nanos(line.opened)),
+                peer: open.renamed.get(&line.number()).copied().or(line.peer),
                 line,
             });
             left.collect()
@@ -265,10 +293,6 @@ pub(crate) struct Line<O> {
 }
 
 impl<O> Line<O> {
-    pub(crate) fn peer(&self) -> Option<SocketAddr> {
-        self.peer
-    }
-
     /// A number that no other open connection has.
     pub(crate) fn number(&self) -> usize {
         std::ptr::from_ref(self).addr()
@@ -322,23 +346,32 @@ impl<O> Line<O> {
 }
 
 /// Something was read since this was last looked at. Kept only while the service stops.
-const STIRRED: u8 = 1;
+pub(crate) const STIRRED: u16 = 1;
 /// Something was read since the peer was asked to leave.
-const ANSWERS: u8 = 2;
+const ANSWERS: u16 = 2;
 /// Its server has let go of it, and it waits for the peer to take the rest.
-pub(crate) const LINGERS: u8 = 4;
+pub(crate) const LINGERS: u16 = 4;
 /// A response went out while the service stopped.
-pub(crate) const RESPONDED: u8 = 8;
+pub(crate) const RESPONDED: u16 = 8;
 /// Two entries of it are to be dropped before it is removed.
-pub(crate) const HANDED_OVER: u8 = 16;
+pub(crate) const HANDED_OVER: u16 = 16;
 /// Some of its requests are looked at, whether the layer sees them.
-pub(crate) const WATCHED: u8 = 32;
+pub(crate) const WATCHED: u16 = 32;
 /// It has asked for an upgrade, and is among those that have.
-pub(crate) const UPGRADES: u8 = 64;
-
+pub(crate) const UPGRADES: u16 = 64;
 /// What passes is looked at for requests: where the server is not ours, and as long as they can be told
 /// apart.
-pub(crate) const LOOKED_AT: u8 = 128;
+pub(crate) const LOOKED_AT: u16 = 128;
+/// A handshake runs on it.
+pub(crate) const HANDSHAKE: u16 = 256;
+/// After a handshake: something was written, or the first head of HTTP/1 is whole.
+pub(crate) const BUSY: u16 = 512;
+/// After a handshake: it was upgraded from HTTP/1.
+pub(crate) const UPGRADED: u16 = 1024;
+/// After a handshake: the last that was read is a request of HTTP/1 without a body.
+pub(crate) const BODILESS: u16 = 2048;
+/// Its peer is in the table of renamed peers.
+const RENAMED: u16 = 4096;
 
 /// So many connections are watched, and after them one in so many nanoseconds.
 const ALL_WATCHED: u64 = 8;
@@ -347,26 +380,26 @@ const WATCH_EVERY: u64 = 20_000_000;
 /// What is noted of a connection, one bit each. `Relaxed`: they say nothing about anything else in
 /// memory.
 #[derive(Debug)]
-pub(crate) struct Flags(AtomicU8);
+pub(crate) struct Flags(AtomicU16);
 
 impl Flags {
-    fn new(flags: u8) -> Self {
-        Self(AtomicU8::new(flags))
+    fn new(flags: u16) -> Self {
+        Self(AtomicU16::new(flags))
     }
 
-    pub(crate) fn has(&self, flag: u8) -> bool {
+    pub(crate) fn has(&self, flag: u16) -> bool {
         self.0.load(Ordering::Relaxed) & flag != 0
     }
 
     /// Writes only where something changes.
-    pub(crate) fn set(&self, flags: u8) {
+    pub(crate) fn set(&self, flags: u16) {
         if self.0.load(Ordering::Relaxed) & flags != flags {
             self.0.fetch_or(flags, Ordering::Relaxed);
         }
     }
 
     /// Takes a flag back, and says whether it was set.
-    pub(crate) fn take(&self, flag: u8) -> bool {
+    pub(crate) fn take(&self, flag: u16) -> bool {
         self.has(flag) && self.0.fetch_and(!flag, Ordering::Relaxed) & flag != 0
     }
 }
@@ -374,6 +407,7 @@ impl Flags {
 /// A connection that was open at the cut.
 pub(crate) struct Left<O> {
     pub(crate) line: Arc<Line<O>>,
+    peer: Option<SocketAddr>,
     age: Duration,
 }
 
@@ -394,7 +428,7 @@ impl<O> Left<O> {
 
     pub(crate) fn describe(&self) -> CutConnection {
         CutConnection {
-            peer: self.line.peer,
+            peer: self.peer,
             age: self.age,
             undelivered: self.undelivered().into(),
         }

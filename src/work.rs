@@ -380,7 +380,7 @@ pub(crate) fn error(completion: impl Completion) -> Option<String> {
 }
 
 /// The text of an error and of its sources, without those that the text has already.
-fn with_sources(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn with_sources(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let sources = iter::successors(error.source(), |&error| error.source());
     // Bounded, because an error may name itself as its source.

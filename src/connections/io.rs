@@ -25,7 +25,7 @@ use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::{HANDED_OVER, LOOKED_AT, RESPONDED, UPGRADES},
+    registry::{BODILESS, BUSY, HANDED_OVER, HANDSHAKE, LOOKED_AT, RESPONDED, UPGRADED, UPGRADES},
     sync::Ordering,
 };
 
@@ -45,6 +45,49 @@ impl Graceful {
     /// # fn accepted(stream: tokio::net::TcpStream, graceful: &Graceful) {
     /// let io = graceful.track(stream); // AsyncRead + AsyncWrite, as the stream was
     /// # }
+    /// ```
+    ///
+    /// tonic's own server asks its connections for their connect info by a trait of its own, which a
+    /// newtype can implement:
+    ///
+    /// ```ignore
+    /// # use std::{io, pin::Pin, task::{Context, Poll}};
+    /// # use tokio::{io::{AsyncRead, AsyncWrite, ReadBuf}, net::TcpStream};
+    /// use tonic::transport::server::{Connected, TcpConnectInfo};
+    /// use tower_graceful::GracefulIo;
+    ///
+    /// struct Tracked(GracefulIo<TcpStream>);
+    ///
+    /// impl Connected for Tracked {
+    ///     type ConnectInfo = TcpConnectInfo;
+    ///
+    ///     fn connect_info(&self) -> TcpConnectInfo {
+    ///         self.0.get_ref().connect_info()
+    ///     }
+    /// }
+    ///
+    /// impl AsyncRead for Tracked {
+    ///     fn poll_read(
+    ///         mut self: Pin<&mut Self>,
+    ///         cx: &mut Context<'_>,
+    ///         buf: &mut ReadBuf<'_>,
+    ///     ) -> Poll<io::Result<()>> {
+    ///         Pin::new(&mut self.0).poll_read(cx, buf)
+    ///     }
+    /// }
+    ///
+    /// impl AsyncWrite for Tracked {
+    ///     // Each method calls the same method of `self.0`.
+    /// #   fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    /// #       Pin::new(&mut self.0).poll_write(cx, buf)
+    /// #   }
+    /// #   fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// #       Pin::new(&mut self.0).poll_flush(cx)
+    /// #   }
+    /// #   fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// #       Pin::new(&mut self.0).poll_shutdown(cx)
+    /// #   }
+    /// }
     /// ```
     pub fn track<I: 'static>(&self, io: I) -> GracefulIo<I> {
         let peer = tcp(&io).and_then(|tcp| tcp.peer_addr().ok());
@@ -89,6 +132,9 @@ pub struct GracefulIo<I: 'static> {
     /// Whether it is idle, where its descriptor is needed.
     activity: Activity,
     linger: Option<Linger<I>>,
+    /// 0 is the connection itself. What a handshake has made of it, TLS for example, is a layer above,
+    /// and has the same entry.
+    layer: u8,
     // After the IO, so that the connection is closed before it is removed.
     entry: Entry,
 }
@@ -172,17 +218,29 @@ impl Heads {
 impl<I: 'static> Drop for GracefulIo<I> {
     fn drop(&mut self) {
         let Some(io) = self.io.take() else { return };
-        if self.entry.0.flags.has(LOOKED_AT) {
-            requests::end(&self.entry.0);
+        let is_top = self.is_top();
+        let line = &self.entry.line;
+        if is_top && line.flags.has(LOOKED_AT) {
+            requests::end(line);
         }
-        if self.entry.0.flags.has(UPGRADES) {
-            let line = &self.entry.0;
+        if is_top && line.flags.has(UPGRADES) {
             line.owner.upgraded.ended(line.number());
         }
-        if self.entry.0.heard.is_unanswered() {
+        if is_top && line.heard.is_unanswered() {
             self.entry.half_closed();
         }
-        let line = &self.entry.0;
+        let request = self.heads.last_is_bodiless() && self.entry.line.heard.is_http1();
+        let line = &self.entry.line;
+        if self.layer > 0 {
+            // For the layer below, which closes the connection when it is dropped in its turn.
+            if is_top {
+                let upgraded = self.written == Written::Upgrade;
+                let upgraded = if upgraded { UPGRADED } else { 0 };
+                line.flags
+                    .set(upgraded | if request { BODILESS } else { 0 });
+            }
+            return;
+        }
         let told = line.notice.told();
         if told == Told::Cut {
             let left = tcp(&io).and_then(unacknowledged).unwrap_or(0);
@@ -205,9 +263,20 @@ impl<I: 'static> Drop for GracefulIo<I> {
             return;
         }
         if let Some(linger) = self.linger {
-            let last = Last {
-                written: self.written,
-                request: self.heads.last_is_bodiless() && line.heard.is_http1(),
+            let last = if is_top {
+                Last {
+                    written: self.written,
+                    request,
+                }
+            } else {
+                Last {
+                    written: if line.flags.has(UPGRADED) {
+                        Written::Upgrade
+                    } else {
+                        self.written
+                    },
+                    request: line.flags.has(BODILESS),
+                }
             };
             linger(io, last, self.entry.hand_over());
         }
@@ -250,22 +319,28 @@ fn reset<I: 'static>(io: &I) {
 }
 
 /// Removes the connection from the table when it is dropped, or when what it was handed over to is
-/// dropped too.
-pub(super) struct Entry(pub(super) Arc<Line>);
+/// dropped too. The entry of a layer above removes nothing.
+pub(super) struct Entry {
+    pub(super) line: Arc<Line>,
+    removes: bool,
+}
 
 impl Entry {
     /// An entry for what keeps the connection open from now on. The last of the two removes it.
     fn hand_over(&self) -> Self {
-        self.0.flags.set(HANDED_OVER);
-        Self(Arc::clone(&self.0))
+        self.line.flags.set(HANDED_OVER);
+        Self {
+            line: Arc::clone(&self.line),
+            removes: true,
+        }
     }
 
     /// The peer has closed its writing side, and the connection is dropped before a response that
     /// the peer may wait for. Counted while the service stops; what is cut is reported as such.
     #[cold]
     fn half_closed(&self) {
-        let shared = &self.0.owner;
-        if shared.phase() > Phase::Serving && self.0.notice.told() < Told::Cut {
+        let shared = &self.line.owner;
+        if shared.phase() > Phase::Serving && self.line.notice.told() < Told::Cut {
             shared.connections.half_closed();
         }
     }
@@ -281,11 +356,12 @@ fn cut() -> io::Error {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        if self.0.flags.take(HANDED_OVER) {
+        if !self.removes || self.line.flags.take(HANDED_OVER) {
             return;
         }
-        let shared = &self.0.owner;
-        if shared.connections.remove(&self.0, || shared.phase()) {
+        let shared = &self.line.owner;
+        let connections = &shared.connections;
+        if connections.remove(&self.line, || shared.phase()) {
             shared.ring();
         }
     }
@@ -303,6 +379,19 @@ impl<I: 'static> GracefulIo<I> {
         let shared = graceful.shared();
         let line = shared.connections.insert(shared.clone(), address);
         shared.mark_served();
+        Self::with_entry(io, linger, 0, line)
+    }
+
+    /// What a handshake has made of the connection. It ends a layer, and this begins the next.
+    #[cfg(feature = "axum")]
+    pub(super) fn above(io: I, line: Arc<Line>) -> Self {
+        requests::end(&line);
+        line.flags.set(LOOKED_AT);
+        let layer = line.heard.begin_layer();
+        Self::with_entry(io, None, layer, line)
+    }
+
+    fn with_entry(io: I, linger: Option<Linger<I>>, layer: u8, line: Arc<Line>) -> Self {
         Self {
             io: Some(io),
             stored: Stored::default(),
@@ -313,22 +402,71 @@ impl<I: 'static> GracefulIo<I> {
             written_late: 0,
             activity: Activity::default(),
             linger,
-            entry: Entry(line),
+            layer,
+            entry: Entry {
+                line,
+                removes: layer == 0,
+            },
         }
+    }
+
+    /// The connection's line.
+    #[cfg(feature = "axum")]
+    pub(super) fn line(&self) -> &Arc<Line> {
+        &self.entry.line
+    }
+
+    /// No handshake has made anything else of it.
+    #[inline]
+    fn is_top(&self) -> bool {
+        self.entry.line.heard.layer() == self.layer
+    }
+
+    /// The peer's address as the [report](crate::Report::connections_cut) gives it: of a tracked
+    /// `TcpStream` the address that it is connected to, or the one that was
+    /// [set](Self::set_peer) since.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.entry.line.peer()
+    }
+
+    /// Sets the peer's address for the report, where the IO does not know it: of IO that wraps a
+    /// `TcpStream`, or behind a proxy that tells the address of its client.
+    ///
+    /// Inside a [handshake](crate::HandshakeExt::handshakes) it sets what the listener returns, and
+    /// so `ConnectInfo<SocketAddr>`, too.
+    pub fn set_peer(&self, peer: SocketAddr) {
+        let line = &self.entry.line;
+        line.owner.connections.rename(line, peer);
+    }
+
+    /// The same, for [`Graceful::track`] in one expression.
+    ///
+    /// ```
+    /// # use std::net::SocketAddr;
+    /// # use tower_graceful::{Graceful, GracefulIo};
+    /// # use tokio::io::DuplexStream;
+    /// # fn accepted(stream: DuplexStream, peer: SocketAddr, graceful: &Graceful) -> GracefulIo<DuplexStream> {
+    /// graceful.track(stream).with_peer(peer)
+    /// # }
+    /// ```
+    #[must_use = "it is the connection"]
+    pub fn with_peer(self, peer: SocketAddr) -> Self {
+        self.set_peer(peer);
+        self
     }
 
     /// The connection's line, on which is noted what is read from now on.
     #[cfg(all(feature = "axum", feature = "signal"))]
     pub(super) fn noted(&mut self) -> Arc<Line> {
         self.activity.is_owned();
-        self.entry.0.flags.take(LOOKED_AT);
-        self.entry.0.heard.listen();
-        Arc::clone(&self.entry.0)
+        self.entry.line.flags.take(LOOKED_AT);
+        self.entry.line.heard.listen();
+        Arc::clone(&self.entry.line)
     }
 
     #[cfg(feature = "axum")]
     pub(super) fn is_cut(&self) -> bool {
-        self.entry.0.notice.told() == Told::Cut
+        self.entry.line.notice.told() == Told::Cut
     }
 
     /// The wrapped IO.
@@ -345,10 +483,23 @@ impl<I: 'static> GracefulIo<I> {
     /// that the cut wakes the task that polls.
     #[inline]
     fn enter(&mut self, waiter: Waiter, cx: &Context<'_>) -> io::Result<Told> {
-        let told = self.entry.0.notice.enter(&mut self.stored, waiter, cx);
+        if self.layer > 0 {
+            return self.enter_above();
+        }
+        let told = self.entry.line.notice.enter(&mut self.stored, waiter, cx);
         // What is to be written is owed.
         let expires = || waiter == Waiter::Read && self.expires();
         if told >= Told::Expire && (told == Told::Cut || expires()) {
+            self.peer = Peer::Gone;
+            return Err(cut());
+        }
+        Ok(told)
+    }
+
+    /// The layer below has the wakers, and is polled by what is between.
+    fn enter_above(&mut self) -> io::Result<Told> {
+        let told = self.entry.line.notice.told();
+        if told == Told::Cut {
             self.peer = Peer::Gone;
             return Err(cut());
         }
@@ -359,9 +510,11 @@ impl<I: 'static> GracefulIo<I> {
     /// flight on it, and the peer has acknowledged what it was sent.
     #[cold]
     fn expires(&self) -> bool {
-        let line = &self.entry.0;
+        let line = &self.entry.line;
         let in_flight = if line.heard.is_http2() {
             line.may_have_streams()
+        } else if !self.is_top() {
+            line.flags.has(BUSY)
         } else {
             // Over HTTP/1 idle connections were closed when this one was told to, so it has been
             // upgraded, its first request is running, or its first head is not whole.
@@ -378,10 +531,13 @@ impl<I: 'static> GracefulIo<I> {
 
     #[cold]
     fn wrote_while_stopping(&mut self, bytes: usize) {
+        if self.entry.line.flags.has(HANDSHAKE) {
+            return;
+        }
         let bytes = u16::try_from(bytes).unwrap_or(u16::MAX);
         self.written_late = self.written_late.saturating_add(bytes);
-        if self.entry.0.heard.is_http1() || u32::from(self.written_late) > FAREWELL {
-            self.entry.0.flags.set(RESPONDED);
+        if self.entry.line.heard.is_http1() || u32::from(self.written_late) > FAREWELL {
+            self.entry.line.flags.set(RESPONDED);
         }
     }
 
@@ -397,11 +553,14 @@ impl<I: 'static> GracefulIo<I> {
         I: Unpin,
     {
         let this = &mut *self;
-        this.entry.0.heard.note_write();
+        let is_top = this.is_top();
+        if is_top {
+            this.entry.line.heard.note_write();
+        }
         let told = this.enter(Waiter::Write, cx)?;
-        if this.entry.0.flags.has(LOOKED_AT) {
+        if is_top && this.entry.line.flags.has(LOOKED_AT) {
             // Before the client can send the next request.
-            requests::wrote(&this.entry.0, head);
+            requests::wrote(&this.entry.line, head);
         }
         let result = write(Pin::new(this.get_mut()), cx);
         let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
@@ -410,14 +569,19 @@ impl<I: 'static> GracefulIo<I> {
         match &result {
             Poll::Ready(Ok(bytes)) => {
                 let written = if upgrades {
-                    this.entry.0.upgraded();
+                    if is_top {
+                        this.entry.line.upgraded();
+                    }
                     Written::Upgrade
                 } else {
                     Written::Something
                 };
                 this.written = this.written.max(written);
                 this.heads.wrote();
-                if told > Told::Stay {
+                if this.layer > 0 && is_top {
+                    this.entry.line.flags.set(BUSY);
+                }
+                if told > Told::Stay && is_top {
                     this.wrote_while_stopping(*bytes);
                 }
             }
@@ -438,8 +602,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         let told = this.enter(Waiter::Read, cx)?;
         let before = buf.filled().len();
         let room = buf.remaining() > 0;
-        let line = &this.entry.0;
-        if line.heard.has_kept() {
+        let is_top = this.is_top();
+        let line = &this.entry.line;
+        if is_top && line.heard.has_kept() {
             line.heard.hand_on(buf);
             return Poll::Ready(Ok(()));
         }
@@ -449,6 +614,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             if told > Told::Stay {
                 line.read_while_stopping(told);
             }
+            if !is_top {
+                return result;
+            }
             this.activity.read(read);
             if line.flags.has(LOOKED_AT) {
                 requests::read(line, read);
@@ -456,6 +624,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             this.heads.last(read);
             if this.written == Written::Nothing {
                 this.heads.first(read);
+                if this.layer > 0 && this.heads.first_is_whole() {
+                    line.flags.set(BUSY);
+                }
             }
             let lets_in = || told == Told::Stay || line.owner.phase() < Phase::Draining;
             let kept = line.heard.note(read, lets_in);
@@ -466,7 +637,7 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             return result;
         }
         match &result {
-            Poll::Pending => {
+            Poll::Pending if is_top => {
                 line.heard.note_nothing();
                 if this.activity.is_idle(&line.owner) {
                     // To the server this is a peer that has closed.
@@ -475,9 +646,11 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             }
             Poll::Ready(Ok(())) if room => {
                 this.peer = Peer::Finished;
-                line.heard.note_end();
+                if is_top {
+                    line.heard.note_end();
+                }
             }
-            Poll::Ready(Ok(())) => {}
+            Poll::Pending | Poll::Ready(Ok(())) => {}
             Poll::Ready(Err(_)) => this.peer = Peer::Gone,
         }
         result
@@ -523,7 +696,7 @@ impl<I: fmt::Debug + 'static> fmt::Debug for GracefulIo<I> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GracefulIo")
             .field("io", self.get_ref())
-            .field("cut", &(self.entry.0.notice.told() == Told::Cut))
+            .field("cut", &(self.entry.line.notice.told() == Told::Cut))
             .finish_non_exhaustive()
     }
 }

@@ -136,7 +136,7 @@ where
     if lingering.is_idle() || thread::panicking() {
         return;
     }
-    lingering.entry.0.flags.set(LINGERS);
+    lingering.entry.line.flags.set(LINGERS);
     if let Ok(runtime) = Handle::try_current() {
         drop(runtime.spawn(lingering.until_closed()));
     }
@@ -164,7 +164,7 @@ where
     /// or reset it.
     fn poll_peer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Self { io, stored, .. } = self;
-        if self.entry.0.notice.enter(stored, Waiter::Read, cx) == Told::Cut {
+        if self.entry.line.notice.enter(stored, Waiter::Read, cx) == Told::Cut {
             return Poll::Ready(());
         }
         if !self.shut {
@@ -206,7 +206,7 @@ where
 
     /// A response may just have been sent. While serving nothing else makes a server close first.
     fn has_responded(&self) -> bool {
-        self.entry.0.notice.told() == Told::Stay || self.entry.0.flags.has(RESPONDED)
+        self.entry.line.notice.told() == Told::Stay || self.entry.line.flags.has(RESPONDED)
     }
 
     /// There is nothing to wait for.
@@ -238,7 +238,7 @@ where
             }
             look = (look * 2).min(LAST_LOOK);
             if left > 0 {
-                let patience = match self.entry.0.notice.told() {
+                let patience = match self.entry.line.notice.told() {
                     // A handler has let go of it, after as much waiting as it found right.
                     _ if self.last.written == Written::Upgrade => STILL,
                     Told::Stay => STALLED,
@@ -260,7 +260,7 @@ where
             let most = if upgraded { STILL } else { MOST };
             let silence = if talks && !upgraded {
                 SILENCE
-            } else if known.is_some() && self.entry.0.owner.starved.is_waiting() {
+            } else if known.is_some() && self.entry.line.owner.starved.is_waiting() {
                 // Its descriptor is needed.
                 STARVED
             } else {
@@ -270,9 +270,9 @@ where
                 return;
             }
         }
-        if self.entry.0.notice.told() == Told::Cut {
+        if self.entry.line.notice.told() == Told::Cut {
             let left = self.undelivered().unwrap_or(0);
-            self.entry.0.undelivered.store(left, Ordering::Relaxed);
+            self.entry.line.undelivered.store(left, Ordering::Relaxed);
         }
     }
 }

@@ -14,6 +14,7 @@ use super::{
         turn_away_handshakes,
     },
     starved::Socket,
+    tracked,
 };
 use crate::{
     events,
@@ -34,13 +35,17 @@ const TRY_AGAIN: Duration = Duration::from_millis(5);
 
 /// What [`Graceful::listener`] returns.
 ///
+/// For TLS, or anything else that comes before HTTP, put
+/// [`handshakes`](crate::HandshakeExt::handshakes) after it. For connect info of your own on axum's
+/// server, see [`GracefulListener::new`].
+///
 /// A `TapIo` that does nothing, because axum provides connect info for every listener inside one:
 /// `into_make_service_with_connect_info::<SocketAddr>()` works as it does on a `TcpListener`.
 pub type TrackedListener<L> = TapIo<GracefulListener<L>, fn(&mut GracefulIo<<L as Listener>::Io>)>;
 
 impl Graceful {
     /// Tracks every connection that is accepted through `listener`, which may be any of axum's:
-    /// TCP, Unix, TLS of your own.
+    /// TCP, Unix, one of your own.
     ///
     /// Connections count in [`connections`](Self::connections), upgraded ones until they close,
     /// and are cut at the drain deadline. Where `L::Io` is a `TcpStream` and something has been
@@ -49,8 +54,9 @@ impl Graceful {
     /// Give it the `TcpListener` itself, and put `tap_io` after it: `graceful.listener(tcp).tap_io(…)`.
     /// The queue of a `TcpListener` can be emptied to the last connection before it is closed: on
     /// Linux exactly, elsewhere and for a `UnixListener` but for who comes between the last look
-    /// and the close. A listener that wraps one, for TLS say, goes on accepting for 60 ms, in which
-    /// it may finish a handshake; who comes after that may be reset.
+    /// and the close. A listener that wraps one goes on accepting for 60 ms; who comes after that may
+    /// be reset. So put TLS after it as well:
+    /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes).
     ///
     /// On Linux the close uses a socket filter for some milliseconds, which drops what would begin
     /// a new connection. Not on a socket that was passed by socket activation (`LISTEN_FDS`), since
@@ -75,8 +81,7 @@ impl Graceful {
     /// # }
     /// ```
     pub fn listener<L: Listener>(&self, listener: L) -> TrackedListener<L> {
-        let graceful = self.clone();
-        GracefulListener::new(listener, graceful).tap_io(|_| ())
+        GracefulListener::new(self, listener).tap_io(|_| ())
     }
 }
 
@@ -118,7 +123,36 @@ enum Closing {
 }
 
 impl<L: Listener> GracefulListener<L> {
-    pub(super) fn new(listener: L, graceful: Graceful) -> Self {
+    /// What [`Graceful::listener`] makes, outside a `TapIo`: for connect info of your own on axum's
+    /// server.
+    ///
+    /// axum implements `Connected` for every `TapIo`, for the type of the listener's addresses alone,
+    /// and the compiler allows no other implementation beside that one (E0119).
+    ///
+    /// ```
+    /// use axum::{extract::connect_info::Connected, serve::IncomingStream};
+    /// use tokio::net::TcpListener;
+    /// use tower_graceful::GracefulListener;
+    ///
+    /// #[derive(Clone)]
+    /// struct NoDelay(bool);
+    ///
+    /// impl Connected<IncomingStream<'_, GracefulListener<TcpListener>>> for NoDelay {
+    ///     fn connect_info(stream: IncomingStream<'_, GracefulListener<TcpListener>>) -> Self {
+    ///         Self(stream.io().get_ref().nodelay().unwrap_or_default())
+    ///     }
+    /// }
+    /// ```
+    ///
+    /// On a server of [`serve`](Graceful::serve) connect info of your own is made from an
+    /// [`Accepted`](crate::Accepted), whatever the listener.
+    pub fn new(graceful: &Graceful, listener: L) -> Self {
+        tracked::note::<L::Io>();
+        Self::within(graceful.clone(), listener)
+    }
+
+    /// Its IO is wrapped again by whoever uses it.
+    pub(super) fn within(graceful: Graceful, listener: L) -> Self {
         Self {
             is_passed: is_passed(&listener),
             listener: Some(listener),

@@ -14,6 +14,8 @@ mod accepted;
 mod activation;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod connection;
+#[cfg(feature = "axum")]
+mod handshakes;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
 mod io;
 mod linger;
@@ -27,9 +29,13 @@ mod send_queue;
 mod serve;
 #[cfg_attr(not(feature = "axum"), allow(dead_code))]
 mod starved;
+#[cfg(feature = "axum")]
+mod tracked;
 
 #[cfg(all(feature = "axum", feature = "signal"))]
 pub use self::accepted::Accepted;
+#[cfg(feature = "axum")]
+pub use self::handshakes::{HandshakeExt, Handshakes, TrackedHandshakes};
 pub use self::io::GracefulIo;
 #[cfg(feature = "axum")]
 pub use self::listener::{GracefulListener, TrackedListener};
@@ -43,6 +49,11 @@ use crate::{
 type Line = registry::Line<Shared>;
 
 impl Line {
+    /// The peer's address, if it is known.
+    pub(crate) fn peer(&self) -> Option<std::net::SocketAddr> {
+        self.owner.connections.peer(self)
+    }
+
     /// What follows is another protocol than HTTP.
     #[cold]
     fn upgraded(&self) {

@@ -1,12 +1,12 @@
 //! The server whose connections are ours.
 
-use std::{convert::Infallible, future::poll_fn, pin::pin};
+use std::{any::Any, convert::Infallible, future::poll_fn, pin::pin, ptr};
 
 use axum::{extract::Request, response::Response, serve::Listener};
 use tokio::task::JoinSet;
 use tower_service::Service;
 
-use super::{accepted::Accepted, connection, listener::GracefulListener};
+use super::{accepted::Accepted, connection, io::GracefulIo, listener::GracefulListener, tracked};
 use crate::{handle::Graceful, report::Report, timeline::Edge};
 
 impl Graceful {
@@ -15,7 +15,10 @@ impl Graceful {
     ///
     /// `app` is whatever axum's `serve` takes: a `Router`, a `MethodRouter`, a handler, a
     /// make-service, with or without connect info; connect info of your own is made from an
-    /// [`Accepted`]. `listener` is any of axum's, see [`listener`](Self::listener).
+    /// [`Accepted`]. `listener` is any of axum's, see [`listener`](Self::listener). For TLS, or anything
+    /// else that comes before HTTP, it is
+    /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes): what is tracked already
+    /// is not tracked again.
     ///
     /// It does what axum's `serve` does with [`listener`](Self::listener), [`drain`](Self::drain)
     /// and [`run`](Self::run), and what only the owner of a connection can do besides:
@@ -72,13 +75,52 @@ impl Graceful {
     {
         self.handle_signals_or_log();
         let graceful = self.clone();
-        let listener = GracefulListener::new(listener, self.clone());
-        async move { graceful.run(accept(listener, app, graceful.clone())).await }
+        let source = Source::new(&graceful, listener);
+        async move { graceful.run(accept(source, app, graceful.clone())).await }
+    }
+}
+
+/// Where connections come from.
+enum Source<L: Listener> {
+    Untracked(GracefulListener<L>),
+    /// The listener's connections are tracked already.
+    Tracked(L, tracked::Find),
+}
+
+impl<L: Listener> Source<L> {
+    fn new(graceful: &Graceful, listener: L) -> Self {
+        match tracked::find::<L::Io>() {
+            Some(find) => Self::Tracked(listener, find),
+            None => Self::Untracked(GracefulListener::within(graceful.clone(), listener)),
+        }
+    }
+
+    async fn accept(&mut self, graceful: &Graceful) -> (GracefulIo<L::Io>, L::Addr) {
+        match self {
+            Self::Untracked(listener) => listener.accept().await,
+            Self::Tracked(listener, find) => {
+                let (io, addr) = listener.accept().await;
+                let io = match find(&io) {
+                    // The server reads what the handshake, if any, has made of it.
+                    Some(line)
+                        if ptr::eq(&raw const *line.owner, &raw const **graceful.shared()) =>
+                    {
+                        GracefulIo::above(io, line)
+                    }
+                    // By another lifecycle, or none.
+                    _ => {
+                        let peer = (&addr as &dyn Any).downcast_ref().copied();
+                        GracefulIo::new(graceful, io, peer, None)
+                    }
+                };
+                (io, addr)
+            }
+        }
     }
 }
 
 /// Serves every connection until the connections are to be closed, and then until they are.
-async fn accept<L, M, S>(mut listener: GracefulListener<L>, mut app: M, graceful: Graceful)
+async fn accept<L, M, S>(mut listener: Source<L>, mut app: M, graceful: Graceful)
 where
     L: Listener,
     M: for<'a> Service<Accepted<'a, L>, Error = Infallible, Response = S> + Send + 'static,
@@ -95,7 +137,7 @@ where
         let (io, remote_addr) = {
             // One that has begun is not dropped for anything but the end: a listener may be in the
             // middle of a handshake.
-            let mut accept = pin!(listener.accept());
+            let mut accept = pin!(listener.accept(&graceful));
             loop {
                 tokio::select! {
                     accepted = &mut accept => break accepted,

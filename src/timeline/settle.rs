@@ -26,8 +26,11 @@ pub(crate) const LINGER: Duration = Duration::from_millis(25);
 const MOST_LINGER: Duration = Duration::from_millis(150);
 
 /// How long it waits for connections that no task has read yet: on a busy machine the runtime comes to
-/// them late, and each may have a request waiting.
+/// them late, and each may have a request waiting. And for handshakes whose peers have begun to speak.
 const MOST_UNREAD: Duration = Duration::from_secs(1);
+
+/// How often it looks whether such handshakes still run.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// How long a listener may take to empty its accept queue.
 pub(crate) const LAST_ACCEPTS: Duration = Duration::from_millis(100);
@@ -286,9 +289,16 @@ impl Shared {
                 return Some(last_accepts);
             }
             let begun = self.starved.over().map_or(begun, |over| over.max(begun));
+            let most = shutdown.drain_until.min(begun + MOST_UNREAD);
+            if now < most && self.connections.has_handshakes() {
+                shutdown.shook = Some(now);
+                return Some(most.min(now + LOOK));
+            }
             let unread = self.connections.has_unread();
             let most = begun + if unread { MOST_UNREAD } else { MOST_LINGER };
-            let most = shutdown.drain_until.min(most);
+            // A request comes with the last of its handshake, or right after it.
+            let shook = shutdown.shook.map_or(most, |shook| shook + LOOK + LINGER);
+            let most = shutdown.drain_until.min(most.max(shook));
             if self.connections.take_stirred() || unread {
                 shutdown.heard = Some(now);
             }

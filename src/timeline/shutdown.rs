@@ -115,6 +115,8 @@ pub(super) struct Shutdown {
     pub(super) edge_begun: Option<Instant>,
     /// When a connection was last heard, as far as that was asked.
     pub(super) heard: Option<Instant>,
+    /// When a handshake was last seen to run, as far as that was asked.
+    pub(super) shook: Option<Instant>,
     /// When connections are next looked at for those on which there is nothing to wait for. Known once
     /// they have been told to close.
     expiry: Option<Instant>,
@@ -197,6 +199,7 @@ impl Shutdown {
             edge: Edge::Open,
             edge_begun: None,
             heard: None,
+            shook: None,
             expiry: None,
             expiries: 0,
             entered: Vec::with_capacity(3),

@@ -49,6 +49,8 @@ mod signals;
 #[cfg(unix)]
 mod starved;
 #[cfg(unix)]
+mod tls;
+#[cfg(unix)]
 mod whole;
 #[cfg(unix)]
 mod work;
@@ -95,7 +97,7 @@ fn main() -> ExitCode {
         work::TESTS,
     ];
     // These want the machine for themselves: beside them no other test could keep its times.
-    let alone = [hostile::ALONE, many::ALONE, many::SOAK];
+    let alone = [hostile::ALONE, many::ALONE, many::SOAK, tls::ALONE];
     let tests = rooms.into_iter().flatten().map(|test| (test, false));
     let tests = tests.chain(alone.into_iter().flatten().map(|test| (test, true)));
     let mut trials = Vec::new();

@@ -22,9 +22,9 @@ use futures_util::stream;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpListener, sync::mpsc};
-use tower_graceful::{Graceful, GracefulBuilder, Phase, Stop};
+use tower_graceful::{Graceful, GracefulBuilder, Phase, Report, Stop};
 
-use crate::long_lived;
+use crate::{long_lived, tls::server as tls};
 
 /// The ways to put the crate under a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ impl Form {
 }
 
 /// The knobs of a scenario, as the child's arguments: `name=value`.
-struct Knobs<'a>(&'a [String]);
+pub(crate) struct Knobs<'a>(&'a [String]);
 
 impl Knobs<'_> {
     fn text(&self, name: &str) -> Option<&str> {
@@ -60,7 +60,7 @@ impl Knobs<'_> {
         self.text(name).map(|text| text.parse().unwrap())
     }
 
-    fn millis(&self, name: &str) -> Option<Duration> {
+    pub(crate) fn millis(&self, name: &str) -> Option<Duration> {
         match self.text(name) {
             Some("max") => Some(Duration::MAX),
             _ => self.number(name).map(Duration::from_millis),
@@ -217,6 +217,19 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         println!("listening {address}");
     };
     let report = match knobs.text("form").unwrap() {
+        "Serve" if knobs.text("tls").is_some() => {
+            let app = app.into_make_service_with_connect_info::<SocketAddr>();
+            let served = graceful.serve(tls::listener(&graceful, listener, knobs), app);
+            starting.await;
+            served.await
+        }
+        "Run" if knobs.text("tls").is_some() => {
+            let app = app.into_make_service_with_connect_info::<SocketAddr>();
+            let server = axum::serve(tls::listener(&graceful, listener, knobs), app)
+                .with_graceful_shutdown(graceful.drain());
+            starting.await;
+            graceful.run(server).await
+        }
         "Serve" => {
             let app = app.into_make_service_with_connect_info::<SocketAddr>();
             let served = graceful.serve(listener, app);
@@ -257,6 +270,11 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         }
         other => panic!("no such form: {other}"),
     };
+    end(knobs, report).await
+}
+
+/// Ends the process, as the knobs have it.
+async fn end(knobs: &Knobs<'_>, report: Report) -> ExitCode {
     println!("report {}", format!("{report}").replace('\n', " |"));
     match knobs.text("exit") {
         Some("now") => report.exit(),

@@ -1,0 +1,179 @@
+//! HTTPS that drains: TLS on the tracked listener, HTTP/2 and HTTP/1.1 by ALPN, a certificate that is
+//! replaced on SIGHUP, and client certificates.
+//!
+//! ```sh
+//! cargo run --example tls                                # or: -- 127.0.0.1:3443 FOLDER
+//! curl -i --cacert ca.pem https://localhost:3443/        # hello, over HTTP/2
+//! kill -HUP $(pgrep -x tls)                              # new connections see another certificate
+//! curl --cacert ca.pem --cert client.pem https://localhost:3443/whoami |
+//!     xxd -r -p | openssl x509 -inform der -noout -subject    # CN = ada
+//! kill -TERM $(pgrep -x tls)
+//! curl -i --http1.1 --cacert ca.pem https://localhost:3443/   # Connection: close, for five seconds
+//! ```
+
+use std::{
+    env,
+    error::Error,
+    fmt::Write as _,
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    extract::{ConnectInfo, connect_info::Connected},
+    routing::get,
+    serve::Listener,
+};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{
+        RootCertStore, ServerConfig,
+        pki_types::{CertificateDer, PrivatePkcs8KeyDer},
+        server::WebPkiClientVerifier,
+    },
+    server::TlsStream,
+};
+use tower_graceful::{Accepted, Graceful, GracefulIo, HandshakeExt};
+
+type Authority = CertifiedIssuer<'static, KeyPair>;
+
+#[tokio::main]
+async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .init();
+    let mut arguments = env::args().skip(1);
+    let address = arguments.next().unwrap_or("127.0.0.1:3443".into());
+    let folder = PathBuf::from(arguments.next().unwrap_or(".".into()));
+
+    let authority = authority(&folder)?;
+    let (acceptors, acceptor) = watch::channel(new_acceptor(&authority)?);
+
+    let graceful = Graceful::new();
+    // Where yours would read the files that have been renewed.
+    #[cfg(unix)]
+    graceful.worker("certificate", |stop| async move {
+        use tokio::signal::unix::{SignalKind, signal};
+
+        let mut hangups = signal(SignalKind::hangup())?;
+        tokio::pin!(stop);
+        loop {
+            tokio::select! {
+                () = &mut stop => return Ok::<_, Box<dyn Error + Send + Sync>>(()),
+                _ = hangups.recv() => {
+                    acceptors.send_replace(new_acceptor(&authority)?);
+                    tracing::info!("a new certificate");
+                }
+            }
+        }
+    })?;
+
+    let app = Router::new()
+        .route("/", get(|| async { "hello\n" }))
+        .route("/whoami", get(whoami))
+        .route("/slow", get(slow))
+        .layer(graceful.layer())
+        .merge(graceful.probes())
+        .into_make_service_with_connect_info::<Peer>();
+
+    let tcp = TcpListener::bind(address).await?;
+    println!("listening on {}", tcp.local_addr()?);
+    let tls = graceful
+        .listener(tcp)
+        .handshakes(Duration::from_secs(10), move |io| {
+            acceptor.borrow().accept(io)
+        });
+    let report = graceful.serve(tls, app).await;
+    println!("{report}");
+    Ok(report.into())
+}
+
+/// What a handler can know of the client.
+#[derive(Clone)]
+struct Peer {
+    address: SocketAddr,
+    certificate: Option<CertificateDer<'static>>,
+}
+
+impl<L> Connected<Accepted<'_, L>> for Peer
+where
+    L: Listener<Io = GracefulIo<TlsStream<GracefulIo<TcpStream>>>, Addr = SocketAddr>,
+{
+    fn connect_info(accepted: Accepted<'_, L>) -> Self {
+        let (_, tls) = accepted.io().get_ref().get_ref();
+        let chain = tls.peer_certificates();
+        Self {
+            address: *accepted.remote_addr(),
+            certificate: chain.and_then(|chain| Some(chain.first()?.clone().into_owned())),
+        }
+    }
+}
+
+/// The client's certificate as hexadecimal DER, or its address.
+async fn whoami(ConnectInfo(peer): ConnectInfo<Peer>) -> String {
+    let Some(certificate) = peer.certificate else {
+        return format!("{} without a certificate\n", peer.address);
+    };
+    certificate.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+async fn slow() -> &'static str {
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    "finished, although the service was told to stop meanwhile\n"
+}
+
+/// Makes an authority and a certificate for a client, and writes down what clients need.
+fn authority(folder: &Path) -> Result<Authority, Box<dyn Error + Send + Sync>> {
+    let mut params = CertificateParams::default();
+    params
+        .distinguished_name
+        .push(DnType::CommonName, "authority");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
+    fs::write(folder.join("ca.pem"), authority.pem())?;
+
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, "ada");
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    let key = KeyPair::generate()?;
+    let client = params.signed_by(&key, &authority)?;
+    let both = client.pem() + &key.serialize_pem();
+    fs::write(folder.join("client.pem"), both)?;
+    Ok(authority)
+}
+
+/// TLS with a new certificate.
+fn new_acceptor(authority: &Authority) -> Result<TlsAcceptor, Box<dyn Error + Send + Sync>> {
+    let key = KeyPair::generate()?;
+    let names = ["localhost".into(), "127.0.0.1".into()];
+    let certificate = CertificateParams::new(names)?.signed_by(&key, authority)?;
+    let key = PrivatePkcs8KeyDer::from(key.serialize_der());
+
+    let mut clients = RootCertStore::empty();
+    clients.add(authority.der().clone())?;
+    let clients = WebPkiClientVerifier::builder(clients.into())
+        .allow_unauthenticated()
+        .build()?;
+
+    let mut config = ServerConfig::builder()
+        .with_client_cert_verifier(clients)
+        .with_single_cert(vec![certificate.der().clone()], key.into())?;
+    config.alpn_protocols = vec![b"h2".into(), b"http/1.1".into()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
