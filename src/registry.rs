@@ -28,7 +28,7 @@ use crate::{
     phase::Phase,
     report::CutConnection,
     spread::Place,
-    sync::{AtomicU16, AtomicU32, Mutex, Ordering, lock},
+    sync::{AtomicU8, AtomicU16, AtomicU32, Mutex, Ordering, lock},
 };
 
 /// Each connection keeps its owner `O` alive.
@@ -181,6 +181,7 @@ impl<O> Registry<O> {
             place: Place::nth(open.entered),
             heard: Heard::default(),
             flags: Flags::new(STIRRED | LOOKED_AT | if watched { WATCHED } else { 0 }),
+            entries: AtomicU8::new(1),
             undelivered: AtomicU32::new(0),
             notice: Notice::new(told),
         });
@@ -287,6 +288,9 @@ pub(crate) struct Line<O> {
     pub(crate) place: Place,
     pub(crate) heard: Heard,
     pub(crate) flags: Flags,
+    /// How many entries are to be dropped before it is removed. `Relaxed` when one is added, by one that
+    /// is there; `AcqRel` when one is dropped, so that the last one speaks for all.
+    pub(crate) entries: AtomicU8,
     /// Bytes that the peer had not acknowledged when the connection was cut.
     pub(crate) undelivered: AtomicU32,
     pub(crate) notice: Notice,
@@ -353,25 +357,23 @@ const ANSWERS: u16 = 2;
 pub(crate) const LINGERS: u16 = 4;
 /// A response went out while the service stopped.
 pub(crate) const RESPONDED: u16 = 8;
-/// Two entries of it are to be dropped before it is removed.
-pub(crate) const HANDED_OVER: u16 = 16;
 /// Some of its requests are looked at, whether the layer sees them.
-pub(crate) const WATCHED: u16 = 32;
+pub(crate) const WATCHED: u16 = 16;
 /// It has asked for an upgrade, and is among those that have.
-pub(crate) const UPGRADES: u16 = 64;
+pub(crate) const UPGRADES: u16 = 32;
 /// What passes is looked at for requests: where the server is not ours, and as long as they can be told
 /// apart.
-pub(crate) const LOOKED_AT: u16 = 128;
+pub(crate) const LOOKED_AT: u16 = 64;
 /// A handshake runs on it.
-pub(crate) const HANDSHAKE: u16 = 256;
+pub(crate) const HANDSHAKE: u16 = 128;
 /// After a handshake: something was written, or the first head of HTTP/1 is whole.
-pub(crate) const BUSY: u16 = 512;
+pub(crate) const BUSY: u16 = 256;
 /// After a handshake: it was upgraded from HTTP/1.
-pub(crate) const UPGRADED: u16 = 1024;
+pub(crate) const UPGRADED: u16 = 512;
 /// After a handshake: the last that was read is a request of HTTP/1 without a body.
-pub(crate) const BODILESS: u16 = 2048;
+pub(crate) const BODILESS: u16 = 1024;
 /// Its peer is in the table of renamed peers.
-const RENAMED: u16 = 4096;
+const RENAMED: u16 = 2048;
 
 /// So many connections are watched, and after them one in so many nanoseconds.
 const ALL_WATCHED: u64 = 8;

@@ -461,7 +461,8 @@ async fn handshakes_that_run_when_connections_close_are_dropped() {
         time::sleep(Duration::from_millis(50)).await;
         let begun = Instant::now();
         stop(&graceful, run).await;
-        assert!(begun.elapsed() < Duration::from_secs(1), "{own}");
+        // The one that speaks is waited for, for a second.
+        assert!(begun.elapsed() < Duration::from_secs(2), "{own}");
         assert_eq!(dropped.load(Ordering::SeqCst), 10, "{own}");
     }
 }

@@ -25,7 +25,7 @@ use crate::{
     handle::Graceful,
     notice::{Stored, Told, Waiter},
     phase::Phase,
-    registry::{BODILESS, BUSY, HANDED_OVER, HANDSHAKE, LOOKED_AT, RESPONDED, UPGRADED, UPGRADES},
+    registry::{BODILESS, BUSY, HANDSHAKE, LOOKED_AT, RESPONDED, UPGRADED, UPGRADES},
     sync::Ordering,
 };
 
@@ -127,8 +127,8 @@ pub struct GracefulIo<I: 'static> {
     /// The last write had to wait.
     blocked: bool,
     heads: Heads,
-    /// Bytes written while the service stops, as far as this can count.
-    written_late: u16,
+    /// Bytes written while the service stops, as far as this can count: to more than `FAREWELL`.
+    written_late: u8,
     /// Whether it is idle, where its descriptor is needed.
     activity: Activity,
     linger: Option<Linger<I>>,
@@ -318,21 +318,24 @@ fn reset<I: 'static>(io: &I) {
     }
 }
 
-/// Removes the connection from the table when it is dropped, or when what it was handed over to is
-/// dropped too. The entry of a layer above removes nothing.
+/// The last entry of a connection removes it from the table when it is dropped: of the connection's
+/// layers, and of what it was handed over to.
 pub(super) struct Entry {
     pub(super) line: Arc<Line>,
-    removes: bool,
 }
 
 impl Entry {
-    /// An entry for what keeps the connection open from now on. The last of the two removes it.
-    fn hand_over(&self) -> Self {
-        self.line.flags.set(HANDED_OVER);
+    /// Another one.
+    fn share(line: &Arc<Line>) -> Self {
+        line.entries.fetch_add(1, Ordering::Relaxed);
         Self {
-            line: Arc::clone(&self.line),
-            removes: true,
+            line: Arc::clone(line),
         }
+    }
+
+    /// An entry for what keeps the connection open from now on.
+    fn hand_over(&self) -> Self {
+        Self::share(&self.line)
     }
 
     /// The peer has closed its writing side, and the connection is dropped before a response that
@@ -356,7 +359,7 @@ fn cut() -> io::Error {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        if !self.removes || self.line.flags.take(HANDED_OVER) {
+        if self.line.entries.fetch_sub(1, Ordering::AcqRel) > 1 {
             return;
         }
         let shared = &self.line.owner;
@@ -379,7 +382,7 @@ impl<I: 'static> GracefulIo<I> {
         let shared = graceful.shared();
         let line = shared.connections.insert(shared.clone(), address);
         shared.mark_served();
-        Self::with_entry(io, linger, 0, line)
+        Self::with_entry(io, linger, 0, Entry { line })
     }
 
     /// What a handshake has made of the connection. It ends a layer, and this begins the next.
@@ -388,10 +391,10 @@ impl<I: 'static> GracefulIo<I> {
         requests::end(&line);
         line.flags.set(LOOKED_AT);
         let layer = line.heard.begin_layer();
-        Self::with_entry(io, None, layer, line)
+        Self::with_entry(io, None, layer, Entry::share(&line))
     }
 
-    fn with_entry(io: I, linger: Option<Linger<I>>, layer: u8, line: Arc<Line>) -> Self {
+    fn with_entry(io: I, linger: Option<Linger<I>>, layer: u8, entry: Entry) -> Self {
         Self {
             io: Some(io),
             stored: Stored::default(),
@@ -403,10 +406,7 @@ impl<I: 'static> GracefulIo<I> {
             activity: Activity::default(),
             linger,
             layer,
-            entry: Entry {
-                line,
-                removes: layer == 0,
-            },
+            entry,
         }
     }
 
@@ -534,7 +534,7 @@ impl<I: 'static> GracefulIo<I> {
         if self.entry.line.flags.has(HANDSHAKE) {
             return;
         }
-        let bytes = u16::try_from(bytes).unwrap_or(u16::MAX);
+        let bytes = u8::try_from(bytes).unwrap_or(u8::MAX);
         self.written_late = self.written_late.saturating_add(bytes);
         if self.entry.line.heard.is_http1() || u32::from(self.written_late) > FAREWELL {
             self.entry.line.flags.set(RESPONDED);
