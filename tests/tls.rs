@@ -422,7 +422,7 @@ async fn a_panic_ends_its_handshake_and_no_other() {
     let mut client = TcpStream::connect(address).await.unwrap();
     let answer = ask(&mut client, "/").await;
     assert!(answer.ends_with("hello"), "{answer}");
-    assert_eq!(graceful.connections(), 1);
+    wait_for("the others are gone", || graceful.connections() == 1).await;
     stop(&graceful, run).await;
 }
 

@@ -221,7 +221,7 @@ where
                     Ok(Ok(io)) => {
                         let line = shaking.done();
                         set_addr(&mut addr, &line);
-                        return Some((GracefulIo::above(io, line), addr));
+                        return Some((GracefulIo::above(io, &line), addr));
                     }
                     Ok(Err(error)) => Some(error.into()),
                     Err(_) => None,

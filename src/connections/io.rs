@@ -387,11 +387,11 @@ impl<I: 'static> GracefulIo<I> {
 
     /// What a handshake has made of the connection. It ends a layer, and this begins the next.
     #[cfg(feature = "axum")]
-    pub(super) fn above(io: I, line: Arc<Line>) -> Self {
-        requests::end(&line);
+    pub(super) fn above(io: I, line: &Arc<Line>) -> Self {
+        requests::end(line);
         line.flags.set(LOOKED_AT);
         let layer = line.heard.begin_layer();
-        Self::with_entry(io, None, layer, Entry::share(&line))
+        Self::with_entry(io, None, layer, Entry::share(line))
     }
 
     fn with_entry(io: I, linger: Option<Linger<I>>, layer: u8, entry: Entry) -> Self {

@@ -105,7 +105,7 @@ impl<L: Listener> Source<L> {
                     Some(line)
                         if ptr::eq(&raw const *line.owner, &raw const **graceful.shared()) =>
                     {
-                        GracefulIo::above(io, line)
+                        GracefulIo::above(io, &line)
                     }
                     // By another lifecycle, or none.
                     _ => {

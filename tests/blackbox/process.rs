@@ -108,7 +108,7 @@ impl Exit {
         } else {
             written
         };
-        written - begun
+        written.saturating_sub(begun)
     }
 
     /// The process ended no earlier than `least` after the first signal, and no later than `most`
