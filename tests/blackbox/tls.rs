@@ -280,11 +280,12 @@ fn silent_peers(form: Form) {
         begun.elapsed() < Duration::from_millis(200)
     });
     let each = memory().saturating_sub(before) * 1024 / peers;
-    println!("{peers} silent peers, {each} bytes of memory each");
     assert!(each < 12 * 1024, "{each}");
     server.terminate();
     let exit = server.exit();
     exit.assert_clean();
+    let after = exit.after;
+    println!("{peers} silent peers, {each} bytes of memory each, ended after {after:?}");
     exit.assert_within(Duration::ZERO, Duration::from_secs(4));
     drop(silent);
 }
