@@ -32,8 +32,8 @@ mod peers;
 // The gate is private. These are its sources, and all that they need; warnings are for where they
 // belong.
 #[allow(warnings, clippy::pedantic)]
-#[path = "../src/gate/mod.rs"]
-mod gate;
+#[path = "../src/admission/mod.rs"]
+mod admission;
 #[allow(warnings, clippy::pedantic)]
 #[path = "../src/phase.rs"]
 mod phase;
@@ -63,11 +63,14 @@ fn add(criterion: &mut Criterion, group: &str, name: &str, once: impl Fn() + Syn
 }
 
 fn gate(criterion: &mut Criterion) {
-    let unlimited = gate::Gate::new(None, false, (), |_| ());
-    let limited = gate::Gate::new(Some(1_000), false, (), |_| ());
-    for (name, door) in [("no limit", unlimited.door()), ("limit", limited.door())] {
+    let unlimited = admission::Gate::new(None, false, (), |_| ());
+    let limited = admission::Gate::new(Some(1_000), false, (), |_| ());
+    for (name, admission) in [
+        ("no limit", unlimited.admission()),
+        ("limit", limited.admission()),
+    ] {
         add(criterion, "gate", name, || {
-            let ticket = door.admit();
+            let ticket = admission.admit();
             assert!(ticket.is_some());
         });
     }

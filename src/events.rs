@@ -19,14 +19,14 @@ use tracing::{Dispatch, dispatcher, level_filters::LevelFilter, subscriber::NoSu
 
 #[cfg(feature = "tracing")]
 use crate::{
-    control::{Aside, shielded},
+    background::{Aside, shielded},
     sync::{Mutex, lock},
 };
 use crate::{
+    config::plan::EffectivePlan,
     phase::Phase,
-    plan::EffectivePlan,
-    report::{CutRequest, Fate, TaskKind, Trigger, Warning},
-    work::Task,
+    report::{CutRequest, TaskKind, TaskOutcome, Trigger, Warning},
+    tasks::table::Task,
 };
 
 #[cfg(feature = "tracing")]
@@ -320,21 +320,23 @@ fn task(task: &Task) {
         TaskKind::Worker => "worker",
         TaskKind::Cleanup => "cleanup",
     };
-    let Some((_, fate)) = &task.ended else { return };
+    let Some((_, outcome)) = &task.ended else {
+        return;
+    };
     let name = &*task.name;
     macro_rules! task_event {
         ($level:ident, $error:expr) => {
             event!(
                 $level,
-                { kind = kind, name = name, fate = &*fate.to_string(), error = $error },
-                "shutdown: {kind} {name}: {fate}"
+                { kind = kind, name = name, outcome = &*outcome.to_string(), error = $error },
+                "shutdown: {kind} {name}: {outcome}"
             )
         };
     }
-    match fate {
-        Fate::Done => task_event!(info, ""),
-        Fate::Failed(error) | Fate::Panicked(error) => task_event!(warn, &**error),
-        Fate::EndedEarly | Fate::Cut | Fate::NotRun => task_event!(warn, ""),
+    match outcome {
+        TaskOutcome::Done => task_event!(info, ""),
+        TaskOutcome::Failed(error) | TaskOutcome::Panicked(error) => task_event!(warn, &**error),
+        TaskOutcome::EndedEarly | TaskOutcome::Cut | TaskOutcome::NotRun => task_event!(warn, ""),
     }
 }
 
@@ -368,7 +370,7 @@ pub(crate) fn handshake_failed(
         return;
     }
     let error = match error {
-        Some(error) => crate::work::with_sources(&*error),
+        Some(error) => crate::tasks::table::with_sources(&*error),
         None => "it took too long".to_owned(),
     };
     let peer = peer.map_or_else(|| "a peer".to_owned(), |peer| peer.to_string());

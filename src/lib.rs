@@ -83,69 +83,53 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod builder;
-mod connections;
+mod admission;
+mod background;
+mod config;
+mod connection;
 mod control;
-mod drain;
 mod events;
-mod gate;
 mod handle;
-#[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
-mod heard;
-mod hold;
-mod leaving;
 mod middleware;
-mod notice;
-mod outside;
 mod phase;
-mod phase_receiver;
-mod plan;
-mod policy;
-mod probes;
-mod reached;
-mod registry;
-mod rejection;
 mod report;
-mod roll;
-mod run;
-#[cfg(feature = "signal")]
-mod signals;
-mod spread;
+mod server;
+mod shutdown;
 mod sync;
 mod tasks;
-mod timeline;
-mod until_draining;
-mod upgraded;
-mod waiters;
-#[cfg(all(unix, feature = "signal"))]
-mod watchdog;
-mod work;
+mod waiting;
 
 #[cfg(all(feature = "axum", feature = "signal"))]
-pub use crate::connections::Accepted;
+pub use crate::server::Accepted;
 #[cfg(feature = "axum")]
-pub use crate::connections::{
+pub use crate::server::{
     GracefulListener, HandshakeExt, Handshakes, TrackedHandshakes, TrackedListener,
 };
 pub use crate::{
-    builder::GracefulBuilder,
-    connections::GracefulIo,
-    drain::Drain,
-    handle::{Graceful, PhaseReached, Snapshot},
-    hold::Hold,
-    middleware::{GracefulBody, GracefulFuture, GracefulLayer, GracefulService},
-    phase::Phase,
-    phase_receiver::PhaseReceiver,
-    plan::{ConfigError, EffectivePlan, Misfit},
-    probes::{Probe, ProbeBody, ProbeFuture},
-    rejection::{Rejection, RejectionReason},
-    report::{
-        CutConnection, CutRequest, Fate, HeldBy, Outcome, OutsideLayer, Remaining, Report,
-        Requests, TaskKind, TaskReport, Trigger, UnlistedWorkers, UpgradedConnection, Warning,
+    config::{
+        plan::{ConfigError, EffectivePlan, Misfit},
+        rejection::{Rejection, RejectionReason},
     },
-    tasks::{RegisterError, Stop},
-    until_draining::UntilDraining,
-    work::Completion,
+    handle::{
+        builder::GracefulBuilder,
+        drain::Drain,
+        graceful::{Graceful, PhaseReached, Snapshot},
+        hold::Hold,
+        until_draining::UntilDraining,
+        work::{RegisterError, Stop},
+    },
+    middleware::{
+        GracefulBody, GracefulFuture, GracefulLayer, GracefulService,
+        probes::{Probe, ProbeBody, ProbeFuture},
+    },
+    phase::Phase,
+    report::{
+        CutConnection, CutHold, CutRequest, Outcome, OutsideLayer, Remaining, Report, Requests,
+        TaskKind, TaskOutcome, TaskReport, Trigger, UnlistedWorkers, UpgradedConnection, Warning,
+    },
+    server::GracefulIo,
+    tasks::table::Completion,
+    waiting::phase_receiver::PhaseReceiver,
 };
 
 /// The programs in the README compile.

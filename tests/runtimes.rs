@@ -17,7 +17,7 @@ use tokio::{
     runtime::{Builder, Runtime},
     time,
 };
-use tower_graceful::{Fate, Graceful, Outcome, Phase, Report};
+use tower_graceful::{Graceful, Outcome, Phase, Report, TaskOutcome};
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
@@ -136,10 +136,12 @@ fn ends_at_random(seed: u64) {
     assert!(begun.elapsed() < 2 * END + MS(2_000), "{what}");
     // The report tells the truth about the step.
     let step = report.tasks().iter().find(|task| task.name == "step");
-    let fate = &step.unwrap().fate;
-    match fate {
-        Fate::Done => assert!(ran.load(Relaxed), "{what}"),
-        Fate::Cut | Fate::NotRun => assert_ne!(report.outcome(), Outcome::Clean, "{what}"),
+    let outcome = &step.unwrap().outcome;
+    match outcome {
+        TaskOutcome::Done => assert!(ran.load(Relaxed), "{what}"),
+        TaskOutcome::Cut | TaskOutcome::NotRun => {
+            assert_ne!(report.outcome(), Outcome::Clean, "{what}");
+        }
         other => panic!("{other:?}: {what}"),
     }
 }
@@ -172,9 +174,13 @@ fn a_runtime_that_is_kept_but_not_driven_does_not_hang_a_stop() {
     let fates: Vec<_> = report
         .tasks()
         .iter()
-        .map(|task| task.fate.clone())
+        .map(|task| task.outcome.clone())
         .collect();
-    assert_eq!(fates, [Fate::NotRun, Fate::Cut, Fate::NotRun], "{report}");
+    assert_eq!(
+        fates,
+        [TaskOutcome::NotRun, TaskOutcome::Cut, TaskOutcome::NotRun],
+        "{report}"
+    );
     assert_eq!(report.outcome(), Outcome::Forced);
     drop(first);
 }
@@ -204,6 +210,6 @@ fn a_stop_completes_where_no_runtime_is_left() {
             break report;
         }
     };
-    assert_eq!(report.tasks()[0].fate, Fate::NotRun);
+    assert_eq!(report.tasks()[0].outcome, TaskOutcome::NotRun);
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
 }

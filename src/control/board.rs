@@ -49,7 +49,7 @@ impl<S: Clone> Board<S> {
     }
 
     /// Has a stop looked at now.
-    pub(super) fn ring(&mut self, id: Id) {
+    pub(super) fn notify(&mut self, id: Id) {
         self.rung.push(id);
     }
 
@@ -102,9 +102,9 @@ mod tests {
         board.schedule(2, &"two", in_seconds(2));
         assert_eq!(board.next(), Some(in_seconds(1)));
         assert!(board.take(now, in_seconds(9)).is_empty());
-        board.ring(2);
-        board.ring(2);
-        board.ring(3);
+        board.notify(2);
+        board.notify(2);
+        board.notify(3);
         assert_eq!(board.take(in_seconds(2), in_seconds(9)), ["one", "two"]);
         assert_eq!(board.next(), Some(in_seconds(9)), "neither named another");
         board.schedule(1, &"one", in_seconds(3));

@@ -7,7 +7,7 @@
 //! over in which a signal may still belong to the last stop.
 //!
 //! The thread runs no code but this crate's. What it has to tell (wakers), to log, or to drop last is
-//! run [`aside`], so that it blocks and panics there.
+//! run [`aside`](crate::background), so that it blocks and panics there.
 //!
 //! 1. *Nothing that needs the thread is left without it.* All needs, and whether the thread lives, are
 //!    behind one lock. It leaves in the critical section in which it finds no need; a need that is
@@ -25,16 +25,19 @@
 //! The lock and the socket are the operating system's, and no model has them. `rest` has the decisions
 //! that points 1 and 2 are about, and models of them with a lock and a socket of loom's. The models fail
 //! where a wake-up does not write to the socket, where the thread says that it sleeps after it has given
-//! up the lock, and where it leaves after that. `bell` has a model of what is rung for.
+//! up the lock, and where it leaves after that. `driver_waker` has a model of what is rung for.
 //!
 //! Inside a runtime whose clock is paused tokio's clock rules, and this thread leaves the deadlines to
 //! the driver: see [`clock`].
 
-mod aside;
-mod bell;
 mod board;
 pub(crate) mod clock;
+mod driver_waker;
+#[cfg(all(unix, feature = "signal"))]
+mod exit;
 mod rest;
+#[cfg(feature = "signal")]
+mod signals;
 
 #[cfg(all(unix, feature = "signal"))]
 use std::collections::BTreeSet;
@@ -44,18 +47,14 @@ use std::{io, process, sync::MutexGuard, thread, time::Duration};
 
 use tokio::time::Instant;
 
-pub(crate) use self::{
-    aside::{Aside, shielded},
-    bell::Bell,
-};
-use self::{board::Board, rest::Rest};
+pub(crate) use self::driver_waker::DriverWaker;
 #[cfg(feature = "signal")]
-use crate::{
-    events,
-    report::Trigger,
-    signals::{self, Signals},
-};
-use crate::{plan::instant_after, sync::lock};
+use self::signals::Signals;
+use self::{board::Board, rest::Rest};
+use crate::background::{Aside, shielded};
+use crate::{config::plan::instant_after, sync::lock};
+#[cfg(feature = "signal")]
+use crate::{events, report::Trigger};
 
 /// Of a lifecycle.
 pub(crate) type Id = u64;
@@ -141,7 +140,7 @@ struct Todo<S: Subject> {
     #[cfg(feature = "signal")]
     listeners: Vec<S::Weak>,
     #[cfg(feature = "signal")]
-    is_late: bool,
+    joined_during_stop: bool,
     #[cfg(all(unix, feature = "signal"))]
     overdue: Vec<S::Weak>,
 }
@@ -197,9 +196,9 @@ impl<S: Subject> Control<S> {
         ended
     }
 
-    pub(crate) fn ring(&'static self, id: Id) {
+    pub(crate) fn notify(&'static self, id: Id) {
         let mut inner = lock!(self.inner);
-        inner.board.ring(id);
+        inner.board.notify(id);
         self.wake(&mut inner);
     }
 
@@ -378,7 +377,7 @@ impl<S: Subject> Control<S> {
         for signal in todo.signals {
             let listeners: Vec<_> = todo.listeners.iter().filter_map(S::upgrade).collect();
             if listeners.is_empty() {
-                if todo.is_late {
+                if todo.joined_during_stop {
                     events::late_signal(signal);
                 } else {
                     signals::default_action(signal);
@@ -395,7 +394,7 @@ impl<S: Subject> Control<S> {
         }
         #[cfg(all(unix, feature = "signal"))]
         for overdue in todo.overdue {
-            crate::watchdog::end(move || S::upgrade(&overdue)?.describe());
+            crate::control::exit::end(move || S::upgrade(&overdue)?.describe());
         }
         if !held.is_empty() {
             self.aside(Box::new(move || drop(held)));
@@ -420,7 +419,7 @@ impl<S: Subject> Inner<S> {
             #[cfg(feature = "signal")]
             signals,
             #[cfg(feature = "signal")]
-            is_late: self.heard.late_until.is_some(),
+            joined_during_stop: self.heard.late_until.is_some(),
             #[cfg(all(unix, feature = "signal"))]
             overdue: self.watched.take(now),
         }

@@ -38,7 +38,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::named::Named;
-use crate::handle::{Pass, Piece};
+use crate::handle::graceful::{Permit, Piece};
 
 /// How many bytes the last frame has from which on its request outlives it.
 const LARGE: usize = 16 * 1024;
@@ -65,7 +65,7 @@ pin_project! {
             #[pin]
             body: B,
             // After the body, so that it is dropped while its request is still in flight.
-            pass: Option<Pass>,
+            pass: Option<Permit>,
         },
         /// Boxed, because it is rare.
         Special {
@@ -81,10 +81,10 @@ pin_project! {
             #[pin]
             body: B,
             // In flight and on the roll, struck out first.
-            held: Option<(Named, Pass)>,
+            held: Option<(Named, Permit)>,
         },
         /// The server has the last frame, and has not asked for more.
-        HandedOver { pass: Option<Pass> },
+        HandedOver { pass: Option<Permit> },
         /// Of a refusal.
         Text { text: Bytes },
     }
@@ -92,7 +92,7 @@ pin_project! {
 
 impl<B> GracefulBody<B> {
     #[inline]
-    pub(super) fn inner(body: B, pass: Option<Pass>) -> Self {
+    pub(super) fn inner(body: B, pass: Option<Permit>) -> Self {
         Self {
             kind: Kind::Inner { body, pass },
         }
@@ -124,7 +124,7 @@ impl<B: Default> Default for GracefulBody<B> {
 
 impl<B: Body> GracefulBody<B> {
     /// For a request that is known by name.
-    pub(super) fn named(body: B, named: Named, pass: Pass) -> Self {
+    pub(super) fn named(body: B, named: Named, pass: Permit) -> Self {
         let held = (!body.is_end_stream()).then_some((named, pass));
         Self::special(Special::Named { body, held })
     }
@@ -175,7 +175,7 @@ type Polled<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error
 #[inline(always)]
 fn poll_inner<B: Body<Data: From<Bytes>>>(
     mut body: Pin<&mut B>,
-    pass: &mut Option<Pass>,
+    pass: &mut Option<Permit>,
     outlives: &mut bool,
     cx: &mut Context<'_>,
 ) -> Polled<B> {
@@ -205,7 +205,7 @@ fn poll_inner<B: Body<Data: From<Bytes>>>(
 
 /// The pass of a request that is in flight beyond this frame, also if it is the last of its body.
 #[inline(always)]
-fn outliving<'a, D: Buf>(pass: Option<&'a Pass>, frame: &Frame<D>) -> Option<&'a Pass> {
+fn outliving<'a, D: Buf>(pass: Option<&'a Permit>, frame: &Frame<D>) -> Option<&'a Permit> {
     let pass = pass?;
     let data = frame.data_ref()?;
     (data.remaining() >= LARGE || pass.word().is_stopping()).then_some(pass)
@@ -214,7 +214,7 @@ fn outliving<'a, D: Buf>(pass: Option<&'a Pass>, frame: &Frame<D>) -> Option<&'a
 /// The frame, counted until the server drops its data.
 #[cold]
 #[inline(never)]
-fn counted<D: Buf + From<Bytes>>(pass: &Pass, frame: Frame<D>) -> Frame<D> {
+fn counted<D: Buf + From<Bytes>>(pass: &Permit, frame: Frame<D>) -> Frame<D> {
     frame.map_data(|mut data| {
         let data = data.copy_to_bytes(data.remaining());
         let piece = pass.piece();
@@ -239,7 +239,7 @@ impl AsRef<[u8]> for Counted {
 
 /// Releases in its own drop: a frame is long, and by then it is where it is returned.
 struct End<'a> {
-    pass: &'a mut Option<Pass>,
+    pass: &'a mut Option<Permit>,
     come: bool,
 }
 

@@ -11,9 +11,9 @@ use pin_project_lite::pin_project;
 
 use super::{
     body::GracefulBody,
-    special::{SpecialFuture, ask_to_leave},
+    slow_path::{SpecialFuture, ask_to_leave},
 };
-use crate::handle::Begun;
+use crate::handle::graceful::Unanswered;
 
 pin_project! {
     /// The response future of [`GracefulService`](super::GracefulService).
@@ -36,7 +36,7 @@ pin_project! {
             #[pin]
             inner: F,
             // After the future, so that it is dropped while its request is still in flight.
-            pass: Begun,
+            pass: Unanswered,
             version: Version,
         },
         // Boxed, because it is rare.
@@ -47,7 +47,7 @@ pin_project! {
 
 impl<F, B> GracefulFuture<F, B> {
     #[inline]
-    pub(super) fn counted(inner: F, pass: Begun, version: Version) -> Self {
+    pub(super) fn counted(inner: F, pass: Unanswered, version: Version) -> Self {
         Self {
             state: State::Counted {
                 inner,
@@ -86,7 +86,7 @@ where
                 let ends = match &mut polled {
                     Poll::Pending => return Poll::Pending,
                     Poll::Ready(Ok(response)) => {
-                        if pass.word().is_special() {
+                        if pass.word().is_slow() {
                             ask_to_leave(response, pass, *version);
                         }
                         response.body().is_end_stream()

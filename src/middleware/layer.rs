@@ -1,7 +1,7 @@
 use tower_layer::Layer;
 
 use super::service::GracefulService;
-use crate::handle::Graceful;
+use crate::handle::graceful::Graceful;
 
 /// Counts requests in flight and refuses new ones once draining has begun.
 ///
@@ -79,7 +79,7 @@ impl<S> Layer<S> for GracefulLayer {
 
     fn layer(&self, inner: S) -> GracefulService<S> {
         self.graceful.shared().starved.counts_requests();
-        GracefulService::new(inner, self.graceful.entrance())
+        GracefulService::new(inner, self.graceful.admission())
     }
 }
 

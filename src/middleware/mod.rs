@@ -11,13 +11,15 @@
 //! at once.
 
 mod body;
+pub(crate) mod connection_close;
 mod future;
 mod layer;
 mod named;
 pub(crate) mod probe_route;
+pub(crate) mod probes;
 mod refusal;
 mod service;
-mod special;
+mod slow_path;
 
 pub use self::{
     body::GracefulBody, future::GracefulFuture, layer::GracefulLayer, service::GracefulService,

@@ -17,7 +17,7 @@
 
 use std::cell::Cell;
 
-use crate::{handle::Entrance, timeline::Shared};
+use crate::{handle::graceful::Admission, shutdown::Shared};
 
 /// What no lifecycle has for an address.
 const NONE: usize = 0;
@@ -35,12 +35,12 @@ pub(crate) fn note_clone(shared: &Shared) {
 /// Clones a service. Returns the entrance for the clone: another one if it leads to a probe of the
 /// same lifecycle.
 #[inline]
-pub(super) fn clone<S: Clone>(service: &S, entrance: Entrance) -> (S, Entrance) {
+pub(super) fn clone<S: Clone>(service: &S, admission: Admission) -> (S, Admission) {
     CLONED.set(NONE);
     let service = service.clone();
     match CLONED.get() {
         // The probe in the clone keeps its lifecycle, so that no other has its address.
-        probe if probe != NONE && probe == entrance.address() => (service, entrance.to_probe()),
-        _ => (service, entrance),
+        probe if probe != NONE && probe == admission.address() => (service, admission.to_probe()),
+        _ => (service, admission),
     }
 }

@@ -18,20 +18,19 @@ use bytes::{Buf, Bytes};
 use http::{HeaderMap, Method, Request, Response, Version, header, header::Entry};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use tokio::{
-    runtime,
-    time::{self, Instant, Sleep},
-};
+use {tokio::runtime, tokio::time, tokio::time::Instant, tokio::time::Sleep};
 
+use super::connection_close;
 use crate::{
-    gate::Refused,
-    handle::{Entrance, Reader},
-    leaving,
+    admission::Refused,
+    config::{
+        policy,
+        rejection::{self, Rejection},
+    },
+    handle::graceful::{Admission, Reading},
     phase::Phase,
-    policy,
-    reached::Reached,
-    rejection::{self, Rejection},
-    timeline::Shared,
+    shutdown::Shared,
+    waiting::watch_until::WatchUntil,
 };
 
 /// How much of a refused request's body is read, for how long, and through how long a silence,
@@ -54,21 +53,21 @@ const BEFORE_CUT: Duration = Duration::from_millis(150);
 const FRAMES_AT_ONCE: usize = 64;
 
 /// Whether a request is never refused: to a route of a probe, or to an exempt path.
-pub(super) fn is_exempt<B>(entrance: Entrance, request: &Request<B>) -> bool {
+pub(super) fn is_exempt<B>(admission: Admission, request: &Request<B>) -> bool {
     let path = request.uri().path();
-    let exempts = &entrance.rules().exempt;
+    let exempts = &admission.rules().exempt;
     let exempt = |path: &str| exempts.iter().any(|exempt| exempt == path);
-    entrance.leads_to_probe()
-        || is_for_probes_inside(entrance, request)
+    admission.leads_to_probe()
+        || is_for_probes_inside(admission, request)
         || exempt(path)
         || original_path(request).is_some_and(exempt)
 }
 
 /// Whether a request that no router has seen is for a probe: the path is one of those that the
 /// probes have at the root, and there is a router with the probes.
-fn is_for_probes_inside<B>(entrance: Entrance, request: &Request<B>) -> bool {
+fn is_for_probes_inside<B>(admission: Admission, request: &Request<B>) -> bool {
     // Probes keep what is behind the entrance alive.
-    let has_probes = || entrance.gate().is_some_and(|it| it.probes.get().is_some());
+    let has_probes = || admission.gate().is_some_and(|it| it.probes.get().is_some());
     let path = request.uri().path();
     original_path(request).is_none()
         && (path == policy::LIVEZ || path == policy::READYZ)
@@ -88,9 +87,9 @@ pub(super) fn original_path<B>(_: &Request<B>) -> Option<&str> {
     None
 }
 
-pub(super) fn refuse<B>(entrance: Entrance, request: Request<B>, refused: Refused) -> Refusal<B> {
-    entrance.refused(refused);
-    let policy = entrance.rules();
+pub(super) fn refuse<B>(admission: Admission, request: Request<B>, refused: Refused) -> Refusal<B> {
+    admission.refused(refused);
+    let policy = admission.rules();
     let rejection = Rejection::new(refused, policy.retry_after);
     let grpc = rejection::is_grpc(request.headers());
     let mut response = match &policy.rejection {
@@ -111,12 +110,12 @@ pub(super) fn refuse<B>(entrance: Entrance, request: Request<B>, refused: Refuse
         entry.insert(rejection.retry_after_value());
     }
     if refused == Refused::Draining || !headers.contains_key(header::CONNECTION) {
-        leaving::say_close(&mut response, request.version());
+        connection_close::say_close(&mut response, request.version());
     }
     Refusal {
-        entrance,
+        admission,
         least_phase: refused.least_phase(),
-        shared: entrance.gate(),
+        shared: admission.gate(),
         response: Some(response),
         body: reads_body(refused, &request).then(|| request.into_body()),
         reader: None,
@@ -124,7 +123,7 @@ pub(super) fn refuse<B>(entrance: Entrance, request: Request<B>, refused: Refuse
         silence: if grpc { GRPC_SILENCE } else { MOST_SILENCE },
         last: None,
         silent_since: None,
-        closing: Reached::new(Phase::Closing),
+        closing: WatchUntil::new(Phase::Closing),
         timer: None,
     }
 }
@@ -132,7 +131,7 @@ pub(super) fn refuse<B>(entrance: Entrance, request: Request<B>, refused: Refuse
 pin_project! {
     /// Reads the request's body within bounds, then resolves to the answer.
     pub(super) struct Refusal<B> {
-        entrance: Entrance,
+        admission: Admission,
         least_phase: Phase,
         // Nobody's any more, if there is none: then nothing ends the reading early.
         shared: Option<Shared>,
@@ -140,13 +139,13 @@ pin_project! {
         #[pin]
         body: Option<B>,
         // From the first poll of the body on.
-        reader: Option<Reader>,
+        reader: Option<Reading>,
         bytes_left: u64,
         silence: Duration,
         // When the answer goes out at the latest. Known from the first poll.
         last: Option<Instant>,
         silent_since: Option<Instant>,
-        closing: Reached<Phase>,
+        closing: WatchUntil<Phase>,
         #[pin]
         timer: Option<Sleep>,
     }
@@ -169,7 +168,7 @@ impl<B: Body> Refusal<B> {
     fn poll_body(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let now = Instant::now();
-        let phase = this.entrance.phase().max(*this.least_phase);
+        let phase = this.admission.phase().max(*this.least_phase);
         let shared = this.shared.as_ref();
         let bound = match shared.and_then(|shared| shared.time_left(phase)) {
             left if phase >= Phase::Closing => {
@@ -191,7 +190,7 @@ impl<B: Body> Refusal<B> {
                 return Poll::Ready(());
             }
             if this.reader.is_none() {
-                *this.reader = this.entrance.begin_reading();
+                *this.reader = this.admission.begin_reading();
             }
             if this.reader.is_none() {
                 return Poll::Ready(());

@@ -10,9 +10,9 @@ use tower_service::Service;
 
 use super::{
     body::GracefulBody, future::GracefulFuture, named::Named, probe_route, refusal,
-    special::SpecialFuture,
+    slow_path::SpecialFuture,
 };
-use crate::handle::Entrance;
+use crate::handle::graceful::Admission;
 
 /// The service a [`GracefulLayer`](super::GracefulLayer) makes. See there for what it does.
 ///
@@ -20,20 +20,20 @@ use crate::handle::Entrance;
 /// alive: see [`Graceful`](crate::Graceful).
 pub struct GracefulService<S> {
     inner: S,
-    entrance: Entrance,
+    admission: Admission,
 }
 
 impl<S: Clone> Clone for GracefulService<S> {
     #[inline]
     fn clone(&self) -> Self {
-        let (inner, entrance) = probe_route::clone(&self.inner, self.entrance);
-        Self { inner, entrance }
+        let (inner, admission) = probe_route::clone(&self.inner, self.admission);
+        Self { inner, admission }
     }
 }
 
 impl<S> GracefulService<S> {
-    pub(super) fn new(inner: S, entrance: Entrance) -> Self {
-        Self { inner, entrance }
+    pub(super) fn new(inner: S, admission: Admission) -> Self {
+        Self { inner, admission }
     }
 
     /// The service inside.
@@ -70,7 +70,7 @@ where
     #[expect(clippy::inline_always)]
     #[inline(always)]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        match self.entrance.admit() {
+        match self.admission.admit() {
             Some(pass) => {
                 let version = request.version();
                 GracefulFuture::counted(self.inner.call(request), pass, version)
@@ -91,9 +91,9 @@ impl<S> GracefulService<S> {
     where
         S: Service<Request<ReqBody>>,
     {
-        let entrance = self.entrance;
+        let admission = self.admission;
         let version = request.version();
-        GracefulFuture::special(match entrance.admit_specially() {
+        GracefulFuture::special(match admission.admit_slow() {
             Ok(pass) => match Named::new(&pass, &request) {
                 None => return GracefulFuture::counted(self.inner.call(request), pass, version),
                 Some(named) => SpecialFuture::Named {
@@ -103,14 +103,14 @@ impl<S> GracefulService<S> {
                     version,
                 },
             },
-            Err(refused) if refusal::is_exempt(entrance, &request) => SpecialFuture::Exempt {
+            Err(refused) if refusal::is_exempt(admission, &request) => SpecialFuture::Exempt {
                 inner: self.inner.call(request),
-                entrance,
+                admission,
                 least_phase: refused.least_phase(),
                 version,
             },
             Err(refused) => SpecialFuture::Refused {
-                refusal: refusal::refuse(entrance, request, refused),
+                refusal: refusal::refuse(admission, request, refused),
             },
         })
     }
@@ -118,7 +118,7 @@ impl<S> GracefulService<S> {
 
 impl<S: fmt::Debug> fmt::Debug for GracefulService<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = self.entrance.word();
+        let word = self.admission.word();
         f.debug_struct("GracefulService")
             .field("inner", &self.inner)
             .field("phase", &word.phase())

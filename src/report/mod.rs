@@ -1,20 +1,16 @@
 //! What happened, in one value. Plain data.
 
 mod remaining;
+pub(crate) mod request_table;
 mod task;
 mod text;
 mod warning;
 
-use std::{
-    fmt,
-    process::{self, ExitCode},
-    sync::Arc,
-    time::Duration,
-};
+use {std::fmt, std::process, std::process::ExitCode, std::sync::Arc, std::time::Duration};
 
 pub use self::{
-    remaining::{CutConnection, CutRequest, HeldBy, Remaining, Requests},
-    task::{Fate, TaskKind, TaskReport, UnlistedWorkers},
+    remaining::{CutConnection, CutHold, CutRequest, Remaining, Requests},
+    task::{TaskKind, TaskOutcome, TaskReport, UnlistedWorkers},
     warning::{OutsideLayer, UpgradedConnection, Warning},
 };
 use crate::phase::Phase;
@@ -139,7 +135,7 @@ pub struct Report {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct GivenUp {
     pub(crate) requests: Vec<CutRequest>,
-    pub(crate) holds: Vec<HeldBy>,
+    pub(crate) holds: Vec<CutHold>,
     pub(crate) connections: Vec<CutConnection>,
 }
 
@@ -225,7 +221,7 @@ impl Report {
 
     /// The [holds](crate::Hold) that were there at the cut, the oldest first.
     #[must_use]
-    pub fn holds_cut(&self) -> &[HeldBy] {
+    pub fn holds_cut(&self) -> &[CutHold] {
         &self.given_up.holds
     }
 

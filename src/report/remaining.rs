@@ -124,14 +124,14 @@ impl fmt::Display for CutRequest {
 /// A hold that was there when the cut came. See [`Report::holds_cut`](crate::Report::holds_cut).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct HeldBy {
+pub struct CutHold {
     /// The name it was given.
     pub name: String,
     /// How long it had been held.
     pub age: Duration,
 }
 
-impl fmt::Display for HeldBy {
+impl fmt::Display for CutHold {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.name.escape_default();
         write!(f, "hold {name} {:.1} s", self.age.as_secs_f64())

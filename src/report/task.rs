@@ -17,7 +17,7 @@ pub enum TaskKind {
 /// How a task came to its end.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Fate {
+pub enum TaskOutcome {
     /// It ended, after it was told to.
     Done,
     /// A worker ended in good order before it was told to.
@@ -32,7 +32,7 @@ pub enum Fate {
     NotRun,
 }
 
-impl fmt::Display for Fate {
+impl fmt::Display for TaskOutcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Done => "done",
@@ -70,21 +70,21 @@ pub struct TaskReport {
     /// How long it took from then on.
     pub took: Duration,
     /// How it came to its end.
-    pub fate: Fate,
+    pub outcome: TaskOutcome,
 }
 
 impl TaskReport {
     /// It did not do what it was there for.
     pub(crate) fn is_failure(&self) -> bool {
-        match self.fate {
-            Fate::Failed(_) | Fate::Panicked(_) => true,
-            Fate::Cut | Fate::NotRun => self.kind == TaskKind::Cleanup,
-            Fate::Done | Fate::EndedEarly => false,
+        match self.outcome {
+            TaskOutcome::Failed(_) | TaskOutcome::Panicked(_) => true,
+            TaskOutcome::Cut | TaskOutcome::NotRun => self.kind == TaskKind::Cleanup,
+            TaskOutcome::Done | TaskOutcome::EndedEarly => false,
         }
     }
 
     /// It was running when its time was over.
     pub(crate) fn is_cut_worker(&self) -> bool {
-        self.kind == TaskKind::Worker && self.fate == Fate::Cut
+        self.kind == TaskKind::Worker && self.outcome == TaskOutcome::Cut
     }
 }

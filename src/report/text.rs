@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use super::{Fate, Report, TaskKind, TaskReport, UnlistedWorkers};
+use super::{Report, TaskKind, TaskOutcome, TaskReport, UnlistedWorkers};
 use crate::phase::Phase;
 
 /// How many of the requests, holds and connections that were given up are named, of each.
@@ -62,8 +62,8 @@ impl Report {
     ) -> fmt::Result {
         for task in self.tasks.iter().filter(|task| shown(task)) {
             row(f, 4, &task.name, task.began, task.took, total)?;
-            write!(f, "  {}", task.fate)?;
-            if let Fate::Failed(error) | Fate::Panicked(error) = &task.fate {
+            write!(f, "  {}", task.outcome)?;
+            if let TaskOutcome::Failed(error) | TaskOutcome::Panicked(error) = &task.outcome {
                 line(f, 6, error)?;
             }
         }
@@ -242,22 +242,22 @@ mod tests {
 
     use http::Method;
 
-    use super::*;
-    use crate::report::{
-        CutConnection, CutRequest, GivenUp, HeldBy, Outcome, Remaining, Requests, Trigger,
+    use super::super::{
+        CutConnection, CutHold, CutRequest, GivenUp, Outcome, Remaining, Requests, Trigger,
     };
+    use super::*;
 
     const fn ms(milliseconds: u64) -> Duration {
         Duration::from_millis(milliseconds)
     }
 
-    fn task(name: &str, kind: TaskKind, began: u64, took: u64, fate: Fate) -> TaskReport {
+    fn task(name: &str, kind: TaskKind, began: u64, took: u64, outcome: TaskOutcome) -> TaskReport {
         TaskReport {
             name: name.into(),
             kind,
             began: ms(began),
             took: ms(took),
-            fate,
+            outcome,
         }
     }
 
@@ -323,21 +323,21 @@ mod tests {
                 age: ms(28_440),
                 streaming: true,
             }],
-            holds: vec![HeldBy {
+            holds: vec![CutHold {
                 name: "order mail".into(),
                 age: ms(3100),
             }],
             connections: [28_440, 300, 200, 100, 0].map(connection).into(),
         });
         report.tasks = Arc::new([
-            task("database", TaskKind::Cleanup, 4600, 400, Fate::Done),
-            task("mailer", TaskKind::Worker, 1000, 3600, Fate::Cut),
+            task("database", TaskKind::Cleanup, 4600, 400, TaskOutcome::Done),
+            task("mailer", TaskKind::Worker, 1000, 3600, TaskOutcome::Cut),
             task(
                 "consul",
                 TaskKind::LameDuck,
                 0,
                 20,
-                Fate::Failed("503\nunavailable".into()),
+                TaskOutcome::Failed("503\nunavailable".into()),
             ),
         ]);
         report.server_error = Some("broken".into());
@@ -386,9 +386,9 @@ mod tests {
                 requests: vec![request],
                 ..GivenUp::default()
             });
-            let failed = Fate::Failed(long.clone());
+            let failed = TaskOutcome::Failed(long.clone());
             report.tasks = Arc::new([
-                task(&long, TaskKind::Worker, began, 5, Fate::EndedEarly),
+                task(&long, TaskKind::Worker, began, 5, TaskOutcome::EndedEarly),
                 task(&long, TaskKind::LameDuck, 7, 0, failed),
             ]);
             for line in report.to_string().lines() {
@@ -408,7 +408,7 @@ mod tests {
             ("cafe\u{301}", 4),
             ("a\u{202e}b\u{2028}c", 3),
         ] {
-            report.tasks = Arc::new([task(name, TaskKind::Cleanup, 0, 5, Fate::Done)]);
+            report.tasks = Arc::new([task(name, TaskKind::Cleanup, 0, 5, TaskOutcome::Done)]);
             let text = report.to_string();
             let row = text.lines().last().unwrap();
             let shown: String = row.chars().take_while(|c| !c.is_ascii_digit()).collect();

@@ -14,7 +14,7 @@ use http::{Request, Response};
 use http_body_util::Empty;
 use tokio::time::{Instant, sleep};
 use tower::{Layer as _, Service, service_fn};
-use tower_graceful::{Fate, Graceful, Outcome, Phase};
+use tower_graceful::{Graceful, Outcome, Phase, TaskOutcome};
 use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
@@ -370,7 +370,7 @@ async fn progress_says_that_a_hold_is_in_flight_and_how_long_cleanup_may_take() 
     drop(hold);
     graceful.stopped().await;
     let mut progress = log.progress();
-    progress.retain(|line| !line.fields.contains_key("fate"));
+    progress.retain(|line| !line.fields.contains_key("outcome"));
     let lines: Vec<_> = progress
         .iter()
         .map(|line| (line.message(), &*line.fields["seconds_left"]))
@@ -413,7 +413,7 @@ async fn the_end_of_every_task_is_an_event_of_its_moment() {
     graceful.shutdown();
     graceful.stopped().await;
     let mut lines = log.progress();
-    lines.retain(|line| line.fields.contains_key("fate"));
+    lines.retain(|line| line.fields.contains_key("outcome"));
     let lines: Vec<_> = lines
         .iter()
         .map(|line| (line.message(), line.at - begun, line.level))
@@ -454,7 +454,10 @@ fn a_log_that_panics_at_the_end_of_a_task_stops_nothing() {
             run.await.unwrap()
         });
         assert_eq!(report.outcome(), Outcome::Clean);
-        let done = report.tasks().iter().all(|task| task.fate == Fate::Done);
+        let done = report
+            .tasks()
+            .iter()
+            .all(|task| task.outcome == TaskOutcome::Done);
         assert!(done, "{report}");
     });
 }

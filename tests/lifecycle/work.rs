@@ -16,7 +16,7 @@ use std::{
 };
 
 use tokio::time::Instant;
-use tower_graceful::{Fate, Graceful, Report, TaskKind};
+use tower_graceful::{Graceful, Report, TaskKind, TaskOutcome};
 
 use crate::support::let_others_run;
 
@@ -35,25 +35,25 @@ async fn report(graceful: &Graceful) -> Report {
     graceful.run(pending::<()>()).await
 }
 
-type Row = (String, TaskKind, Duration, Duration, Fate);
+type Row = (String, TaskKind, Duration, Duration, TaskOutcome);
 
-fn row(name: &str, kind: TaskKind, began: Duration, took: Duration, fate: Fate) -> Row {
-    (name.to_owned(), kind, began, took, fate)
+fn row(name: &str, kind: TaskKind, began: Duration, took: Duration, outcome: TaskOutcome) -> Row {
+    (name.to_owned(), kind, began, took, outcome)
 }
 
 /// The report's tasks.
 fn rows(report: &Report) -> Vec<Row> {
     let tasks = report.tasks().iter().cloned();
     tasks
-        .map(|task| (task.name, task.kind, task.began, task.took, task.fate))
+        .map(|task| (task.name, task.kind, task.began, task.took, task.outcome))
         .collect()
 }
 
-fn fates(report: &Report) -> Vec<Fate> {
+fn fates(report: &Report) -> Vec<TaskOutcome> {
     report
         .tasks()
         .iter()
-        .map(|task| task.fate.clone())
+        .map(|task| task.outcome.clone())
         .collect()
 }
 

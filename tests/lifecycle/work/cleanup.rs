@@ -4,7 +4,9 @@ use std::{future::pending, sync::Barrier, thread, time::Duration};
 
 use tokio::time::{Instant, sleep};
 use tokio_test::{assert_pending, assert_ready, task};
-use tower_graceful::{Fate, Graceful, Outcome, Phase, RegisterError, Remaining, Report, TaskKind};
+use tower_graceful::{
+    Graceful, Outcome, Phase, RegisterError, Remaining, Report, TaskKind, TaskOutcome,
+};
 
 use super::{Diary, END, fates, panics, report, row, rows, sleep_for, stop, until};
 use crate::support::{
@@ -61,9 +63,9 @@ async fn steps_run_one_at_a_time_in_the_order_registered() {
     assert_eq!(
         rows(&report),
         [
-            row("A", STEP, s(5), s(1), Fate::Done),
-            row("B", STEP, s(6), s(2), Fate::Done),
-            row("C", STEP, s(8), ms(500), Fate::Done),
+            row("A", STEP, s(5), s(1), TaskOutcome::Done),
+            row("B", STEP, s(6), s(2), TaskOutcome::Done),
+            row("C", STEP, s(8), ms(500), TaskOutcome::Done),
         ]
     );
 }
@@ -165,17 +167,17 @@ async fn what_goes_wrong_in_one_step_does_not_stop_the_next() {
                 STEP,
                 ZERO,
                 s(1),
-                Fate::Failed("connection reset".into())
+                TaskOutcome::Failed("connection reset".into())
             ),
             row(
                 "panics",
                 STEP,
                 s(1),
                 ZERO,
-                Fate::Panicked("assertion failed".into())
+                TaskOutcome::Panicked("assertion failed".into())
             ),
-            row("hangs", STEP, s(1), s(2), Fate::Cut),
-            row("last", STEP, s(3), s(1), Fate::Done),
+            row("hangs", STEP, s(1), s(2), TaskOutcome::Cut),
+            row("last", STEP, s(3), s(1), TaskOutcome::Done),
         ]
     );
 }
@@ -207,7 +209,7 @@ async fn a_failed_server_and_a_forced_stop_outweigh_a_failed_step() {
         .run(std::future::ready(Err::<(), _>("broken")))
         .await;
     assert_eq!(report.outcome(), Outcome::ServerFailed);
-    assert_eq!(fates(&report), [Fate::Failed("no".into())]);
+    assert_eq!(fates(&report), [TaskOutcome::Failed("no".into())]);
 
     let graceful = without_delay();
     graceful
@@ -216,7 +218,7 @@ async fn a_failed_server_and_a_forced_stop_outweigh_a_failed_step() {
     let _held = request(&graceful);
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::Forced);
-    assert_eq!(fates(&report), [Fate::Failed("no".into())]);
+    assert_eq!(fates(&report), [TaskOutcome::Failed("no".into())]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -225,7 +227,7 @@ async fn a_step_that_ends_just_before_its_bound_has_ended() {
     let step = sleep_for(s(2) - ms(1));
     graceful.cleanup("step", s(2), step).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [Fate::Done]);
+    assert_eq!(fates(&report), [TaskOutcome::Done]);
     assert_eq!(report.duration(), s(2) - ms(1));
 }
 
@@ -250,7 +252,7 @@ async fn the_drain_cannot_use_up_the_share_that_is_kept_for_cleanup() {
     assert_eq!(report.time_in(Phase::Closing), LET_GO);
     assert_eq!(report.cleanup_time(), s(5) - LET_GO);
     assert_eq!(report.duration(), END);
-    assert_eq!(fates(&report), [Fate::Cut, Fate::Cut]);
+    assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Cut]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -268,7 +270,7 @@ async fn a_share_that_was_asked_for_is_kept_to_the_millisecond() {
     assert_eq!(report.time_in(Phase::Draining), s(20));
     assert_eq!(
         rows(&report),
-        [row("hangs", STEP, s(30) + LET_GO, s(8), Fate::Cut)]
+        [row("hangs", STEP, s(30) + LET_GO, s(8), TaskOutcome::Cut)]
     );
 }
 
@@ -295,7 +297,10 @@ async fn without_a_share_every_step_still_has_its_turn() {
         ("C", begun + LEAST * 2),
         ("gone", begun + LEAST * 2 + ms(5)),
     ]);
-    assert_eq!(fates(&report), [Fate::Cut, Fate::Cut, Fate::Done]);
+    assert_eq!(
+        fates(&report),
+        [TaskOutcome::Cut, TaskOutcome::Cut, TaskOutcome::Done]
+    );
     assert!(report.duration() < s(30));
 }
 
@@ -352,7 +357,7 @@ async fn a_step_without_a_bound_leaves_its_part_to_one_that_has_one() {
     hangs(&graceful, "A", Duration::MAX);
     graceful.cleanup("B", s(1), sleep_for(ms(900))).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [Fate::Cut, Fate::Done]);
+    assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
     assert!(report.duration() < END);
 }
 
@@ -364,7 +369,7 @@ async fn a_bound_of_zero_is_a_moment() {
     graceful.cleanup("endless", ZERO, endless).unwrap();
     let report = stop(&graceful).await;
     assert!(log.polled() && log.dropped().is_some());
-    assert_eq!(fates(&report), [Fate::Done, Fate::Cut]);
+    assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     assert_eq!(times(&report), [ZERO, LEAST]);
 }
 
@@ -408,7 +413,10 @@ async fn a_step_may_be_registered_until_the_drain_is_over() {
     assert!(log.dropped().is_some() && !log.polled());
     drop(connection);
     let report = report(&graceful).await;
-    assert_eq!(fates(&report), [Fate::Done, Fate::Done, Fate::Done]);
+    assert_eq!(
+        fates(&report),
+        [TaskOutcome::Done, TaskOutcome::Done, TaskOutcome::Done]
+    );
     let names: Vec<_> = report.tasks().iter().map(|task| &*task.name).collect();
     assert_eq!(names, ["serving", "lame duck", "draining"]);
     let error = graceful.cleanup("later", s(1), async {}).unwrap_err();
@@ -440,7 +448,7 @@ async fn a_step_may_use_the_service_and_cannot_prolong_its_end() {
     };
     graceful.cleanup("step", s(2), step).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [Fate::Done]);
+    assert_eq!(fates(&report), [TaskOutcome::Done]);
     assert_eq!(report.outcome(), Outcome::Clean);
     assert_eq!(report.duration(), s(1));
 }
@@ -451,7 +459,7 @@ async fn a_step_that_waits_for_the_end_is_cut() {
     let stopped = graceful.stopped();
     graceful.cleanup("circular", s(2), stopped).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [Fate::Cut]);
+    assert_eq!(fates(&report), [TaskOutcome::Cut]);
     assert_eq!(report.duration(), s(2));
 }
 
@@ -466,7 +474,7 @@ async fn calls_of_shutdown_during_cleanup_do_not_hurry_it() {
         graceful.shutdown();
     }
     let report = report(&graceful).await;
-    assert_eq!(fates(&report), [Fate::Done]);
+    assert_eq!(fates(&report), [TaskOutcome::Done]);
     assert_eq!(report.duration(), s(3));
 }
 
@@ -508,7 +516,7 @@ fn a_step_registered_and_asked_for_outside_a_runtime_runs_in_the_next() {
     assert!(!log.polled());
     paused_runtime().block_on(async {
         let report = report(&graceful).await;
-        assert_eq!(fates(&report), [Fate::Done]);
+        assert_eq!(fates(&report), [TaskOutcome::Done]);
         assert_eq!(report.outcome(), Outcome::Clean);
     });
 }
@@ -535,7 +543,10 @@ fn steps_of_a_runtime_that_is_dropped_are_given_up_and_the_stop_completes_in_the
         paused_runtime().block_on(async {
             let report = report(&graceful).await;
             assert!(!waiting_log.polled());
-            assert_eq!(fates(&report), [Fate::Done, Fate::Cut, Fate::NotRun]);
+            assert_eq!(
+                fates(&report),
+                [TaskOutcome::Done, TaskOutcome::Cut, TaskOutcome::NotRun]
+            );
             assert_eq!(report.outcome(), Outcome::CleanupFailed);
             assert_eq!(report.remaining(), Remaining::default());
         });
@@ -570,6 +581,6 @@ async fn a_step_that_holds_the_only_thread_for_too_long_counts_as_cut() {
     graceful.cleanup("blocks", ms(50), blocks).unwrap();
     graceful.cleanup("after", s(1), async {}).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [Fate::Cut, Fate::Done]);
+    assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
 }

@@ -3,7 +3,7 @@
 use std::{future::pending, io, time::Duration};
 
 use tokio::time::sleep;
-use tower_graceful::{Fate, Graceful, Outcome, Phase, RegisterError, TaskKind};
+use tower_graceful::{Graceful, Outcome, Phase, RegisterError, TaskKind, TaskOutcome};
 
 use super::{Diary, fates, panics, report, row, rows, sleep_for, stop, until};
 use crate::support::{
@@ -31,9 +31,9 @@ async fn hooks_begin_with_the_lame_duck_phase_and_run_beside_one_another() {
     assert_eq!(
         rows(&report),
         [
-            row("3", HOOK, ZERO, s(3), Fate::Done),
-            row("1", HOOK, ZERO, s(1), Fate::Done),
-            row("2", HOOK, ZERO, s(2), Fate::Done),
+            row("3", HOOK, ZERO, s(3), TaskOutcome::Done),
+            row("1", HOOK, ZERO, s(1), TaskOutcome::Done),
+            row("2", HOOK, ZERO, s(2), TaskOutcome::Done),
         ]
     );
 }
@@ -66,7 +66,7 @@ async fn a_hook_is_cut_at_its_bound() {
     assert_eq!(report.outcome(), Outcome::Clean, "reported, and no failure");
     assert_eq!(
         rows(&report),
-        [row("endless", HOOK, ZERO, ms(2125), Fate::Cut)]
+        [row("endless", HOOK, ZERO, ms(2125), TaskOutcome::Cut)]
     );
 }
 
@@ -91,7 +91,7 @@ async fn a_hook_is_cut_at_the_end_of_the_delay() {
         assert_eq!(report.outcome(), Outcome::Clean);
         assert_eq!(
             rows(&report),
-            [row("endless", HOOK, ZERO, DELAY, Fate::Cut)]
+            [row("endless", HOOK, ZERO, DELAY, TaskOutcome::Cut)]
         );
     }
 }
@@ -125,8 +125,11 @@ async fn a_hook_that_ends_in_the_instant_of_its_bound_or_of_the_delays_end_has_e
     graceful.on_lame_duck("fails", s(60), fails).unwrap();
     let report = stop(&graceful).await;
     assert_eq!(report.duration(), DELAY);
-    let failed = Fate::Failed("at the last moment".into());
-    assert_eq!(fates(&report), [Fate::Done, Fate::Done, failed]);
+    let failed = TaskOutcome::Failed("at the last moment".into());
+    assert_eq!(
+        fates(&report),
+        [TaskOutcome::Done, TaskOutcome::Done, failed]
+    );
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
 }
 
@@ -140,7 +143,10 @@ async fn a_bound_of_zero_is_one_poll() {
     pass(ms(2)).await;
     assert!(log.polled());
     assert!(log.dropped().is_some());
-    assert_eq!(fates(&report(&graceful).await), [Fate::Done, Fate::Cut]);
+    assert_eq!(
+        fates(&report(&graceful).await),
+        [TaskOutcome::Done, TaskOutcome::Cut]
+    );
 }
 
 /// One hook that is ready at once, one that waits, and what becomes of them.
@@ -166,8 +172,8 @@ async fn without_a_delay_a_hook_is_dropped_at_its_first_wait() {
     assert_eq!(
         rows(&report),
         [
-            row("ready", HOOK, ZERO, ZERO, Fate::Done),
-            row("waiting", HOOK, ZERO, ZERO, Fate::Cut),
+            row("ready", HOOK, ZERO, ZERO, TaskOutcome::Done),
+            row("waiting", HOOK, ZERO, ZERO, TaskOutcome::Cut),
         ]
     );
     assert_eq!(report.duration(), s(1));
@@ -179,7 +185,7 @@ async fn without_a_delay_and_without_anything_in_flight_a_hook_runs_too() {
     let log = two_hooks(&graceful);
     let report = stop(&graceful).await;
     assert!(log.polled());
-    assert_eq!(fates(&report), [Fate::Done, Fate::Cut]);
+    assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     assert_eq!(report.outcome(), Outcome::Clean);
     assert_eq!(report.duration(), ZERO);
 }
@@ -192,7 +198,7 @@ async fn without_a_delay_a_hook_runs_beside_a_server_that_ends_at_once() {
     graceful.shutdown();
     let report = run.await.unwrap();
     assert!(log.polled());
-    assert_eq!(fates(&report), [Fate::Done, Fate::Cut]);
+    assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     assert_eq!(report.duration(), ZERO);
 }
 
@@ -204,7 +210,7 @@ async fn a_hook_runs_when_a_server_ends_by_itself() {
         .run(std::future::ready(Err::<(), _>("broken")))
         .await;
     assert!(log.polled());
-    assert_eq!(fates(&report), [Fate::Done, Fate::Cut]);
+    assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     assert_eq!(report.outcome(), Outcome::ServerFailed);
     assert_eq!(report.duration(), ZERO);
 }
@@ -217,7 +223,7 @@ async fn a_hook_that_fails_or_panics_is_reported_as_a_failure() {
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
     assert_eq!(report.duration(), DELAY);
-    assert_eq!(fates(&report), [Fate::Failed("503".into())]);
+    assert_eq!(fates(&report), [TaskOutcome::Failed("503".into())]);
 
     let graceful = plan().build().unwrap();
     let panicking = async {
@@ -238,9 +244,9 @@ async fn a_hook_that_fails_or_panics_is_reported_as_a_failure() {
                 HOOK,
                 ZERO,
                 s(2),
-                Fate::Panicked("no route".into())
+                TaskOutcome::Panicked("no route".into())
             ),
-            row("beside", HOOK, ZERO, s(3), Fate::Done),
+            row("beside", HOOK, ZERO, s(3), TaskOutcome::Done),
         ]
     );
 }
@@ -289,7 +295,10 @@ async fn a_hook_may_use_the_service() {
     graceful.on_lame_duck("hook", s(2), hook).unwrap();
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::Clean, "{report}");
-    assert_eq!(fates(&report), [Fate::Done, Fate::Done, Fate::Done]);
+    assert_eq!(
+        fates(&report),
+        [TaskOutcome::Done, TaskOutcome::Done, TaskOutcome::Done]
+    );
     assert_eq!(report.duration(), DELAY);
 }
 
@@ -302,7 +311,7 @@ fn a_hook_of_a_stop_asked_for_outside_a_runtime_runs_in_the_next() {
     paused_runtime().block_on(async {
         let report = report(&graceful).await;
         assert!(log.polled());
-        assert_eq!(fates(&report), [Fate::Done, Fate::Cut]);
+        assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     });
 }
 
@@ -321,7 +330,7 @@ fn a_runtime_dropped_with_its_hooks_does_not_hold_the_stop() {
         assert!(log.dropped().is_some());
         paused_runtime().block_on(async {
             let report = report(&graceful).await;
-            assert_eq!(fates(&report), [Fate::Done, Fate::Cut]);
+            assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
             assert_eq!(report.outcome(), Outcome::Clean);
         });
     });

@@ -4,7 +4,7 @@ use std::future::pending;
 
 use tokio::{sync::mpsc, time::Instant};
 use tokio_test::{assert_pending, assert_ready, task};
-use tower_graceful::{Fate, Outcome, Phase, Stop};
+use tower_graceful::{Outcome, Phase, Stop, TaskOutcome};
 
 use super::{Diary, fates, report, stop, until};
 use crate::support::{
@@ -60,7 +60,11 @@ async fn a_forced_cut_counts_as_the_second_moment() {
     let report = stop(&graceful).await;
     diary.assert(&[("idle", DEADLINE - DELAY)]);
     assert_eq!(report.outcome(), Outcome::Forced);
-    assert_eq!(fates(&report), [Fate::Done], "before workers are joined");
+    assert_eq!(
+        fates(&report),
+        [TaskOutcome::Done],
+        "before workers are joined"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -113,7 +117,7 @@ async fn the_worker_timeout_begins_at_the_second_moment() {
     drop(held);
     let report = report(&graceful).await;
     assert_eq!(begun.elapsed(), s(11));
-    assert_eq!(fates(&report), [Fate::Cut]);
+    assert_eq!(fates(&report), [TaskOutcome::Cut]);
 }
 
 #[tokio::test(start_paused = true)]

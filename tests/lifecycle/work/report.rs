@@ -287,7 +287,7 @@ async fn the_debug_of_a_report_leaves_nothing_out() {
         "requests: 5, holds: 5, connections: 5, servers: 0, workers: 1",
         "path: \"/long/",
         "streaming: false",
-        "HeldBy { name: \"a name",
+        "CutHold { name: \"a name",
         "CutConnection { peer: None, age: 15s, undelivered: 0 }",
         "kind: Worker",
         "kind: LameDuck",

@@ -14,7 +14,9 @@ use std::{
 
 use tokio::{runtime, time::Instant};
 use tokio_test::{assert_pending, assert_ready, task};
-use tower_graceful::{Fate, Graceful, Outcome, Phase, RegisterError, Stop, TaskKind, Trigger};
+use tower_graceful::{
+    Graceful, Outcome, Phase, RegisterError, Stop, TaskKind, TaskOutcome, Trigger,
+};
 
 use super::{Diary, END, fates, panics, report, row, rows, stop, until};
 use crate::support::{
@@ -88,7 +90,7 @@ async fn every_worker_and_every_clone_is_told_at_once() {
     assert_eq!(report.duration(), DELAY);
     assert_eq!(
         rows(&report),
-        vec![row("worker", WORKER, DELAY, ZERO, Fate::Done); 3]
+        vec![row("worker", WORKER, DELAY, ZERO, TaskOutcome::Done); 3]
     );
 }
 
@@ -129,8 +131,8 @@ async fn a_worker_is_joined_after_the_last_request_and_hold_and_before_the_first
     assert_eq!(
         rows(&report),
         [
-            row("step", TaskKind::Cleanup, s(9), s(1), Fate::Done),
-            row("worker", WORKER, s(5), s(4), Fate::Done),
+            row("step", TaskKind::Cleanup, s(9), s(1), TaskOutcome::Done),
+            row("worker", WORKER, s(5), s(4), TaskOutcome::Done),
         ]
     );
 }
@@ -148,7 +150,7 @@ async fn a_worker_that_is_done_before_the_last_request_costs_no_time() {
     assert_eq!(report.cleanup_time(), ZERO);
     assert_eq!(
         rows(&report),
-        [row("worker", WORKER, DELAY, ZERO, Fate::Done)]
+        [row("worker", WORKER, DELAY, ZERO, TaskOutcome::Done)]
     );
 }
 
@@ -189,9 +191,9 @@ async fn a_worker_that_ends_early_in_good_order_is_reported_and_no_failure() {
     assert_eq!(
         rows(&report),
         [
-            row("serving", WORKER, ZERO, ZERO, Fate::EndedEarly),
-            row("result", WORKER, ZERO, ZERO, Fate::EndedEarly),
-            row("lame duck", WORKER, s(1), ZERO, Fate::EndedEarly),
+            row("serving", WORKER, ZERO, ZERO, TaskOutcome::EndedEarly),
+            row("result", WORKER, ZERO, ZERO, TaskOutcome::EndedEarly),
+            row("lame duck", WORKER, s(1), ZERO, TaskOutcome::EndedEarly),
         ]
     );
 }
@@ -221,14 +223,14 @@ async fn a_worker_that_fails_is_reported_and_does_not_stop_the_service() {
                 WORKER,
                 ZERO,
                 ZERO,
-                Fate::Failed("out of\nmemory".into())
+                TaskOutcome::Failed("out of\nmemory".into())
             ),
             row(
                 "late",
                 WORKER,
                 DELAY,
                 ms(250),
-                Fate::Failed("the last flush".into())
+                TaskOutcome::Failed("the last flush".into())
             ),
         ]
     );
@@ -259,7 +261,7 @@ async fn a_worker_that_panics_is_reported_with_what_it_said() {
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
     assert_eq!(report.duration(), DELAY);
-    let panicked = |message: &str| Fate::Panicked(message.into());
+    let panicked = |message: &str| TaskOutcome::Panicked(message.into());
     assert_eq!(
         fates(&report),
         [
@@ -267,7 +269,7 @@ async fn a_worker_that_panics_is_reported_with_what_it_said() {
             panicked("at once"),
             panicked("a str"),
             panicked("of a type that is no text"),
-            Fate::Done,
+            TaskOutcome::Done,
         ]
     );
 }
@@ -324,19 +326,19 @@ async fn a_worker_that_failed_and_is_only_counted_is_in_the_outcome() {
 async fn a_critical_worker_that_ends_stops_the_service_and_the_report_says_why() {
     type End = fn() -> Result<(), &'static str>;
     let ends: [(_, End, _); 3] = [
-        (Fate::EndedEarly, || Ok(()), Outcome::Clean),
+        (TaskOutcome::EndedEarly, || Ok(()), Outcome::Clean),
         (
-            Fate::Failed("lost".into()),
+            TaskOutcome::Failed("lost".into()),
             || Err("lost"),
             Outcome::CleanupFailed,
         ),
         (
-            Fate::Panicked("gone".into()),
+            TaskOutcome::Panicked("gone".into()),
             || resume_unwind(Box::new("gone")),
             Outcome::CleanupFailed,
         ),
     ];
-    for (fate, end, outcome) in ends {
+    for (task, end, outcome) in ends {
         let graceful = graceful();
         let work = move |_| async move {
             tokio::time::sleep(s(60)).await;
@@ -351,7 +353,7 @@ async fn a_critical_worker_that_ends_stops_the_service_and_the_report_says_why()
         assert_eq!(report.trigger(), Trigger::WorkerEnded);
         assert_eq!(report.duration(), DELAY);
         assert_eq!(report.outcome(), outcome);
-        assert_eq!(rows(&report), [row("critical", WORKER, ZERO, ZERO, fate)]);
+        assert_eq!(rows(&report), [row("critical", WORKER, ZERO, ZERO, task)]);
         assert!(report.to_string().starts_with("shutdown by worker ended: "));
     }
 }
@@ -364,7 +366,7 @@ async fn a_critical_worker_that_ends_with_the_stop_is_an_ordinary_worker() {
     let report = stop(&graceful).await;
     assert_eq!(report.trigger(), Trigger::Shutdown);
     assert_eq!(report.outcome(), Outcome::Clean);
-    assert_eq!(fates(&report), [Fate::Done]);
+    assert_eq!(fates(&report), [TaskOutcome::Done]);
 }
 
 /// An error with a source, whose text may include that of the source.
@@ -417,7 +419,7 @@ async fn an_error_is_reported_with_its_sources_and_each_of_them_once() {
     let step = async { Err(Circular) };
     graceful.cleanup("circular", s(1), step).unwrap();
     let report = stop(&graceful).await;
-    let failed = |text: &str| Fate::Failed(text.into());
+    let failed = |text: &str| TaskOutcome::Failed(text.into());
     assert_eq!(
         fates(&report),
         [
@@ -451,7 +453,7 @@ async fn an_error_that_panics_when_it_is_asked_what_it_is_is_a_panic() {
     graceful.cleanup("step", s(1), step).unwrap();
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
-    let panicked = Fate::Panicked("speechless".into());
+    let panicked = TaskOutcome::Panicked("speechless".into());
     assert_eq!(fates(&report), [panicked.clone(), panicked]);
 }
 
@@ -489,8 +491,13 @@ async fn what_panics_when_it_is_dropped_has_panicked_and_was_not_cut() {
     graceful.cleanup("next", s(1), async {}).unwrap();
     pass(s(1)).await;
     let report = stop(&graceful).await;
-    let panicked = Fate::Panicked("stepped on".into());
-    let expected = [panicked.clone(), panicked.clone(), panicked, Fate::Done];
+    let panicked = TaskOutcome::Panicked("stepped on".into());
+    let expected = [
+        panicked.clone(),
+        panicked.clone(),
+        panicked,
+        TaskOutcome::Done,
+    ];
     assert_eq!(fates(&report), expected);
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
 }
@@ -531,8 +538,8 @@ async fn a_worker_that_never_ends_is_cut_exactly_at_its_timeout() {
     assert_eq!(
         rows(&report),
         [
-            row("endless", WORKER, ZERO, ms(3250), Fate::Cut),
-            row("step", TaskKind::Cleanup, ms(3250), ZERO, Fate::Done),
+            row("endless", WORKER, ZERO, ms(3250), TaskOutcome::Cut),
+            row("step", TaskKind::Cleanup, ms(3250), ZERO, TaskOutcome::Done),
         ]
     );
     assert_eq!(report.cleanup_time(), ms(3250));
@@ -595,7 +602,7 @@ async fn a_timeout_of_zero_waits_for_nobody() {
     drop(held);
     let report = report(&graceful).await;
     diary.assert(&[("worker is dropped", s(6))]);
-    assert_eq!(fates(&report), [Fate::Cut, Fate::Done]);
+    assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
     assert_eq!(report.remaining().workers, 1);
 }
 
@@ -616,7 +623,7 @@ async fn several_workers_have_one_time_between_them() {
     assert_eq!(report.remaining().workers, 2);
     assert_eq!(
         rows(&report)[2],
-        row("slow", WORKER, ZERO, ms(1999), Fate::Done)
+        row("slow", WORKER, ZERO, ms(1999), TaskOutcome::Done)
     );
     assert_eq!(report.duration(), s(2));
 }
@@ -632,7 +639,7 @@ async fn a_worker_that_ends_just_before_its_timeout_has_ended() {
     graceful.worker("worker", work).unwrap();
     let report = stop(&graceful).await;
     assert_eq!(report.duration(), s(2) - ms(1));
-    assert_eq!(fates(&report), [Fate::Done]);
+    assert_eq!(fates(&report), [TaskOutcome::Done]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -643,7 +650,10 @@ async fn a_worker_that_fails_while_another_is_cut_is_a_forced_stop() {
     graceful.worker("broken", work).unwrap();
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::Forced);
-    assert_eq!(fates(&report), [Fate::Cut, Fate::Failed("broken".into())]);
+    assert_eq!(
+        fates(&report),
+        [TaskOutcome::Cut, TaskOutcome::Failed("broken".into())]
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -664,7 +674,7 @@ async fn workers_are_joined_after_a_forced_cut_too() {
     assert_eq!(report.remaining().to_string(), "1 request");
     assert_eq!(report.time_in(Phase::Closing), LET_GO);
     assert_eq!(report.cleanup_time(), s(1) - LET_GO);
-    assert_eq!(fates(&report), [Fate::Done]);
+    assert_eq!(fates(&report), [TaskOutcome::Done]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -677,7 +687,7 @@ async fn a_worker_may_begin_in_the_lame_duck_phase() {
     assert_eq!(report.duration(), DELAY);
     assert_eq!(
         rows(&report),
-        [row("late", WORKER, DELAY, ZERO, Fate::Done)]
+        [row("late", WORKER, DELAY, ZERO, TaskOutcome::Done)]
     );
 }
 
@@ -813,10 +823,10 @@ async fn a_worker_may_hold_and_register() {
     assert_eq!(
         rows(&report),
         [
-            row("first", WORKER, ZERO, s(4), Fate::Done),
-            row("second", WORKER, ZERO, ZERO, Fate::Done),
-            row("hook", TaskKind::LameDuck, ZERO, ZERO, Fate::Done),
-            row("step", TaskKind::Cleanup, s(4), ZERO, Fate::Done),
+            row("first", WORKER, ZERO, s(4), TaskOutcome::Done),
+            row("second", WORKER, ZERO, ZERO, TaskOutcome::Done),
+            row("hook", TaskKind::LameDuck, ZERO, ZERO, TaskOutcome::Done),
+            row("step", TaskKind::Cleanup, s(4), ZERO, TaskOutcome::Done),
         ]
     );
 }
@@ -827,7 +837,7 @@ async fn a_worker_that_waits_for_the_end_is_cut() {
     let stopped = graceful.stopped();
     graceful.worker("circular", |_| stopped).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [Fate::Cut]);
+    assert_eq!(fates(&report), [TaskOutcome::Cut]);
     assert_eq!(report.duration(), DELAY + s(1));
 }
 
@@ -878,7 +888,7 @@ fn a_worker_whose_runtime_is_gone_is_reported() {
         runtime.block_on(async {
             let report = stop(&graceful).await;
             assert_eq!(report.outcome(), Outcome::Forced);
-            assert_eq!(fates(&report), [Fate::Cut]);
+            assert_eq!(fates(&report), [TaskOutcome::Cut]);
             assert_eq!(report.duration(), ZERO);
         });
     });
@@ -901,7 +911,7 @@ fn a_runtime_dropped_while_workers_are_joined_leaves_the_steps_to_the_next() {
         assert_eq!(graceful.phase(), Phase::Closing);
         paused_runtime().block_on(async {
             let report = report(&graceful).await;
-            assert_eq!(fates(&report), [Fate::Cut, Fate::Done]);
+            assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
             assert_eq!(report.outcome(), Outcome::Forced);
         });
     });

@@ -1,0 +1,290 @@
+//! Loom models of the gate:
+//! `RUSTFLAGS="--cfg tower_graceful_loom" cargo test --lib --release models`
+//!
+//! What a request does while it is inside is a `Relaxed` store, and what the drain sees of it a
+//! `Relaxed` load: only the gate orders the two, so if the gate did not, loom would show the
+//! execution in which the drain reads the old value.
+
+use std::{future::poll_fn, sync::Arc};
+
+use loom::{
+    future::{AtomicWaker, block_on},
+    model,
+    model::Builder,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    thread,
+};
+
+use super::{core::SHARDS, shard::Refused};
+use crate::phase::Phase;
+
+type Core = super::core::Core<(), ()>;
+type Shard = super::shard::Shard<(), ()>;
+
+/// As `model`, with at most three involuntary switches in an execution. Three threads have too
+/// many executions for every run of the tests; without the bound these models take minutes.
+fn bounded(check: impl Fn() + Send + Sync + 'static) {
+    let mut builder = Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.check(check);
+}
+
+/// As a request is let in.
+fn admit(shard: &Shard) -> Result<(), Refused> {
+    if shard.admit() {
+        Ok(())
+    } else {
+        shard.admit_slow()
+    }
+}
+
+fn core(limit: Option<usize>) -> Arc<Core> {
+    Arc::new(Core::new(limit, false, ()))
+}
+
+async fn idle(core: &Core) {
+    poll_fn(|cx| core.poll_idle(cx)).await;
+}
+
+fn shared<T>(value: T) -> (Arc<T>, Arc<T>) {
+    let first = Arc::new(value);
+    (first.clone(), first)
+}
+
+/// Admission against drain: whoever is let in is waited for, whoever comes later is refused, and
+/// what the admitted did is seen after the wait.
+fn is_waited_for(shards: [usize; 2]) {
+    bounded(move || {
+        let core = core(None);
+        let requests: Vec<_> = shards
+            .map(|shard| {
+                let core = core.clone();
+                let (work, seen) = shared(AtomicUsize::new(0));
+                let request = thread::spawn(move || {
+                    let shard = core.nth(shard);
+                    let admitted = admit(shard);
+                    if admitted.is_ok() {
+                        work.store(1, Relaxed);
+                        shard.release();
+                    }
+                    admitted
+                });
+                (request, seen)
+            })
+            .into();
+        core.advance(Phase::Draining);
+        block_on(idle(&core));
+        let seen: Vec<_> = requests
+            .iter()
+            .map(|(_, work)| work.load(Relaxed))
+            .collect();
+        for ((request, _), seen) in requests.into_iter().zip(seen) {
+            match request.join().unwrap() {
+                Ok(()) => assert_eq!(seen, 1, "the drain ended before this request did"),
+                Err(refused) => assert_eq!((refused, seen), (Refused::Draining, 0)),
+            }
+        }
+        assert_eq!(core.word().count(), 0);
+    });
+}
+
+#[test]
+fn whoever_is_admitted_is_waited_for() {
+    is_waited_for([0, 0]);
+}
+
+#[test]
+fn whoever_is_admitted_on_another_lane_is_waited_for() {
+    assert!(SHARDS > 1);
+    is_waited_for([0, 1]);
+}
+
+/// Once the gate drains, no lane lets anybody in. The reader is the one that is spawned: loom knows
+/// of a word only who was there last, and an advance looks at a word before it changes it.
+#[test]
+fn no_lane_lags_behind_the_gate() {
+    model(|| {
+        let core = core(None);
+        let looking = core.clone();
+        let reader = thread::spawn(move || {
+            if looking.settled_phase() == Phase::Draining {
+                for shard in (0..SHARDS).map(|shard| looking.nth(shard)) {
+                    // Before the attempt, which would find the newest word whatever the orderings.
+                    assert_eq!(shard.word().phase(), Phase::Draining);
+                    assert_eq!(admit(shard), Err(Refused::Draining));
+                }
+            }
+        });
+        core.advance(Phase::Draining);
+        reader.join().unwrap();
+    });
+}
+
+/// What led to a phase is there for whoever acts upon it.
+#[test]
+fn what_came_before_an_advance_is_seen() {
+    model(|| {
+        let core = core(None);
+        let (led, leads) = shared(AtomicUsize::new(0));
+        let looking = core.clone();
+        let reader = thread::spawn(move || {
+            if looking.settled_phase() == Phase::Draining {
+                assert_eq!(led.load(Relaxed), 1);
+            }
+        });
+        leads.store(1, Relaxed);
+        core.advance(Phase::Draining);
+        reader.join().unwrap();
+    });
+}
+
+/// Also where the gate is found in an earlier phase than the lane.
+#[test]
+fn whoever_is_refused_by_a_drain_is_counted() {
+    model(|| {
+        let core = core(None);
+        let asking = core.clone();
+        let request = thread::spawn(move || {
+            if let Err(refused) = admit(asking.nth(1)) {
+                asking.refused(refused);
+                assert_eq!(asking.since_serving().refused, 1);
+            }
+        });
+        core.advance(Phase::Draining);
+        request.join().unwrap();
+    });
+}
+
+/// A request that is released without a response is either not in flight any more when the stop is
+/// asked for, or is counted by the time the drain has seen it go.
+#[test]
+fn what_is_dropped_in_a_stop_is_counted_before_it_is_seen_to_be_gone() {
+    model(|| {
+        let core = core(None);
+        let shard = core.nth(1);
+        admit(shard).unwrap();
+        let request = {
+            let core = core.clone();
+            thread::spawn(move || core.nth(1).release_unanswered())
+        };
+        let in_flight = core.advance(Phase::Draining).unwrap().count();
+        block_on(idle(&core));
+        assert_eq!(core.since_serving().dropped, in_flight);
+        request.join().unwrap();
+    });
+}
+
+/// Last release against wait, the drain begun and two inside: the waiter is woken, whichever of
+/// them is last. A lost wake-up is a deadlock, which loom reports.
+fn wakes_the_waiter(shards: [usize; 2]) {
+    model(move || {
+        let core = core(None);
+        for shard in shards {
+            admit(core.nth(shard)).unwrap();
+        }
+        core.advance(Phase::Draining);
+        let requests = shards.map(|shard| {
+            let core = core.clone();
+            thread::spawn(move || core.nth(shard).release())
+        });
+        block_on(idle(&core));
+        assert!(core.settled_word().is_idle());
+        for request in requests {
+            request.join().unwrap();
+        }
+    });
+}
+
+#[test]
+fn the_last_one_out_wakes_the_waiter() {
+    wakes_the_waiter([0, 0]);
+}
+
+#[test]
+fn the_last_one_out_of_any_lane_wakes_the_waiter() {
+    wakes_the_waiter([0, 1]);
+}
+
+/// The waiter is there first, draining begins on another thread, and the last request leaves on a
+/// third. Whoever advances rings a bell that the waiter listens to as well (the timeline's, here
+/// loom's own); between the bell and the last one out no wake-up is lost.
+#[test]
+fn a_wake_up_is_not_lost_between_advance_and_release() {
+    bounded(|| {
+        let core = core(None);
+        let driver_waker = Arc::new(AtomicWaker::new());
+        admit(core.nth(1)).unwrap();
+        let request = {
+            let core = core.clone();
+            thread::spawn(move || core.nth(1).release())
+        };
+        let trigger = {
+            let (core, driver_waker) = (core.clone(), driver_waker.clone());
+            thread::spawn(move || {
+                core.advance(Phase::Draining);
+                driver_waker.wake();
+            })
+        };
+        block_on(poll_fn(|cx| {
+            driver_waker.register_by_ref(cx.waker());
+            core.poll_idle(cx)
+        }));
+        assert!(core.settled_word().is_idle());
+        request.join().unwrap();
+        trigger.join().unwrap();
+    });
+}
+
+/// The limit: two compete for the last place. One gets it, the count never passes the limit, and
+/// the place is free again afterwards.
+#[test]
+fn the_limit_is_exact() {
+    model(|| {
+        let core = core(Some(1));
+        let (inside, most) = shared(AtomicUsize::new(0));
+        let other = {
+            let (core, inside) = (core.clone(), inside);
+            // Another lane, if there were one.
+            thread::spawn(move || enter(core.nth(1), &inside))
+        };
+        let mine = enter(core.nth(0), &most);
+        let others = other.join().unwrap();
+        assert!(mine || others, "there was room for one");
+        assert_eq!(core.word().count(), 0);
+        assert_eq!(admit(core.nth(0)), Ok(()), "the place is free again");
+    });
+
+    fn enter(shard: &Shard, inside: &AtomicUsize) -> bool {
+        if admit(shard).is_err() {
+            return false;
+        }
+        assert_eq!(inside.fetch_add(1, Relaxed), 0, "two were let in");
+        inside.fetch_sub(1, Relaxed);
+        shard.release();
+        true
+    }
+}
+
+/// Phase, readiness and count are changed by three threads at once, and none of the changes is
+/// lost.
+#[test]
+fn changes_of_the_word_do_not_overwrite_one_another() {
+    model(|| {
+        let core = core(None);
+        let request = {
+            let core = core.clone();
+            thread::spawn(move || admit(core.nth(0)).is_ok())
+        };
+        let readiness = {
+            let core = core.clone();
+            thread::spawn(move || core.set_ready(false))
+        };
+        core.advance(Phase::LameDuck);
+        assert!(request.join().unwrap());
+        readiness.join().unwrap();
+        let word = core.word();
+        assert_eq!(word.phase(), Phase::LameDuck);
+        assert!(!word.is_marked_ready());
+        assert_eq!(word.count(), 1);
+    });
+}

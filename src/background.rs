@@ -1,0 +1,256 @@
+//! Threads for code that is not this crate's: log subscribers, wakers, and what is dropped last.
+//!
+//! Such code may block or panic, and nothing may wait for it. A job is queued, and run by a thread
+//! that exists only while there are jobs. Where the jobs must keep their order there is one thread;
+//! where they need not, another one takes over when a job takes too long.
+//!
+//! 1. *A job is never left without a thread.* The queue and the number of threads are behind one
+//!    lock. A thread that finds the queue empty leaves in the same critical section; whoever queues a
+//!    job afterwards sees that there is none, and starts one.
+//! 2. *A panic ends the job and nothing else.*
+
+use {
+    std::collections::VecDeque, std::mem, std::panic, std::panic::AssertUnwindSafe, std::process,
+    std::thread, std::time::Duration, std::time::Instant,
+};
+
+use crate::sync::{Condvar, Mutex, lock};
+
+/// How long a job may take before another thread takes over the queue.
+const STUCK: Duration = Duration::from_millis(20);
+
+pub(crate) type Job = Box<dyn FnOnce() + Send>;
+
+pub(crate) struct Aside {
+    name: &'static str,
+    most_threads: usize,
+    queue: Mutex<Queue>,
+    emptied: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    threads: usize,
+    /// The process whose threads they are. A child that was forked has none of them.
+    process: u32,
+    /// When a job was taken last.
+    taken: Option<Instant>,
+}
+
+/// Runs code that is not this crate's, and survives its panic.
+pub(crate) fn shielded(code: impl FnOnce()) {
+    if let Err(payload) = panic::catch_unwind(AssertUnwindSafe(code)) {
+        // Its destructor is not ours either.
+        mem::forget(payload);
+    }
+}
+
+impl Aside {
+    pub(crate) fn new(name: &'static str, most_threads: usize) -> Self {
+        Self {
+            name,
+            most_threads,
+            queue: Mutex::new(Queue::default()),
+            emptied: Condvar::new(),
+        }
+    }
+
+    /// Queues a job. Whoever does so calls [`work`](Self::work) afterwards.
+    pub(crate) fn queue(&self, job: Job) {
+        lock!(self.queue).jobs.push_back(job);
+    }
+
+    /// Sees to it that there is a thread for the jobs in the queue.
+    pub(crate) fn work(&'static self) {
+        if !self.claim() {
+            return;
+        }
+        let thread = thread::Builder::new().name(self.name.to_owned());
+        if thread.spawn(|| self.drain()).is_ok() {
+            return;
+        }
+        if self.most_threads == 1 {
+            // The next job tries again.
+            self.leave();
+        } else {
+            self.drain();
+        }
+    }
+
+    /// As [`work`](Self::work), for a thread that looks after the queue. Says when to look again.
+    pub(crate) fn relieve(&'static self) -> Option<Instant> {
+        if lock!(self.queue).jobs.is_empty() {
+            return None;
+        }
+        self.work();
+        Some(Instant::now() + STUCK)
+    }
+
+    /// Counts one more thread, if one is needed.
+    fn claim(&self) -> bool {
+        let mut queue = lock!(self.queue);
+        let process = process::id();
+        if queue.process != process {
+            queue.process = process;
+            queue.threads = 0;
+        }
+        let needed = !queue.jobs.is_empty()
+            && (queue.threads == 0 || queue.threads < self.most_threads && queue.is_stuck());
+        if needed {
+            queue.threads += 1;
+            // It has its time as well.
+            queue.taken = Some(Instant::now());
+        }
+        needed
+    }
+
+    fn drain(&self) {
+        let mut queue = lock!(self.queue);
+        while let Some(job) = queue.jobs.pop_front() {
+            queue.taken = Some(Instant::now());
+            drop(queue);
+            shielded(job);
+            queue = lock!(self.queue);
+        }
+        drop(self.left(queue));
+    }
+
+    fn leave(&self) {
+        drop(self.left(lock!(self.queue)));
+    }
+
+    fn left<Q: std::ops::DerefMut<Target = Queue>>(&self, mut queue: Q) -> Q {
+        queue.threads -= 1;
+        if queue.threads == 0 {
+            self.emptied.notify_all();
+        }
+        queue
+    }
+
+    /// Waits until every job is done, but not longer than this.
+    #[cfg(any(feature = "tracing", test))]
+    pub(crate) fn flush(&self, within: Duration) {
+        let until = Instant::now() + within;
+        let mut queue = lock!(self.queue);
+        while !queue.jobs.is_empty() || queue.threads > 0 {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            queue = match self.emptied.wait_timeout(queue, left) {
+                Ok((queue, _)) => queue,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+}
+
+impl Queue {
+    fn is_stuck(&self) -> bool {
+        self.taken.is_none_or(|taken| taken.elapsed() >= STUCK)
+    }
+}
+
+#[cfg(all(test, tower_graceful_loom))]
+mod models {
+    use std::sync::Arc;
+
+    use loom::{
+        model,
+        sync::atomic::{AtomicUsize, Ordering},
+        thread,
+    };
+
+    use super::*;
+
+    /// Point 1, for a queue of one thread.
+    #[test]
+    fn a_job_is_never_left_without_a_thread() {
+        model(|| {
+            let aside = Arc::new(Aside::new("model", 1));
+            let done = Arc::new(AtomicUsize::new(0));
+            let queue = |aside: &Arc<Aside>, done: &Arc<AtomicUsize>| {
+                let done = Arc::clone(done);
+                aside.queue(Box::new(move || {
+                    done.fetch_add(1, Ordering::Relaxed);
+                }));
+                if aside.claim() {
+                    aside.drain();
+                }
+            };
+            let other = {
+                let (aside, done) = (Arc::clone(&aside), Arc::clone(&done));
+                thread::spawn(move || queue(&aside, &done))
+            };
+            queue(&aside, &done);
+            other.join().unwrap();
+            assert_eq!(done.load(Ordering::Relaxed), 2);
+            assert_eq!(lock!(aside.queue).threads, 0);
+        });
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn aside(most_threads: usize) -> &'static Aside {
+        Box::leak(Box::new(Aside::new("test-aside", most_threads)))
+    }
+
+    fn run(aside: &'static Aside, job: impl FnOnce() + Send + 'static) {
+        aside.queue(Box::new(job));
+        aside.work();
+    }
+
+    #[test]
+    fn jobs_of_one_thread_keep_their_order_and_a_panic_ends_one_of_them() {
+        let aside = aside(1);
+        let (send, done) = mpsc::channel();
+        for n in 0..100 {
+            let send = send.clone();
+            run(aside, move || {
+                send.send(n).unwrap();
+                if n % 10 == 0 {
+                    panic::resume_unwind(Box::new("as the test wants it to"));
+                }
+            });
+        }
+        drop(send);
+        assert!(done.iter().eq(0..100));
+        aside.flush(Duration::from_secs(10));
+        assert_eq!(lock!(aside.queue).threads, 0, "none is left behind");
+    }
+
+    #[test]
+    fn a_job_that_blocks_delays_no_other() {
+        let aside = aside(4);
+        let (release, blocked) = mpsc::channel::<()>();
+        run(aside, move || {
+            let _ = blocked.recv();
+        });
+        let (send, done) = mpsc::channel();
+        run(aside, move || send.send(()).unwrap());
+        while let Some(look) = aside.relieve() {
+            thread::sleep(look.saturating_duration_since(Instant::now()));
+        }
+        done.recv_timeout(Duration::from_secs(10)).unwrap();
+        drop(release);
+        aside.flush(Duration::from_secs(10));
+        assert_eq!(lock!(aside.queue).threads, 0, "none is left behind");
+    }
+
+    #[test]
+    fn waiting_for_a_job_that_blocks_has_an_end() {
+        let aside = aside(1);
+        let (release, blocked) = mpsc::channel::<()>();
+        run(aside, move || {
+            let _ = blocked.recv();
+        });
+        aside.flush(Duration::from_millis(10));
+        drop(release);
+    }
+}

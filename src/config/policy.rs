@@ -1,0 +1,59 @@
+//! How a service answers while it stops. Plain data, fixed once the service is built.
+
+use std::time::Duration;
+
+use http::StatusCode;
+
+use super::rejection::RejectionFn;
+
+/// The paths of the probes' router.
+pub(crate) const LIVEZ: &str = "/livez";
+pub(crate) const READYZ: &str = "/readyz";
+
+#[derive(Clone, Debug)]
+pub(crate) struct Policy {
+    pub(crate) keep_listening: bool,
+    /// Over how much of the lame-duck phase clients are asked to leave.
+    pub(crate) close_spread: Duration,
+    /// Over how much of the drain long-lived work is told to end.
+    pub(crate) drain_spread: Duration,
+    pub(crate) header_read_timeout: Duration,
+    /// A client over HTTP/1 that has closed its writing side is answered.
+    pub(crate) half_close: bool,
+    /// How long workers are waited for. `None`: as long as there is time.
+    pub(crate) worker_timeout: Option<Duration>,
+    pub(crate) retry_after: Duration,
+    pub(crate) unready_status: StatusCode,
+    pub(crate) exempt: Vec<String>,
+    pub(crate) rejection: Option<RejectionFn>,
+}
+
+impl Policy {
+    /// Clients are asked to leave one after another.
+    pub(crate) fn is_spread(&self) -> bool {
+        !self.close_spread.is_zero()
+    }
+
+    /// Long-lived work is told to end by and by.
+    pub(crate) fn spreads_drain(&self) -> bool {
+        !self.drain_spread.is_zero()
+    }
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            keep_listening: true,
+            close_spread: Duration::ZERO,
+            drain_spread: Duration::ZERO,
+            // hyper's own.
+            header_read_timeout: Duration::from_secs(30),
+            half_close: false,
+            worker_timeout: None,
+            retry_after: Duration::from_secs(1),
+            unready_status: StatusCode::SERVICE_UNAVAILABLE,
+            exempt: Vec::new(),
+            rejection: None,
+        }
+    }
+}

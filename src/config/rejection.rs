@@ -1,0 +1,178 @@
+//! What a refused request is told. Plain data and its HTTP form.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+
+use crate::admission::Refused;
+
+/// Why a request was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RejectionReason {
+    /// The service is draining: it finishes what it began and begins nothing new. The answer goes out
+    /// when the request's body has been read, within bounds: see
+    /// [`GracefulLayer`](crate::GracefulLayer).
+    Draining,
+    /// As many requests as
+    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) allows are in flight. The answer goes
+    /// out at once.
+    Overloaded,
+}
+
+/// A refusal, as the function given to
+/// [`GracefulBuilder::rejection`](crate::GracefulBuilder::rejection) sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rejection {
+    reason: RejectionReason,
+    retry_after: Duration,
+}
+
+impl Rejection {
+    pub(crate) fn new(refused: Refused, retry_after: Duration) -> Self {
+        let reason = match refused {
+            Refused::Draining => RejectionReason::Draining,
+            Refused::Full => RejectionReason::Overloaded,
+        };
+        Self {
+            reason,
+            retry_after,
+        }
+    }
+
+    /// Why the request was refused.
+    #[must_use]
+    pub fn reason(&self) -> RejectionReason {
+        self.reason
+    }
+
+    /// The default status: 503 while draining
+    /// ([RFC 9110 §15.6.4](https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4)), 429 above the
+    /// limit ([RFC 6585 §4](https://www.rfc-editor.org/rfc/rfc6585#section-4)).
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        match self.reason {
+            RejectionReason::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            RejectionReason::Overloaded => StatusCode::TOO_MANY_REQUESTS,
+        }
+    }
+
+    /// After what time the client may try again. The header carries whole seconds, rounded up.
+    #[must_use]
+    pub fn retry_after(&self) -> Duration {
+        self.retry_after
+    }
+
+    fn message(&self) -> &'static str {
+        match self.reason {
+            RejectionReason::Draining => "shutting down, please try again",
+            RejectionReason::Overloaded => "too many requests in flight, please try again later",
+        }
+    }
+
+    /// The plain answer: status and a line of text.
+    pub(crate) fn text(&self) -> Response<Bytes> {
+        let mut response = Response::new(Bytes::from(format!("{}\n", self.message())));
+        *response.status_mut() = self.status();
+        response.headers_mut().insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("text/plain; charset=utf-8"),
+        );
+        response
+    }
+
+    /// The answer a gRPC client understands: `UNAVAILABLE` as headers alone ("Trailers-Only"), on
+    /// HTTP status 200.
+    ///
+    /// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#responses>
+    pub(crate) fn grpc(&self) -> Response<Bytes> {
+        let mut response = Response::new(Bytes::new());
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/grpc"),
+        );
+        headers.insert("grpc-status", HeaderValue::from_static("14"));
+        headers.insert("grpc-message", HeaderValue::from_static(self.message()));
+        response
+    }
+
+    pub(crate) fn retry_after_value(&self) -> HeaderValue {
+        let seconds = self.retry_after.as_secs();
+        let part = u64::from(self.retry_after.subsec_nanos() > 0);
+        HeaderValue::from(seconds.saturating_add(part))
+    }
+}
+
+/// Whether a request with these headers is a gRPC call: `application/grpc`, alone or with a
+/// `+codec` or parameters. gRPC-Web is not; its clients read HTTP statuses.
+pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
+    const GRPC: &[u8] = b"application/grpc";
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+        let (kind, rest) = value.as_bytes().split_at(GRPC.len().min(value.len()));
+        kind.eq_ignore_ascii_case(GRPC) && matches!(rest.first(), None | Some(b'+' | b';' | b' '))
+    })
+}
+
+/// The user's own answer to a refused request.
+#[derive(Clone)]
+pub(crate) struct RejectionFn(Arc<Respond>);
+
+type Respond = dyn Fn(&Rejection) -> Response<Bytes> + Send + Sync;
+
+impl RejectionFn {
+    pub(crate) fn new(
+        respond: impl Fn(&Rejection) -> Response<Bytes> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(respond))
+    }
+
+    pub(crate) fn call(&self, rejection: &Rejection) -> Response<Bytes> {
+        (self.0)(rejection)
+    }
+}
+
+impl fmt::Debug for RejectionFn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RejectionFn")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_whole_seconds_rounded_up() {
+        for (duration, header) in [
+            (Duration::ZERO, "0"),
+            (Duration::from_nanos(1), "1"),
+            (Duration::from_secs(7), "7"),
+            (Duration::from_millis(7001), "8"),
+            (Duration::MAX, "18446744073709551615"),
+        ] {
+            let rejection = Rejection::new(Refused::Draining, duration);
+            assert_eq!(rejection.retry_after_value(), header);
+        }
+    }
+
+    #[test]
+    fn grpc_is_told_by_its_content_type() {
+        for (value, grpc) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc;charset=utf-8", true),
+            ("Application/GRPC", true),
+            ("application/grpc-web", false),
+            ("text/plain", false),
+            ("application/grpc-web+proto", false),
+            ("application/json", false),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(value));
+            assert_eq!(is_grpc(&headers), grpc, "{value}");
+        }
+        assert!(!is_grpc(&HeaderMap::new()));
+    }
+}

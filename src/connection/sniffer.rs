@@ -1,0 +1,456 @@
+//! What has been read from a connection: the protocol that the peer speaks, whether a request head
+//! over HTTP/1 has begun, and whether the peer has closed its writing side.
+//!
+//! # Whether a head has begun
+//!
+//! `header_read_timeout` runs from the first byte of a head. That byte may have come in the same
+//! read as the end of the request before it, and hyper does not show its buffer. The reads tell:
+//!
+//! 1. hyper reads only when its buffer is empty or holds a part of a head.
+//! 2. When a request has ended and the buffer is empty, hyper tries to read before it waits for the
+//!    next head: to see whether the client hangs up, or when the response is out. So if its last
+//!    read returned no bytes, nothing is left over; if it returned bytes, some are, and they are the
+//!    last ones of that read.
+//! 3. Empty lines before a request line are no head ([RFC 9112 §2.2]), so the leftover counts only
+//!    if it holds something else. A part of a head that ends in an empty line would be a whole one,
+//!    and parsed. One that ends in a single line break looks like the end of a body and an empty
+//!    line after it; therefore such a line break is [kept back](Sniffer::note), and handed to hyper
+//!    as a read of its own.
+//!
+//! So a head has begun if the last read returned bytes of which the last is not part of a line
+//! break. It takes neither the length of a body nor a search for the end of a head.
+//!
+//! # Handshakes
+//!
+//! After a handshake, of TLS for example, what is read from the connection is not what the server
+//! reads. Then the bytes are noted that the outermost [`GracefulIo`](crate::GracefulIo) hands to the
+//! server: each has the number of its layer, and only the layer that was begun last notes.
+//!
+//! # On other servers
+//!
+//! Where the server is not ours, its requests are not known, and only one thing is noted: whether a
+//! peer that has closed its writing side may wait for a response. That is so when the last bytes
+//! that passed were read and end in an empty line, as those of a request without a body or with a
+//! chunked one do.
+//!
+//! [RFC 9112 §2.2]: https://www.rfc-editor.org/rfc/rfc9112#section-2.2
+
+use tokio::io::ReadBuf;
+
+use crate::sync::{AtomicU8, AtomicU32, Ordering::Relaxed};
+
+/// Written by the task that reads the connection, and read without a lock. No other memory is
+/// published through it.
+#[derive(Debug, Default)]
+pub(crate) struct Sniffer {
+    /// How many reads returned something other than empty lines. Wraps.
+    reads: AtomicU32,
+    /// How much of the preface of HTTP/2 it began with, or that it began with something else.
+    preface: AtomicU8,
+    /// The end of a read that is kept back: which of [`KEPT`].
+    kept: AtomicU8,
+    flags: AtomicU8,
+    /// The layer that notes.
+    layer: AtomicU8,
+}
+
+/// The server is ours.
+const LISTENING: u8 = 1;
+/// A first head has been awaited.
+const AWAITED: u8 = 1 << 1;
+/// The last read returned bytes, and the last of them is not part of a line break.
+const MID_LINE: u8 = 1 << 2;
+/// The peer has closed its writing side.
+const ENDED: u8 = 1 << 3;
+/// It has come when others were asked to leave already.
+const LATE: u8 = 1 << 4;
+/// The last bytes that passed were read, and may be the end of a request.
+const ASKED: u8 = 1 << 5;
+
+/// From when on a head is awaited.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Awaited {
+    reads: u32,
+    /// Its first bytes came with the request before it.
+    has_begun: bool,
+}
+
+impl Sniffer {
+    /// One task writes, so no change of another is lost.
+    #[inline]
+    fn set(&self, flag: u8, on: bool) {
+        let others = self.flags.load(Relaxed) & !flag;
+        self.flags
+            .store(if on { others | flag } else { others }, Relaxed);
+    }
+
+    #[inline]
+    fn has(&self, flag: u8) -> bool {
+        self.flags.load(Relaxed) & flag != 0
+    }
+
+    /// The server is ours: what is read from now on is noted.
+    pub(crate) fn listen(&self) {
+        self.set(LISTENING, true);
+    }
+
+    /// The server is ours.
+    pub(crate) fn is_listened_to(&self) -> bool {
+        self.has(LISTENING)
+    }
+
+    /// The layer that notes.
+    #[inline]
+    pub(crate) fn layer(&self) -> u8 {
+        self.layer.load(Relaxed)
+    }
+
+    /// Begins another layer, of which nothing has been read. Returns its number.
+    #[cfg_attr(not(feature = "axum"), expect(dead_code))]
+    pub(crate) fn begin_layer(&self) -> u8 {
+        self.reads.store(0, Relaxed);
+        for byte in [&self.preface, &self.kept, &self.flags] {
+            byte.store(0, Relaxed);
+        }
+        // More layers than there are numbers would share the last one.
+        let layer = self.layer().saturating_add(1);
+        self.layer.store(layer, Relaxed);
+        layer
+    }
+
+    /// Something has been read.
+    pub(crate) fn has_read(&self) -> bool {
+        self.preface.load(Relaxed) > 0
+    }
+
+    /// What is read from now on is not HTTP.
+    #[cold]
+    pub(crate) fn upgraded(&self) {
+        self.preface.store(UPGRADED, Relaxed);
+    }
+
+    /// Notes what was read, and whether the service let requests in at that time. Returns how many
+    /// bytes at its end, at most three, are to be kept back until the next read.
+    #[inline]
+    pub(crate) fn note(&self, read: &[u8], lets_in: impl FnOnce() -> bool) -> usize {
+        if !self.has(LISTENING) {
+            self.note_preface(read);
+            self.set(ASKED, read.ends_with(b"\r\n\r\n") && lets_in());
+            return 0;
+        }
+        let kept = match self.preface.load(Relaxed) {
+            WHOLE | UPGRADED => 0,
+            _ => open_line(read),
+        };
+        let length = KEPT[usize::from(kept)].len();
+        if length > 0 {
+            self.kept.store(kept, Relaxed);
+        }
+        self.note_passed(&read[..read.len() - length]);
+        length
+    }
+
+    /// The end of the last read has been kept back.
+    #[inline]
+    pub(crate) fn has_kept(&self) -> bool {
+        self.kept.load(Relaxed) != 0
+    }
+
+    /// Hands on what was kept back, as if the network had split the read there.
+    #[cold]
+    pub(crate) fn hand_on(&self, buf: &mut ReadBuf<'_>) {
+        let kept = KEPT[usize::from(self.kept.load(Relaxed))];
+        let (passed, rest) = kept.split_at(kept.len().min(buf.remaining()));
+        buf.put_slice(passed);
+        self.note_passed(passed);
+        self.kept.store(open_line_of(rest), Relaxed);
+    }
+
+    #[inline]
+    fn note_preface(&self, read: &[u8]) {
+        let preface = self.preface.load(Relaxed);
+        if preface < WHOLE {
+            self.preface.store(compared(preface, read), Relaxed);
+        }
+    }
+
+    /// Notes bytes as they are handed on.
+    fn note_passed(&self, passed: &[u8]) {
+        self.note_preface(passed);
+        let mid_line = passed.last().is_some_and(|byte| !is_line_break(*byte));
+        self.set(MID_LINE, mid_line);
+        if mid_line || !passed.iter().all(|byte| is_line_break(*byte)) {
+            let reads = self.reads().wrapping_add(1);
+            self.reads.store(reads, Relaxed);
+        }
+    }
+
+    /// Notes that something is written.
+    #[inline]
+    pub(crate) fn note_write(&self) {
+        if self.has(ASKED) {
+            self.set(ASKED, false);
+        }
+    }
+
+    /// Notes that there was nothing to read.
+    #[inline]
+    pub(crate) fn note_nothing(&self) {
+        self.set(MID_LINE, false);
+    }
+
+    /// Notes that the peer has closed its writing side.
+    #[cold]
+    pub(crate) fn note_end(&self) {
+        self.note_nothing();
+        self.set(ENDED, true);
+    }
+
+    /// The peer has closed its writing side.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.has(ENDED)
+    }
+
+    /// Whether a connection that is dropped now leaves a request unanswered, where the server is not
+    /// ours and as far as the bytes show it.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        self.has(ASKED) && self.has_ended()
+    }
+
+    /// Another number when something other than empty lines has been read since.
+    pub(crate) fn reads(&self) -> u32 {
+        self.reads.load(Relaxed)
+    }
+
+    /// To be called when hyper begins to wait for a head.
+    pub(crate) fn await_head(&self) -> Awaited {
+        if self.has(AWAITED) {
+            return Awaited {
+                reads: self.reads(),
+                has_begun: self.has(MID_LINE),
+            };
+        }
+        self.set(AWAITED, true);
+        Self::FIRST
+    }
+
+    /// From the start: some of the first head is read to tell HTTP/1 from HTTP/2.
+    pub(crate) const FIRST: Awaited = Awaited {
+        reads: 0,
+        has_begun: false,
+    };
+
+    /// Whether a head has begun that is awaited since then.
+    pub(crate) fn has_begun(&self, awaited: Awaited) -> bool {
+        awaited.has_begun || self.reads() != awaited.reads
+    }
+
+    /// It is known what the peer speaks.
+    pub(crate) fn is_decided(&self) -> bool {
+        self.preface.load(Relaxed) >= WHOLE
+    }
+
+    /// The peer speaks HTTP/1, or what the connection was upgraded to.
+    pub(crate) fn is_http1(&self) -> bool {
+        self.preface.load(Relaxed) >= OTHER
+    }
+
+    /// The peer speaks HTTP/2.
+    pub(crate) fn is_http2(&self) -> bool {
+        self.preface.load(Relaxed) == WHOLE
+    }
+
+    pub(crate) fn joins_during_stop(&self) {
+        self.set(LATE, true);
+    }
+
+    pub(crate) fn joined_during_stop(&self) -> bool {
+        self.has(LATE)
+    }
+}
+
+fn is_line_break(byte: u8) -> bool {
+    matches!(byte, b'\r' | b'\n')
+}
+
+/// The line breaks that may be followed by the rest of an empty line, and so end a head. None, and
+/// with each one what is left of it when its first bytes have been handed on.
+const KEPT: [&[u8]; 6] = [b"", b"\r", b"\n", b"\r\n", b"\n\r", b"\r\n\r"];
+
+/// Which of [`KEPT`] these bytes end in.
+///
+/// None when there is nothing else: such bytes are empty lines or the rest of one. Other sequences
+/// of line breaks end a head, or cannot stand in one.
+#[inline]
+fn open_line(read: &[u8]) -> u8 {
+    let (kept, before) = match read {
+        [before @ .., b'\r', b'\n', b'\r'] => (5, before),
+        [before @ .., b'\n', b'\r'] => (4, before),
+        [before @ .., b'\r', b'\n'] => (3, before),
+        [before @ .., b'\n'] => (2, before),
+        [before @ .., b'\r'] => (1, before),
+        _ => return 0,
+    };
+    match before.last() {
+        Some(byte) if !is_line_break(*byte) => kept,
+        _ => 0,
+    }
+}
+
+/// Which of [`KEPT`] these bytes are.
+fn open_line_of(bytes: &[u8]) -> u8 {
+    let kept = KEPT.iter().position(|kept| *kept == bytes);
+    kept.and_then(|kept| kept.try_into().ok()).unwrap_or(0)
+}
+
+/// What every connection of HTTP/2 begins with
+/// ([RFC 9113 §3.4](https://www.rfc-editor.org/rfc/rfc9113#section-3.4)).
+const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// All of the preface has been read.
+const WHOLE: u8 = 24;
+/// It was something else.
+const OTHER: u8 = 25;
+/// It was HTTP/1, and is another protocol now.
+const UPGRADED: u8 = 26;
+
+/// How much of the preface there is with what was read after so much of it.
+fn compared(before: u8, read: &[u8]) -> u8 {
+    let mut preface = before;
+    for (expected, byte) in PREFACE[usize::from(before)..].iter().zip(read) {
+        if expected != byte {
+            return OTHER;
+        }
+        preface += 1;
+    }
+    preface
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+
+    fn sniffer(pieces: &[&[u8]]) -> Sniffer {
+        let sniffer = Sniffer::default();
+        sniffer.listen();
+        for piece in pieces {
+            sniffer.note(piece, || true);
+        }
+        sniffer
+    }
+
+    #[test]
+    fn the_preface_of_http2_is_known_in_any_pieces() {
+        assert!(sniffer(&[&PREFACE]).is_http2());
+        assert!(sniffer(&[&PREFACE, b"\0\0\0\x04"]).is_http2());
+        assert!(sniffer(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0"]).is_http2());
+        let bytes: Vec<_> = PREFACE.chunks(1).collect();
+        assert!(sniffer(&bytes).is_http2());
+        assert!(!sniffer(&bytes[..23]).is_http2());
+        assert!(!sniffer(&bytes[..23]).is_decided());
+    }
+
+    #[test]
+    fn nothing_else_is_taken_for_it() {
+        assert!(!sniffer(&[]).is_decided());
+        assert!(sniffer(&[b"PO"]).is_decided());
+        assert!(!sniffer(&[b"GET / HTTP/1.1\r\n\r\n", &PREFACE]).is_http2());
+        assert!(!sniffer(&[b"PRI * HTTP/1", &PREFACE]).is_http2());
+        assert!(!sniffer(&[b"P", b"P", &PREFACE[1..]]).is_http2());
+        assert!(!sniffer(&[&PREFACE[..5], b"x", &PREFACE[5..]]).is_http2());
+    }
+
+    #[test]
+    fn the_first_head_is_awaited_from_the_start_and_the_next_from_where_it_begins() {
+        let sniffer = sniffer(&[b"GET"]);
+        assert!(sniffer.has_begun(sniffer.await_head()));
+        sniffer.note(b" / HTTP/1.1\r\n\r\n", || true);
+        let next = sniffer.await_head();
+        assert!(!sniffer.has_begun(next));
+        sniffer.note(b"G", || true);
+        assert!(sniffer.has_begun(next));
+    }
+
+    #[test]
+    fn a_head_whose_first_bytes_came_with_the_request_before_has_begun() {
+        let sniffer = sniffer(&[b"GET / HTTP/1.1\r\n\r\n"]);
+        sniffer.await_head();
+        sniffer.note(b"GET / HTTP/1.1\r\n\r\nG", || true);
+        assert!(sniffer.has_begun(sniffer.await_head()));
+        sniffer.note(b"GET / HTTP/1.1\r\n\r\nG", || true);
+        sniffer.note_nothing();
+        assert!(!sniffer.has_begun(sniffer.await_head()), "all was consumed");
+    }
+
+    #[test]
+    fn empty_lines_begin_no_head() {
+        for lines in [&b"\r\n"[..], b"\n", b"\r", b"\r\n\r\n", b"\r\n\r"] {
+            let sniffer = sniffer(&[]);
+            let first = sniffer.await_head();
+            assert_eq!(sniffer.note(lines, || true), 0);
+            assert!(!sniffer.has_begun(first), "{lines:?}");
+            let next = sniffer.await_head();
+            sniffer.note(lines, || true);
+            assert!(!sniffer.has_begun(next), "{lines:?}");
+            sniffer.note(&[lines, b"G"].concat(), || true);
+            assert!(sniffer.has_begun(next), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_break_that_may_or_may_not_end_a_line_of_a_head_is_kept_back() {
+        for (kept, line_break) in KEPT.into_iter().enumerate().skip(1) {
+            let line = [b"ok", line_break].concat();
+            assert_eq!(usize::from(open_line(&line)), kept, "{line:?}");
+            let sniffer = sniffer(&[]);
+            assert_eq!(sniffer.note(&line, || true), line_break.len());
+            sniffer.await_head();
+            assert!(sniffer.has_begun(sniffer.await_head()));
+            // It is handed on in order, and as there is room.
+            let mut passed = Vec::new();
+            while sniffer.has_kept() {
+                let mut memory = [0];
+                let mut buf = ReadBuf::new(&mut memory);
+                sniffer.hand_on(&mut buf);
+                passed.extend_from_slice(buf.filled());
+                assert!(!sniffer.has_begun(sniffer.await_head()));
+            }
+            assert_eq!(passed, line_break);
+        }
+        for line in [
+            &b""[..],
+            b"ok",
+            b"ok\r\n\r\n",
+            b"ok\n\n",
+            b"ok\n\r\n",
+            b"\r\n",
+            b"ok\r\r",
+        ] {
+            assert_eq!(open_line(line), 0, "{line:?}");
+        }
+        let http2 = sniffer(&[&PREFACE]);
+        assert_eq!(http2.note(b"a frame\r\n", || true), 0);
+        let upgraded = sniffer(&[b"GET / HTTP/1.1\r\n\r\n"]);
+        upgraded.upgraded();
+        assert_eq!(upgraded.note(b"a line\r\n", || true), 0);
+    }
+
+    #[test]
+    fn on_other_servers_a_request_before_the_end_is_unanswered_until_something_is_written() {
+        let sniffer = Sniffer::default();
+        assert_eq!(sniffer.note(b"GET / HTTP/1.1\r\n", || true), 0);
+        sniffer.note_end();
+        assert!(!sniffer.is_unanswered(), "no whole head");
+        let sniffer = Sniffer::default();
+        sniffer.note(b"GET / HTTP/1.1\r\n\r\n", || true);
+        assert!(!sniffer.is_unanswered(), "the client may send more");
+        sniffer.note_nothing();
+        sniffer.note_end();
+        assert!(sniffer.is_unanswered());
+        sniffer.note_write();
+        assert!(!sniffer.is_unanswered());
+        let sniffer = Sniffer::default();
+        sniffer.note(b"GET / HTTP/1.1\r\n\r\n", || false);
+        sniffer.note_end();
+        assert!(!sniffer.is_unanswered(), "it would have been refused");
+    }
+}

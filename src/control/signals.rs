@@ -1,0 +1,338 @@
+//! The signals that ask a service to stop, as the operating system delivers them.
+//!
+//! A signal handler may do next to nothing: it leaves the signal in a flag, and writes a byte to a
+//! socket that the control thread waits on. Handlers are installed once and for good, because a
+//! process cannot know who has relied on them since. In their place a signal is *given back*: the
+//! handler then does what the operating system would have done.
+
+use std::io;
+
+use crate::report::Trigger;
+#[cfg(unix)]
+use crate::report::{Outcome, Report};
+
+pub(crate) use self::os::Signals;
+
+/// Does what the signal would have done if nobody had listened.
+pub(crate) fn default_action(trigger: Trigger) {
+    os::default_action(trigger);
+}
+
+#[cfg(unix)]
+impl Report {
+    /// Ends the process by the signal that asked for the stop, if it was one and the outcome is
+    /// [`Clean`](Outcome::Clean); as [`exit`](Self::exit) otherwise.
+    ///
+    /// For supervisors that want to see their own signal as the cause of the end: a shell shows
+    /// status 143 for SIGTERM and 130 for SIGINT. A process with the id 1, as in most containers,
+    /// cannot be ended by a signal of its own, and exits with that status instead.
+    pub fn exit_by_signal(self) -> ! {
+        if self.outcome == Outcome::Clean {
+            // As `exit` would; a signal does not.
+            let _ = io::Write::flush(&mut io::stdout());
+            default_action(self.trigger);
+        }
+        self.exit()
+    }
+}
+
+#[cfg(unix)]
+mod os {
+    use {
+        std::io, std::io::Read, std::io::Write, std::os::unix::net::UnixStream, std::process,
+        std::sync::Arc, std::sync::atomic::AtomicBool, std::sync::atomic::Ordering::SeqCst,
+        std::thread, std::time::Duration,
+    };
+
+    use {
+        signal_hook::SigId, signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM,
+        signal_hook::flag, signal_hook::low_level, signal_hook::low_level::emulate_default_handler,
+        signal_hook::low_level::pipe,
+    };
+
+    use crate::report::Trigger;
+
+    /// In this order where both have come: SIGINT then ends the delay that SIGTERM began.
+    const SIGNALS: [(i32, Trigger); 2] =
+        [(SIGTERM, Trigger::Terminate), (SIGINT, Trigger::Interrupt)];
+
+    pub(super) fn default_action(trigger: Trigger) {
+        let Some((signal, _)) = SIGNALS.into_iter().find(|(_, it)| *it == trigger) else {
+            return;
+        };
+        if is_init() {
+            // The kernel would not deliver it.
+            std::process::exit(128 + signal);
+        }
+        let _ = emulate_default_handler(signal);
+    }
+
+    fn is_init() -> bool {
+        process::id() == 1
+    }
+
+    /// Installed handlers, and the socket through which they wake the control thread.
+    pub(crate) struct Signals {
+        /// Set while a signal is to do what it does by itself.
+        given_back: Arc<AtomicBool>,
+        came: [Arc<AtomicBool>; 2],
+        socket: Socket,
+        /// Which of the handlers' actions write to the socket.
+        writing: Vec<SigId>,
+        process: u32,
+    }
+
+    struct Socket {
+        written: UnixStream,
+        read: Arc<UnixStream>,
+    }
+
+    /// What the thread waits on.
+    pub(crate) struct Alarm(Arc<UnixStream>);
+
+    impl Signals {
+        /// Installs the handlers, with the signals given back.
+        pub(crate) fn install(_: impl Fn() + Send + 'static) -> io::Result<Self> {
+            let mut signals = Self {
+                given_back: Arc::new(AtomicBool::new(true)),
+                came: [(); 2].map(|()| Arc::default()),
+                socket: Socket::open()?,
+                writing: Vec::new(),
+                process: process::id(),
+            };
+            let mut installed = Vec::new();
+            let result = signals.register(&mut installed);
+            if let Err(error) = result {
+                for id in installed {
+                    low_level::unregister(id);
+                }
+                return Err(error);
+            }
+            Ok(signals)
+        }
+
+        /// The actions of a signal are run in this order.
+        fn register(&mut self, installed: &mut Vec<SigId>) -> io::Result<()> {
+            for ((signal, _), came) in SIGNALS.into_iter().zip(&self.came) {
+                let given_back = Arc::clone(&self.given_back);
+                let context = |error| explain(&format!("no handler for signal {signal}"), &error);
+                installed.push(
+                    if is_init() {
+                        flag::register_conditional_shutdown(signal, 128 + signal, given_back)
+                    } else {
+                        flag::register_conditional_default(signal, given_back)
+                    }
+                    .map_err(context)?,
+                );
+                let came = flag::register(signal, Arc::clone(came));
+                installed.push(came.map_err(context)?);
+                let written = self.socket.written.try_clone()?;
+                let writes = pipe::register(signal, written).map_err(context)?;
+                installed.push(writes);
+                self.writing.push(writes);
+            }
+            Ok(())
+        }
+
+        /// In a child that was forked: a socket of its own in place of the parent's.
+        pub(crate) fn adopt(&mut self) -> io::Result<()> {
+            if self.process == process::id() {
+                return Ok(());
+            }
+            let socket = Socket::open()?;
+            let mut writing = Vec::new();
+            for (signal, _) in SIGNALS {
+                writing.push(pipe::register(signal, socket.written.try_clone()?)?);
+            }
+            for id in std::mem::replace(&mut self.writing, writing) {
+                low_level::unregister(id);
+            }
+            self.socket = socket;
+            self.process = process::id();
+            Ok(())
+        }
+
+        /// From now on they are ours.
+        pub(crate) fn keep(&self) {
+            self.given_back.store(false, SeqCst);
+        }
+
+        /// From now on they do what they did before.
+        pub(crate) fn give_back(&self) {
+            self.given_back.store(true, SeqCst);
+        }
+
+        /// Those that have come.
+        pub(crate) fn take(&self) -> Vec<Trigger> {
+            let came = SIGNALS.iter().zip(&self.came);
+            came.filter(|(_, came)| came.swap(false, SeqCst))
+                .map(|((_, trigger), _)| *trigger)
+                .collect()
+        }
+
+        /// Wakes the thread without a signal.
+        pub(crate) fn poke(&self) {
+            // A byte that does not fit finds others there.
+            let _ = (&self.socket.written).write(&[0]);
+        }
+
+        pub(crate) fn alarm(&self) -> Alarm {
+            Alarm(Arc::clone(&self.socket.read))
+        }
+    }
+
+    impl Socket {
+        fn open() -> io::Result<Self> {
+            let open = || {
+                let (written, read) = UnixStream::pair()?;
+                written.set_nonblocking(true)?;
+                let read = Arc::new(read);
+                Ok(Self { written, read })
+            };
+            open().map_err(|error| explain("no socket for signals", &error))
+        }
+    }
+
+    impl Alarm {
+        /// Waits for a byte, or this long.
+        pub(crate) fn wait(&self, most: Duration) {
+            // Zero would mean for ever.
+            let most = most.max(Duration::from_millis(1));
+            let set = self.0.set_read_timeout(Some(most));
+            let read = set.and_then(|()| (&*self.0).read(&mut [0; 64]));
+            match read.map_err(|error| error.kind()) {
+                Ok(1..) | Err(io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                // Never seen: not to be a loop that takes the processor.
+                Ok(0) | Err(_) => thread::sleep(most.min(Duration::from_millis(10))),
+            }
+        }
+    }
+
+    fn explain(what: &str, error: &io::Error) -> io::Error {
+        io::Error::new(error.kind(), format!("{what}: {error}"))
+    }
+}
+
+#[cfg(windows)]
+mod os {
+    use std::{
+        io,
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering::SeqCst},
+        },
+        thread,
+    };
+
+    use tokio::{
+        runtime,
+        signal::windows::{ctrl_break, ctrl_c, ctrl_close, ctrl_logoff, ctrl_shutdown},
+    };
+
+    use crate::report::Trigger;
+
+    /// There, what a console event does cannot be had again once it is handled.
+    pub(super) fn default_action(_: Trigger) {}
+
+    /// A thread with a small runtime that waits for console events. Tokio does not give them back, so
+    /// it stays.
+    pub(crate) struct Signals {
+        terminate: Arc<AtomicBool>,
+        interrupt: Arc<AtomicBool>,
+    }
+
+    impl Signals {
+        pub(crate) fn install(wake: impl Fn() + Send + 'static) -> io::Result<Self> {
+            let runtime = runtime::Builder::new_current_thread().build()?;
+            let (mut c, mut pause, mut close, mut logoff, mut shutdown) = {
+                let _context = runtime.enter();
+                (
+                    ctrl_c()?,
+                    ctrl_break()?,
+                    ctrl_close()?,
+                    ctrl_logoff()?,
+                    ctrl_shutdown()?,
+                )
+            };
+            let terminate = Arc::new(AtomicBool::new(false));
+            let interrupt = Arc::new(AtomicBool::new(false));
+            let signals = Self {
+                terminate: Arc::clone(&terminate),
+                interrupt: Arc::clone(&interrupt),
+            };
+            let listening = async move {
+                loop {
+                    let came = tokio::select! {
+                        Some(()) = c.recv() => &interrupt,
+                        Some(()) = pause.recv() => &interrupt,
+                        Some(()) = close.recv() => &terminate,
+                        Some(()) = logoff.recv() => &terminate,
+                        Some(()) = shutdown.recv() => &terminate,
+                        else => return,
+                    };
+                    came.store(true, SeqCst);
+                    wake();
+                }
+            };
+            thread::Builder::new()
+                .name("graceful-console".to_owned())
+                .spawn(move || runtime.block_on(listening))?;
+            Ok(signals)
+        }
+
+        #[expect(clippy::unused_self, clippy::unnecessary_wraps)]
+        pub(crate) fn adopt(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+
+        #[expect(clippy::unused_self)]
+        pub(crate) fn keep(&self) {}
+
+        #[expect(clippy::unused_self)]
+        pub(crate) fn give_back(&self) {}
+
+        pub(crate) fn take(&self) -> Vec<Trigger> {
+            [
+                (&self.terminate, Trigger::Terminate),
+                (&self.interrupt, Trigger::Interrupt),
+            ]
+            .into_iter()
+            .filter(|(came, _)| came.swap(false, SeqCst))
+            .map(|(_, trigger)| trigger)
+            .collect()
+        }
+    }
+}
+
+#[cfg(not(any(unix, windows)))]
+mod os {
+    use std::io;
+
+    use crate::report::Trigger;
+
+    pub(super) fn default_action(_: Trigger) {}
+
+    pub(crate) struct Signals(std::convert::Infallible);
+
+    impl Signals {
+        pub(crate) fn install(_: impl Fn() + Send + 'static) -> io::Result<Self> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        pub(crate) fn adopt(&mut self) -> io::Result<()> {
+            match self.0 {}
+        }
+
+        pub(crate) fn keep(&self) {
+            match self.0 {}
+        }
+
+        pub(crate) fn give_back(&self) {
+            match self.0 {}
+        }
+
+        pub(crate) fn take(&self) -> Vec<Trigger> {
+            match self.0 {}
+        }
+    }
+}

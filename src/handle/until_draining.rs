@@ -1,0 +1,114 @@
+//! Streams that end when draining starts.
+
+use std::{
+    fmt,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use futures_core::Stream;
+use pin_project_lite::pin_project;
+
+use super::graceful::{Graceful, PhaseReached};
+
+impl Graceful {
+    /// Ends a stream when draining starts: for subscriptions, which nothing else would end.
+    ///
+    /// For each stream that should end so, never for all of them: a download or a generated text
+    /// has an end of its own, which the drain waits for.
+    ///
+    /// Server-sent events, with a last event and the time after which an `EventSource` connects
+    /// anew (`retry`, [in the HTML standard](https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation)):
+    ///
+    /// ```
+    /// use std::{convert::Infallible, time::Duration};
+    /// use axum::{extract::State, response::sse::{Event, Sse}};
+    /// use futures_util::{Stream, stream};
+    /// use tower_graceful::Graceful;
+    ///
+    /// async fn events(
+    ///     State(graceful): State<Graceful>,
+    /// ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+    ///     let news = stream::pending(); // whatever there is to tell
+    ///     let goodbye = Event::default().event("goodbye").retry(Duration::from_secs(5)).data("");
+    ///     Sse::new(graceful.until_draining(news).and_last(Ok(goodbye)))
+    /// }
+    /// ```
+    ///
+    /// An `EventSource` that comes back while the service is still draining is refused, and takes
+    /// that for final: after a 503 it never tries again, as it would after a connection that was
+    /// refused or closed. Where no balancer leads it elsewhere, let `retry` be longer than the drain
+    /// may take, or the listener be closed with
+    /// [`keep_listening(false)`](crate::GracefulBuilder::keep_listening).
+    ///
+    /// A stream of gRPC messages, with a status that has clients try again elsewhere, is ended by
+    /// `.and_last(Err(Status::unavailable("moving")))`.
+    pub fn until_draining<S: Stream>(&self, stream: S) -> UntilDraining<S> {
+        UntilDraining {
+            draining: self.draining(),
+            last: None,
+            stream: Some(stream),
+        }
+    }
+}
+
+pin_project! {
+    /// A stream that ends when draining starts. Made by [`Graceful::until_draining`].
+    ///
+    /// Then the stream inside is dropped, with what it has not given out yet. When that ends by
+    /// itself, so does this; either way it stays ended.
+    #[must_use = "streams do nothing unless polled"]
+    pub struct UntilDraining<S: Stream> {
+        draining: PhaseReached,
+        last: Option<S::Item>,
+        // `None` once this has ended, but for the last item.
+        #[pin]
+        stream: Option<S>,
+    }
+}
+
+impl<S: Stream> UntilDraining<S> {
+    /// One item more when draining starts. Not when the stream ends by itself.
+    pub fn and_last(mut self, item: S::Item) -> Self {
+        self.last = Some(item);
+        self
+    }
+}
+
+impl<S: Stream> Stream for UntilDraining<S> {
+    type Item = S::Item;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
+        let mut this = self.project();
+        let Some(stream) = this.stream.as_mut().as_pin_mut() else {
+            return Poll::Ready(None);
+        };
+        // First, because there are streams that are always ready.
+        if Pin::new(this.draining).poll(cx).is_ready() {
+            this.stream.set(None);
+            return Poll::Ready(this.last.take());
+        }
+        let item = ready!(stream.poll_next(cx));
+        if item.is_none() {
+            this.stream.set(None);
+        }
+        Poll::Ready(item)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let Some(stream) = &self.stream else {
+            return (0, Some(0));
+        };
+        let (_, most) = stream.size_hint();
+        let last = usize::from(self.last.is_some());
+        (0, most.and_then(|most| most.checked_add(last)))
+    }
+}
+
+impl<S: Stream> fmt::Debug for UntilDraining<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UntilDraining")
+            .field("ended", &self.stream.is_none())
+            .finish_non_exhaustive()
+    }
+}

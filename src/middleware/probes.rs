@@ -1,0 +1,250 @@
+//! What balancers and orchestrators ask.
+//!
+//! Readiness says whether to send more requests, liveness whether to restart the process. While a
+//! service stops, readiness says no from the first moment and liveness yes to the last, because a
+//! process that is draining must not be restarted for it.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    future::{Ready, ready},
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::{Body, Frame, SizeHint};
+use tower_service::Service;
+
+use super::{connection_close, probe_route};
+#[cfg(feature = "axum")]
+use crate::config::policy;
+use crate::{handle::graceful::Graceful, phase::Phase};
+
+impl Graceful {
+    /// A router with `GET /livez` and `GET /readyz`, the paths Kubernetes itself uses.
+    ///
+    /// Merge it or nest it under any prefix, inside or outside the [layer](Self::layer): these two
+    /// routes are never refused by the layer, and no other route is taken for one of them, whatever
+    /// its path. Outside (merged after `.layer(…)`) they are not counted either. What axum answers
+    /// by default to paths without a route, 404, is outside then too; a fallback of your own is where
+    /// you put it.
+    ///
+    /// Where the layer is around a whole router, as in
+    /// `ServiceBuilder::new().layer(graceful.layer()).service(app)`, it cannot see routes. There it
+    /// refuses no request for exactly `/livez` or `/readyz`, so merge the router at the root. With
+    /// `nest_service` or as a fallback, and below middleware that does not clone the service inside
+    /// such as tower's `Buffer`, the routes are not recognized; give their paths to
+    /// [`exempt`](crate::GracefulBuilder::exempt).
+    ///
+    /// ```
+    /// # use axum::Router;
+    /// # use tower_graceful::Graceful;
+    /// let graceful = Graceful::new();
+    /// let app: Router = Router::new()
+    ///     // your routes
+    ///     .layer(graceful.layer())
+    ///     .merge(graceful.probes());
+    /// ```
+    #[cfg(feature = "axum")]
+    pub fn probes<S>(&self) -> axum::Router<S>
+    where
+        S: Clone + Send + Sync + 'static,
+    {
+        self.shared().probes.get_or_init(|| ());
+        axum::Router::new()
+            .route_service(policy::LIVEZ, self.liveness().marked())
+            .route_service(policy::READYZ, self.readiness().marked())
+    }
+
+    /// The readiness probe as a plain service, for any path and any router: 200 while the service
+    /// is ready, and [`unready_status`](crate::GracefulBuilder::unready_status) otherwise.
+    ///
+    /// Behind the [layer](Self::layer) on a path of your own it needs
+    /// [`exempt`](crate::GracefulBuilder::exempt), or the layer refuses it like any request.
+    ///
+    /// See [`Probe`] for what it answers.
+    #[must_use]
+    pub fn readiness(&self) -> Probe {
+        Probe {
+            graceful: self.clone(),
+            question: Question::Ready,
+            is_route: false,
+        }
+    }
+
+    /// The liveness probe as a plain service: 200 as long as anything answers.
+    ///
+    /// See [`Probe`] for what it answers.
+    #[must_use]
+    pub fn liveness(&self) -> Probe {
+        Probe {
+            graceful: self.clone(),
+            question: Question::Alive,
+            is_route: false,
+        }
+    }
+}
+
+/// A probe: made by [`Graceful::readiness`] and [`Graceful::liveness`].
+///
+/// Answers GET, HEAD and OPTIONS with the same status, over every version of HTTP, because
+/// HAProxy's `option httpchk` asks with `OPTIONS` over HTTP/1.0; other methods are answered 405.
+/// A CORS layer round it would answer OPTIONS itself, and the prober would never see a "no".
+/// The body is one line that names the phase. Nothing may be cached. Once the service is stopping,
+/// HTTP/1 answers say `Connection: close`.
+///
+/// | asked | answer | body |
+/// |---|---|---|
+/// | liveness | 200 | the phase |
+/// | readiness, serving | 200 | `serving` |
+/// | readiness, serving, `set_ready(false)` | `unready_status` | `not ready` |
+/// | readiness, from lame duck on | `unready_status` | the phase |
+///
+/// [Kubernetes](https://kubernetes.io/docs/concepts/configuration/liveness-readiness-startup-probes/)
+/// takes 200 to 399 as success, and goes on asking for readiness while a pod terminates.
+pub struct Probe {
+    graceful: Graceful,
+    question: Question,
+    /// Made by [`Graceful::probes`].
+    is_route: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Question {
+    Ready,
+    Alive,
+}
+
+impl Probe {
+    /// Recognized by services that clone it.
+    #[cfg(feature = "axum")]
+    fn marked(self) -> Self {
+        Self {
+            is_route: true,
+            ..self
+        }
+    }
+
+    fn answer(&self, method: &Method, version: http::Version) -> Response<ProbeBody> {
+        let phase = self.graceful.phase();
+        self.graceful.shared().outside.probed();
+        let (status, text) = match self.question {
+            Question::Alive => (StatusCode::OK, phase.as_str()),
+            Question::Ready if self.graceful.is_ready() => {
+                self.graceful.shared().mark_served();
+                (StatusCode::OK, phase.as_str())
+            }
+            Question::Ready => {
+                let unready = self.graceful.policy().unready_status;
+                let text = match phase {
+                    Phase::Serving => "not ready",
+                    _ => phase.as_str(),
+                };
+                (unready, text)
+            }
+        };
+        let known = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+        let status = if known {
+            status
+        } else {
+            StatusCode::METHOD_NOT_ALLOWED
+        };
+        let mut response = Response::new(ProbeBody::default());
+        *response.status_mut() = status;
+        if phase > Phase::Serving {
+            connection_close::say_close(&mut response, version);
+        }
+        let headers = response.headers_mut();
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if !known || *method == Method::OPTIONS {
+            let allowed = HeaderValue::from_static("GET, HEAD, OPTIONS");
+            headers.insert(header::ALLOW, allowed);
+        }
+        // RFC 9110 §6.4.1: these have no content, not even a length.
+        let bodiless = [
+            StatusCode::NO_CONTENT,
+            StatusCode::RESET_CONTENT,
+            StatusCode::NOT_MODIFIED,
+        ];
+        if bodiless.contains(&status) {
+            return response;
+        }
+        let text = Bytes::from(format!("{text}\n"));
+        let utf8 = HeaderValue::from_static("text/plain; charset=utf-8");
+        headers.insert(header::CONTENT_TYPE, utf8);
+        // Said here because the answer to HEAD has the length of the answer to GET, and no body.
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(text.len()));
+        if *method != Method::HEAD {
+            response.body_mut().text = Some(text);
+        }
+        response
+    }
+}
+
+impl<B> Service<Request<B>> for Probe {
+    type Response = Response<ProbeBody>;
+    type Error = Infallible;
+    type Future = ProbeFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> ProbeFuture {
+        ready(Ok(self.answer(request.method(), request.version())))
+    }
+}
+
+impl Clone for Probe {
+    fn clone(&self) -> Self {
+        if self.is_route {
+            probe_route::note_clone(self.graceful.shared());
+        }
+        Self {
+            graceful: self.graceful.clone(),
+            question: self.question,
+            is_route: self.is_route,
+        }
+    }
+}
+
+impl fmt::Debug for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Probe")
+            .field("question", &self.question)
+            .field("graceful", &self.graceful)
+            .field("is_route", &self.is_route)
+            .finish()
+    }
+}
+
+/// The response future of a [`Probe`]: ready at once.
+pub type ProbeFuture = Ready<Result<Response<ProbeBody>, Infallible>>;
+
+/// The body of a [`Probe`]'s answer: one line of text, or nothing.
+#[derive(Clone, Debug, Default)]
+pub struct ProbeBody {
+    text: Option<Bytes>,
+}
+
+impl Body for ProbeBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.text.take().map(|text| Ok(Frame::data(text))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.text.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.text.as_ref().map_or(0, Bytes::len) as u64)
+    }
+}

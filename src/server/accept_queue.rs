@@ -1,0 +1,228 @@
+//! What a listener's accept queue is asked, and the operating system about it.
+
+use std::{any::Any, future, io, pin::pin, task::Poll};
+
+use axum::serve::Listener;
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use socket2::SockRef;
+#[cfg(unix)]
+use tokio::net::{UnixListener, UnixStream, unix};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task,
+};
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use super::activation;
+use crate::connection::descriptors::{MOST, Socket, SocketKind, is_want};
+use crate::events;
+
+/// Whether it is a listener whose queue can be asked: one of tokio's.
+pub(super) fn is_asked(listener: &dyn Any) -> bool {
+    #[cfg(unix)]
+    if listener.is::<UnixListener>() {
+        return true;
+    }
+    listener.is::<TcpListener>()
+}
+
+/// A connection that is in the accept queue now.
+pub(super) async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::Addr)> {
+    let mut accept = pin!(listener.accept());
+    for look in 0..4 {
+        if look > 0 {
+            // The runtime asks the operating system for news before it goes on here.
+            task::yield_now().await;
+        }
+        let accepted = future::poll_fn(|cx| Poll::Ready(accept.as_mut().poll(cx))).await;
+        if let Poll::Ready(accepted) = accepted {
+            return Some(accepted);
+        }
+    }
+    None
+}
+
+/// Takes the listener from the runtime, if it is one of tokio's.
+///
+/// It is asked directly then: the runtime knows of a connection only since it last asked for news,
+/// and a busy runtime may not have done so for milliseconds. Any other listener cannot be asked,
+/// and is closed.
+pub(super) fn into_socket<L: Listener>(listener: L, is_passed: bool) -> Option<Socket> {
+    let listener: Box<dyn Any> = Box::new(listener);
+    // Whoever made a socket, or shares it, may have made it blocking.
+    let kind = match listener.downcast::<TcpListener>() {
+        Ok(tcp) => {
+            let tcp = tcp.into_std().ok()?;
+            tcp.set_nonblocking(true).ok()?;
+            SocketKind::Tcp(tcp)
+        }
+        #[cfg(unix)]
+        Err(other) => {
+            let unix = other.downcast::<UnixListener>().ok()?.into_std().ok()?;
+            unix.set_nonblocking(true).ok()?;
+            SocketKind::Unix(unix)
+        }
+        #[cfg(not(unix))]
+        Err(_) => return None,
+    };
+    Some(Socket { kind, is_passed })
+}
+
+/// All that can be accepted without waiting, the latest first; and if that is not the whole queue
+/// for want of descriptors, the error that said so.
+pub(super) fn accept_all<A: 'static>(socket: &Socket) -> (Vec<A>, Option<io::Error>) {
+    match &socket.kind {
+        SocketKind::Tcp(tcp) => queue(|| {
+            let (stream, addr) = tcp.accept()?;
+            let ready = stream.set_nonblocking(true);
+            let stream = ready.and_then(|()| TcpStream::from_std(stream));
+            Ok(stream.ok().and_then(|stream| cast((stream, addr))))
+        }),
+        #[cfg(unix)]
+        SocketKind::Unix(unix) => queue(|| {
+            let (stream, addr) = unix.accept()?;
+            let ready = stream.set_nonblocking(true);
+            let stream = ready.and_then(|()| UnixStream::from_std(stream));
+            let addr = unix::SocketAddr::from(addr);
+            Ok(stream.ok().and_then(|stream| cast((stream, addr))))
+        }),
+    }
+}
+
+/// `accept` says `None` of a connection that was broken off.
+fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> (Vec<A>, Option<io::Error>) {
+    let mut accepted = Vec::new();
+    let mut want = None;
+    while accepted.len() < MOST {
+        match accept() {
+            Ok(one) => accepted.extend(one),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) if is_want(&error) => {
+                want = Some(error);
+                break;
+            }
+            Err(error) => {
+                events::queue_lost(&error);
+                break;
+            }
+        }
+    }
+    accepted.reverse();
+    (accepted, want)
+}
+
+/// Has the kernel drop what would begin a new connection to this listener, and nothing else, so
+/// that nobody slips in between the last look into the queue and the close. Says whether it does:
+/// only for a `TcpListener`, on Linux.
+///
+/// The client tries again a second later, as after any lost packet, and is refused then.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn turn_away_handshakes(listener: &dyn Any) -> bool {
+    use socket2::SockFilter;
+
+    // Classic BPF (linux/bpf_common.h), on a packet that begins with its TCP header.
+    const LOAD_BYTE: u16 = 0x30;
+    const JUMP_IF_SET: u16 = 0x45;
+    const RETURN: u16 = 0x06;
+    const FLAGS: u32 = 13;
+    const SYN: u32 = 0x02;
+    let filter = [
+        SockFilter::new(LOAD_BYTE, 0, 0, FLAGS),
+        SockFilter::new(JUMP_IF_SET, 0, 1, SYN),
+        SockFilter::new(RETURN, 0, 0, 0),
+        SockFilter::new(RETURN, 0, 0, u32::MAX),
+    ];
+    tcp(listener).is_some_and(|tcp| tcp.attach_filter(&filter).is_ok())
+}
+
+/// Takes back what `turn_away_handshakes` did, or what a process did that was killed before it
+/// could take it back. The filter is the socket's and not the process's: a socket that is shared, or
+/// that another process gets after this one, must accept again.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn let_in_handshakes(listener: &dyn Any) {
+    if let Some(tcp) = tcp(listener) {
+        let _ = tcp.detach_filter();
+    }
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn tcp(listener: &dyn Any) -> Option<SockRef<'_>> {
+    if let Some(tcp) = listener.downcast_ref::<TcpListener>() {
+        return Some(SockRef::from(tcp));
+    }
+    match &listener.downcast_ref::<Socket>()?.kind {
+        SocketKind::Tcp(tcp) => Some(SockRef::from(tcp)),
+        SocketKind::Unix(_) => None,
+    }
+}
+
+/// Whether the listener was passed to the process by socket activation. Only asked on Linux.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn is_passed(listener: &dyn Any) -> bool {
+    if let Some(tcp) = listener.downcast_ref::<TcpListener>() {
+        return activation::is_passed(tcp);
+    }
+    let unix = listener.downcast_ref::<UnixListener>();
+    unix.is_some_and(activation::is_passed)
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn turn_away_handshakes(_: &dyn Any) -> bool {
+    false
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn let_in_handshakes(_: &dyn Any) {}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn is_passed(_: &dyn Any) -> bool {
+    false
+}
+
+/// The value as a `B`, if that is what it is.
+fn cast<A: 'static, B: 'static>(value: A) -> Option<B> {
+    let mut value = Some(value);
+    let value: &mut dyn Any = &mut value;
+    value.downcast_mut::<Option<B>>()?.take()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, TcpStream};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_last_ones_of_a_closed_tcp_listener_are_known() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
+        let socket = into_socket(listener, false).unwrap();
+        let (last, want) = accept_all::<(tokio::net::TcpStream, SocketAddr)>(&socket);
+        assert!(want.is_none());
+        // The latest first, because they are taken from the end.
+        let ports: Vec<_> = last.iter().rev().map(|(_, peer)| peer.port()).collect();
+        let expected = clients.map(|client| client.local_addr().unwrap().port());
+        assert_eq!(ports, expected);
+        drop(socket);
+        assert!(TcpStream::connect(address).is_err());
+    }
+
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn the_last_ones_of_a_closed_unix_listener_are_known() {
+        use std::os::unix::net::UnixStream;
+
+        let name = format!("tower-graceful-queue-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let listener = UnixListener::bind(&path).unwrap();
+        let _clients = [(); 3].map(|()| UnixStream::connect(&path).unwrap());
+        let socket = into_socket(listener, false).unwrap();
+        let (last, _) = accept_all::<(tokio::net::UnixStream, unix::SocketAddr)>(&socket);
+        assert_eq!(last.len(), 3);
+        drop(socket);
+        assert!(UnixStream::connect(&path).is_err());
+        std::fs::remove_file(&path).unwrap();
+    }
+}

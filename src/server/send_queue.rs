@@ -1,0 +1,243 @@
+//! How much of what was written on a TCP connection its peer has not acknowledged.
+//!
+//! A response whose last byte was written is not delivered: the kernel may hold megabytes of it, and
+//! throws them away when the socket is closed and the peer sends something after that. Linux says
+//! how much it holds (`SIOCOUTQ`, tcp(7)). That call is an `ioctl`, for which there is no safe
+//! function, so this asks the same counter of `sock_diag(7)`, which is what `ss` does: one request
+//! and one answer on a netlink socket, some 2 µs. Any user may ask for any of its network
+//! namespace's sockets.
+//!
+//! The socket is opened with the first connection, because there may be no descriptor left when it is
+//! needed. Where the question cannot be asked (another operating system, a sandbox that forbids
+//! `AF_NETLINK`) the answer is `None`.
+
+use tokio::net::TcpStream;
+
+/// Bytes that the peer has not acknowledged, with one more for a FIN that it has not acknowledged.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn unacknowledged(tcp: &TcpStream) -> Option<u32> {
+    match tcp.peer_addr() {
+        Ok(peer) => diag::send_queue(tcp.local_addr().ok()?, peer),
+        // Both sides have closed, and everything is acknowledged; or the peer has reset it.
+        Err(error) if error.kind() == std::io::ErrorKind::NotConnected => Some(0),
+        Err(_) => None,
+    }
+}
+
+/// Sees to it that the question can be asked later.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn prepare() {
+    diag::prepare();
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn prepare() {}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn unacknowledged(_: &TcpStream) -> Option<u32> {
+    None
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+mod diag {
+    use {
+        std::io, std::io::Read, std::net::IpAddr, std::net::SocketAddr, std::sync::Mutex,
+        std::sync::Once,
+    };
+
+    use socket2::{Domain, Protocol, Socket, Type};
+
+    use crate::sync::lock;
+
+    // linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
+    const AF_NETLINK: i32 = 16;
+    const NETLINK_SOCK_DIAG: i32 = 4;
+    const SOCK_DIAG_BY_FAMILY: u16 = 20;
+    const NLM_F_REQUEST: u16 = 1;
+    const NLMSG_ERROR: u16 = 2;
+    const ENOENT: i32 = 2;
+    const AF_INET: u8 = 2;
+    const AF_INET6: u8 = 10;
+    const IPPROTO_TCP: u8 = 6;
+    const TCP_LISTEN: u8 = 10;
+    /// `nlmsghdr`, then `inet_diag_req_v2` or `inet_diag_msg`.
+    const HEADER: usize = 16;
+    const REQUEST: usize = HEADER + 56;
+    const ANSWER: usize = HEADER + 72;
+
+    /// One for the process: each question takes it for some 2 µs.
+    static SOCKET: Mutex<Asking> = Mutex::new(Asking {
+        socket: None,
+        questions: 0,
+    });
+
+    struct Asking {
+        socket: Option<Socket>,
+        /// So far: the number of a question, which its answer repeats.
+        questions: u32,
+    }
+
+    pub(super) fn prepare() {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            lock!(SOCKET).socket = open().ok();
+        });
+    }
+
+    pub(super) fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<u32> {
+        let mut asking = lock!(SOCKET);
+        if asking.socket.is_none() {
+            asking.socket = open().ok();
+        }
+        asking.questions = asking.questions.wrapping_add(1);
+        let answer = ask(asking.socket.as_ref()?, asking.questions, local, peer);
+        if answer.is_err() {
+            // What is still to be read from it, or another process reads, is not for the next
+            // question.
+            asking.socket = None;
+        }
+        answer.ok()
+    }
+
+    fn open() -> io::Result<Socket> {
+        let socket = Socket::new(
+            Domain::from(AF_NETLINK),
+            Type::DGRAM,
+            Some(Protocol::from(NETLINK_SOCK_DIAG)),
+        )?;
+        // The kernel answers before `send` returns, so there is nothing to wait for.
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    }
+
+    /// A connection that is not found has nothing in its queue any more.
+    fn ask(socket: &Socket, number: u32, local: SocketAddr, peer: SocketAddr) -> io::Result<u32> {
+        let request = request(number, local, peer);
+        socket.send(&request)?;
+        let mut answer = [0; 512];
+        let read = { socket }.read(&mut answer)?;
+        let answer = &answer[..read];
+        if answer.get(8..12) != Some(&number.to_ne_bytes()) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        if answer.get(4..6) == Some(&NLMSG_ERROR.to_ne_bytes()) {
+            let error = answer.get(HEADER..HEADER + 4).map(<[u8; 4]>::try_from);
+            return match error {
+                Some(Ok(error)) if i32::from_ne_bytes(error) == -ENOENT => Ok(0),
+                _ => Err(io::ErrorKind::Other.into()),
+            };
+        }
+        Ok(parse(answer, &request).unwrap_or(0))
+    }
+
+    fn request(number: u32, local: SocketAddr, peer: SocketAddr) -> [u8; REQUEST] {
+        let mut request = [0; REQUEST];
+        let length = u32::try_from(REQUEST).unwrap_or_default();
+        put(&mut request, 0, &length.to_ne_bytes());
+        put(&mut request, 4, &SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+        put(&mut request, 6, &NLM_F_REQUEST.to_ne_bytes());
+        put(&mut request, 8, &number.to_ne_bytes());
+        let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
+        put(&mut request, HEADER, &[family, IPPROTO_TCP]);
+        // Whatever its state.
+        put(&mut request, HEADER + 4, &u32::MAX.to_ne_bytes());
+        put(&mut request, HEADER + 8, &local.port().to_be_bytes());
+        put(&mut request, HEADER + 10, &peer.port().to_be_bytes());
+        for (address, at) in [(local, HEADER + 12), (peer, HEADER + 28)] {
+            match address.ip() {
+                IpAddr::V4(ip) => put(&mut request, at, &ip.octets()),
+                IpAddr::V6(ip) => put(&mut request, at, &ip.octets()),
+            }
+        }
+        if let SocketAddr::V6(local) = local {
+            // A link-local address is one of an interface.
+            put(&mut request, HEADER + 44, &local.scope_id().to_ne_bytes());
+        }
+        // No cookie.
+        put(&mut request, HEADER + 48, &[0xff; 8]);
+        request
+    }
+
+    fn put(message: &mut [u8], at: usize, bytes: &[u8]) {
+        message[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// The send queue, if this is the answer to the request. A connection that is gone is not found,
+    /// but the listener that accepted it may be.
+    fn parse(answer: &[u8], request: &[u8; REQUEST]) -> Option<u32> {
+        /// Ports and addresses, in the answer and in the request.
+        const ENDS: (std::ops::Range<usize>, std::ops::Range<usize>) =
+            (HEADER + 4..HEADER + 40, HEADER + 8..HEADER + 44);
+        const STATE: usize = HEADER + 1;
+        const SEND_QUEUE: std::ops::Range<usize> = HEADER + 60..HEADER + 64;
+
+        let same = answer.get(ENDS.0)? == &request[ENDS.1];
+        let found = answer.len() >= ANSWER
+            && answer[4..6] == SOCK_DIAG_BY_FAMILY.to_ne_bytes()
+            && answer[STATE] != TCP_LISTEN
+            && same;
+        let queue = answer.get(SEND_QUEUE)?.try_into().ok()?;
+        found.then(|| u32::from_ne_bytes(queue))
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use std::{
+            io::Write,
+            net::{Shutdown, TcpListener, TcpStream},
+            time::{Duration, Instant},
+        };
+
+        use super::*;
+
+        fn pair(listen: &str, connect: &str) -> (TcpStream, TcpStream) {
+            let listener = TcpListener::bind((listen, 0)).unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let client = TcpStream::connect((connect, port)).unwrap();
+            (listener.accept().unwrap().0, client)
+        }
+
+        fn queue(tcp: &TcpStream) -> Option<u32> {
+            send_queue(tcp.local_addr().unwrap(), tcp.peer_addr().unwrap())
+        }
+
+        fn becomes(tcp: &TcpStream, expected: impl Fn(Option<u32>) -> bool) {
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while !expected(queue(tcp)) {
+                assert!(Instant::now() < deadline, "{:?}", queue(tcp));
+                std::thread::yield_now();
+            }
+        }
+
+        #[test]
+        fn what_the_peer_has_not_taken_is_known() {
+            for (listen, connect) in [("127.0.0.1", "127.0.0.1"), ("::", "127.0.0.1")] {
+                let (mut server, mut client) = pair(listen, connect);
+                assert_eq!(queue(&server), Some(0), "{listen}");
+                server.set_nonblocking(true).unwrap();
+                let mut written = 0;
+                while let Ok(more) = server.write(&[0; 8192]) {
+                    written += more;
+                }
+                assert!(queue(&server) > Some(100_000), "{listen}");
+                server.shutdown(Shutdown::Write).unwrap();
+                let mut rest = vec![0; written];
+                client.read_exact(&mut rest).unwrap();
+                becomes(&server, |queue| queue == Some(0));
+            }
+        }
+
+        #[test]
+        fn a_connection_that_is_gone_is_not_taken_for_its_listener() {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let local = listener.local_addr().unwrap();
+            let client = TcpStream::connect(local).unwrap();
+            let peer = client.local_addr().unwrap();
+            let (server, _) = listener.accept().unwrap();
+            let linger = socket2::SockRef::from(&server);
+            linger.set_linger(Some(Duration::ZERO)).unwrap();
+            drop(server);
+            assert_eq!(send_queue(local, peer), Some(0));
+        }
+    }
+}

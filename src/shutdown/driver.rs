@@ -1,0 +1,85 @@
+//! The task that runs what needs a runtime, and lets time pass where tokio's clock is paused.
+
+use std::{future::pending, sync::Arc};
+
+use tokio::{sync::oneshot, time};
+
+use super::{Shared, WeakShared};
+use crate::control::DriverWaker;
+
+/// Sleeps until the next step is due, and takes it.
+pub(super) struct Driver {
+    gate: WeakShared,
+    waker: Arc<DriverWaker>,
+    /// It has been polled.
+    ran: bool,
+}
+
+impl Driver {
+    pub(super) fn new(gate: WeakShared, waker: Arc<DriverWaker>) -> Self {
+        Self {
+            gate,
+            waker,
+            ran: false,
+        }
+    }
+
+    /// Begins when it is given the service to drive. If that is gone it never will be, and ends.
+    pub(super) async fn run(mut self, mut started: oneshot::Receiver<Shared>) {
+        self.ran = true;
+        let gate = loop {
+            tokio::select! {
+                gate = &mut started => match gate {
+                    Ok(gate) => break gate,
+                    Err(_) => return,
+                },
+                () = self.waker.rung() => {
+                    #[cfg(feature = "signal")]
+                    if let Some(gate) = self.gate.upgrade() {
+                        gate.act_on_signals();
+                    }
+                }
+            }
+        };
+        let mut hooked = false;
+        let mut cleaning = None;
+        let mut cleaned = false;
+        while let Some(next) = gate.tick() {
+            if !std::mem::replace(&mut hooked, true) {
+                gate.start_hooks();
+            }
+            if cleaning.is_none() {
+                let deadline = gate.cleanup_deadline();
+                cleaning = deadline.map(|deadline| Box::pin(gate.clone().clean_up(deadline)));
+            }
+            tokio::select! {
+                biased;
+                () = self.waker.rung() => {}
+                () = time::sleep_until(next) => {}
+                () = optional(&mut cleaning), if cleaning.is_some() && !cleaned => {
+                    cleaned = true;
+                    gate.cleaned_up();
+                }
+            }
+        }
+        drop(cleaning);
+        gate.give_up_work();
+    }
+}
+
+/// The future, if there is one.
+async fn optional(future: &mut Option<impl Future<Output = ()> + Unpin>) {
+    match future {
+        Some(future) => future.await,
+        None => pending().await,
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Its runtime may be gone while the service lives.
+        if let Some(gate) = self.gate.upgrade() {
+            gate.driver_ended(self.ran);
+        }
+    }
+}

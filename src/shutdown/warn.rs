@@ -1,0 +1,92 @@
+//! Mistakes in the set-up: what is found is logged and reported, each kind once.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Shared, state::State};
+use crate::{
+    config::plan::instant_after,
+    connection::outside::Servers,
+    events::Event,
+    phase::Phase,
+    report::Warning,
+    sync::{Ordering, lock},
+};
+
+/// How long nothing must have been held before upgraded connections are said to be held by nothing: a
+/// handler may drop its hold and then its socket.
+const UNHELD: Duration = Duration::from_millis(100);
+
+/// How long a handler is given that may have been told that draining starts, and may close its socket
+/// without a hold.
+const TOLD: Duration = Duration::from_secs(1);
+
+impl Shared {
+    /// Keeps a warning for the report. Returns the event for the log.
+    pub(super) fn warn(&self, warning: Warning) -> Event {
+        lock!(self.warnings).push(warning.clone());
+        Event::Warning(warning)
+    }
+
+    /// The servers so far.
+    pub(super) fn servers(&self, state: &State) -> Servers {
+        Servers {
+            run: state.servers_so_far,
+            drains: state.drains_so_far,
+            listeners: self.connections.listeners().so_far,
+            tracks: self.tracks.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Warns of requests outside the layer, as soon as that is certain.
+    pub(crate) fn warn_of_outside(&self) {
+        let servers = self.servers(&self.state());
+        let warning = (self.outside).warning(self.has_ever_admitted(), servers, false);
+        if let Some(warning) = warning {
+            let event = self.warn(warning);
+            self.tell_log(event);
+        }
+    }
+
+    /// Whether somebody who could close a connection is told that draining starts.
+    pub(super) fn tells_somebody(&self) -> bool {
+        self.waiters.any(Phase::Draining) || self.phases.receiver_count() > 0
+    }
+
+    /// Warns of upgraded connections that no hold can be for, because there is none. Says when to look
+    /// again.
+    pub(super) fn warn_of_unheld(
+        &self,
+        state: &mut State,
+        next: Option<Instant>,
+        now: Instant,
+    ) -> Option<Instant> {
+        let next = next?;
+        let Some(draining) = state.draining_since() else {
+            return Some(next);
+        };
+        if state.warned_of_unheld {
+            return Some(next);
+        }
+        if self.work.holds() > 0 || !self.upgraded.any() {
+            state.unheld_since = None;
+            return Some(next);
+        }
+        let since = *state.unheld_since.get_or_insert(now);
+        let mut at = instant_after(since, UNHELD);
+        let is_cut = state.shutdown.as_ref().is_some_and(|it| it.cut.is_some());
+        if state.tells_somebody && !is_cut {
+            let told = instant_after(draining, self.policy.drain_spread);
+            at = at.max(instant_after(told, TOLD));
+        }
+        if now < at {
+            return Some(next.min(at));
+        }
+        state.warned_of_unheld = true;
+        let unheld = Warning::UpgradesNotHeld(self.upgraded.list(now));
+        let event = self.warn(unheld);
+        state.events.push(event);
+        Some(next)
+    }
+}

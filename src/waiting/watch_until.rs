@@ -1,0 +1,51 @@
+//! Waiting until a watched value has come as far as some point.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use tokio::sync::watch;
+
+use super::phase_receiver::shielded_waker;
+
+/// The waiting itself, for the futures that do it. Ready for good once it has been.
+pub(crate) struct WatchUntil<T> {
+    point: T,
+    waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+}
+
+impl<T: Copy + Ord + Send + Sync + 'static> WatchUntil<T> {
+    pub(crate) fn new(point: T) -> Self {
+        Self {
+            point,
+            waiting: None,
+        }
+    }
+
+    /// Waits on a receiver from `subscribe`, which is called when there is none yet. Its sender
+    /// must outlive the waiting; otherwise this is ready when the sender goes.
+    pub(crate) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        subscribe: impl FnOnce() -> watch::Receiver<T>,
+    ) -> Poll<()> {
+        let waiting = match &mut self.waiting {
+            Some(waiting) => waiting,
+            none => {
+                let point = self.point;
+                let mut values = subscribe();
+                if *values.borrow() >= point {
+                    return Poll::Ready(());
+                }
+                none.insert(Box::pin(async move {
+                    let _ = values.wait_for(|value| *value >= point).await;
+                }))
+            }
+        };
+        let waker = shielded_waker(cx);
+        ready!(waiting.as_mut().poll(&mut Context::from_waker(&waker)));
+        self.waiting = None;
+        Poll::Ready(())
+    }
+}
