@@ -453,7 +453,7 @@ mod models {
     type Connected = Gate<(), ConnectionTable<()>>;
 
     fn connected() -> Connected {
-        Gate::new(None, false, (), |()| ConnectionTable::default())
+        Gate::new(None, false, (), |_| ConnectionTable::default())
     }
 
     #[test]

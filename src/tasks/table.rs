@@ -441,7 +441,7 @@ mod models {
     type Holding = Gate<(), Work>;
 
     fn holding() -> Holding {
-        Gate::new(None, false, (), |()| Work::default())
+        Gate::new(None, false, (), |_| Work::default())
     }
 
     /// As the timeline asks.
