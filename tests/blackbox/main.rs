@@ -115,7 +115,8 @@ fn main() -> ExitCode {
                 Ok(())
             });
             // They take their time: `-- --ignored`.
-            trials.push(trial.with_ignored_flag(name.starts_with("many::")));
+            let long = name.starts_with("many::") || name.starts_with("tls::");
+            trials.push(trial.with_ignored_flag(long));
         }
     }
     libtest_mimic::run(&arguments, trials).exit_code()

@@ -79,6 +79,20 @@ fn seconds_of(line: &str) -> Option<Duration> {
     Some(Duration::from_secs_f64(seconds))
 }
 
+/// The time between two times of day. Two threads may log in the other order, and then it is none.
+fn between(earlier: Duration, later: Duration) -> Duration {
+    let (before, after) = (
+        later.checked_sub(earlier),
+        (later + DAY).saturating_sub(earlier),
+    );
+    // Midnight may lie between them.
+    before.unwrap_or(if after < DAY / 2 {
+        after
+    } else {
+        Duration::ZERO
+    })
+}
+
 impl Exit {
     #[track_caller]
     pub(crate) fn assert_clean(&self) {
@@ -102,13 +116,7 @@ impl Exit {
             time_of_day(line).unwrap_or_else(|| panic!("no time of day in {line:?}"))
         };
         let (begun, written) = (at("lame duck, because"), at(text));
-        // Over midnight.
-        let written = if written < begun {
-            written + DAY
-        } else {
-            written
-        };
-        written.saturating_sub(begun)
+        between(begun, written)
     }
 
     /// The process ended no earlier than `least` after the first signal, and no later than `most`
@@ -133,11 +141,7 @@ impl Exit {
         };
         let ended = time_of("the process ends")
             .zip(time_of("shutdown: lame duck, because"))
-            // Midnight may lie between them.
-            .map(|(ended, begun)| {
-                let later = if ended < begun { ended + DAY } else { ended };
-                later.saturating_sub(begun)
-            });
+            .map(|(ended, begun)| between(begun, ended));
         let phases = self.log.lines().filter_map(seconds_of);
         // The smallest form may be over before its log has been written.
         let said = phases.chain(self.reported()).chain(ended).max();
