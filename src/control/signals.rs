@@ -5,6 +5,7 @@
 //! process cannot know who has relied on them since. In their place a signal is *given back*: the
 //! handler then does what the operating system would have done.
 
+#[cfg(unix)]
 use std::io;
 
 use crate::report::Trigger;
