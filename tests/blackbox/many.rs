@@ -234,15 +234,17 @@ fn leave_no_memory(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);
     let mut observer = server.connect();
     ten_thousand(&server, &mut observer, 100);
-    let warm = held(&server);
-    ten_thousand(&server, &mut observer, 100);
-    let after = held(&server);
-    println!("warm {warm:?}, after {after:?}");
-    // 200 bytes for each.
-    assert!(
-        after.memory <= warm.memory + 2_000,
-        "{warm:?}, then {after:?}"
-    );
+    let mut resident = vec![held(&server).memory];
+    // What stays of each connection makes every turn grow by as much. The allocator grows too until
+    // it has what it needs, and on a busy machine that may take a second turn.
+    let grows = (0..3).all(|_| {
+        ten_thousand(&server, &mut observer, 100);
+        resident.push(held(&server).memory);
+        // 200 bytes for each.
+        resident[resident.len() - 1] > resident[resident.len() - 2] + 2_000
+    });
+    println!("resident memory in KiB: {resident:?}");
+    assert!(!grows, "{resident:?}");
     server.terminate();
     server.exit().assert_clean();
 }
