@@ -9,9 +9,12 @@
 //!    job afterwards sees that there is none, and starts one.
 //! 2. *A panic ends the job and nothing else.*
 
-use {
-    std::collections::VecDeque, std::mem, std::panic, std::panic::AssertUnwindSafe, std::process,
-    std::thread, std::time::Duration, std::time::Instant,
+use std::{
+    collections::VecDeque,
+    mem,
+    panic::{self, AssertUnwindSafe},
+    process, thread,
+    time::{Duration, Instant},
 };
 
 use crate::sync::{Condvar, Mutex, lock};

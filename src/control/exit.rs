@@ -1,6 +1,11 @@
 //! The end of a process whose grace period is over and whose service has not stopped.
 
-use {std::io, std::io::Write, std::sync::mpsc, std::thread, std::time::Duration};
+use std::{
+    io::{self, Write},
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
 
 use signal_hook::low_level;
 

@@ -39,16 +39,23 @@ impl Report {
 
 #[cfg(unix)]
 mod os {
-    use {
-        std::io, std::io::Read, std::io::Write, std::os::unix::net::UnixStream, std::process,
-        std::sync::Arc, std::sync::atomic::AtomicBool, std::sync::atomic::Ordering::SeqCst,
-        std::thread, std::time::Duration,
+    use std::{
+        io::{self, Read, Write},
+        os::unix::net::UnixStream,
+        process,
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering::SeqCst},
+        },
+        thread,
+        time::Duration,
     };
 
-    use {
-        signal_hook::SigId, signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM,
-        signal_hook::flag, signal_hook::low_level, signal_hook::low_level::emulate_default_handler,
-        signal_hook::low_level::pipe,
+    use signal_hook::{
+        SigId,
+        consts::{SIGINT, SIGTERM},
+        flag,
+        low_level::{self, emulate_default_handler, pipe},
     };
 
     use crate::report::Trigger;

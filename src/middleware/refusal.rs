@@ -18,7 +18,10 @@ use bytes::{Buf, Bytes};
 use http::{HeaderMap, Method, Request, Response, Version, header, header::Entry};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use {tokio::runtime, tokio::time, tokio::time::Instant, tokio::time::Sleep};
+use tokio::{
+    runtime,
+    time::{self, Instant, Sleep},
+};
 
 use super::connection_close;
 use crate::{

@@ -6,7 +6,12 @@ mod task;
 mod text;
 mod warning;
 
-use {std::fmt, std::process, std::process::ExitCode, std::sync::Arc, std::time::Duration};
+use std::{
+    fmt,
+    process::{self, ExitCode},
+    sync::Arc,
+    time::Duration,
+};
 
 pub use self::{
     remaining::{CutConnection, CutHold, CutRequest, Remaining, Requests},

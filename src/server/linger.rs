@@ -30,9 +30,11 @@ use std::{
     time::Duration,
 };
 
-use {
-    tokio::io::AsyncRead, tokio::io::AsyncWrite, tokio::io::ReadBuf, tokio::net::TcpStream,
-    tokio::runtime::Handle, tokio::time, tokio::time::Instant,
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    runtime::Handle,
+    time::{self, Instant},
 };
 
 #[cfg(unix)]

@@ -1,7 +1,10 @@
 use std::{any::Any, fmt, future, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::serve::{Listener, ListenerExt, TapIo};
-use {tokio::sync::watch, tokio::time, tokio::time::Instant};
+use tokio::{
+    sync::watch,
+    time::{self, Instant},
+};
 
 use super::{
     accept_queue::{

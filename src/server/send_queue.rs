@@ -40,9 +40,10 @@ pub(super) fn unacknowledged(_: &TcpStream) -> Option<u32> {
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 mod diag {
-    use {
-        std::io, std::io::Read, std::net::IpAddr, std::net::SocketAddr, std::sync::Mutex,
-        std::sync::Once,
+    use std::{
+        io::{self, Read},
+        net::{IpAddr, SocketAddr},
+        sync::{Mutex, Once},
     };
 
     use socket2::{Domain, Protocol, Socket, Type};

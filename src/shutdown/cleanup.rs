@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use {tokio::task::JoinError, tokio::task::JoinHandle, tokio::time, tokio::time::Instant};
+use tokio::{
+    task::{JoinError, JoinHandle},
+    time::{self, Instant},
+};
 
 use super::{Shared, state::ClosingStage};
 use crate::{

@@ -41,7 +41,11 @@ use std::{
     time::Duration,
 };
 
-use {tokio::runtime, tokio::sync::oneshot, tokio::sync::watch, tokio::time, tokio::time::Instant};
+use tokio::{
+    runtime,
+    sync::{oneshot, watch},
+    time::{self, Instant},
+};
 
 use self::{
     driver::Driver,
