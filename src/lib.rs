@@ -1,9 +1,8 @@
-//! Graceful shutdown for axum and tower that nobody notices.
+//! Zero-downtime shutdown for axum and tower.
 //!
-//! When a deploy replaces a process, its load balancer has to be told first, the requests that
-//! have arrived have to be answered, and the process has to end by itself before it is killed.
-//! This crate does that for [axum](https://docs.rs/axum), for any other
-//! [tower](https://docs.rs/tower) service, and for hyper directly.
+//! When a deploy replaces a process, its load balancer must learn of it first, in-flight requests
+//! must complete, and the process must exit before it is killed. This crate does that for
+//! [axum](https://docs.rs/axum), for other [tower](https://docs.rs/tower) services, and for hyper.
 //!
 //! # A service that drains
 //!
@@ -19,7 +18,7 @@
 //!         .route("/", get(|| async { "hello" }))
 //!         .layer(layer)
 //!         .merge(graceful.probes()); // GET /livez and /readyz
-//!     let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
+//!     let listener = tokio::net::TcpListener::bind("0.0.0.0:3000").await?;
 //!     Ok(graceful.serve(listener, app).await.into()) // the report becomes the exit code
 //! }
 //! ```
@@ -28,58 +27,63 @@
 //!
 //! Each works without the others.
 //!
-//! - [`GracefulLayer`] counts requests in flight, to the end of their response bodies, and
-//!   refuses new ones once draining has begun.
-//! - [`Graceful`] is the handle: it stops the service, tells its [`Phase`] and its counts, and
-//!   makes all the other parts. [`GracefulBuilder`] sets its times and limits.
-//! - [`Graceful::probes`] answers `/livez` and `/readyz`; [`Graceful::readiness`] and
+//! - [`GracefulLayer`] counts in-flight requests until their response bodies have ended, and
+//!   answers new ones with 503 once draining has begun.
+//! - [`Graceful`] is the handle: it stops the service, reads its [`Phase`] and its counts, and makes
+//!   all other parts. [`GracefulBuilder`] sets durations and limits.
+//! - [`Graceful::probes`] answers `/livez` and `/readyz`. [`Graceful::readiness`] and
 //!   [`Graceful::liveness`] are the services behind them.
-//! - [`Graceful::drain`] is the future for axum's `with_graceful_shutdown`, driven by signals.
-//! - [`Graceful::listener`] and [`Graceful::track`] count connections and cut them at the
-//!   deadline.
-//! - [`HandshakeExt::handshakes`] puts TLS, or whatever else comes before HTTP, on a tracked listener.
-//! - [`Graceful::hold`], [`Graceful::worker`], [`Graceful::on_lame_duck`] and
-//!   [`Graceful::cleanup`] are for work besides requests, and for the order in which it ends.
-//! - [`Graceful::draining`] tells long-lived work that the time has come:
-//!   [`Graceful::until_draining`] ends a stream then, and [`Hold::close_socket`] says goodbye on a
-//!   WebSocket.
+//! - [`Graceful::drain`] is the signal-driven future for axum's `with_graceful_shutdown`.
+//! - [`Graceful::listener`] and [`Graceful::track`] count connections and cut them at the drain
+//!   deadline. [`HandshakeExt::handshakes`] adds TLS or another handshake to a tracked listener.
+//! - [`Graceful::hold`], [`Graceful::spawn`], [`Graceful::worker`], [`Graceful::on_lame_duck`] and
+//!   [`Graceful::cleanup`] are for work beside requests, and for the order in which it ends.
+//! - [`Graceful::draining`] notifies long-lived work. [`Graceful::until_draining`] ends a stream,
+//!   [`Hold::close_socket`] closes a WebSocket.
 //! - [`Graceful::run`] runs a server to its end and returns a [`Report`].
-//! - [`Graceful::serve`] is all of the above in one call, on connections of its own: over HTTP/2
-//!   only who owns a connection can ask its peer to leave.
+//! - [`Graceful::serve`] is all of the above in one call. It owns its connections, so that it can
+//!   also ask HTTP/2 clients to leave.
 //!
 //! # The phases
 //!
-//! `Serving → LameDuck → Draining → Closing → Stopped`, never backwards.
+//! `Serving → LameDuck → Draining → Closing → Stopped`, never back.
 //!
 //! | phase | readiness | a new request | HTTP/1 responses | ends when |
 //! |---|---|---|---|---|
-//! | [`Serving`](Phase::Serving) | yes | served | untouched | first signal, or `shutdown()` |
-//! | [`LameDuck`](Phase::LameDuck) | no | served | `Connection: close` | the delay is over, or a further SIGINT |
-//! | [`Draining`](Phase::Draining) | no | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further SIGINT |
-//! | [`Closing`](Phase::Closing) | – | – | – | connections are closed, those left at the deadline cut; then workers have ended and cleanup steps are done |
+//! | [`Serving`](Phase::Serving) | 200 | served | unchanged | the first signal, or `shutdown()` |
+//! | [`LameDuck`](Phase::LameDuck) | 503 | served | `Connection: close` | the delay is over, or a further SIGINT |
+//! | [`Draining`](Phase::Draining) | 503 | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further SIGINT |
+//! | [`Closing`](Phase::Closing) | – | – | – | every connection is closed or cut, workers have ended, cleanup steps are done |
 //! | [`Stopped`](Phase::Stopped) | | | | |
+//!
+//! # Guide
+//!
+#![cfg_attr(doc, doc = "The module [`guide`] has a page for each question:")]
+//! what happens on SIGTERM, which numbers to set, layer order, workers, streams, TLS, testing, exit
+//! codes, limits, migration and more.
 //!
 //! # Features
 //!
-//! All on by default. A feature adds to the API and never changes behaviour.
+//! A feature adds API and never changes behaviour. `axum`, `signal` and `tracing` are on by default.
 //!
 //! - `axum`: [`Graceful::probes`], [`Graceful::listener`], and with `signal` [`Graceful::serve`].
-//! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`]; on unix also
-//!   `GracefulBuilder::watchdog` and `Report::exit_by_signal`.
-//! - `tracing`: an event with target `tower_graceful` for each change of phase, at `INFO` or,
-//!   where something is given up, `WARN`; while draining a line every two seconds;
-//!   and once, at `DEBUG`, the [plan](Graceful::plan).
+//! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`].
+//! - `tracing`: log events with the target `tower_graceful`: each change of phase (`INFO`, or `WARN`
+//!   where something is cut), a line every two seconds while draining, and once the
+//!   [plan](Graceful::plan) (`DEBUG`).
 //!
 //! # Questions
 //!
-//! *Why does it go on serving after SIGTERM?* Because requests go on arriving. Kubernetes removes
-//! the endpoint and sends the signal at the same time, and a balancer that polls finds out at its
+//! *Why are requests served after SIGTERM?* Because they still arrive. Kubernetes removes the
+//! endpoint and sends the signal at the same time, and a polling load balancer learns of it at its
 //! next probe. A service that refuses at once turns each request in between into an error.
 //!
-//! *Why no 503 from `/livez` while draining?* Because liveness asks whether to kill the process.
+//! *Why is `/livez` not 503 while draining?* Because liveness decides whether the process is
+//! killed, and a draining process must not be.
 //!
-//! *Why is a limit on requests in here?* Because it is the same count: what may be admitted and
-//! what must be waited for are one word, so the limit is exact and costs nothing more.
+//! *Why is a limit on requests in this crate?* Because it is the same count. The number of requests
+//! that may be admitted and the number that a drain waits for are one atomic word, so the limit is
+//! exact and costs nothing more.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -89,6 +93,8 @@ mod config;
 mod connection;
 mod control;
 mod events;
+#[cfg(any(doc, doctest))]
+pub mod guide;
 mod handle;
 mod middleware;
 mod phase;

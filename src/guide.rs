@@ -1,0 +1,42 @@
+//! The guide: one page for each question.
+//!
+//! This module has no items and is compiled for the documentation only. Each page is a file under
+//! `docs/`, and its programs are tests.
+
+#[doc = include_str!("../docs/timeline.svg")]
+#[doc = ""]
+#[doc = include_str!("../docs/sigterm.md")]
+pub mod sigterm {}
+
+#[doc = include_str!("../docs/numbers.md")]
+pub mod numbers {}
+
+#[doc = include_str!("../docs/layer_order.md")]
+pub mod layer_order {}
+
+#[doc = include_str!("../docs/workers.md")]
+pub mod workers {}
+
+#[doc = include_str!("../docs/streams.md")]
+pub mod streams {}
+
+#[doc = include_str!("../docs/tls.md")]
+pub mod tls {}
+
+#[doc = include_str!("../docs/observability.md")]
+pub mod observability {}
+
+#[doc = include_str!("../docs/testing.md")]
+pub mod testing {}
+
+#[doc = include_str!("../docs/exit_codes.md")]
+pub mod exit_codes {}
+
+#[doc = include_str!("../docs/other_servers.md")]
+pub mod other_servers {}
+
+#[doc = include_str!("../docs/limits.md")]
+pub mod limits {}
+
+#[doc = include_str!("../docs/migration.md")]
+pub mod migration {}
