@@ -316,6 +316,16 @@ impl<K, T> Permit<K, T> {
 }
 
 impl<K, T> Permit<K, T> {
+    /// The body of the response has failed, so the response cannot be completed. Releases the
+    /// request, and counts it as dropped if the service stops.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn fail(self) {
+        let request = Unanswered(self.0);
+        mem::forget(self);
+        drop(request);
+    }
+
     /// Counts a piece of the response that goes to the server.
     pub(crate) fn piece(&self) -> Piece<K, T> {
         let shard = self.0;

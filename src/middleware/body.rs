@@ -179,27 +179,35 @@ fn poll_inner<B: Body<Data: From<Bytes>>>(
     outlives: &mut bool,
     cx: &mut Context<'_>,
 ) -> Polled<B> {
-    let mut end = End { pass, come: false };
+    let mut end = End {
+        pass,
+        state: BodyState::Failed,
+    };
     match body.as_mut().poll_frame(cx) {
         Poll::Ready(Some(Ok(frame))) => {
             let over = body.is_end_stream();
             if let Some(pass) = outliving(end.pass.as_ref(), &frame) {
+                end.state = BodyState::Open;
                 *outlives = over;
                 return Poll::Ready(Some(Ok(counted(pass, frame))));
             }
-            end.come = over;
+            end.state = if over {
+                BodyState::Ended
+            } else {
+                BodyState::Open
+            };
             Poll::Ready(Some(Ok(frame)))
         }
         // An arm for each: to pass on two of them as one would move the frames of all once more.
-        Poll::Ready(Some(Err(error))) => {
-            end.come = true;
-            Poll::Ready(Some(Err(error)))
-        }
+        Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error))),
         Poll::Ready(None) => {
-            end.come = true;
+            end.state = BodyState::Ended;
             Poll::Ready(None)
         }
-        Poll::Pending => Poll::Pending,
+        Poll::Pending => {
+            end.state = BodyState::Open;
+            Poll::Pending
+        }
     }
 }
 
@@ -237,17 +245,54 @@ impl AsRef<[u8]> for Counted {
     }
 }
 
-/// Releases in its own drop: a frame is long, and by then it is where it is returned.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum BodyState {
+    Open,
+    Ended,
+    /// It returned an error, or it panicked.
+    Failed,
+}
+
+/// Releases the request in its own drop: a frame is long, and by then it is where it is returned. A
+/// panic drops it too.
 struct End<'a> {
     pass: &'a mut Option<Permit>,
-    come: bool,
+    state: BodyState,
 }
 
 impl Drop for End<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        if self.come {
-            *self.pass = None;
+        match self.state {
+            BodyState::Open => {}
+            BodyState::Ended => *self.pass = None,
+            BodyState::Failed => {
+                if let Some(pass) = self.pass.take() {
+                    pass.fail();
+                }
+            }
+        }
+    }
+}
+
+/// As [`End`], for a request that is known by name.
+struct NamedEnd<'a> {
+    held: &'a mut Option<(Named, Permit)>,
+    state: BodyState,
+}
+
+impl Drop for NamedEnd<'_> {
+    fn drop(&mut self) {
+        if self.state == BodyState::Open {
+            return;
+        }
+        if let Some((named, pass)) = self.held.take() {
+            // Removed from the table while it is in flight.
+            drop(named);
+            match self.state {
+                BodyState::Failed => pass.fail(),
+                BodyState::Open | BodyState::Ended => drop(pass),
+            }
         }
     }
 }
@@ -290,23 +335,27 @@ impl<B: Body<Data: From<Bytes>>> Special<B> {
                     *held = None;
                     return Poll::Ready(None);
                 }
-                let polled = body.as_mut().poll_frame(cx);
-                let polled = match polled {
-                    Poll::Ready(Some(Ok(frame))) => {
-                        let pass = held.as_ref().map(|(_, pass)| pass);
-                        if let Some(pass) = outliving(pass, &frame) {
-                            return Poll::Ready(Some(Ok(counted(pass, frame))));
-                        }
-                        if !body.is_end_stream() {
-                            return Poll::Ready(Some(Ok(frame)));
-                        }
-                        Poll::Ready(Some(Ok(frame)))
-                    }
-                    Poll::Pending => return Poll::Pending,
-                    over @ Poll::Ready(_) => over,
+                let mut end = NamedEnd {
+                    held,
+                    state: BodyState::Failed,
                 };
-                *held = None;
-                polled
+                let polled = body.as_mut().poll_frame(cx);
+                end.state = match &polled {
+                    Poll::Pending => BodyState::Open,
+                    Poll::Ready(Some(Ok(_))) if !body.is_end_stream() => BodyState::Open,
+                    Poll::Ready(Some(Ok(_)) | None) => BodyState::Ended,
+                    Poll::Ready(Some(Err(_))) => BodyState::Failed,
+                };
+                let Poll::Ready(Some(Ok(frame))) = polled else {
+                    return polled;
+                };
+                let pass = end.held.as_ref().map(|(_, pass)| pass);
+                let Some(pass) = outliving(pass, &frame) else {
+                    return Poll::Ready(Some(Ok(frame)));
+                };
+                let frame = counted(pass, frame);
+                end.state = BodyState::Open;
+                Poll::Ready(Some(Ok(frame)))
             }
             SpecialProj::HandedOver { pass } => {
                 *pass = None;

@@ -77,16 +77,17 @@ pub struct Requests {
     pub in_flight: usize,
     /// Let in after that, in the lame-duck phase.
     pub admitted: usize,
-    /// Of these, how many were answered. The server has taken the whole response, or its client has
-    /// left after the response had begun.
+    /// Of these, how many were answered: the server has taken the whole response, or the client has
+    /// disconnected after the response had begun.
     pub finished: usize,
     /// Refused after that, while draining or above the limit.
     pub refused: usize,
     /// Still in flight when the time was over, or not wholly received by their clients, as far as the
     /// operating system says so: see [`CutConnection::undelivered`].
     pub cut: usize,
-    /// Dropped before they had a response, by their clients or by middleware outside the layer; not
-    /// among `finished`. Those that ended because of the cut are in `cut` alone.
+    /// Ended without a whole response: dropped before there was a response, by the client or by
+    /// middleware outside the layer, or the response body failed or panicked. Not among `finished`.
+    /// Requests that ended because of the cut are in `cut` alone.
     pub dropped: usize,
 }
 

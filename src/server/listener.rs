@@ -231,7 +231,7 @@ impl<L: Listener> GracefulListener<L> {
         };
         let over = self
             .closing_stages
-            .wait_for(|closing_stage| *closing_stage == ClosingStage::Connections);
+            .wait_for(|closing_stage| *closing_stage >= ClosingStage::Connections);
         if time::timeout_at(again, over).await.is_ok() {
             self.give_up();
             self.closed();

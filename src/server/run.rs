@@ -7,7 +7,7 @@ use crate::{
     handle::graceful::Graceful,
     phase::Phase,
     report::Report,
-    shutdown::state::ServerEnd,
+    shutdown::state::{ClosingStage, ServerEnd},
     tasks::table::{self, Completion},
 };
 
@@ -21,7 +21,8 @@ impl Graceful {
     /// - the service counts as [stopped](Self::stopped) only when the server has ended, with all
     ///   its bytes sent;
     /// - a server that does not end is dropped shortly after the drain deadline, or when further
-    ///   signals say so, and the report says [`Forced`](crate::Outcome::Forced);
+    ///   signals say so, and the report says [`Forced`](crate::Outcome::Forced). Handlers that the
+    ///   server owns are dropped with it, before the first cleanup step;
     /// - a server that ends although nothing asked it to, in good order, with an error or by a
     ///   panic, stops the service, and the report says why. The panic itself goes on.
     ///
@@ -78,7 +79,8 @@ impl Graceful {
     /// Polls the server until it ends or the service stops waiting for it.
     async fn watch(&self, server: impl Future<Output: Completion>) {
         let mut seat = ServerGuard::take(self);
-        let mut stopped = self.stopped();
+        let mut closing_stages = self.shared().closing_stages();
+        let mut given_up = pin!(closing_stages.wait_for(|stage| *stage == ClosingStage::Servers));
         let mut server = pin!(server);
         let end = poll_fn(|cx| {
             // If the server panics this is what became of it.
@@ -89,7 +91,7 @@ impl Graceful {
                 let error = table::error(output);
                 return Poll::Ready(error.map_or(ServerEnd::Finished, ServerEnd::Failed));
             }
-            pin!(&mut stopped).poll(cx).map(|()| ServerEnd::Dropped)
+            given_up.as_mut().poll(cx).map(|_| ServerEnd::Dropped)
         })
         .await;
         seat.end = end;

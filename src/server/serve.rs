@@ -131,7 +131,7 @@ where
     let mut closing_stages = graceful.shared().closing_stages();
     let mut told_to_close = pin!(async move {
         let _ = closing_stages
-            .wait_for(|closing_stage| *closing_stage == ClosingStage::Connections)
+            .wait_for(|closing_stage| *closing_stage >= ClosingStage::Connections)
             .await;
     });
     let mut connections = JoinSet::new();

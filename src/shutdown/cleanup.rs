@@ -92,7 +92,7 @@ impl Shared {
         let state = self.state();
         let shutdown = state.shutdown.as_ref()?;
         debug_assert!(
-            shutdown.cleanup.is_none() || shutdown.closing_stage == ClosingStage::Connections
+            shutdown.cleanup.is_none() || shutdown.closing_stage == ClosingStage::Servers
         );
         shutdown.cleanup.as_ref().map(|_| shutdown.end)
     }

@@ -773,7 +773,7 @@ impl Shared {
         let phase = self.phase();
         if shutdown.expiries > 0 {
             Directive::Expire
-        } else if shutdown.closing_stage == ClosingStage::Connections {
+        } else if shutdown.closing_stage >= ClosingStage::Connections {
             Directive::Close
         } else if phase >= Phase::Draining || shutdown.asks_all {
             Directive::Leave

@@ -105,6 +105,8 @@ pub(crate) enum ClosingStage {
     Listeners,
     /// Close the connections, each when its last response is out.
     Connections,
+    /// Cleanup begins: servers that have not ended are dropped, with the handlers that they own.
+    Servers,
 }
 
 /// A shutdown under way.

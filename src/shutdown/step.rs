@@ -39,6 +39,9 @@ pub(crate) const LAST_ACCEPTS: Duration = Duration::from_millis(100);
 /// be work that is told to end only when draining starts.
 const STARVED_DELAY: Duration = Duration::from_secs(1);
 
+/// How long servers that are given up have to be dropped.
+const DROPPED: Duration = Duration::from_millis(50);
+
 /// In how many turns long-lived work is told to end, where that is spread.
 const TURNS: u32 = 100;
 
@@ -100,6 +103,7 @@ impl Shared {
                 Phase::Stopped => return None,
             };
             if matches!(step, Step::To(Phase::Stopped, _)) {
+                shutdown.closing_stage = ClosingStage::Servers;
                 // Connections are gone, as far as they will be.
                 shutdown.queued = self.starved.reset_queues();
             }
@@ -175,8 +179,13 @@ impl Shared {
             servers == 0 && self.connections.len() == 0 && self.is_idle() && told.is_none();
         let until = shutdown.ends(Phase::Closing).unwrap_or(now);
         if closed {
-            let was_cut = shutdown.cut.is_some();
-            let reason = if was_cut { Reason::Cut } else { Reason::Closed };
+            let reason = if shutdown.closing_stage == ClosingStage::Servers {
+                Reason::LetGo
+            } else if shutdown.cut.is_some() {
+                Reason::Cut
+            } else {
+                Reason::Closed
+            };
             return Step::To(Phase::Stopped, reason);
         }
         let skipped = std::mem::take(&mut shutdown.skip_phase);
@@ -184,7 +193,14 @@ impl Shared {
             return if skipped {
                 Step::To(Phase::Stopped, Reason::Signal)
             } else if now >= until {
-                Step::To(Phase::Stopped, Reason::LetGo)
+                shutdown.closing_stage = ClosingStage::Servers;
+                // A server that owns its handlers drops them with itself, before anything is cleaned up.
+                let dropped = instant_after(until, DROPPED);
+                if servers > 0 && now < dropped {
+                    Step::Until(dropped)
+                } else {
+                    Step::To(Phase::Stopped, Reason::LetGo)
+                }
             } else {
                 Step::Until(until)
             };
@@ -274,7 +290,7 @@ impl Shared {
     /// Has the listeners closed, and then the servers told to close their connections. Says when
     /// to look again, if that is not done.
     fn advance_closing(&self, shutdown: &mut Shutdown, now: Instant) -> Option<Instant> {
-        if shutdown.closing_stage == ClosingStage::Connections {
+        if shutdown.closing_stage >= ClosingStage::Connections {
             return None;
         }
         let begun = *shutdown.closing_begun.get_or_insert(now);

@@ -179,7 +179,7 @@ async fn a_listener_that_does_not_close_is_waited_for_a_tenth_of_a_second() {
     );
     stop.at(102).await;
     assert_eq!(stop.phase(), Phase::Stopped);
-    assert_eq!(stop.closing_stage(), ClosingStage::Connections);
+    assert_eq!(stop.closing_stage(), ClosingStage::Servers);
 }
 
 #[tokio::test(start_paused = true)]

@@ -5,15 +5,24 @@ use std::{
     error::Error,
     future::{self, IntoFuture, pending, ready},
     io,
+    pin::pin,
     process::{ExitCode, Termination},
+    sync::Arc,
     time::Duration,
 };
 
+use bytes::Bytes;
+use futures_util::stream;
+use http::{Request, Response};
+use http_body::Frame;
+use http_body_util::{BodyExt, Empty, StreamBody};
 use tokio::{
     select,
+    sync::oneshot,
     time::{Instant, sleep},
 };
 use tokio_test::{assert_pending, task};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_graceful::{Completion, Graceful, Outcome, Phase, Remaining, Report, Trigger};
 
 use crate::support::{
@@ -178,6 +187,64 @@ async fn a_server_that_never_ends_is_dropped_shortly_after_the_deadline() {
         report.to_string().contains("given up: 1 server"),
         "{report}"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_does_not_end_is_dropped_with_its_handlers_before_the_first_cleanup_step() {
+    let graceful = without_delay();
+    let handler = Arc::new(());
+    let owned = handler.clone();
+    let server = async move {
+        pending::<()>().await;
+        drop(owned);
+    };
+    let hold = graceful.hold("work");
+    let (seen, handlers) = oneshot::channel();
+    let counted = handler.clone();
+    let step = async move {
+        // This one, the test's, and the server's if it is still there.
+        let _ = seen.send(Arc::strong_count(&counted) - 2);
+    };
+    graceful.cleanup("step", s(1), step).unwrap();
+    let run = serve(&graceful, server).await;
+    graceful.shutdown();
+    let report = run.await.unwrap();
+    drop(hold);
+    assert_eq!(handlers.await, Ok(0));
+    assert_eq!(report.outcome(), Outcome::Forced);
+    assert_eq!(report.remaining().servers, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_whose_body_fails_or_panics_is_dropped_and_not_finished() {
+    for name_requests in [false, true] {
+        let graceful = Graceful::builder().name_requests(name_requests);
+        let graceful = graceful.build().unwrap();
+        let layer = graceful.layer();
+        let body = |panics: bool| {
+            StreamBody::new(stream::once(async move {
+                assert!(!panics, "planned");
+                Err::<Frame<Bytes>, _>("planned")
+            }))
+        };
+        let service = |panics| {
+            layer.layer(service_fn(move |_: Request<Empty<Bytes>>| {
+                ready(Ok::<_, Infallible>(Response::new(body(panics))))
+            }))
+        };
+        let request = || Request::new(Empty::new());
+        let failing = service(false).oneshot(request()).await.unwrap();
+        let panicking = service(true).oneshot(request()).await.unwrap();
+        graceful.shutdown();
+        assert_eq!(graceful.in_flight(), 2);
+        assert!(pin!(failing.into_body()).frame().await.unwrap().is_err());
+        let panicked = tokio::spawn(async { pin!(panicking.into_body()).frame().await.is_some() });
+        assert!(panicked.await.unwrap_err().is_panic());
+        assert_eq!(graceful.in_flight(), 0);
+        let report = graceful.run(ready(())).await;
+        assert_eq!(report.requests().dropped, 2);
+        assert_eq!(report.requests().finished, 0);
+    }
 }
 
 #[tokio::test(start_paused = true)]
