@@ -61,14 +61,17 @@
 //!
 //! # Features
 //!
-//! All on by default. A feature adds to the API and never changes behaviour.
+//! `axum`, `signal` and `tracing` are on by default. A feature adds to the API and never changes
+//! behaviour.
 //!
 //! - `axum`: [`Graceful::probes`], [`Graceful::listener`], and with `signal` [`Graceful::serve`].
-//! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`]; on unix also
-//!   `GracefulBuilder::watchdog` and `Report::exit_by_signal`.
+//! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`], [`GracefulBuilder::watchdog`] and
+//!   [`Report::exit_by_signal`].
 //! - `tracing`: an event with target `tower_graceful` for each change of phase, at `INFO` or,
 //!   where something is given up, `WARN`; while draining a line every two seconds;
 //!   and once, at `DEBUG`, the [plan](Graceful::plan).
+//! - `serde`, off by default: `Serialize` for [`Report`](Report#json), [`Snapshot`] and what they
+//!   hold.
 //!
 //! # Questions
 //!
@@ -100,7 +103,7 @@ mod tasks;
 mod waiting;
 
 #[cfg(all(feature = "axum", feature = "signal"))]
-pub use crate::server::Accepted;
+pub use crate::server::{Accepted, Serve, ServeFuture};
 #[cfg(feature = "axum")]
 pub use crate::server::{
     GracefulListener, HandshakeExt, Handshakes, TrackedHandshakes, TrackedListener,

@@ -330,7 +330,11 @@ impl fmt::Debug for Graceful {
 }
 
 /// A service's state. Made by [`Graceful::snapshot`].
+///
+/// With the feature `serde` it implements `Serialize`: `time_left` is in seconds, and the phase is in
+/// `snake_case`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Snapshot {
     /// The phase.
@@ -343,6 +347,10 @@ pub struct Snapshot {
     pub connections: usize,
     /// Until the present phase ends at the latest; for [`Phase::Closing`], until what is still
     /// open is cut, and after that, until it is given up. `None` while serving and once stopped.
+    #[cfg_attr(
+        feature = "serde",
+        serde(serialize_with = "crate::report::json::seconds_left")
+    )]
     pub time_left: Option<Duration>,
     /// Requests that were refused because draining had begun (503), since the start of the lifecycle.
     pub refused_draining: usize,

@@ -193,7 +193,7 @@ impl<B> Service<Request<B>> for Probe {
     }
 
     fn call(&mut self, request: Request<B>) -> ProbeFuture {
-        ready(Ok(self.answer(request.method(), request.version())))
+        ProbeFuture(ready(Ok(self.answer(request.method(), request.version()))))
     }
 }
 
@@ -220,8 +220,22 @@ impl fmt::Debug for Probe {
     }
 }
 
-/// The response future of a [`Probe`]: ready at once.
-pub type ProbeFuture = Ready<Result<Response<ProbeBody>, Infallible>>;
+/// The response future of a [`Probe`]: ready at once. It must not be polled again after that.
+///
+/// # Panics
+///
+/// When it is polled again after it was ready.
+#[derive(Debug)]
+#[must_use = "futures do nothing unless polled"]
+pub struct ProbeFuture(Ready<Result<Response<ProbeBody>, Infallible>>);
+
+impl Future for ProbeFuture {
+    type Output = Result<Response<ProbeBody>, Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(cx)
+    }
+}
 
 /// The body of a [`Probe`]'s answer: one line of text, or nothing.
 #[derive(Clone, Debug, Default)]

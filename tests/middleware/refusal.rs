@@ -197,7 +197,7 @@ fn no_way_for_a_request_to_end_leaks_its_place() {
     }
 }
 
-fn teapot(rejection: &Rejection) -> Response<Bytes> {
+fn teapot(rejection: &Rejection<'_>) -> Response<Bytes> {
     let reason = match rejection.reason() {
         RejectionReason::Draining => "draining",
         RejectionReason::Overloaded => "overloaded",
