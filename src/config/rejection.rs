@@ -12,7 +12,7 @@ use crate::admission::Refused;
 #[non_exhaustive]
 pub enum RejectionReason {
     /// The service is draining: it finishes what it began and begins nothing new. The answer goes out
-    /// when the request's body has been read, within bounds: see
+    /// when the request's body has been read, within limits: see
     /// [`GracefulLayer`](crate::GracefulLayer).
     Draining,
     /// As many requests as

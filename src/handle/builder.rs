@@ -19,7 +19,7 @@ impl Graceful {
     }
 }
 
-/// Sets up a [`Graceful`]. Made by [`Graceful::builder`].
+/// Sets up a [`Graceful`]. Made by [`Graceful::builder`] or [`new`](Self::new).
 ///
 /// # The budget
 ///
@@ -71,6 +71,11 @@ pub struct GracefulBuilder {
 }
 
 impl GracefulBuilder {
+    /// A builder with the defaults: the same as [`Graceful::builder`].
+    pub fn new() -> Self {
+        Self::default()
+    }
+
     /// The time from the trigger to the moment the process would be killed. Everything fits inside
     /// it. Default: 30 s, [Kubernetes' own][k8s]. `Duration::MAX` means no end.
     ///
@@ -114,7 +119,7 @@ impl GracefulBuilder {
     }
 
     /// How long [workers](Graceful::worker) are waited for, once nothing else is in flight. Default,
-    /// and most: what is left of the grace period then, less the bounds of the cleanup steps, for
+    /// and most: what is left of the grace period then, less the timeouts of the cleanup steps, for
     /// which up to half of it is kept.
     pub fn worker_timeout(mut self, duration: Duration) -> Self {
         self.policy.worker_timeout = Some(duration);

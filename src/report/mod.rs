@@ -72,7 +72,7 @@ pub enum Outcome {
     /// code 1.
     Forced,
     /// What was in flight was finished, but a worker, a cleanup step or a hook failed, panicked, or
-    /// in the case of a cleanup step did not end within its bound. Exit code 2.
+    /// in the case of a cleanup step did not end within its timeout. Exit code 2.
     CleanupFailed,
     /// Repeated signals ended even the wait for what had been cut. Exit code 3.
     Abandoned,

@@ -603,7 +603,7 @@ impl http_body::Body for OwnedBody {
     }
 }
 
-/// The timer that bounds the reading of a request head over HTTP/1.
+/// The timer for the reading of a request head over HTTP/1.
 ///
 /// hyper starts it when it begins to wait for a head, which would close idle connections too: a
 /// balancer that takes one up again at that moment loses a request. So this one stands still until
