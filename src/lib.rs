@@ -45,7 +45,8 @@
 //!   WebSocket.
 //! - [`Graceful::run`] runs a server to its end and returns a [`Report`].
 //! - [`Graceful::serve`] is all of the above in one call, on connections of its own: over HTTP/2
-//!   only who owns a connection can ask its peer to leave.
+//!   only the owner of a connection can ask its peer to leave. [`Serve`] has the settings of that
+//!   server.
 //!
 //! # The phases
 //!

@@ -296,6 +296,24 @@ impl Graceful {
     /// # }
     /// ```
     ///
+    /// The other way round, a token that starts the stop:
+    ///
+    /// ```
+    /// # use tokio_util::sync::CancellationToken;
+    /// # use tower_graceful::Graceful;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() {
+    /// # let (graceful, token) = (Graceful::new(), CancellationToken::new());
+    /// let (stop, cancelled) = (graceful.clone(), token.clone().cancelled_owned());
+    /// tokio::spawn(async move {
+    ///     cancelled.await;
+    ///     stop.shutdown();
+    /// });
+    /// # token.cancel();
+    /// # graceful.stopped().await;
+    /// # }
+    /// ```
+    ///
     /// A stream is ended by [`until_draining`](Self::until_draining).
     pub fn draining(&self) -> PhaseReached {
         PhaseReached::new(self, Phase::Draining, self.policy().spreads_drain())

@@ -502,8 +502,7 @@ async fn with_cors_outside_a_page_can_read_the_refusal_and_the_preflight_passes(
         .layer(cors)
         .layer(PropagateRequestIdLayer::new(id.clone()))
         .layer(TraceLayer::new_for_http())
-        .layer(SetRequestIdLayer::new(id, Numbered::default()))
-        .merge(graceful.probes());
+        .layer(SetRequestIdLayer::new(id, Numbered::default()));
 
     let preflight = cross_origin(http::Method::OPTIONS);
     let response = app.clone().oneshot(preflight).await.unwrap();
