@@ -42,7 +42,7 @@
 //!   [`Hold::close_socket`] closes a WebSocket.
 //! - [`Graceful::run`] runs a server to its end and returns a [`Report`].
 //! - [`Graceful::serve`] is all of the above in one call. It owns its connections, so that it can
-//!   also ask HTTP/2 clients to leave.
+//!   also ask HTTP/2 clients to leave. [`Serve`] has the settings of that server.
 //!
 //! # The phases
 //!
@@ -67,10 +67,13 @@
 //! A feature adds API and never changes behaviour. `axum`, `signal` and `tracing` are on by default.
 //!
 //! - `axum`: [`Graceful::probes`], [`Graceful::listener`], and with `signal` [`Graceful::serve`].
-//! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`].
+//! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`], [`GracefulBuilder::watchdog`] and
+//!   [`Report::exit_by_signal`].
 //! - `tracing`: log events with the target `tower_graceful`: each change of phase (`INFO`, or `WARN`
 //!   where something is cut), a line every two seconds while draining, and once the
 //!   [plan](Graceful::plan) (`DEBUG`).
+//! - `serde`, off by default: `Serialize` for [`Report`](Report#json), [`Snapshot`] and what they
+//!   hold.
 //!
 //! # Questions
 //!
@@ -106,7 +109,7 @@ mod tasks;
 mod waiting;
 
 #[cfg(all(feature = "axum", feature = "signal"))]
-pub use crate::server::Accepted;
+pub use crate::server::{Accepted, Serve, ServeFuture};
 #[cfg(feature = "axum")]
 pub use crate::server::{
     GracefulListener, HandshakeExt, Handshakes, TrackedHandshakes, TrackedListener,

@@ -8,6 +8,8 @@ use std::fmt;
 /// `phase >= Phase::Draining`. [`Graceful::phase`](crate::Graceful::phase) reads the present one,
 /// [`Graceful::subscribe`](crate::Graceful::subscribe) follows the changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 #[repr(u8)]
 pub enum Phase {

@@ -45,7 +45,7 @@ async fn lost(layered: bool, tracked: bool) {
         let g = graceful.clone();
         tokio::spawn(async move { g.run(server.into_future()).await })
     } else {
-        tokio::spawn(graceful.serve(tcp, app))
+        tokio::spawn(graceful.serve(tcp, app).into_future())
     };
     let hold = layered.then(|| graceful.hold("x"));
     let mut io = TcpStream::connect(address).await.unwrap();
@@ -137,9 +137,9 @@ async fn wrapped(other: bool) {
         .route("/big", get(|| async { vec![b'x'; 600 * 1024] }))
         .layer(graceful.layer());
     let server = if other {
-        tokio::spawn(graceful.serve(Others(tcp), app))
+        tokio::spawn(graceful.serve(Others(tcp), app).into_future())
     } else {
-        tokio::spawn(graceful.serve(tcp, app))
+        tokio::spawn(graceful.serve(tcp, app).into_future())
     };
     let socket = tokio::net::TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(32 * 1024).unwrap();

@@ -167,7 +167,7 @@ impl Server {
         let (gives, receiver) = mpsc::unbounded_channel();
         let listener = Given(receiver);
         let report = match form {
-            Form::Serve => tokio::spawn(graceful.serve(listener, app)),
+            Form::Serve => tokio::spawn(graceful.serve(listener, app).into_future()),
             Form::Run => {
                 let server = axum::serve(graceful.listener(listener), app)
                     .with_graceful_shutdown(graceful.drain());

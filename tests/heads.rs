@@ -45,14 +45,12 @@ async fn answer(Path(ms): Path<u64>, _body: Bytes) -> &'static str {
 
 /// A connection to a server of its own.
 fn connect(half_close: bool) -> DuplexStream {
-    let graceful = Graceful::builder()
-        .header_read_timeout(TIMEOUT)
-        .half_close(half_close)
-        .build()
-        .unwrap();
+    let graceful = Graceful::new();
     let (pipes, accepted) = mpsc::unbounded_channel();
     let app = Router::new().route("/{ms}", routing::any(answer));
-    tokio::spawn(graceful.serve(Pipes(accepted), app));
+    let server = graceful.serve(Pipes(accepted), app);
+    let server = server.header_read_timeout(TIMEOUT).half_close(half_close);
+    tokio::spawn(server.into_future());
     let (client, server) = tokio::io::duplex(1 << 20);
     pipes.send(server).unwrap();
     client

@@ -58,7 +58,7 @@ async fn a_shared_socket_accepts_again_after_the_stop() {
     let (shared, address) = std_listener();
     let ours = TcpListener::from_std(shared.try_clone().unwrap()).unwrap();
     let graceful = graceful();
-    let run = tokio::spawn(graceful.serve(ours, app(&graceful)));
+    let run = tokio::spawn(graceful.serve(ours, app(&graceful)).into_future());
     drop(connect(address).await.unwrap());
     graceful.shutdown();
     assert_eq!(run.await.unwrap().outcome(), Outcome::Clean);
@@ -131,7 +131,7 @@ async fn the_very_last_connection_of_a_quiet_service_is_answered() {
         let graceful = Graceful::builder().drain_delay(delay).build().unwrap();
         let (listener, address) = std_listener();
         let listener = TcpListener::from_std(listener).unwrap();
-        let run = tokio::spawn(graceful.serve(listener, app(&graceful)));
+        let run = tokio::spawn(graceful.serve(listener, app(&graceful)).into_future());
         let mut phases = graceful.subscribe();
         graceful.shutdown();
         let _ = phases.reached(Phase::LameDuck).await;
@@ -191,7 +191,7 @@ async fn two_servers_on_one_lifecycle_stop_together() {
     ];
     let runs = listeners.map(|listener| {
         let address = listener.local_addr().unwrap();
-        let run = tokio::spawn(graceful.serve(listener, app(&graceful)));
+        let run = tokio::spawn(graceful.serve(listener, app(&graceful)).into_future());
         (address, run)
     });
     for (address, _) in &runs {

@@ -62,7 +62,7 @@ where
     S::Future: Send,
 {
     let graceful = graceful();
-    let server = tokio::spawn(graceful.serve(listener, app));
+    let server = tokio::spawn(graceful.serve(listener, app).into_future());
     let answer = time::timeout(BOUND, ask(TcpStream::connect(address).await.unwrap()));
     let answer = answer.await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
@@ -166,7 +166,7 @@ async fn a_unix_listener_is_served() {
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).unwrap();
     let graceful = graceful();
-    let server = tokio::spawn(graceful.serve(listener, router()));
+    let server = tokio::spawn(graceful.serve(listener, router()).into_future());
     let answer = ask(UnixStream::connect(&path).await.unwrap()).await;
     assert!(answer.ends_with("hello"), "{answer}");
     stop(&graceful, server).await;
@@ -203,7 +203,7 @@ fn spawn<L: Listener<Addr = SocketAddr>>(
 ) -> JoinHandle<Report> {
     let app = router().layer(graceful.layer());
     if own {
-        return tokio::spawn(graceful.serve(listener, app));
+        return tokio::spawn(graceful.serve(listener, app).into_future());
     }
     let server = axum::serve(graceful.listener(listener), app);
     let server = server.with_graceful_shutdown(graceful.drain());
@@ -285,7 +285,7 @@ async fn no_handler_outlives_the_server() {
             .build()
             .unwrap();
         let app = Router::new().route("/", get(stuck));
-        let server = tokio::spawn(graceful.serve(tcp, app));
+        let server = tokio::spawn(graceful.serve(tcp, app).into_future());
         let io = hyper_util::rt::TokioIo::new(TcpStream::connect(address).await.unwrap());
         let executor = hyper_util::rt::TokioExecutor::new();
         let (mut client, connection) = hyper::client::conn::http2::handshake(executor, io)
@@ -316,7 +316,7 @@ async fn dropping_the_future_closes_the_listener_and_the_connections() {
     let app = router()
         .route("/never", get(std::future::pending::<&'static str>))
         .layer(graceful.layer());
-    let server = tokio::spawn(graceful.serve(tcp, app));
+    let server = tokio::spawn(graceful.serve(tcp, app).into_future());
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream
         .write_all(b"GET /never HTTP/1.1\r\nhost: test\r\n\r\n")
@@ -345,7 +345,7 @@ fn the_call_needs_no_runtime() {
     let graceful = graceful();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (tcp, address) = runtime.block_on(listener());
-    let server = graceful.serve(tcp, router());
+    let server = graceful.serve(tcp, router()).into_future();
     runtime.block_on(async {
         let server = tokio::spawn(server);
         let answer = ask(TcpStream::connect(address).await.unwrap()).await;
@@ -379,7 +379,7 @@ async fn after_a_subscription(kind: &'static str, pipelined: &str) -> String {
     let app = Router::new()
         .route("/", get(subscription))
         .layer(graceful.layer());
-    let server = tokio::spawn(graceful.serve(listener, app));
+    let server = tokio::spawn(graceful.serve(listener, app).into_future());
     let mut subscriber = TcpStream::connect(address).await.unwrap();
     subscriber
         .write_all(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")

@@ -155,7 +155,7 @@ where
 {
     let app = app(graceful).into_make_service_with_connect_info::<SocketAddr>();
     if own {
-        return tokio::spawn(graceful.serve(listener, app));
+        return tokio::spawn(graceful.serve(listener, app).into_future());
     }
     let server = axum::serve(listener, app).with_graceful_shutdown(graceful.drain());
     tokio::spawn(graceful.run(server))
@@ -575,7 +575,7 @@ async fn connect_info_of_ones_own_knows_of_the_handshake() {
         let app = Router::new().route("/", get(protocol));
         let app = app.into_make_service_with_connect_info::<Protocol>();
         let run = if own {
-            tokio::spawn(graceful.serve(tls, app))
+            tokio::spawn(graceful.serve(tls, app).into_future())
         } else {
             let server = axum::serve(tls, app).with_graceful_shutdown(graceful.drain());
             tokio::spawn(graceful.run(server))

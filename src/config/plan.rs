@@ -206,9 +206,6 @@ pub enum ConfigError {
         /// or by what the other shares leave of the grace period.
         drain: Duration,
     },
-    /// `header_read_timeout` of zero would close every connection whose request head does not
-    /// arrive in one piece.
-    NoTimeToRead,
     /// The operating system did not start the thread of the watchdog, and said why.
     NoWatchdog(String),
     /// `max_in_flight(0)` would refuse every request.
@@ -296,10 +293,6 @@ impl fmt::Display for ConfigError {
                 "drain_spread {drain_spread:?} leaves nothing of the {drain:?} that a drain may \
                  take, so the last to be told to end would be cut; shorten it, or lengthen \
                  drain_timeout"
-            ),
-            Self::NoTimeToRead => f.write_str(
-                "header_read_timeout is 0, which would close every connection whose request head \
-                 does not arrive in one piece; use Duration::MAX for no bound",
             ),
             Self::NoWatchdog(error) => write!(f, "the watchdog cannot be started: {error}"),
             Self::NothingInFlight => f.write_str(

@@ -17,9 +17,6 @@ pub(crate) struct Policy {
     pub(crate) close_spread: Duration,
     /// Over how much of the drain long-lived work is told to end.
     pub(crate) drain_spread: Duration,
-    pub(crate) header_read_timeout: Duration,
-    /// A client over HTTP/1 that has closed its writing side is answered.
-    pub(crate) half_close: bool,
     /// How long workers are waited for. `None`: as long as there is time.
     pub(crate) worker_timeout: Option<Duration>,
     pub(crate) retry_after: Duration,
@@ -46,9 +43,6 @@ impl Default for Policy {
             keep_listening: true,
             close_spread: Duration::ZERO,
             drain_spread: Duration::ZERO,
-            // hyper's own.
-            header_read_timeout: Duration::from_secs(30),
-            half_close: false,
             worker_timeout: None,
             retry_after: Duration::from_secs(1),
             unready_status: StatusCode::SERVICE_UNAVAILABLE,

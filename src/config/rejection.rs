@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 
 use crate::admission::Refused;
 
@@ -12,7 +12,7 @@ use crate::admission::Refused;
 #[non_exhaustive]
 pub enum RejectionReason {
     /// The service is draining: it finishes what it began and begins nothing new. The answer goes out
-    /// when the request's body has been read, within bounds: see
+    /// when the request's body has been read, within limits: see
     /// [`GracefulLayer`](crate::GracefulLayer).
     Draining,
     /// As many requests as
@@ -21,16 +21,23 @@ pub enum RejectionReason {
     Overloaded,
 }
 
-/// A refusal, as the function given to
-/// [`GracefulBuilder::rejection`](crate::GracefulBuilder::rejection) sees it.
+/// A refused request and why it was refused, as the function given to
+/// [`GracefulBuilder::rejection`](crate::GracefulBuilder::rejection) sees them.
+///
+/// It borrows the head of the request, so a request that is admitted pays nothing for it. The body
+/// is not there: it has not been read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rejection {
+pub struct Rejection<'a> {
     reason: RejectionReason,
     retry_after: Duration,
+    method: &'a Method,
+    uri: &'a Uri,
+    version: Version,
+    headers: &'a HeaderMap,
 }
 
-impl Rejection {
-    pub(crate) fn new(refused: Refused, retry_after: Duration) -> Self {
+impl<'a> Rejection<'a> {
+    pub(crate) fn new<B>(refused: Refused, retry_after: Duration, request: &'a Request<B>) -> Self {
         let reason = match refused {
             Refused::Draining => RejectionReason::Draining,
             Refused::Full => RejectionReason::Overloaded,
@@ -38,7 +45,35 @@ impl Rejection {
         Self {
             reason,
             retry_after,
+            method: request.method(),
+            uri: request.uri(),
+            version: request.version(),
+            headers: request.headers(),
         }
+    }
+
+    /// The method of the request.
+    #[must_use]
+    pub fn method(&self) -> &'a Method {
+        self.method
+    }
+
+    /// The URI of the request, as the layer sees it: inside axum's `nest` without the prefix.
+    #[must_use]
+    pub fn uri(&self) -> &'a Uri {
+        self.uri
+    }
+
+    /// The version of HTTP.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The header fields of the request.
+    #[must_use]
+    pub fn headers(&self) -> &'a HeaderMap {
+        self.headers
     }
 
     /// Why the request was refused.
@@ -119,16 +154,16 @@ pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
 #[derive(Clone)]
 pub(crate) struct RejectionFn(Arc<Respond>);
 
-type Respond = dyn Fn(&Rejection) -> Response<Bytes> + Send + Sync;
+type Respond = dyn Fn(&Rejection<'_>) -> Response<Bytes> + Send + Sync;
 
 impl RejectionFn {
     pub(crate) fn new(
-        respond: impl Fn(&Rejection) -> Response<Bytes> + Send + Sync + 'static,
+        respond: impl Fn(&Rejection<'_>) -> Response<Bytes> + Send + Sync + 'static,
     ) -> Self {
         Self(Arc::new(respond))
     }
 
-    pub(crate) fn call(&self, rejection: &Rejection) -> Response<Bytes> {
+    pub(crate) fn call(&self, rejection: &Rejection<'_>) -> Response<Bytes> {
         (self.0)(rejection)
     }
 }
@@ -152,7 +187,8 @@ mod tests {
             (Duration::from_millis(7001), "8"),
             (Duration::MAX, "18446744073709551615"),
         ] {
-            let rejection = Rejection::new(Refused::Draining, duration);
+            let request = Request::new(());
+            let rejection = Rejection::new(Refused::Draining, duration, &request);
             assert_eq!(rejection.retry_after_value(), header);
         }
     }

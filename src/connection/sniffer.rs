@@ -66,6 +66,8 @@ const ENDED: u8 = 1 << 3;
 const LATE: u8 = 1 << 4;
 /// The last bytes that passed were read, and may be the end of a request.
 const ASKED: u8 = 1 << 5;
+/// The server speaks HTTP/1 only.
+const HTTP1_ONLY: u8 = 1 << 6;
 
 /// From when on a head is awaited.
 #[derive(Clone, Copy, Debug)]
@@ -258,6 +260,17 @@ impl Sniffer {
     /// The peer speaks HTTP/2.
     pub(crate) fn is_http2(&self) -> bool {
         self.preface.load(Relaxed) == WHOLE
+    }
+
+    /// The server speaks HTTP/1 only.
+    pub(crate) fn refuse_http2(&self) {
+        self.set(HTTP1_ONLY, true);
+    }
+
+    /// The peer speaks HTTP/2 and the server does not.
+    #[inline]
+    pub(crate) fn is_refused(&self) -> bool {
+        self.has(HTTP1_ONLY) && self.is_http2()
     }
 
     pub(crate) fn joins_during_stop(&self) {

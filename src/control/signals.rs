@@ -6,11 +6,8 @@
 //! handler then does what the operating system would have done.
 
 #[cfg(unix)]
-use std::io;
-
-use crate::report::Trigger;
-#[cfg(unix)]
-use crate::report::{Outcome, Report};
+use crate::report::Outcome;
+use crate::report::{Report, Trigger};
 
 pub(crate) use self::os::Signals;
 
@@ -19,18 +16,20 @@ pub(crate) fn default_action(trigger: Trigger) {
     os::default_action(trigger);
 }
 
-#[cfg(unix)]
 impl Report {
     /// Ends the process by the signal that asked for the stop, if it was one and the outcome is
-    /// [`Clean`](Outcome::Clean); as [`exit`](Self::exit) otherwise.
+    /// [`Clean`](crate::Outcome::Clean); as [`exit`](Self::exit) otherwise.
     ///
     /// For supervisors that want to see their own signal as the cause of the end: a shell shows
     /// status 143 for SIGTERM and 130 for SIGINT. A process with the id 1, as in most containers,
     /// cannot be ended by a signal of its own, and exits with that status instead.
+    ///
+    /// On systems other than unix it is the same as [`exit`](Self::exit).
     pub fn exit_by_signal(self) -> ! {
+        #[cfg(unix)]
         if self.outcome == Outcome::Clean {
             // As `exit` would; a signal does not.
-            let _ = io::Write::flush(&mut io::stdout());
+            let _ = std::io::Write::flush(&mut std::io::stdout());
             default_action(self.trigger);
         }
         self.exit()

@@ -19,7 +19,7 @@ impl Graceful {
     }
 }
 
-/// Sets up a [`Graceful`]. Made by [`Graceful::builder`].
+/// Sets up a [`Graceful`]. Made by [`Graceful::builder`] or [`new`](Self::new).
 ///
 /// # The budget
 ///
@@ -71,6 +71,11 @@ pub struct GracefulBuilder {
 }
 
 impl GracefulBuilder {
+    /// A builder with the defaults: the same as [`Graceful::builder`].
+    pub fn new() -> Self {
+        Self::default()
+    }
+
     /// The time from the trigger to the moment the process would be killed. Everything fits inside
     /// it. Default: 30 s, [Kubernetes' own][k8s]. `Duration::MAX` means no end.
     ///
@@ -114,7 +119,7 @@ impl GracefulBuilder {
     }
 
     /// How long [workers](Graceful::worker) are waited for, once nothing else is in flight. Default,
-    /// and most: what is left of the grace period then, less the bounds of the cleanup steps, for
+    /// and most: what is left of the grace period then, less the timeouts of the cleanup steps, for
     /// which up to half of it is kept.
     pub fn worker_timeout(mut self, duration: Duration) -> Self {
         self.policy.worker_timeout = Some(duration);
@@ -143,9 +148,15 @@ impl GracefulBuilder {
     /// a handler that blocks its thread. What else `main` waits for after that, such as `spawn_blocking`
     /// work at the end of the runtime, is not watched. For that there is
     /// [`Report::exit`](crate::Report::exit).
-    #[cfg(all(unix, feature = "signal"))]
+    ///
+    /// On systems other than unix it does nothing.
+    #[cfg(feature = "signal")]
+    #[cfg_attr(not(unix), allow(unused_mut, unused_variables))]
     pub fn watchdog(mut self, watch: bool) -> Self {
-        self.watchdog = watch;
+        #[cfg(unix)]
+        {
+            self.watchdog = watch;
+        }
         self
     }
 
@@ -200,44 +211,6 @@ impl GracefulBuilder {
         self
     }
 
-    /// How long a request head over HTTP/1 may take to arrive, from its first byte to its last,
-    /// before [`serve`](Graceful::serve) closes the connection. Default: 30 s. `Duration::MAX`
-    /// means no bound.
-    ///
-    /// For bytes of a head that come together with the request before it, the time runs from the
-    /// end of that request's response. Empty lines between requests begin no head
-    /// ([RFC 9112 §2.2](https://www.rfc-editor.org/rfc/rfc9112#section-2.2)).
-    ///
-    /// It does not limit how long a connection may be idle. Other servers have settings of their
-    /// own; axum's has none, and reads a head for ever.
-    pub fn header_read_timeout(mut self, duration: Duration) -> Self {
-        self.policy.header_read_timeout = duration;
-        self
-    }
-
-    /// Whether [`serve`](Graceful::serve) answers an HTTP/1 client that closes its writing side after
-    /// a whole request and before the response, as `nc -N`, `socat` and some health checks and
-    /// proxies do ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). Default:
-    /// false, as in hyper and axum.
-    ///
-    /// A client that closes its writing side and a client that closes its connection send the same
-    /// FIN, so each choice has a cost:
-    ///
-    /// - True: the FIN is ignored until the response is written, while serving and while draining.
-    ///   The handler of a client that has left runs to its end, and a drain waits for it. Where
-    ///   handlers are long or expensive, bound them by a timeout.
-    /// - False: the FIN drops the handler at once, and the client gets no response. During a
-    ///   shutdown the dropped request is reported in
-    ///   [`Remaining::half_closed`](crate::Remaining::half_closed), and the outcome is
-    ///   [`Forced`](crate::Outcome::Forced), because the client may have waited.
-    ///
-    /// HTTP/2 has no such ambiguity, and the option does not apply to it. Other servers have
-    /// settings of their own; axum's has none, and drops the handler.
-    pub fn half_close(mut self, answer: bool) -> Self {
-        self.policy.half_close = answer;
-        self
-    }
-
     /// What refused clients are told in `Retry-After`
     /// ([RFC 9110 §10.2.3](https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3)): whole
     /// seconds, rounded up. Default: 1 s.
@@ -266,28 +239,56 @@ impl GracefulBuilder {
         self
     }
 
-    /// The answer to refused requests, instead of a line of text. gRPC calls are answered
-    /// `UNAVAILABLE` all the same, because they cannot read anything else.
+    /// The response to refused requests, in place of a line of text. `respond` is called once for
+    /// each refused request with the [`Rejection`]: the reason, and method, URI, version and header
+    /// fields of the request. gRPC calls are answered `UNAVAILABLE` without a call of it, because
+    /// their clients read nothing else.
     ///
-    /// `Retry-After` and, on HTTP/1, `Connection: close` are added where the answer has no such
-    /// field; while draining a `Connection` field of its own is made to say `close` too.
+    /// `Retry-After` and, on HTTP/1, `Connection: close` are added where the response has no such
+    /// field; while draining, a `Connection` field of its own is replaced by `close`.
+    ///
+    /// A response in JSON to the clients that accept it, with the field that lets a page of another
+    /// origin read it:
     ///
     /// ```
-    /// use http::Response;
+    /// use bytes::Bytes;
+    /// use http::{HeaderValue, Response, header};
     /// use tower_graceful::{ConfigError, Graceful, Rejection};
     ///
-    /// let graceful = Graceful::builder()
-    ///     .rejection(|rejection: &Rejection| {
-    ///         let mut response = Response::new(r#"{"error":"try again"}"#.into());
-    ///         *response.status_mut() = rejection.status();
-    ///         response
-    ///     })
-    ///     .build()?;
+    /// fn respond(rejection: &Rejection<'_>) -> Response<Bytes> {
+    ///     let accept = rejection.headers().get(header::ACCEPT);
+    ///     let json = accept
+    ///         .and_then(|accept| accept.to_str().ok())
+    ///         .is_some_and(|accept| accept.contains("application/json"));
+    ///     let (kind, body) = if json {
+    ///         ("application/json", r#"{"error":"try again later"}"#)
+    ///     } else {
+    ///         ("text/plain", "try again later\n")
+    ///     };
+    ///     let mut response = Response::new(Bytes::from_static(body.as_bytes()));
+    ///     *response.status_mut() = rejection.status();
+    ///     let headers = response.headers_mut();
+    ///     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    ///     headers.insert(header::VARY, HeaderValue::from_static("accept, origin"));
+    ///     if let Some(origin) = rejection.headers().get(header::ORIGIN) {
+    ///         if origin == "https://app.example.com" {
+    ///             headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+    ///         }
+    ///     }
+    ///     response
+    /// }
+    ///
+    /// let graceful = Graceful::builder().rejection(respond).build()?;
     /// # Ok::<(), ConfigError>(())
     /// ```
+    ///
+    /// With tower-http's `CorsLayer` outside of the [layer](crate::GracefulLayer#layer-order) the
+    /// response gets its CORS fields there.
+    ///
+    /// A panic in `respond` unwinds through the service, as one in a handler does.
     pub fn rejection<F>(mut self, respond: F) -> Self
     where
-        F: Fn(&Rejection) -> Response<Bytes> + Send + Sync + 'static,
+        F: Fn(&Rejection<'_>) -> Response<Bytes> + Send + Sync + 'static,
     {
         self.policy.rejection = Some(RejectionFn::new(respond));
         self
@@ -299,7 +300,7 @@ impl GracefulBuilder {
     ///
     /// When the shares do not fit the grace period or leave no time to drain, when `close_spread`
     /// is longer than `drain_delay` or `drain_spread` not shorter than a drain, when `max_in_flight`
-    /// or `header_read_timeout` is zero, when `unready_status` is informational or 200, and when an
+    /// is zero, when `unready_status` is informational or 200, and when an
     /// exempt path does not begin with a slash. The message names the numbers. And when the thread
     /// of a watchdog cannot be started.
     pub fn build(self) -> Result<Graceful, ConfigError> {
@@ -316,9 +317,6 @@ impl GracefulBuilder {
                 drain_spread: self.policy.drain_spread,
                 drain,
             });
-        }
-        if self.policy.header_read_timeout.is_zero() {
-            return Err(ConfigError::NoTimeToRead);
         }
         if self.max_in_flight == Some(0) {
             return Err(ConfigError::NothingInFlight);

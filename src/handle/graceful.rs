@@ -296,6 +296,24 @@ impl Graceful {
     /// # }
     /// ```
     ///
+    /// The other way round, a token that starts the stop:
+    ///
+    /// ```
+    /// # use tokio_util::sync::CancellationToken;
+    /// # use tower_graceful::Graceful;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() {
+    /// # let (graceful, token) = (Graceful::new(), CancellationToken::new());
+    /// let (stop, cancelled) = (graceful.clone(), token.clone().cancelled_owned());
+    /// tokio::spawn(async move {
+    ///     cancelled.await;
+    ///     stop.shutdown();
+    /// });
+    /// # token.cancel();
+    /// # graceful.stopped().await;
+    /// # }
+    /// ```
+    ///
     /// A stream is ended by [`until_draining`](Self::until_draining).
     pub fn draining(&self) -> PhaseReached {
         PhaseReached::new(self, Phase::Draining, self.policy().spreads_drain())
@@ -330,7 +348,11 @@ impl fmt::Debug for Graceful {
 }
 
 /// A service's state. Made by [`Graceful::snapshot`].
+///
+/// With the feature `serde` it implements `Serialize`: `time_left` is in seconds, and the phase is in
+/// `snake_case`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Snapshot {
     /// The phase.
@@ -343,6 +365,10 @@ pub struct Snapshot {
     pub connections: usize,
     /// Until the present phase ends at the latest; for [`Phase::Closing`], until what is still
     /// open is cut, and after that, until it is given up. `None` while serving and once stopped.
+    #[cfg_attr(
+        feature = "serde",
+        serde(serialize_with = "crate::report::json::seconds_left")
+    )]
     pub time_left: Option<Duration>,
     /// Requests that were refused because draining had begun (503), since the start of the lifecycle.
     pub refused_draining: usize,

@@ -218,7 +218,7 @@ impl Graceful {
     /// A step that does not end within `timeout` is dropped, and like one that fails or panics it is
     /// reported as [`CleanupFailed`](crate::Outcome::CleanupFailed) and does not stop the rest. The
     /// share of the grace period that is kept for cleanup cannot be used up by a drain; where the
-    /// steps' bounds are more than what is left of it, each has its part in proportion.
+    /// steps' timeouts are more than what is left of it, each has its part in proportion.
     ///
     /// Steps run on tokio's runtime and within the life of the process: await
     /// [`run`](Self::run), [`serve`](Self::serve) or [`stopped`](Self::stopped) before `main`
@@ -325,7 +325,7 @@ impl Stop {
     /// before you drain it. Requests that the drain does not wait for, those of
     /// [`probes`](Graceful::probes) and of routes outside the layer, may also come later.
     ///
-    /// A worker that waits for this is still bounded by
+    /// A worker that waits for this is still subject to
     /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout), which begins afterwards.
     pub fn idle(&self) -> PhaseReached {
         PhaseReached::at_once(&self.graceful, Phase::Closing)

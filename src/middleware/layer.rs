@@ -28,16 +28,69 @@ use crate::handle::graceful::Graceful;
 /// `100 Continue`, over HTTP/1.1, is not read. Above the limit every refusal answers at once. gRPC
 /// calls are refused with `UNAVAILABLE` as headers alone.
 ///
-/// # Where to put it
+/// # Layer order
 ///
-/// Outermost, so that what it counts includes everything: in axum the last `.layer(…)` of the
-/// router. The layer works with and without axum, with any request body, and with any response body
-/// whose data can be made from [`Bytes`](bytes::Bytes).
+/// Outside of everything that does work for a request, and inside of what has to see refused
+/// requests too. In axum each `.layer(…)` is outside of the ones before it, so it is one of the last:
 ///
-/// It is ready when the service inside is, so what waits there for readiness (tower's
-/// `ConcurrencyLimit`, `Buffer` or `RateLimit`) has not reached the layer yet: neither counted nor
-/// refused. Put those outside, or use [`max_in_flight`](crate::GracefulBuilder::max_in_flight).
-/// axum's routers are always ready.
+/// ```
+/// use std::time::Duration;
+///
+/// use axum::{
+///     Router,
+///     http::{HeaderName, StatusCode, header},
+///     routing::get,
+/// };
+/// use tower_graceful::Graceful;
+/// use tower_http::{
+///     cors::{Any, CorsLayer},
+///     request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer},
+///     timeout::TimeoutLayer,
+///     trace::TraceLayer,
+/// };
+///
+/// fn app(graceful: &Graceful) -> Router {
+///     let timeout = Duration::from_secs(10);
+///     let cors = CorsLayer::new().allow_origin(Any).expose_headers([header::RETRY_AFTER]);
+///     let id = HeaderName::from_static("x-request-id");
+///     Router::new()
+///         .route("/", get(|| async { "hello" }))
+///         // Inside: timeouts, authentication, compression, body limits, buffers, load shedding.
+///         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, timeout))
+///         .layer(graceful.layer())
+///         // Outside: CORS, trace and metrics, request ids.
+///         .layer(cors)
+///         .layer(PropagateRequestIdLayer::new(id.clone()))
+///         .layer(TraceLayer::new_for_http())
+///         .layer(SetRequestIdLayer::new(id, MakeRequestUuid))
+///         // After all layers: the probes.
+///         .merge(graceful.probes())
+/// }
+/// ```
+///
+/// | outside | because |
+/// |---|---|
+/// | CORS | without `Access-Control-Allow-Origin` a browser hides the refusal from the page, which sees a network error ([Fetch, CORS check](https://fetch.spec.whatwg.org/#cors-check)). `Retry-After` can be read by the page if it is exposed |
+/// | trace, metrics | a refused request is logged and counted |
+/// | request ids | a refusal has an id, in its log line and in its response |
+///
+/// Everything else is inside. What it does for a request is then counted as in flight, until the end
+/// of the response body, and a refusal costs none of it: no token is verified, nothing is compressed,
+/// buffered or decoded.
+///
+/// A preflight (`OPTIONS`, with `Access-Control-Request-Method`) is answered by the CORS layer and
+/// does not reach this one. So it passes in every phase, is not counted, and prolongs no drain. The
+/// request that follows is refused, in a way that the page can read.
+///
+/// The layer works with and without axum, with any request body, and with any response body whose
+/// data can be made from [`Bytes`](bytes::Bytes). In tower's `ServiceBuilder` the first `.layer(…)` is
+/// the outermost, so there the order of the calls is the reverse.
+///
+/// The layer is ready when the service inside is. So in a plain tower stack, or in one
+/// `ServiceBuilder`, a request that waits until an inner `ConcurrencyLimit`, `Buffer` or `RateLimit` is
+/// ready has not reached this layer: it is neither counted nor refused. In an axum router give such a
+/// layer a `.layer(…)` of its own; then the wait is part of the call, and counted. Or use
+/// [`max_in_flight`](crate::GracefulBuilder::max_in_flight).
 ///
 /// Applied twice, it counts each request twice, halves the limit, and may refuse at the inner
 /// place what the outer one has let in just before draining began. Apply it once.

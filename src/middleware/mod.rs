@@ -6,7 +6,7 @@
 //! went away. A body that is empty from the start gives it up with the response's head.
 //!
 //! When draining has begun, or the limit is reached, `call` does not reach the inner service.
-//! While draining, the refusal first reads the request's body, within bounds, because a client that
+//! While draining, the refusal first reads the request's body, within limits, because a client that
 //! is still sending would see a broken connection instead of the answer. Above the limit it answers
 //! at once.
 

@@ -7,7 +7,6 @@
 use std::{
     convert::Infallible,
     fmt,
-    future::{Ready, ready},
     pin::Pin,
     task::{Context, Poll},
 };
@@ -193,7 +192,7 @@ impl<B> Service<Request<B>> for Probe {
     }
 
     fn call(&mut self, request: Request<B>) -> ProbeFuture {
-        ready(Ok(self.answer(request.method(), request.version())))
+        ProbeFuture(Some(self.answer(request.method(), request.version())))
     }
 }
 
@@ -220,8 +219,20 @@ impl fmt::Debug for Probe {
     }
 }
 
-/// The response future of a [`Probe`]: ready at once.
-pub type ProbeFuture = Ready<Result<Response<ProbeBody>, Infallible>>;
+/// The response future of a [`Probe`]: ready at once. Polled again after that, it stays pending.
+#[derive(Debug)]
+#[must_use = "futures do nothing unless polled"]
+pub struct ProbeFuture(Option<Response<ProbeBody>>);
+
+impl Future for ProbeFuture {
+    type Output = Result<Response<ProbeBody>, Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0
+            .take()
+            .map_or(Poll::Pending, |it| Poll::Ready(Ok(it)))
+    }
+}
 
 /// The body of a [`Probe`]'s answer: one line of text, or nothing.
 #[derive(Clone, Debug, Default)]

@@ -93,7 +93,7 @@ pub(super) fn original_path<B>(_: &Request<B>) -> Option<&str> {
 pub(super) fn refuse<B>(admission: Admission, request: Request<B>, refused: Refused) -> Refusal<B> {
     admission.refused(refused);
     let policy = admission.rules();
-    let rejection = Rejection::new(refused, policy.retry_after);
+    let rejection = Rejection::new(refused, policy.retry_after, &request);
     let grpc = rejection::is_grpc(request.headers());
     let mut response = match &policy.rejection {
         _ if grpc => rejection.grpc(),

@@ -1,5 +1,7 @@
 //! What happened, in one value. Plain data.
 
+#[cfg(feature = "serde")]
+pub(crate) mod json;
 mod remaining;
 pub(crate) mod request_table;
 mod task;
@@ -22,6 +24,8 @@ use crate::phase::Phase;
 
 /// What asked for the stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum Trigger {
     /// SIGTERM; on Windows the console's close, logoff and shutdown events.
@@ -55,6 +59,8 @@ impl fmt::Display for Trigger {
 
 /// How a shutdown ended. Each outcome has an exit code of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum Outcome {
     /// Everything in flight was finished and every server ended. Exit code 0.
@@ -66,7 +72,7 @@ pub enum Outcome {
     /// code 1.
     Forced,
     /// What was in flight was finished, but a worker, a cleanup step or a hook failed, panicked, or
-    /// in the case of a cleanup step did not end within its bound. Exit code 2.
+    /// in the case of a cleanup step did not end within its timeout. Exit code 2.
     CleanupFailed,
     /// Repeated signals ended even the wait for what had been cut. Exit code 3.
     Abandoned,
@@ -119,6 +125,19 @@ impl fmt::Display for Outcome {
 ///     logs                0.014 s  |                               =|  done
 ///   requests: 4 in flight when it began, 1 more, 5 finished
 /// ```
+///
+/// # JSON
+///
+/// With the feature `serde` it implements `Serialize`. Each key is the name of a method of this type
+/// or of a public field; durations are seconds, as a floating-point number; the names of variants
+/// are in `snake_case`. In JSON:
+///
+/// ```json
+#[doc = include_str!("report.json")]
+/// ```
+///
+/// A task that failed or panicked has its message in `error`. A warning has its `Display` in
+/// `message`, and the requests or connections that it names. Keys may be added in later versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[must_use = "the report says whether anything was lost, and is the exit code"]
 pub struct Report {

@@ -7,6 +7,7 @@ use http::Method;
 /// What was still there when the cut came, and what was lost without one. All zero after a clean
 /// shutdown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Remaining {
     /// Requests in flight.
@@ -25,7 +26,7 @@ pub struct Remaining {
     pub queued: usize,
     /// Requests over HTTP/1 that were dropped during the shutdown because their clients had closed
     /// their writing side before there was a response. Such a client may have left, or may still
-    /// have waited: see [`half_close`](crate::GracefulBuilder::half_close).
+    /// have waited: see [`half_close`](crate::Serve::half_close).
     ///
     /// On a server of [`serve`](crate::Graceful::serve) each such request counts. On other servers
     /// the bytes of a [tracked](crate::Graceful::track) connection are all that is known: a request
@@ -71,6 +72,7 @@ impl fmt::Display for Remaining {
 /// pass uncounted, to probes and [exempt](crate::GracefulBuilder::exempt) paths, are not among
 /// them, and neither are [holds](crate::Hold).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Requests {
     /// In flight when the stop was asked for.
@@ -93,13 +95,16 @@ pub struct Requests {
 
 /// A request that was in flight when the cut came. See [`Report::requests_cut`](crate::Report::requests_cut).
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct CutRequest {
     /// The method.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::method"))]
     pub method: Method,
     /// The path, without the query.
     pub path: String,
     /// How long it had been in flight.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
     /// The head of the response was out, and its body was not at its end.
     pub streaming: bool,
@@ -124,11 +129,13 @@ impl fmt::Display for CutRequest {
 
 /// A hold that was there when the cut came. See [`Report::holds_cut`](crate::Report::holds_cut).
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct CutHold {
     /// The name it was given.
     pub name: String,
     /// How long it had been held.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
 }
 
@@ -142,12 +149,14 @@ impl fmt::Display for CutHold {
 /// A connection that was open when the cut came. See
 /// [`Report::connections_cut`](crate::Report::connections_cut).
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct CutConnection {
     /// Who was at the other end, where the listener's addresses are `SocketAddr`s. `None` for
     /// other listeners, and for IO given to [`Graceful::track`](crate::Graceful::track).
     pub peer: Option<SocketAddr>,
     /// How long it had been open.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
     /// How many bytes of what had been written the peer had not acknowledged, with what TLS and HTTP
     /// add to a response. Known on Linux, for a connection whose IO is a `TcpStream`; 0 otherwise.

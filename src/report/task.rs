@@ -4,6 +4,8 @@ use std::{fmt, time::Duration};
 
 /// What a task of the shutdown is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum TaskKind {
     /// Of [`Graceful::on_lame_duck`](crate::Graceful::on_lame_duck).
@@ -16,6 +18,11 @@ pub enum TaskKind {
 
 /// How a task came to its end.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(
+    feature = "serde",
+    serde(tag = "outcome", content = "error", rename_all = "snake_case")
+)]
 #[non_exhaustive]
 pub enum TaskOutcome {
     /// It ended, after it was told to.
@@ -48,6 +55,7 @@ impl fmt::Display for TaskOutcome {
 /// Workers that are counted in the report and not listed. See
 /// [`Report::unlisted_workers`](crate::Report::unlisted_workers).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct UnlistedWorkers {
     /// All of them.
@@ -58,6 +66,7 @@ pub struct UnlistedWorkers {
 
 /// One worker, hook or cleanup step. See [`Report::tasks`](crate::Report::tasks).
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct TaskReport {
     /// The name it was given.
@@ -66,10 +75,13 @@ pub struct TaskReport {
     pub kind: TaskKind,
     /// When it began to stop, or to run, in time since the stop was asked for. A worker begins to
     /// stop when draining starts. Zero for what ended before the stop was asked for.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub began: Duration,
     /// How long it took from then on.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub took: Duration,
     /// How it came to its end.
+    #[cfg_attr(feature = "serde", serde(flatten))]
     pub outcome: TaskOutcome,
 }
 

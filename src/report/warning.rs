@@ -25,9 +25,11 @@ pub enum Warning {
 
 /// A request that was answered without the layer. See [`Warning`].
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct OutsideLayer {
     /// The method.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::method"))]
     pub method: Method,
     /// The path, without the query.
     pub path: String,
@@ -37,6 +39,7 @@ pub struct OutsideLayer {
 
 /// A connection that speaks another protocol than HTTP since its upgrade. See [`Warning`].
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct UpgradedConnection {
     /// The path of the request that was answered with the upgrade, without the query, where that is
@@ -45,6 +48,7 @@ pub struct UpgradedConnection {
     /// The peer, where that is known.
     pub peer: Option<SocketAddr>,
     /// How long ago the upgrade was asked for.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
 }
 

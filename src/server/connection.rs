@@ -10,7 +10,7 @@ use std::{
 
 use axum::{body::Body, extract::Request, response::Response};
 use bytes::{Buf, Bytes};
-use http::{Method, StatusCode, Version, header};
+use http::{HeaderValue, Method, StatusCode, Version, header};
 use http_body::{Frame, SizeHint};
 use hyper::{
     body::Incoming,
@@ -24,7 +24,7 @@ use tokio::{
 };
 use tower_service::Service;
 
-use super::{ConnectionEntry, io::GracefulIo};
+use super::{ConnectionEntry, io::GracefulIo, settings::Settings};
 use crate::{
     connection::{
         outside::Window,
@@ -44,7 +44,11 @@ use crate::{
 /// request, over HTTP/1 by the header of a response. Over HTTP/1 an idle connection is closed only
 /// when everybody is, because a request may be on its way; but for one whose stream of events has
 /// ended while the service drains.
-pub(super) fn serve<I, S>(mut io: GracefulIo<I>, service: S) -> Serving<I, S>
+pub(super) fn serve<I, S>(
+    mut io: GracefulIo<I>,
+    service: S,
+    settings: &Arc<Settings>,
+) -> Serving<I, S>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
@@ -54,23 +58,31 @@ where
     if owner.phase() > Phase::Serving {
         owner.0.sniffer.joins_during_stop();
     }
+    if settings.http1_only() {
+        owner.0.sniffer.refuse_http2();
+    }
     let mut http = auto::Builder::new(Streams(owner.clone()));
-    // That there is one is enough; how long it is, the timer knows.
+    let timer = HeadTimer {
+        owner: owner.clone(),
+        settings: Arc::clone(settings),
+    };
+    // hyper has to be given a duration. `HeadTimer` replaces it by the one in the settings.
     http.http1()
-        .timer(HeadTimer(owner.clone()))
-        .header_read_timeout(Duration::from_secs(1))
-        .half_close(owner.0.owner.policy.half_close);
-    // For WebSockets (RFC 8441).
-    http.http2().enable_connect_protocol();
+        .timer(timer)
+        .header_read_timeout(Duration::from_secs(1));
+    settings.apply(&mut http);
     let service = Owned {
         inner: TowerToHyperService::new(service),
         owner: owner.clone(),
+        half_close: settings.half_close,
+        http2_only: settings.http2_only(),
     };
     let connection = http.serve_connection_with_upgrades(TokioIo::new(io), service);
     Serving {
         // Its own, where there is room for it until the version is known, and none is needed later.
         connection: Some(connection.into_owned()),
         owner,
+        settings: Arc::clone(settings),
         stored: RegisteredWaker::default(),
         opening: None,
         opened: false,
@@ -90,6 +102,7 @@ pin_project! {
         #[pin]
         connection: Option<Connection<I, S>>,
         owner: Owner,
+        settings: Arc<Settings>,
         stored: RegisteredWaker,
         // Until it is known to be HTTP/1, where hyper's timer begins.
         opening: RareSleep,
@@ -152,7 +165,7 @@ where
             if !*this.opened
                 && this
                     .owner
-                    .poll_head(Sniffer::FIRST, this.opening, cx)
+                    .poll_head(Sniffer::FIRST, this.settings, this.opening, cx)
                     .is_ready()
             {
                 return Poll::Ready(());
@@ -231,15 +244,20 @@ impl Owner {
     }
 
     /// Ready when the head that is awaited has taken too long since it began.
-    fn poll_head(&self, head: Awaited, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll_head(
+        &self,
+        head: Awaited,
+        settings: &Settings,
+        sleep: &mut RareSleep,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
         let sleep = match sleep {
             Some(sleep) => sleep,
             none => {
                 if !self.0.sniffer.has_begun(head) {
                     return Poll::Pending;
                 }
-                let timeout = self.0.owner.policy.header_read_timeout;
-                none.insert(Box::pin(time::sleep(timeout)))
+                none.insert(Box::pin(time::sleep(settings.header_read_timeout)))
             }
         };
         sleep.as_mut().poll(cx)
@@ -256,7 +274,6 @@ impl Owner {
     fn dropped_unanswered(&self) {
         let shared = &self.0.owner;
         if self.0.sniffer.has_ended()
-            && !shared.policy.half_close
             && shared.phase() > Phase::Serving
             && self.0.state.directive() < Directive::Cut
         {
@@ -347,6 +364,8 @@ impl Owner {
 struct Owned<S> {
     inner: TowerToHyperService<S>,
     owner: Owner,
+    half_close: bool,
+    http2_only: bool,
 }
 
 impl<S> hyper::service::Service<http::Request<Incoming>> for Owned<S>
@@ -358,6 +377,17 @@ where
     type Future = OwnedFuture<Inner<S>>;
 
     fn call(&self, request: http::Request<Incoming>) -> Self::Future {
+        let version = request.version();
+        if self.http2_only && version < Version::HTTP_2 {
+            return OwnedFuture {
+                inner: None,
+                version,
+                connect: false,
+                is_lost_by_fin: false,
+                window: None,
+                owner: None,
+            };
+        }
         // hyper puts there what an upgrade needs, and otherwise nothing.
         if !request.extensions().is_empty() {
             self.owner.asks_for_upgrade(&request);
@@ -369,11 +399,13 @@ where
             } else {
                 None
             },
-            version: request.version(),
+            version,
             connect: request.method() == Method::CONNECT,
-            let_in: self.owner.phase() < Phase::Draining,
+            is_lost_by_fin: version < Version::HTTP_2
+                && !self.half_close
+                && self.owner.phase() < Phase::Draining,
             owner: Some(self.owner.clone()),
-            inner: self.inner.call(request.map(Body::new)),
+            inner: Some(self.inner.call(request.map(Body::new))),
         }
     }
 }
@@ -382,12 +414,13 @@ type Inner<S> = <TowerToHyperService<S> as hyper::service::Service<Request>>::Fu
 
 pin_project! {
     struct OwnedFuture<F> {
+        // `None` for a request over HTTP/1 to a server of HTTP/2 only.
         #[pin]
-        inner: F,
+        inner: Option<F>,
         version: Version,
         connect: bool,
-        // It came while requests were let in.
-        let_in: bool,
+        // It came over HTTP/1 while requests were let in, and a FIN of its client drops it.
+        is_lost_by_fin: bool,
         // Whether the layer sees it.
         window: Option<Window>,
         // Goes on to the body.
@@ -401,7 +434,7 @@ pin_project! {
                 if let Some(window) = this.window.take() {
                     window.close(&owner.0.owner);
                 }
-                if *this.let_in && *this.version < Version::HTTP_2 {
+                if *this.is_lost_by_fin {
                     owner.dropped_unanswered();
                 }
             }
@@ -417,14 +450,17 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
+        let Some(inner) = this.inner.as_pin_mut() else {
+            return Poll::Ready(Ok(version_not_supported(*this.version)));
+        };
         let Some(owner) = this.owner else {
             return Poll::Pending;
         };
         let polled = if owner.is_spread(owner.phase()) {
             let turn = time::Instant::now() >= owner.turn();
-            TURN.sync_scope(turn, || this.inner.poll(cx))
+            TURN.sync_scope(turn, || inner.poll(cx))
         } else {
-            this.inner.poll(cx)
+            inner.poll(cx)
         };
         let Ok(mut response) = ready!(polled);
         if *this.version < Version::HTTP_2 && is_upgrade(&response, *this.connect) {
@@ -447,6 +483,22 @@ where
             http2,
         })))
     }
+}
+
+/// What an HTTP/1 client gets from a server of HTTP/2 only
+/// ([RFC 9110 §15.6.6](https://www.rfc-editor.org/rfc/rfc9110#section-15.6.6)).
+#[cold]
+fn version_not_supported(version: Version) -> http::Response<OwnedBody> {
+    let mut response = Response::new(Body::from("this server speaks HTTP/2 only\n"));
+    *response.status_mut() = StatusCode::HTTP_VERSION_NOT_SUPPORTED;
+    let text = HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, text);
+    connection_close::say_close(&mut response, version);
+    response.map(|inner| OwnedBody {
+        inner,
+        owner: None,
+        http2: false,
+    })
 }
 
 /// Whether what follows this response is another protocol.
@@ -551,18 +603,22 @@ impl http_body::Body for OwnedBody {
     }
 }
 
-/// The timer that bounds the reading of a request head over HTTP/1.
+/// The timer for the reading of a request head over HTTP/1.
 ///
 /// hyper starts it when it begins to wait for a head, which would close idle connections too: a
 /// balancer that takes one up again at that moment loses a request. So this one stands still until
 /// the head's first byte.
-struct HeadTimer(Owner);
+struct HeadTimer {
+    owner: Owner,
+    settings: Arc<Settings>,
+}
 
 impl Timer for HeadTimer {
     fn sleep(&self, _: Duration) -> Pin<Box<dyn Sleep>> {
         Box::pin(HeadTimeout {
-            head: self.0.0.sniffer.await_head(),
-            owner: self.0.clone(),
+            head: self.owner.0.sniffer.await_head(),
+            owner: self.owner.clone(),
+            settings: Arc::clone(&self.settings),
             sleep: None,
         })
     }
@@ -581,6 +637,7 @@ impl Timer for HeadTimer {
 struct HeadTimeout {
     head: Awaited,
     owner: Owner,
+    settings: Arc<Settings>,
     sleep: RareSleep,
 }
 
@@ -592,6 +649,7 @@ impl Future for HeadTimeout {
     /// Polled by hyper each time it has read and the head is not whole.
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
-        this.owner.poll_head(this.head, &mut this.sleep, cx)
+        this.owner
+            .poll_head(this.head, &this.settings, &mut this.sleep, cx)
     }
 }

@@ -46,7 +46,7 @@ where
     /// [`serve`](crate::Graceful::serve) or of axum.
     ///
     /// `handshake` is called with the accepted IO. Its future returns the IO that the server gets, or an
-    /// error. `timeout` bounds each handshake, from its connection's accept.
+    /// error. `timeout` is the time for each handshake, from the accept of its connection.
     ///
     /// ```
     /// use std::{sync::Arc, time::Duration};

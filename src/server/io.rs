@@ -636,6 +636,11 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 let passed = buf.filled().len() - kept;
                 buf.set_filled(passed);
             }
+            if line.sniffer.is_refused() {
+                // Before the server has read a frame.
+                buf.set_filled(before);
+                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+            }
             return result;
         }
         match &result {

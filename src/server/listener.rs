@@ -41,8 +41,11 @@ const TRY_AGAIN: Duration = Duration::from_millis(5);
 /// [`handshakes`](crate::HandshakeExt::handshakes) after it. For connect info of your own on axum's
 /// server, see [`GracefulListener::new`].
 ///
-/// A `TapIo` that does nothing, because axum provides connect info for every listener inside one:
-/// `into_make_service_with_connect_info::<SocketAddr>()` works as it does on a `TcpListener`.
+/// An alias of axum's `TapIo` with a callback that does nothing, and not a type of this crate, because
+/// of `into_make_service_with_connect_info::<SocketAddr>()` on axum's server. axum implements
+/// `Connected` for the listeners inside a `TapIo` and for its own, and no other crate may implement it for
+/// `SocketAddr` (E0117: the trait, `SocketAddr` and `IncomingStream` are all foreign to it). Do not rely
+/// on the callback's type; name the alias.
 pub type TrackedListener<L> = TapIo<GracefulListener<L>, fn(&mut GracefulIo<<L as Listener>::Io>)>;
 
 impl Graceful {

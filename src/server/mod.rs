@@ -8,6 +8,8 @@
 //! [`Graceful::track`]: crate::Graceful::track
 //! [`Graceful::listener`]: crate::Graceful::listener
 
+#[cfg(all(feature = "axum", feature = "signal"))]
+mod accept;
 #[cfg(feature = "axum")]
 mod accept_queue;
 #[cfg(all(feature = "axum", feature = "signal"))]
@@ -28,16 +30,21 @@ mod run;
 mod send_queue;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod serve;
+#[cfg(all(feature = "axum", feature = "signal"))]
+mod settings;
 #[cfg(feature = "axum")]
 mod tracked;
 
-#[cfg(all(feature = "axum", feature = "signal"))]
-pub use self::accepted::Accepted;
 #[cfg(feature = "axum")]
 pub use self::handshakes::{HandshakeExt, Handshakes, TrackedHandshakes};
 pub use self::io::GracefulIo;
 #[cfg(feature = "axum")]
 pub use self::listener::{GracefulListener, TrackedListener};
+#[cfg(all(feature = "axum", feature = "signal"))]
+pub use self::{
+    accepted::Accepted,
+    serve::{Serve, ServeFuture},
+};
 use crate::{
     connection::table::{self, UPGRADES},
     shutdown::Shared,

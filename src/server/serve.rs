@@ -1,13 +1,24 @@
-//! The server whose connections are ours.
+//! The server whose connections are ours: what it is given, and how it is set up.
 
-use std::{any::Any, convert::Infallible, future::poll_fn, pin::pin, ptr};
+use std::{
+    convert::Infallible,
+    fmt,
+    marker::PhantomData,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use axum::{extract::Request, response::Response, serve::Listener};
-use tokio::task::JoinSet;
 use tower_service::Service;
 
-use super::{accepted::Accepted, connection, io::GracefulIo, listener::GracefulListener, tracked};
-use crate::{handle::graceful::Graceful, report::Report, shutdown::state::ClosingStage};
+use super::{
+    accept::{self, Source},
+    accepted::Accepted,
+    settings::Settings,
+};
+use crate::{handle::graceful::Graceful, report::Report};
 
 impl Graceful {
     /// Serves `app` on `listener` over HTTP/1 and HTTP/2 until the service has stopped, and
@@ -20,26 +31,26 @@ impl Graceful {
     /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes): what is tracked already
     /// is not tracked again.
     ///
+    /// The call installs the signal handlers and returns a [`Serve`], which has the settings of the
+    /// server. Listening begins when the `Serve` is awaited. To give it to `tokio::spawn` or
+    /// `tokio::select!`, call [`into_future`](IntoFuture::into_future) on it.
+    ///
     /// It does what axum's `serve` does with [`listener`](Self::listener), [`drain`](Self::drain)
     /// and [`run`](Self::run), and what only the owner of a connection can do besides:
     ///
     /// - peers that speak HTTP/2 are asked to leave by GOAWAY
     ///   ([RFC 9113 §6.8](https://www.rfc-editor.org/rfc/rfc9113#section-6.8)): with their next
-    ///   response in the lame-duck phase; when draining starts the rest, and who has connected
-    ///   since, although the listener stays open;
-    /// - over HTTP/1, where server-sent events end while the service drains their connection is
-    ///   closed 25 ms later, if nothing has come on it: the client comes back, and to an
-    ///   `EventSource` a refusal would be final;
+    ///   response in the lame-duck phase; when draining starts, the remaining peers, and those that
+    ///   connect later while the listener is still open;
+    /// - over HTTP/1, a connection on which server-sent events end while the service drains is
+    ///   closed 25 ms later, unless another request has arrived on it: the client reconnects, and to
+    ///   an `EventSource` a refusal would be final;
     /// - [`close_spread`](crate::GracefulBuilder::close_spread) is kept for each connection;
     /// - a request head over HTTP/1 that does not arrive within
-    ///   [`header_read_timeout`](crate::GracefulBuilder::header_read_timeout) closes its
-    ///   connection. Idle connections stay;
+    ///   [`header_read_timeout`](Serve::header_read_timeout) closes its connection. Idle connections
+    ///   stay open;
     /// - at the drain deadline the handlers are dropped with their connections, whatever they wait
     ///   for.
-    ///
-    /// The signal handlers are installed by this call; the listening begins when the future is
-    /// polled. Dropping the future closes the listener and aborts the connections; those that are
-    /// upgraded belong to their handlers, and stay until the service stops.
     ///
     /// ```no_run
     /// use axum::{Router, routing::get};
@@ -57,15 +68,7 @@ impl Graceful {
     ///     Ok(graceful.serve(listener, app).await.into())
     /// }
     /// ```
-    ///
-    /// # Panics
-    ///
-    /// The future, when it is polled outside a runtime.
-    pub fn serve<L, M, S>(
-        &self,
-        listener: L,
-        app: M,
-    ) -> impl Future<Output = Report> + Send + use<L, M, S>
+    pub fn serve<L, M, S>(&self, listener: L, app: M) -> Serve<L, M, S>
     where
         L: Listener,
         M: for<'a> Service<Accepted<'a, L>, Error = Infallible, Response = S> + Send + 'static,
@@ -74,53 +77,162 @@ impl Graceful {
         S::Future: Send,
     {
         self.handle_signals_or_log();
-        let graceful = self.clone();
-        let source = Source::new(&graceful, listener);
-        async move { graceful.run(accept(source, app, graceful.clone())).await }
-    }
-}
-
-/// Where connections come from.
-enum Source<L: Listener> {
-    Untracked(GracefulListener<L>),
-    /// The listener's connections are tracked already.
-    Tracked(L, tracked::Find),
-}
-
-impl<L: Listener> Source<L> {
-    fn new(graceful: &Graceful, listener: L) -> Self {
-        match tracked::find::<L::Io>() {
-            Some(find) => Self::Tracked(listener, find),
-            None => Self::Untracked(GracefulListener::within(graceful.clone(), listener)),
-        }
-    }
-
-    async fn accept(&mut self, graceful: &Graceful) -> (GracefulIo<L::Io>, L::Addr) {
-        match self {
-            Self::Untracked(listener) => listener.accept().await,
-            Self::Tracked(listener, find) => {
-                let (io, addr) = listener.accept().await;
-                let io = match find(&io) {
-                    // The server reads what the handshake, if any, has made of it.
-                    Some(line)
-                        if ptr::eq(&raw const *line.owner, &raw const **graceful.shared()) =>
-                    {
-                        GracefulIo::above(io, &line)
-                    }
-                    // By another lifecycle, or none.
-                    _ => {
-                        let peer = (&addr as &dyn Any).downcast_ref().copied();
-                        GracefulIo::new(graceful, io, peer, None)
-                    }
-                };
-                (io, addr)
-            }
+        Serve {
+            source: Source::new(self, listener),
+            app,
+            settings: Settings::default(),
+            graceful: self.clone(),
+            service: PhantomData,
         }
     }
 }
 
-/// Serves every connection until the connections are to be closed, and then until they are.
-async fn accept<L, M, S>(mut listener: Source<L>, mut app: M, graceful: Graceful)
+/// A server that is set up and not yet running. Made by [`Graceful::serve`].
+///
+/// Awaiting it runs the server until the service has stopped, and returns the [`Report`]. The
+/// methods change how the server speaks HTTP; each has a default, so none has to be called. They
+/// concern this server alone: two servers of one [`Graceful`] may differ.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// # use axum::Router;
+/// # use tower_graceful::Graceful;
+/// # #[tokio::main]
+/// # async fn main() -> std::io::Result<std::process::ExitCode> {
+/// # let (graceful, app) = (Graceful::new(), Router::new());
+/// let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
+/// let report = graceful
+///     .serve(listener, app)
+///     .header_read_timeout(Duration::from_secs(10))
+///     .http2_keep_alive_interval(Duration::from_secs(60))
+///     .await;
+/// # Ok(report.into())
+/// # }
+/// ```
+///
+/// No value of a setting is an error and none panics. What a zero or `Duration::MAX` means is
+/// said with each.
+///
+/// Settings of hyper that are not here can be had with a server of your own: see
+/// [`Graceful::track`] and [`Graceful::run`].
+#[must_use = "a server does nothing until it is awaited"]
+pub struct Serve<L: Listener, M, S> {
+    source: Source<L>,
+    app: M,
+    settings: Settings,
+    graceful: Graceful,
+    service: PhantomData<fn() -> S>,
+}
+
+impl<L: Listener, M, S> Serve<L, M, S> {
+    /// How long a request head over HTTP/1 may take to arrive, from its first byte to its last,
+    /// before the connection is closed. Default: 30 s.
+    ///
+    /// For bytes of a head that come together with the request before it, the time runs from the
+    /// end of that request's response. Empty lines between requests begin no head
+    /// ([RFC 9112 §2.2](https://www.rfc-editor.org/rfc/rfc9112#section-2.2)).
+    ///
+    /// `Duration::MAX` means no timeout. Zero closes every connection whose request head does not
+    /// arrive in one piece. The resolution is 1 ms.
+    ///
+    /// It does not limit how long a connection may be idle. axum's own server has no such setting
+    /// and waits without limit for the rest of a head.
+    pub fn header_read_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.header_read_timeout = timeout;
+        self
+    }
+
+    /// Whether to answer an HTTP/1 client that closes its writing side after a whole request and
+    /// before the response, as `nc -N`, `socat` and some health checks and proxies do
+    /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). Default: false, as in
+    /// hyper and axum.
+    ///
+    /// A client that closes its writing side and a client that closes its connection send the same
+    /// FIN, so each choice has a cost:
+    ///
+    /// - True: the FIN is ignored until the response is written, while serving and while draining.
+    ///   The handler of a client that has left runs to its end, and a drain waits for it. Where
+    ///   handlers are long or expensive, put a timeout on them.
+    /// - False: the FIN drops the handler at once, and the client gets no response. During a
+    ///   shutdown the dropped request is reported in
+    ///   [`Remaining::half_closed`](crate::Remaining::half_closed), and the outcome is
+    ///   [`Forced`](crate::Outcome::Forced), because the client may have waited.
+    ///
+    /// HTTP/2 has no such ambiguity, and the setting does not apply to it. axum's own server has no
+    /// such setting and drops the handler.
+    pub fn half_close(mut self, answer: bool) -> Self {
+        self.settings.half_close = answer;
+        self
+    }
+
+    /// How long nothing may arrive on an HTTP/2 connection before the server sends a PING
+    /// ([RFC 9113 §6.7](https://www.rfc-editor.org/rfc/rfc9113#section-6.7)). Default: no PING is
+    /// sent.
+    ///
+    /// If the peer does not acknowledge within
+    /// [`http2_keep_alive_timeout`](Self::http2_keep_alive_timeout), the connection is closed and its
+    /// handlers are dropped. Use it where peers disappear without closing their connections:
+    /// machines that are switched off, mobile clients, NAT and firewalls that forget a connection.
+    /// Without it such a connection stays until TCP gives it up, which an idle one never does.
+    ///
+    /// Each idle connection costs a PING and its acknowledgement in each interval. Zero, and 30
+    /// years or more, mean that no PING is sent. Over HTTP/1 there is none.
+    pub fn http2_keep_alive_interval(mut self, interval: Duration) -> Self {
+        self.settings.set_keep_alive_interval(interval);
+        self
+    }
+
+    /// How long a peer may take to acknowledge the PING of
+    /// [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) before its connection is
+    /// closed. Default: 20 s, as in hyper. It has no effect without an interval.
+    ///
+    /// `Duration::MAX` closes no connection. Zero closes each at its first PING, also of a peer that
+    /// is there: choose a value above the round trip time of your slowest clients.
+    pub fn http2_keep_alive_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.set_keep_alive_timeout(timeout);
+        self
+    }
+
+    /// How many requests a peer may have open at once on one HTTP/2 connection
+    /// ([RFC 9113 §5.1.2](https://www.rfc-editor.org/rfc/rfc9113#section-5.1.2)). Default: 200, as in
+    /// hyper. Further ones wait in the client, or are refused with `REFUSED_STREAM`.
+    ///
+    /// It limits each connection apart.
+    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) is the limit for the whole service.
+    /// Zero counts as 1, because a client that may open no stream waits without end.
+    pub fn http2_max_concurrent_streams(mut self, streams: u32) -> Self {
+        self.settings.set_max_concurrent_streams(streams);
+        self
+    }
+
+    /// Serves HTTP/1 only. Default: the first bytes of a connection tell HTTP/1 from HTTP/2.
+    ///
+    /// A connection that begins with the preface of HTTP/2
+    /// ([RFC 9113 §3.4](https://www.rfc-editor.org/rfc/rfc9113#section-3.4)) is closed without a
+    /// response, and no frame on it is read. Behind TLS, offer `http/1.1` alone in ALPN, so that
+    /// clients do not try HTTP/2.
+    ///
+    /// Of `http1_only` and [`http2_only`](Self::http2_only) the one that is called last takes effect.
+    pub fn http1_only(mut self) -> Self {
+        self.settings.set_http1_only();
+        self
+    }
+
+    /// Serves HTTP/2 only. Default: the first bytes of a connection tell HTTP/1 from HTTP/2.
+    ///
+    /// A request over HTTP/1 is answered `505 HTTP Version Not Supported`
+    /// ([RFC 9110 §15.6.6](https://www.rfc-editor.org/rfc/rfc9110#section-15.6.6)) with
+    /// `Connection: close`. Neither `app` nor its layers see it, so probes over HTTP/1, such as
+    /// those of Kubernetes, need a server of their own. Behind TLS, offer `h2` alone in ALPN.
+    ///
+    /// Of [`http1_only`](Self::http1_only) and `http2_only` the one that is called last takes effect.
+    pub fn http2_only(mut self) -> Self {
+        self.settings.set_http2_only();
+        self
+    }
+}
+
+impl<L, M, S> IntoFuture for Serve<L, M, S>
 where
     L: Listener,
     M: for<'a> Service<Accepted<'a, L>, Error = Infallible, Response = S> + Send + 'static,
@@ -128,31 +240,65 @@ where
     S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
-    let mut closing_stages = graceful.shared().closing_stages();
-    let mut told_to_close = pin!(async move {
-        let _ = closing_stages
-            .wait_for(|closing_stage| *closing_stage >= ClosingStage::Connections)
-            .await;
-    });
-    let mut connections = JoinSet::new();
-    'accepting: loop {
-        let (io, remote_addr) = {
-            // One that has begun is not dropped for anything but the end: a listener may be in the
-            // middle of a handshake.
-            let mut accept = pin!(listener.accept(&graceful));
-            loop {
-                tokio::select! {
-                    accepted = &mut accept => break accepted,
-                    // One that has panicked took nothing but itself.
-                    Some(_) = connections.join_next() => {}
-                    () = &mut told_to_close => break 'accepting,
-                }
-            }
-        };
-        let Ok(()) = poll_fn(|cx| app.poll_ready(cx)).await;
-        let Ok(service) = app.call(Accepted::new(io.get_ref(), remote_addr)).await;
-        connections.spawn(connection::serve(io, service));
+    type Output = Report;
+    type IntoFuture = ServeFuture;
+
+    fn into_future(self) -> ServeFuture {
+        let Self {
+            source,
+            app,
+            settings,
+            graceful,
+            service: _,
+        } = self;
+        let server = accept::accept(source, app, Arc::new(settings), graceful.clone());
+        ServeFuture(Box::pin(graceful.run(server)))
     }
-    drop(listener);
-    while connections.join_next().await.is_some() {}
+}
+
+impl<L: Listener, M, S> fmt::Debug for Serve<L, M, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Serve")
+            .field("settings", &self.settings)
+            .field("graceful", &self.graceful)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A running server: resolves to the [`Report`] when the service has stopped. Made from a [`Serve`]
+/// by `await` or by [`into_future`](IntoFuture::into_future).
+///
+/// Dropping it closes the listener and aborts the connections. Those that have been upgraded belong
+/// to their handlers and stay until the service stops.
+///
+/// ```no_run
+/// # use axum::Router;
+/// # use tower_graceful::Graceful;
+/// # #[tokio::main]
+/// # async fn main() -> std::io::Result<()> {
+/// # let (graceful, app) = (Graceful::new(), Router::new());
+/// let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
+/// let server = tokio::spawn(graceful.serve(listener, app).into_future());
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Panics
+///
+/// When it is polled outside a tokio runtime.
+#[must_use = "futures do nothing unless polled"]
+pub struct ServeFuture(Pin<Box<dyn Future<Output = Report> + Send>>);
+
+impl Future for ServeFuture {
+    type Output = Report;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Report> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+impl fmt::Debug for ServeFuture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServeFuture").finish_non_exhaustive()
+    }
 }

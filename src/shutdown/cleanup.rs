@@ -103,7 +103,7 @@ impl Shared {
         self.join_hooks().await;
         self.join_workers(deadline).await;
         let mut steps = self.work.take(TaskKind::Cleanup);
-        // No bound is more than all there is, so that one without an end leaves the others a share.
+        // No timeout is more than all there is, so that one without an end leaves the others a share.
         let most = deadline.saturating_duration_since(Instant::now());
         for step in &mut steps {
             step.timeout = step.timeout.min(most);

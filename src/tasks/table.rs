@@ -258,7 +258,7 @@ impl Work {
         lock!(self.list).steps.jobs.len()
     }
 
-    /// The sum of the steps' bounds.
+    /// The sum of the steps' timeouts.
     pub(crate) fn asked_by_steps(&self) -> Duration {
         let list = lock!(self.list);
         let timeouts = list.steps.jobs.iter().map(|step| step.timeout);

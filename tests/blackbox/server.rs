@@ -17,12 +17,13 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header},
     response::{IntoResponse, Response},
     routing::{any, get, post},
+    serve::Listener,
 };
 use futures_util::stream;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpListener, sync::mpsc};
-use tower_graceful::{Graceful, GracefulBuilder, Phase, Report, Stop};
+use tower_graceful::{Graceful, GracefulBuilder, Phase, Report, Serve, Stop};
 
 use crate::{long_lived, tls::server as tls};
 
@@ -158,10 +159,6 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
     if let Some(spread) = knobs.millis("drain_spread") {
         builder = builder.drain_spread(spread);
     }
-    if let Some(timeout) = knobs.millis("header_read_timeout") {
-        builder = builder.header_read_timeout(timeout);
-    }
-    builder = builder.half_close(knobs.text("half_close").is_some());
     if let Some(timeout) = knobs.millis("worker_timeout") {
         builder = builder.worker_timeout(timeout);
     }
@@ -220,6 +217,7 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         "Serve" if knobs.text("tls").is_some() => {
             let app = app.into_make_service_with_connect_info::<SocketAddr>();
             let served = graceful.serve(tls::listener(&graceful, listener, knobs), app);
+            let served = set_up(served, knobs);
             starting.await;
             served.await
         }
@@ -232,7 +230,7 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         }
         "Serve" => {
             let app = app.into_make_service_with_connect_info::<SocketAddr>();
-            let served = graceful.serve(listener, app);
+            let served = set_up(graceful.serve(listener, app), knobs);
             starting.await;
             served.await
         }
@@ -287,13 +285,20 @@ async fn end(knobs: &Knobs<'_>, report: Report) -> ExitCode {
     }
 }
 
+fn set_up<L: Listener, M, S>(mut served: Serve<L, M, S>, knobs: &Knobs<'_>) -> Serve<L, M, S> {
+    if let Some(timeout) = knobs.millis("header_read_timeout") {
+        served = served.header_read_timeout(timeout);
+    }
+    served.half_close(knobs.text("half_close").is_some())
+}
+
 /// A second server, for figures, without a layer.
 async fn serve_admin(graceful: &Graceful, how: &str) {
     let admin = Router::new().route("/figures", get(|| async { "figures" }));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     println!("admin {}", listener.local_addr().unwrap());
     if how == "tracked" {
-        tokio::spawn(graceful.serve(listener, admin));
+        tokio::spawn(graceful.serve(listener, admin).into_future());
     } else {
         let served = axum::serve(listener, admin);
         tokio::spawn(

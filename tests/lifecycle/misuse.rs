@@ -330,7 +330,7 @@ fn handle_layer_and_futures_may_be_dropped_in_any_order() {
 #[tokio::test(start_paused = true)]
 async fn a_service_and_its_requests_go_on_when_nobody_is_left_who_could_stop_them() {
     let builder = plan().max_in_flight(2).exempt("/metrics");
-    let rejection = |_: &Rejection| Response::new("my own".into());
+    let rejection = |_: &Rejection<'_>| Response::new("my own".into());
     let graceful = builder.rejection(rejection).build().unwrap();
     let mut service =
         graceful
@@ -555,7 +555,7 @@ async fn debug_of_a_body_shows_whether_its_request_is_in_flight() {
 async fn debug_of_plain_data_names_its_values() {
     let builder = plan().max_in_flight(77).exempt("/metrics");
     assert_shows(&builder, &["77", "/metrics", "5s", "10s"]);
-    let with_rejection = builder.rejection(|_: &Rejection| Response::new(Bytes::new()));
+    let with_rejection = builder.rejection(|_: &Rejection<'_>| Response::new(Bytes::new()));
     assert_shows(&with_rejection, &["77"]);
 
     let error = Graceful::builder().drain_delay(s(99)).build().unwrap_err();
@@ -576,7 +576,7 @@ async fn debug_of_a_rejection_names_its_reason() {
     let sink = std::sync::Arc::clone(&shown);
     let graceful = plan()
         .max_in_flight(1)
-        .rejection(move |rejection: &Rejection| {
+        .rejection(move |rejection: &Rejection<'_>| {
             *sink.lock().unwrap() = format!("{rejection:?}");
             Response::new(Bytes::new())
         })

@@ -49,7 +49,6 @@ fn debug_prints_the_message() {
         Graceful::builder().drain_delay(s(10)).drain_timeout(s(25)),
         Graceful::builder().close_spread(s(10)),
         Graceful::builder().max_in_flight(0),
-        Graceful::builder().header_read_timeout(Duration::ZERO),
         Graceful::builder().unready_status(StatusCode::OK),
         Graceful::builder().exempt("metrics"),
     ]

@@ -26,6 +26,7 @@ use tower_graceful::{Graceful, Phase};
 use tower_http::{
     catch_panic::CatchPanicLayer,
     compression::CompressionLayer,
+    cors::{Any, CorsLayer},
     decompression::DecompressionLayer,
     request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
     timeout::TimeoutLayer,
@@ -465,4 +466,108 @@ async fn the_length_of_a_body_reaches_the_client() {
     let response = app.oneshot(get("/")).await.unwrap();
     assert_eq!(response.headers()["content-length"], "5");
     assert_eq!(response.body().size_hint().exact(), Some(5));
+}
+
+/// A request of a page of another origin.
+fn cross_origin(method: http::Method) -> Request<Empty<Bytes>> {
+    let mut request = get("/");
+    *request.method_mut() = method;
+    let headers = request.headers_mut();
+    headers.insert("origin", "https://app.example.com".parse().unwrap());
+    headers.insert("access-control-request-method", "POST".parse().unwrap());
+    request
+}
+
+fn is_readable<B>(response: &Response<B>) -> bool {
+    response
+        .headers()
+        .contains_key("access-control-allow-origin")
+}
+
+/// The documented order: CORS and request ids are outside of the layer, timeouts inside.
+#[tokio::test]
+async fn with_cors_outside_a_page_can_read_the_refusal_and_the_preflight_passes() {
+    let (graceful, busy) = draining(prompt());
+    let cors = CorsLayer::new()
+        .allow_origin(Any)
+        .expose_headers([http::header::RETRY_AFTER]);
+    let id = http::HeaderName::from_static("x-request-id");
+    let timeout = Duration::from_secs(1);
+    let app = hello_at("/")
+        .layer(TimeoutLayer::with_status_code(
+            StatusCode::GATEWAY_TIMEOUT,
+            timeout,
+        ))
+        .layer(graceful.layer())
+        .layer(cors)
+        .layer(PropagateRequestIdLayer::new(id.clone()))
+        .layer(TraceLayer::new_for_http())
+        .layer(SetRequestIdLayer::new(id, Numbered::default()));
+
+    let preflight = cross_origin(http::Method::OPTIONS);
+    let response = app.clone().oneshot(preflight).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    assert!(is_readable(&response), "{response:?}");
+    assert_eq!(graceful.in_flight(), 1, "the busy one");
+    assert_eq!(graceful.snapshot().refused_draining, 0);
+
+    let request = cross_origin(http::Method::GET);
+    let response = app.clone().oneshot(request).await.unwrap();
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(is_readable(&response), "{response:?}");
+    let headers = response.headers();
+    assert_eq!(headers["access-control-expose-headers"], "retry-after");
+    assert_eq!(headers["retry-after"], "1");
+    assert!(headers.contains_key("x-request-id"));
+    assert_eq!(graceful.snapshot().refused_draining, 1);
+
+    drop(busy);
+    graceful.stopped().await;
+}
+
+#[tokio::test]
+async fn with_cors_inside_the_refusal_is_hidden_from_the_page() {
+    let (graceful, _busy) = draining(prompt());
+    let app = hello_at("/")
+        .layer(CorsLayer::permissive())
+        .layer(graceful.layer());
+    for method in [http::Method::OPTIONS, http::Method::GET] {
+        let response = app.clone().oneshot(cross_origin(method)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(!is_readable(&response), "{response:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_documented_order_fits_one_service_builder_too() {
+    let graceful = graceful();
+    let service = ServiceBuilder::new()
+        .layer(CorsLayer::permissive())
+        .layer(graceful.layer())
+        .service_fn(|_: Request<Empty<Bytes>>| async {
+            Ok::<_, Infallible>(Response::new(hello().await))
+        });
+    counts_and_refuses(service, &graceful, "/").await;
+}
+
+/// Where it has a `.layer(…)` of its own; not in one `ServiceBuilder` with the layer.
+#[tokio::test]
+async fn a_request_that_waits_for_an_inner_limit_of_the_router_is_in_flight() {
+    for (one_builder, in_flight) in [(false, 2), (true, 1)] {
+        let graceful = graceful();
+        let app = Router::new().route("/", routing::get(pending::<&'static str>));
+        let limit = tower::limit::ConcurrencyLimitLayer::new(1);
+        let app = if one_builder {
+            app.layer(ServiceBuilder::new().layer(graceful.layer()).layer(limit))
+        } else {
+            app.layer(limit).layer(graceful.layer())
+        };
+        // One limit for all requests.
+        let app: Router = app.with_state(());
+        let mut first = tokio_test::task::spawn(app.clone().oneshot(get("/").map(Body::new)));
+        tokio_test::assert_pending!(first.poll());
+        let mut second = tokio_test::task::spawn(app.oneshot(get("/").map(Body::new)));
+        tokio_test::assert_pending!(second.poll());
+        assert_eq!(graceful.in_flight(), in_flight, "{one_builder}");
+    }
 }

@@ -304,3 +304,12 @@ async fn a_probe_is_served_on_a_path_of_one_s_own() {
     let app: Router = Router::new().route_service("/alive", graceful.liveness());
     assert_eq!(ask(&app, "/alive").await, said(200, "draining"));
 }
+
+#[tokio::test]
+async fn the_future_of_a_probe_stays_pending_once_it_has_been_ready() {
+    let mut probe = Graceful::new().liveness();
+    let mut answer = tokio_test::task::spawn(tower::Service::call(&mut probe, get("/")));
+    let response = tokio_test::assert_ready_ok!(answer.poll());
+    assert_eq!(response.status(), StatusCode::OK);
+    tokio_test::assert_pending!(answer.poll());
+}

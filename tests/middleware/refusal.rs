@@ -8,7 +8,7 @@ use std::{
 
 use axum::{Router, routing};
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, StatusCode, Version};
+use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use http_body::Body;
 use http_body_util::{Empty, Full};
 use tokio_test::{assert_pending, assert_ready_err, assert_ready_ok};
@@ -197,7 +197,7 @@ fn no_way_for_a_request_to_end_leaks_its_place() {
     }
 }
 
-fn teapot(rejection: &Rejection) -> Response<Bytes> {
+fn teapot(rejection: &Rejection<'_>) -> Response<Bytes> {
     let reason = match rejection.reason() {
         RejectionReason::Draining => "draining",
         RejectionReason::Overloaded => "overloaded",
@@ -227,6 +227,76 @@ async fn a_custom_rejection_replaces_status_and_body() {
         assert_eq!(response.headers()["retry-after"], "3", "added");
         assert_eq!(connection(&response), ["close"], "added");
         assert_eq!(text(response.into_body()).await, body);
+    }
+}
+
+/// JSON to the clients that accept it, and the CORS field for one origin.
+fn negotiated(rejection: &Rejection<'_>) -> Response<Bytes> {
+    let accept = rejection.headers().get(header::ACCEPT);
+    let json = accept
+        .and_then(|accept| accept.to_str().ok())
+        .is_some_and(|accept| accept.contains("application/json"));
+    let (kind, body) = if json {
+        ("application/json", r#"{"error":"try again later"}"#)
+    } else {
+        ("text/plain", "try again later\n")
+    };
+    let mut response = Response::new(Bytes::from_static(body.as_bytes()));
+    *response.status_mut() = rejection.status();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    if let Some(origin) = rejection.headers().get(header::ORIGIN) {
+        if origin == "https://app.example.com" {
+            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+        }
+    }
+    response
+}
+
+#[tokio::test]
+async fn a_custom_rejection_honours_accept_and_origin() {
+    let builder = prompt().rejection(negotiated);
+    for (graceful, _busy) in [draining(builder.clone()), full(builder)] {
+        for (accept, kind) in [
+            ("text/html, application/json;q=0.9", "application/json"),
+            ("text/html", "text/plain"),
+        ] {
+            for (origin, allowed) in [
+                ("https://app.example.com", true),
+                ("https://other.example.com", false),
+            ] {
+                let mut request = get("/");
+                let headers = request.headers_mut();
+                headers.insert(header::ACCEPT, HeaderValue::from_static(accept));
+                headers.insert(header::ORIGIN, HeaderValue::from_static(origin));
+                let response = refuse(&graceful, request).await.unwrap();
+                assert_eq!(response.headers()["content-type"], kind);
+                let allows = response.headers().get("access-control-allow-origin");
+                assert_eq!(allows.is_some_and(|it| it == origin), allowed, "{origin}");
+                let body = text(response.into_body()).await;
+                assert_eq!(body.starts_with('{'), kind == "application/json", "{body}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_custom_rejection_sees_the_head_of_the_request() {
+    let builder = prompt().rejection(|rejection: &Rejection<'_>| {
+        let [method, uri] = [rejection.method().as_str(), &rejection.uri().to_string()];
+        let version = rejection.version();
+        let tenant = rejection.headers()["x-tenant"].to_str().unwrap();
+        Response::new(format!("{method} {uri} {version:?} {tenant}").into())
+    });
+    for (graceful, _busy) in [draining(builder.clone()), full(builder)] {
+        let mut request = get("/orders?page=2");
+        *request.method_mut() = http::Method::PUT;
+        *request.version_mut() = Version::HTTP_2;
+        let tenant = HeaderValue::from_static("acme");
+        request.headers_mut().insert("x-tenant", tenant);
+        let response = refuse(&graceful, request).await.unwrap();
+        let body = text(response.into_body()).await;
+        assert_eq!(body, "PUT /orders?page=2 HTTP/2.0 acme");
     }
 }
 

@@ -198,7 +198,7 @@ async fn start(form: Form, plan: GracefulBuilder) -> Running {
         Form::Serve => {
             let greeter = Routes::new(greeter).into_axum_router();
             let app = Routes::from(greeter.layer(graceful.layer())).add_service(health);
-            tokio::spawn(graceful.serve(tcp, app.into_axum_router()))
+            tokio::spawn(graceful.serve(tcp, app.into_axum_router()).into_future())
         }
         Form::Tonic => {
             let listener = graceful.listener(tcp);

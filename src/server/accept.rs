@@ -1,0 +1,94 @@
+//! Accepting connections, and serving each of them in a task of its own.
+
+use std::{any::Any, convert::Infallible, future::poll_fn, pin::pin, ptr, sync::Arc};
+
+use axum::{extract::Request, response::Response, serve::Listener};
+use tokio::task::JoinSet;
+use tower_service::Service;
+
+use super::{
+    accepted::Accepted, connection, io::GracefulIo, listener::GracefulListener, settings::Settings,
+    tracked,
+};
+use crate::{handle::graceful::Graceful, shutdown::state::ClosingStage};
+
+/// Where connections come from.
+pub(super) enum Source<L: Listener> {
+    Untracked(GracefulListener<L>),
+    /// The listener's connections are tracked already.
+    Tracked(L, tracked::Find),
+}
+
+impl<L: Listener> Source<L> {
+    pub(super) fn new(graceful: &Graceful, listener: L) -> Self {
+        match tracked::find::<L::Io>() {
+            Some(find) => Self::Tracked(listener, find),
+            None => Self::Untracked(GracefulListener::within(graceful.clone(), listener)),
+        }
+    }
+
+    async fn accept(&mut self, graceful: &Graceful) -> (GracefulIo<L::Io>, L::Addr) {
+        match self {
+            Self::Untracked(listener) => listener.accept().await,
+            Self::Tracked(listener, find) => {
+                let (io, addr) = listener.accept().await;
+                let io = match find(&io) {
+                    // The server reads what the handshake, if any, has made of it.
+                    Some(line)
+                        if ptr::eq(&raw const *line.owner, &raw const **graceful.shared()) =>
+                    {
+                        GracefulIo::above(io, &line)
+                    }
+                    // By another lifecycle, or none.
+                    _ => {
+                        let peer = (&addr as &dyn Any).downcast_ref().copied();
+                        GracefulIo::new(graceful, io, peer, None)
+                    }
+                };
+                (io, addr)
+            }
+        }
+    }
+}
+
+/// Serves every connection until the connections are to be closed, and then until they are.
+pub(super) async fn accept<L, M, S>(
+    mut listener: Source<L>,
+    mut app: M,
+    settings: Arc<Settings>,
+    graceful: Graceful,
+) where
+    L: Listener,
+    M: for<'a> Service<Accepted<'a, L>, Error = Infallible, Response = S> + Send + 'static,
+    for<'a> <M as Service<Accepted<'a, L>>>::Future: Send,
+    S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    let mut closing_stages = graceful.shared().closing_stages();
+    let mut told_to_close = pin!(async move {
+        let _ = closing_stages
+            .wait_for(|closing_stage| *closing_stage >= ClosingStage::Connections)
+            .await;
+    });
+    let mut connections = JoinSet::new();
+    'accepting: loop {
+        let (io, remote_addr) = {
+            // One that has begun is not dropped for anything but the end: a listener may be in the
+            // middle of a handshake.
+            let mut accept = pin!(listener.accept(&graceful));
+            loop {
+                tokio::select! {
+                    accepted = &mut accept => break accepted,
+                    // One that has panicked took nothing but itself.
+                    Some(_) = connections.join_next() => {}
+                    () = &mut told_to_close => break 'accepting,
+                }
+            }
+        };
+        let Ok(()) = poll_fn(|cx| app.poll_ready(cx)).await;
+        let Ok(service) = app.call(Accepted::new(io.get_ref(), remote_addr)).await;
+        connections.spawn(connection::serve(io, service, &settings));
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
