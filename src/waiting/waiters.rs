@@ -24,7 +24,7 @@ use std::{
 use slab::Slab;
 
 use crate::{
-    admission::here,
+    admission::thread_index,
     background::shielded,
     connection::stagger::Place,
     phase::Phase,
@@ -133,7 +133,7 @@ impl Waiters {
         spread: bool,
         cx: &Context<'_>,
     ) -> Poll<()> {
-        let number = here() % SHARDS;
+        let number = thread_index() % SHARDS;
         if lock!(self.shards[number]).told.phase >= phase {
             return Poll::Ready(());
         }
