@@ -243,10 +243,10 @@ impl fmt::Display for Reason {
             Self::Idle => f.write_str("nothing is in flight"),
             Self::Deadline => f.write_str("the drain deadline has passed"),
             Self::Closed => f.write_str("everything is closed"),
-            Self::Cut => f.write_str("what was left has been cut"),
-            Self::LetGo => f.write_str("what was cut did not end in time"),
+            Self::Cut => f.write_str("the remaining work was cut"),
+            Self::LetGo => f.write_str("cut work did not end in time"),
             Self::CleanupOverdue => f.write_str("the cleanup did not end in time"),
-            Self::NoRuntime => f.write_str("the runtime that cleans up has ended"),
+            Self::NoRuntime => f.write_str("the runtime of the cleanup steps has ended"),
         }
     }
 }
@@ -394,7 +394,7 @@ fn queue_reset(queued: usize) {
     event!(
         warn,
         { queued = queued },
-        "connections reset in the accept queue, for want of file descriptors: {queued}"
+        "connections reset in the accept queue, for lack of file descriptors: {queued}"
     );
 }
 
@@ -422,8 +422,8 @@ impl fmt::Display for Effect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Nothing => f.write_str("changes nothing"),
-            Self::Doubled => f.write_str("is the one before, delivered twice, and changes nothing"),
-            Self::Ended(Phase::Draining) => f.write_str("cuts what is in flight"),
+            Self::Doubled => f.write_str("is a duplicate of the last one, and changes nothing"),
+            Self::Ended(Phase::Draining) => f.write_str("cuts the work in flight"),
             Self::Ended(Phase::Closing) => f.write_str("ends the wait for connections to close"),
             Self::Ended(phase) => write!(f, "ends the phase {phase}"),
             Self::EndedCleanup => f.write_str("ends the wait for the cleanup"),

@@ -1,10 +1,11 @@
 //! Admission and counting: this module decides whether a request is admitted, counts the requests
 //! in flight, and wakes the drain when the last one has ended.
 //!
-//! The middleware admits and releases requests here, and the timeline (`shutdown`) advances the
-//! phase and waits for the count to reach zero. The atomic `Ordering`s of every request are in this
-//! folder, and this page is the argument for them. No ordering here may change without its step of
-//! the argument and the loom model that checks it (`models`).
+//! A *gate* ([`Gate`]) is the admission state of one lifecycle. The middleware admits and releases
+//! requests here, and the timeline (`shutdown`) advances the phase and waits for the count to reach
+//! zero. The atomic `Ordering`s of every request are in this folder, and this page is the argument
+//! for them. No ordering here may change without its step of the argument and the loom model that
+//! checks it (`models`).
 //!
 //! # The word
 //!
@@ -51,8 +52,8 @@
 //!    read-modify-writes, so they have a single order. An admission after the advance sees the
 //!    phase that the advance wrote, and refuses without writing. An admission before the advance is
 //!    in the count that the advance carried over. Hence the count of a draining word only falls,
-//!    "idle" stays true once it is true, and exactly one release per shard is the last one. This
-//!    needs atomicity alone, so an admission is `Relaxed`. Models:
+//!    "idle" stays true once it is true, and of the requests in flight on a shard exactly one
+//!    release is the last one. This needs atomicity alone, so an admission is `Relaxed`. Models:
 //!    `an_admitted_request_is_waited_for`, `an_admitted_request_on_another_shard_is_waited_for`,
 //!    `changes_of_the_word_do_not_overwrite_one_another`.
 //! 2. *The limit is exact.* The comparison with the limit and the addition are one compare-and-swap
@@ -90,8 +91,8 @@
 //!    however, the count only falls, and with a limit there is only one word.
 //!
 //! The loom models in `models` run this code and not a copy of it. They explore every reordering
-//! that the orderings allow and every interleaving; the models with three threads are limited to
-//! three preemptions.
+//! that the orderings allow and every interleaving. Three models would take minutes that way
+//! (`bounded`): they explore the interleavings with at most three preemptions.
 //!
 //! # Ownership
 //!

@@ -292,7 +292,7 @@ impl<K, T> Unanswered<K, T> {
         permit
     }
 
-    /// The phase as this request sees it, and how many share its lane.
+    /// The word of this request's shard: the phase, and the number of requests on the shard.
     #[inline]
     pub(crate) fn word(&self) -> Word {
         self.0.word()
@@ -315,7 +315,7 @@ impl<K, T> Drop for Unanswered<K, T> {
 pub(crate) struct Permit<K: 'static, T: 'static>(&'static Shard<K, Shared<K, T>>);
 
 impl<K, T> Permit<K, T> {
-    /// The phase as this request sees it, and how many share its lane.
+    /// The word of this request's shard: the phase, and the number of requests on the shard.
     #[inline]
     pub(crate) fn word(&self) -> Word {
         self.0.word()

@@ -249,7 +249,7 @@ enum State {
     /// As `Answered`, but the last write or flush was not ready. If the whole response has been
     /// handed over to be written, the request may no longer be counted as in flight.
     Unsent,
-    /// Never idle for certain.
+    /// Never certainly idle.
     Other,
 }
 

@@ -57,7 +57,7 @@ pub(crate) struct Sniffer {
     layer: AtomicU8,
 }
 
-/// The server is ours.
+/// The connection belongs to a server of `serve`.
 const LISTENING: u8 = 1;
 /// The server has waited for the first head.
 const AWAITED: u8 = 1 << 1;
@@ -97,7 +97,7 @@ impl Sniffer {
         self.set(LISTENING, true);
     }
 
-    /// The server is ours.
+    /// The connection belongs to a server of `serve`.
     pub(crate) fn is_listened_to(&self) -> bool {
         self.has(LISTENING)
     }

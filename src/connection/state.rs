@@ -1,23 +1,26 @@
 //! The directive that a connection has been given, and the wakers of the tasks that wait for it.
 //!
-//! 1. *A poll sees the cut, or the cut wakes the poll.* Wakers are stored, and the directive is
+//! 1. *A poll sees the cut, or the cut wakes the task.* Wakers are stored, and the directive is
 //!    changed, under one lock. A task stores its waker before it polls the connection. If the cut
 //!    comes later, it finds the waker. If the cut came earlier, the task reads it. Models:
 //!    `a_poll_sees_the_cut_or_is_woken_by_it`, `a_poll_by_another_task_is_not_lost`.
 //! 2. *A task that polls again takes no lock.* Each poller remembers the waker that it has stored
-//!    ([`RegisteredWaker`]). The waker stays stored until a cut (or `wake_all`, or `forget_all`)
-//!    takes it. So while the same task polls, there is nothing to store, and it only reads the
-//!    directive, with `Acquire`; the partner is the `Release` in `instruct`.
+//!    ([`RegisteredWaker`]). That waker stays stored until `Expire`, `Cut` or `wake_all` takes it
+//!    and wakes it. (`forget_all` and `owner_left` remove the wakers of tasks that no longer poll.)
+//!    So while the same task polls, there is nothing to store, and it only reads the directive,
+//!    with `Acquire`; the partner is the `Release` in `instruct`.
 //! 3. *That read misses no wake-up.* The stored waker belongs to the polling task, and `instruct`
 //!    changes the directive before it wakes. A wake-up before the poll orders the new directive
 //!    before it; a wake-up during the poll causes another poll.
 //! 4. *`waits` and `wrote` are `Relaxed`.* In `waits` each poller reads only the bits that it wrote
 //!    itself, or sees that its waker was taken, which is followed by a wake-up as well. `wrote` is
 //!    only read by the task that writes or drops the connection.
-//! 5. *The last stream that ends wakes the owner.* `stream_ended` is `AcqRel`, so the last one is
-//!    ordered after all others; the partner is the `Acquire` load in `poll_streams_ended`, which
-//!    comes after the waker is stored. Models: `the_last_stream_is_waited_for`,
-//!    `the_last_stream_is_waited_for_whenever_the_cut_comes`.
+//! 5. *The last stream that ends wakes the owner.* The owner stores its waker under the lock, and
+//!    then loads the number of streams. The last stream subtracts itself, and then copies the waker
+//!    under the lock. If the waker was stored before, it is woken. Otherwise the lock orders the
+//!    subtraction before the load. `stream_ended` is `AcqRel`, so that the last stream is ordered
+//!    after all others; its partner is the `Acquire` load in `poll_streams_ended`. Models:
+//!    `the_last_stream_is_waited_for`, `the_last_stream_is_waited_for_whenever_the_cut_comes`.
 
 use std::{
     mem,

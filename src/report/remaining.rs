@@ -161,7 +161,7 @@ impl fmt::Display for CutConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.peer {
             Some(peer) => write!(f, "connection from {peer}")?,
-            None => f.write_str("connection from a peer without address")?,
+            None => f.write_str("connection from a peer without an address")?,
         }
         write!(f, " {:.1} s", self.age.as_secs_f64())?;
         if self.undelivered > 0 {

@@ -102,7 +102,7 @@ impl fmt::Display for UpgradedConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.path {
             Some(path) => write!(f, "{}", path.escape_default())?,
-            None => f.write_str("a path that is not known")?,
+            None => f.write_str("an unknown path")?,
         }
         from(f, self.peer)
     }

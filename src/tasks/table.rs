@@ -430,7 +430,7 @@ pub(crate) async fn outcome<F: Future<Output: Completion>>(future: F) -> TaskOut
 fn message(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().copied();
     let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("of a type that is no text").to_owned()
+    text.unwrap_or("the payload is not text").to_owned()
 }
 
 #[cfg(all(test, tower_graceful_loom))]

@@ -9,8 +9,8 @@ use tokio::sync::watch;
 
 use super::phase_receiver::shielded_waker;
 
-/// The common part of futures that wait for a value. After it has returned `Ready`, the future that
-/// uses it does not poll it again.
+/// The common part of futures that wait for a value that never decreases. It may be polled again
+/// after it has returned `Ready`, and stays ready.
 pub(crate) struct WatchUntil<T> {
     point: T,
     waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
