@@ -20,8 +20,9 @@
 //!    handler may write to one; otherwise on a condition variable. The byte that wakes the thread
 //!    stays in the socket until it is read. Models: `the_thread_oversleeps_no_entry_on_the_socket`,
 //!    `the_thread_oversleeps_no_entry_on_the_condition`.
-//! 3. *The lock is the innermost one.* It is taken while the lock of a lifecycle is held, so no
-//!    lifecycle is called, cloned or dropped while it is held, except for the clone of a reference.
+//! 3. *The lock is the innermost one.* It is taken while the lock of a lifecycle is held. So no
+//!    method of a lifecycle is called, and no lifecycle is dropped, while it is held; only
+//!    references to lifecycles are cloned.
 //! 4. *A forked child inherits nothing.* A thread belongs to the process that started it. A signal
 //!    handler leaves its signal in memory, where only its own process finds it. The byte that a
 //!    child writes to the parent's socket only wakes the parent, which finds no signal.

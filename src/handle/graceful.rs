@@ -62,10 +62,17 @@ pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 ///
 /// # Triggers
 ///
-/// A service runs until something triggers a stop: a signal, once [`drain`](Self::drain),
-/// [`handle_signals`](Self::handle_signals) or [`serve`](Self::serve) listens for signals; a call
-/// of [`shutdown`](Self::shutdown); or the future passed to [`drain_on`](Self::drain_on). Only the
-/// first trigger counts. From then on the phases follow the plan of the [builder](Self::builder).
+/// A service runs until something triggers a stop:
+///
+/// - a signal, once [`drain`](Self::drain), [`handle_signals`](Self::handle_signals) or
+///   [`serve`](Self::serve) listens for signals;
+/// - a call of [`shutdown`](Self::shutdown);
+/// - the future passed to [`drain_on`](Self::drain_on), when it resolves;
+/// - a server passed to [`run`](Self::run), or a [`critical_worker`](Self::critical_worker), when
+///   it ends.
+///
+/// Only the first trigger counts. From then on the phases follow the plan of the
+/// [builder](Self::builder).
 ///
 /// # Lifetime
 ///
