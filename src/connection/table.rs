@@ -262,8 +262,8 @@ impl<O> ConnectionTable<O> {
         connections.filter(before).cloned().collect()
     }
 
-    /// Instructs every open connection. Connections that come later get the directive too if it is
-    /// `Close` or later.
+    /// Instructs every open connection. A connection that is inserted later gets the directive too
+    /// if it is `Close` or later, and `Stopping` otherwise.
     pub(crate) fn instruct(&self, directive: Directive) {
         let connections = {
             let mut open = lock!(self.open);

@@ -1,10 +1,11 @@
 //! The report of a shutdown: what triggered it, how long each phase took, and what was finished,
 //! cut or lost.
 //!
-//! Plain data, made by the timeline (`shutdown`) when the service has stopped, and its text form
-//! (`text`). The parts that describe requests, connections, tasks and warnings are also filled in
-//! by the rooms that observe them. Nothing here reads a clock or decides anything. `request_table`
-//! lists the requests in flight for [`name_requests`](crate::GracefulBuilder::name_requests).
+//! The timeline (`shutdown`) makes the report when the service has stopped. Its parts are plain
+//! data. `tasks`, `connection` and the middleware fill in the parts that describe their holds,
+//! tasks, connections and requests; `text` writes the report as text. The only state here is
+//! `request_table`, which lists the requests in flight for
+//! [`name_requests`](crate::GracefulBuilder::name_requests).
 //!
 //! The text form is at most 80 columns wide, and exit codes are stable: the tests in `text` and in
 //! this file pin both.
