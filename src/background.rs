@@ -1,13 +1,16 @@
-//! Threads for code that is not this crate's: log subscribers, wakers, and what is dropped last.
+//! Threads for code that does not belong to this crate: log subscribers, wakers, and destructors of
+//! user values.
 //!
-//! Such code may block or panic, and nothing may wait for it. A job is queued, and run by a thread
-//! that exists only while there are jobs. Where the jobs must keep their order there is one thread;
-//! where they need not, another one takes over when a job takes too long.
+//! Such code may block or panic, and no thread of the shutdown may wait for it. `control` and
+//! `events` queue jobs here. A job runs on a thread that exists only while there are jobs. If jobs
+//! must keep their order, there is one thread. Otherwise another thread takes over when a job takes
+//! too long.
 //!
 //! 1. *A job is never left without a thread.* The queue and the number of threads are behind one
-//!    lock. A thread that finds the queue empty leaves in the same critical section; whoever queues a
-//!    job afterwards sees that there is none, and starts one.
-//! 2. *A panic ends the job and nothing else.*
+//!    lock. A thread that finds the queue empty ends in the same critical section. Code that queues
+//!    a job afterwards sees that there is no thread, and starts one. Model:
+//!    `a_job_is_never_left_without_a_thread`.
+//! 2. *A panic ends its job and nothing else.*
 
 use std::{
     collections::VecDeque,
@@ -19,7 +22,8 @@ use std::{
 
 use crate::sync::{Condvar, Mutex, lock};
 
-/// How long a job may take before another thread takes over the queue.
+/// How long a job may take before another thread takes over the queue. Long enough for a job that
+/// does not block, and short beside every deadline of a shutdown.
 const STUCK: Duration = Duration::from_millis(20);
 
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
@@ -35,16 +39,16 @@ pub(crate) struct Aside {
 struct Queue {
     jobs: VecDeque<Job>,
     threads: usize,
-    /// The process whose threads they are. A child that was forked has none of them.
+    /// The process that the threads belong to. A forked child has no threads.
     process: u32,
-    /// When a job was taken last.
+    /// When the last job was taken.
     taken: Option<Instant>,
 }
 
-/// Runs code that is not this crate's, and survives its panic.
+/// Runs foreign code and catches its panic.
 pub(crate) fn shielded(code: impl FnOnce()) {
     if let Err(payload) = panic::catch_unwind(AssertUnwindSafe(code)) {
-        // Its destructor is not ours either.
+        // The destructor of the payload is foreign code too, and may panic.
         mem::forget(payload);
     }
 }
@@ -59,12 +63,12 @@ impl Aside {
         }
     }
 
-    /// Queues a job. Whoever does so calls [`work`](Self::work) afterwards.
+    /// Queues a job. The caller calls [`work`](Self::work) afterwards.
     pub(crate) fn queue(&self, job: Job) {
         lock!(self.queue).jobs.push_back(job);
     }
 
-    /// Sees to it that there is a thread for the jobs in the queue.
+    /// Starts a thread for the jobs in the queue, if one is needed.
     pub(crate) fn work(&'static self) {
         if !self.claim() {
             return;
@@ -74,14 +78,14 @@ impl Aside {
             return;
         }
         if self.most_threads == 1 {
-            // The next job tries again.
-            self.leave();
+            // The next call tries again to start a thread.
+            self.abandon();
         } else {
             self.drain();
         }
     }
 
-    /// As [`work`](Self::work), for a thread that looks after the queue. Says when to look again.
+    /// As [`work`](Self::work), for a thread that supervises the queue. Returns when to call again.
     pub(crate) fn relieve(&'static self) -> Option<Instant> {
         if lock!(self.queue).jobs.is_empty() {
             return None;
@@ -90,7 +94,7 @@ impl Aside {
         Some(Instant::now() + STUCK)
     }
 
-    /// Counts one more thread, if one is needed.
+    /// Counts one more thread if one is needed.
     fn claim(&self) -> bool {
         let mut queue = lock!(self.queue);
         let process = process::id();
@@ -102,7 +106,7 @@ impl Aside {
             && (queue.threads == 0 || queue.threads < self.most_threads && queue.is_stuck());
         if needed {
             queue.threads += 1;
-            // It has its time as well.
+            // The new thread also gets `STUCK` for its first job.
             queue.taken = Some(Instant::now());
         }
         needed
@@ -116,14 +120,14 @@ impl Aside {
             shielded(job);
             queue = lock!(self.queue);
         }
-        drop(self.left(queue));
+        drop(self.end_thread(queue));
     }
 
-    fn leave(&self) {
-        drop(self.left(lock!(self.queue)));
+    fn abandon(&self) {
+        drop(self.end_thread(lock!(self.queue)));
     }
 
-    fn left<Q: std::ops::DerefMut<Target = Queue>>(&self, mut queue: Q) -> Q {
+    fn end_thread<Q: std::ops::DerefMut<Target = Queue>>(&self, mut queue: Q) -> Q {
         queue.threads -= 1;
         if queue.threads == 0 {
             self.emptied.notify_all();
@@ -131,7 +135,7 @@ impl Aside {
         queue
     }
 
-    /// Waits until every job is done, but not longer than this.
+    /// Waits until every job is done, at most for `within`.
     #[cfg(any(feature = "tracing", test))]
     pub(crate) fn flush(&self, within: Duration) {
         let until = Instant::now() + within;
@@ -167,7 +171,7 @@ mod models {
 
     use super::*;
 
-    /// Point 1, for a queue of one thread.
+    /// Point 1 of the module header, for a queue with one thread.
     #[test]
     fn a_job_is_never_left_without_a_thread() {
         model(|| {
@@ -225,7 +229,7 @@ mod tests {
         drop(send);
         assert!(done.iter().eq(0..100));
         aside.flush(Duration::from_secs(10));
-        assert_eq!(lock!(aside.queue).threads, 0, "none is left behind");
+        assert_eq!(lock!(aside.queue).threads, 0, "no thread is left");
     }
 
     #[test]
@@ -243,7 +247,7 @@ mod tests {
         done.recv_timeout(Duration::from_secs(10)).unwrap();
         drop(release);
         aside.flush(Duration::from_secs(10));
-        assert_eq!(lock!(aside.queue).threads, 0, "none is left behind");
+        assert_eq!(lock!(aside.queue).threads, 0, "no thread is left");
     }
 
     #[test]

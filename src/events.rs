@@ -1,14 +1,16 @@
-//! What the log is told: the plan once, one event per transition, one per repeated signal, and a line
-//! while the drain waits. Without the `tracing` feature, nothing.
+//! Log events: the plan once, one event per transition, one per repeated signal, and a progress
+//! line while the drain waits. Without the `tracing` feature, nothing is logged.
 //!
-//! A subscriber may block, and may panic: one that writes to a closed pipe does, and closed pipes are
-//! common at shutdown. So nothing is logged inside a step. A step queues its events under its lock, in
-//! order, and they are written afterwards by a thread that exists only while there are any. It uses
-//! the subscriber of the thread that took the step, or, where that was the control thread, of the last
-//! other one.
+//! The timeline (`shutdown`) and the server log here. A subscriber may block, and may panic: a
+//! subscriber that writes to a closed pipe panics, and closed pipes are common at shutdown. So no
+//! step of the timeline logs directly. A step queues its events under its lock, in order, and a
+//! thread that exists only while there are events writes them afterwards. That thread uses the
+//! subscriber of the thread that took the step. If the control thread took the step, it uses the
+//! subscriber of the last other thread that took one.
 //!
-//! Where tokio's clock is paused there is no such thread, because a test wants to find the events of a
-//! step when that has been taken: whoever takes a step writes what is queued, when no lock is held.
+//! While tokio's clock is paused there is no such thread, because a test expects to find the events
+//! of a step right after it. There, the task that takes a step writes the queued events after it
+//! has released all locks.
 
 #[cfg(feature = "tracing")]
 use std::{collections::VecDeque, sync::LazyLock};
@@ -32,7 +34,7 @@ use crate::{
 #[cfg(feature = "tracing")]
 static LOG: LazyLock<Aside> = LazyLock::new(|| Aside::new("graceful-log", 1));
 
-/// Something that the log is told.
+/// A log event.
 pub(crate) enum Event {
     Plan(EffectivePlan),
     Transition(Transition),
@@ -45,12 +47,12 @@ pub(crate) enum Event {
     Signal(Trigger, Effect),
 }
 
-/// The subscriber that events of a thread go to.
+/// The subscriber that receives the events of a thread.
 #[derive(Clone)]
 pub(crate) struct Origin(#[cfg(feature = "tracing")] Dispatch);
 
 impl Origin {
-    /// The one of this thread, if it has any. Within an event no thread has.
+    /// The subscriber of this thread, if it has one. Inside of an event no thread has one.
     pub(crate) fn here() -> Option<Self> {
         #[cfg(feature = "tracing")]
         {
@@ -62,7 +64,7 @@ impl Origin {
     }
 }
 
-/// Events that are still to be written, in their order.
+/// Events that have not been written yet, in order.
 #[derive(Default)]
 pub(crate) struct Queue {
     #[cfg(feature = "tracing")]
@@ -78,7 +80,7 @@ struct Queued {
 }
 
 impl Queue {
-    /// Queues events for [`write`](Self::write), or where `aside`, for the thread.
+    /// Queues events for [`write`](Self::write), or with `aside`, for the log thread.
     #[cfg_attr(not(feature = "tracing"), expect(clippy::unused_self))]
     pub(crate) fn push(&self, events: Vec<Event>, aside: bool, origin: Option<&Origin>) {
         #[cfg(feature = "tracing")]
@@ -98,7 +100,8 @@ impl Queue {
         let _ = (events, aside, origin);
     }
 
-    /// Writes what is queued, here or on the thread. Without any lock.
+    /// Writes the queued events on this thread, and makes the log thread write its own. Must be
+    /// called without any lock.
     #[cfg_attr(not(feature = "tracing"), expect(clippy::unused_self))]
     pub(crate) fn write(&self) {
         work();
@@ -128,20 +131,20 @@ fn write_all(events: &[Event]) {
     }
 }
 
-/// Has the thread write what is queued for it.
+/// Makes the log thread write the events that are queued for it.
 pub(crate) fn work() {
     #[cfg(feature = "tracing")]
     LOG.work();
 }
 
-/// Waits until what is queued for the thread has been written, but not for a subscriber that blocks:
-/// the process may be about to end.
+/// Waits until the log thread has written its events, for at most 100 ms: a subscriber may block,
+/// and the process may be about to end.
 pub(crate) fn flush() {
     #[cfg(feature = "tracing")]
     LOG.flush(Duration::from_millis(100));
 }
 
-/// Has what was not of a lifecycle written by the thread.
+/// Writes an event that belongs to no lifecycle, on the log thread.
 #[cfg(feature = "signal")]
 fn aside(event: Event) {
     Queue::default().push(vec![event], true, None);
@@ -164,7 +167,7 @@ impl Event {
     }
 }
 
-/// One event of this crate: its level, its fields, its message.
+/// Emits one event of this crate: its level, its fields, its message.
 macro_rules! event {
     ($level:ident, { $($name:ident = $value:expr),* $(,)? }, $($message:tt)+) => {{
         #[cfg(feature = "tracing")]
@@ -185,7 +188,7 @@ pub(crate) fn wants_debug() -> bool {
     wanted
 }
 
-/// The durations that the deadlines of a stop are made of.
+/// Logs the durations from which the deadlines of a stop are derived.
 fn plan(plan: &EffectivePlan) {
     event!(
         debug,
@@ -205,9 +208,9 @@ fn plan(plan: &EffectivePlan) {
 pub(crate) struct Transition {
     pub(crate) to: Phase,
     pub(crate) reason: Reason,
-    /// Since the trigger.
+    /// Time since the trigger.
     pub(crate) after: Duration,
-    /// Until the phase just entered ends at the latest.
+    /// Time until the phase just entered ends at the latest.
     pub(crate) time_left: Duration,
     pub(crate) in_flight: usize,
     pub(crate) connections: usize,
@@ -217,16 +220,16 @@ pub(crate) struct Transition {
 pub(crate) enum Reason {
     Triggered(Trigger),
     DelayOver,
-    NobodyServes,
+    EveryServerEnded,
     Signal,
     Idle,
     Deadline,
     Closed,
     Cut,
     LetGo,
-    /// The end of the cleanup was not heard of in time.
+    /// The cleanup did not end in time.
     CleanupOverdue,
-    /// What was to be cleaned up has no runtime any more.
+    /// The runtime of the cleanup steps has ended.
     NoRuntime,
 }
 
@@ -235,15 +238,15 @@ impl fmt::Display for Reason {
         match self {
             Self::Triggered(trigger) => trigger.fmt(f),
             Self::DelayOver => f.write_str("the delay is over"),
-            Self::NobodyServes => f.write_str("every server has ended"),
+            Self::EveryServerEnded => f.write_str("every server has ended"),
             Self::Signal => f.write_str("a further signal"),
             Self::Idle => f.write_str("nothing is in flight"),
             Self::Deadline => f.write_str("the drain deadline has passed"),
             Self::Closed => f.write_str("everything is closed"),
-            Self::Cut => f.write_str("what was left has been cut"),
-            Self::LetGo => f.write_str("what was cut did not end in time"),
+            Self::Cut => f.write_str("the remaining work was cut"),
+            Self::LetGo => f.write_str("cut work did not end in time"),
             Self::CleanupOverdue => f.write_str("the cleanup did not end in time"),
-            Self::NoRuntime => f.write_str("the runtime that cleans up has ended"),
+            Self::NoRuntime => f.write_str("the runtime of the cleanup steps has ended"),
         }
     }
 }
@@ -279,7 +282,7 @@ fn transition(transition: &Transition) {
     }
 }
 
-/// What a drain waits for.
+/// What the drain waits for.
 pub(crate) struct Progress {
     pub(crate) phase: Phase,
     pub(crate) in_flight: usize,
@@ -313,7 +316,7 @@ fn progress(progress: &Progress) {
     );
 }
 
-/// The end of a worker, a hook or a cleanup step.
+/// Logs the end of a worker, a hook or a cleanup step.
 fn task(task: &Task) {
     let kind = match task.kind {
         TaskKind::LameDuck => "hook",
@@ -340,7 +343,7 @@ fn task(task: &Task) {
     }
 }
 
-/// The last of a listener's queue cannot be accepted.
+/// Logs that the rest of a listener's queue cannot be accepted.
 #[cfg(feature = "axum")]
 pub(crate) fn queue_lost(error: &std::io::Error) {
     event!(
@@ -350,7 +353,7 @@ pub(crate) fn queue_lost(error: &std::io::Error) {
     );
 }
 
-/// The last of a listener's queue could not be accepted for want of descriptors.
+/// Logs that the rest of a listener's queue could not be accepted for lack of file descriptors.
 #[cfg(feature = "axum")]
 pub(crate) fn queue_given_up() {
     event!(
@@ -360,7 +363,7 @@ pub(crate) fn queue_given_up() {
     );
 }
 
-/// A handshake has failed, or was too slow if there is no error.
+/// Logs a failed handshake. Without an error, the handshake was too slow.
 #[cfg(feature = "axum")]
 pub(crate) fn handshake_failed(
     peer: Option<std::net::SocketAddr>,
@@ -386,31 +389,31 @@ pub(crate) fn handshake_panicked() {
     event!(warn, {}, "a handshake has panicked");
 }
 
-/// What became of the queues of such listeners.
+/// Logs how many connections were reset in such queues.
 fn queue_reset(queued: usize) {
     event!(
         warn,
         { queued = queued },
-        "connections reset in the accept queue, for want of file descriptors: {queued}"
+        "connections reset in the accept queue, for lack of file descriptors: {queued}"
     );
 }
 
-/// A mistake in the set-up.
+/// Logs a mistake in the setup.
 fn warning(warning: &Warning) {
     event!(warn, {}, "{warning}");
 }
 
-/// What a signal did that was not the first.
+/// What a signal after the first one did.
 #[cfg(feature = "signal")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Effect {
-    /// A further SIGTERM, or any signal after the end.
+    /// A further SIGTERM, or any signal after the end. It has no effect.
     Nothing,
-    /// The same Ctrl-C again.
+    /// The same Ctrl-C, delivered twice.
     Doubled,
-    /// Ended what was left of this phase.
+    /// Ended the rest of this phase.
     Ended(Phase),
-    /// Ended the waiting for the cleanup.
+    /// Ended the wait for the cleanup.
     EndedCleanup,
 }
 
@@ -419,8 +422,8 @@ impl fmt::Display for Effect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Nothing => f.write_str("changes nothing"),
-            Self::Doubled => f.write_str("is the one before, delivered twice, and changes nothing"),
-            Self::Ended(Phase::Draining) => f.write_str("cuts what is in flight"),
+            Self::Doubled => f.write_str("is a duplicate of the last one, and changes nothing"),
+            Self::Ended(Phase::Draining) => f.write_str("cuts the work in flight"),
             Self::Ended(Phase::Closing) => f.write_str("ends the wait for connections to close"),
             Self::Ended(phase) => write!(f, "ends the phase {phase}"),
             Self::EndedCleanup => f.write_str("ends the wait for the cleanup"),
@@ -437,7 +440,7 @@ fn signal(trigger: Trigger, effect: Effect) {
     );
 }
 
-/// A signal after the last service has stopped, but not long after.
+/// Logs a signal that arrives shortly after the last service has stopped.
 #[cfg(feature = "signal")]
 pub(crate) fn late_signal(trigger: Trigger) {
     aside(Event::Signal(trigger, Effect::Nothing));
@@ -452,7 +455,7 @@ pub(crate) fn no_signals(error: &std::io::Error) {
     );
 }
 
-/// Seconds, to the millisecond: what a person can read and a machine can add.
+/// Seconds, rounded to the millisecond, so that they are easy to read and to add.
 fn seconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1000.0).round() / 1000.0
 }

@@ -1,28 +1,38 @@
-//! The five phases of a service's life. Plain data.
+//! The five phases of a service. Plain data.
 
 use std::fmt;
 
-/// Where a service stands between its first request and its exit.
+/// The phase of a service, from its start to its exit.
 ///
-/// A phase only ever moves forward, and phases compare in that order, so "draining or later" is
-/// `phase >= Phase::Draining`. [`Graceful::phase`](crate::Graceful::phase) reads the present one,
-/// [`Graceful::subscribe`](crate::Graceful::subscribe) follows the changes.
+/// The phase only moves forward, and phases compare in that order: `phase >= Phase::Draining` means
+/// "draining or later". [`Graceful::phase`](crate::Graceful::phase) returns the current phase, and
+/// [`Graceful::subscribe`](crate::Graceful::subscribe) follows its changes.
+///
+/// ```
+/// use tower_graceful::{Graceful, Phase};
+///
+/// let graceful = Graceful::new();
+/// assert_eq!(graceful.phase(), Phase::Serving);
+/// assert!(Phase::LameDuck < Phase::Draining);
+/// assert_eq!(Phase::LameDuck.to_string(), "lame duck");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 #[repr(u8)]
 pub enum Phase {
-    /// Nothing has asked for a stop. Requests are served and responses are left alone.
+    /// No stop was requested. Requests are served and responses are not changed.
     Serving = 0,
-    /// A stop was asked for and the balancer is being told: readiness says no, every HTTP/1
-    /// response says `Connection: close`, and every request is still **served**.
+    /// A stop was requested and the load balancer is being informed: readiness fails, every HTTP/1
+    /// response carries `Connection: close`, and every request is still **served**.
     LameDuck = 1,
-    /// New requests are refused; those in flight are finished.
+    /// New requests are rejected. Requests in flight are completed.
     Draining = 2,
-    /// Nothing is in flight any more, or the drain deadline has passed. Connections are closed.
+    /// Nothing is in flight any more, or the drain deadline has passed. Connections are being
+    /// closed.
     Closing = 3,
-    /// All is over and the report is written. The process may exit.
+    /// The shutdown is complete and the report is written. The process may exit.
     Stopped = 4,
 }
 

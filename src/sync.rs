@@ -1,7 +1,8 @@
-//! The only door to atomics and to the locks that order against them.
+//! The only source of atomics, and of the locks that are ordered against them, in this crate.
 //!
-//! In a normal build these are the standard library's. Under `--cfg tower_graceful_loom` they are
-//! loom's, so that the models in `gate` explore every interleaving of the very code that ships.
+//! In a normal build these are the types of the standard library. Under `--cfg tower_graceful_loom`
+//! they are loom's, so that the `models` modules explore the interleavings of the code that ships.
+//! Plain counters that no model depends on may use the standard library directly, with a comment.
 
 #[cfg(not(tower_graceful_loom))]
 pub(crate) use std::sync::{
@@ -15,10 +16,10 @@ pub(crate) use loom::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering},
 };
 
-/// Locks `mutex`, also when a panic elsewhere has poisoned it.
+/// Locks `mutex`, also if a panic has poisoned it.
 ///
-/// Every critical section in this crate leaves its data whole at each step, so a poisoned lock
-/// holds nothing worse than a missed step, and `Drop` must not panic.
+/// Every critical section in this crate leaves its data consistent at each step, so a poisoned lock
+/// means at worst a missed step. And `Drop` must not panic.
 macro_rules! lock {
     ($mutex:expr) => {
         $mutex
@@ -28,8 +29,9 @@ macro_rules! lock {
 }
 pub(crate) use lock;
 
-/// In a model, polls until it is ready, with one and the same waker. Loom's own is another one each
-/// time, as far as an optimized build can tell, so that it would never be found stored.
+/// In a model, polls until the result is ready, always with the same waker. In an optimised build,
+/// loom's own waker compares as different in each poll, so it would never be recognised as the
+/// stored one.
 #[cfg(all(test, tower_graceful_loom))]
 pub(crate) fn wait<T>(
     mut poll: impl FnMut(&mut std::task::Context<'_>) -> std::task::Poll<T>,

@@ -1,4 +1,4 @@
-//! The lanes of a gate, and what concerns all of them.
+//! The shards of a gate, and the operations that concern all of them.
 
 use std::{
     sync::Arc,
@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     shard::{Common, Refused, Shard},
-    thread_index::here,
+    thread_index::thread_index,
     word::Word,
 };
 use crate::{
@@ -15,8 +15,8 @@ use crate::{
     sync::{Ordering, lock},
 };
 
-/// As many threads as this do not meet. A power of two; few in a model, which tries every order in
-/// which they can be visited.
+/// The number of shards: this many threads do not share a word. A power of two. A loom model tries
+/// every order of visiting them, so it uses only two.
 pub(super) const SHARDS: usize = if cfg!(tower_graceful_loom) { 2 } else { 16 };
 
 /// How many refusals may read the bodies of their requests at the same time.
@@ -31,7 +31,7 @@ pub(crate) struct Refusals {
     pub(crate) full: usize,
 }
 
-/// How many requests were let in, refused, and released without a response, after the first phase.
+/// How many requests were admitted, refused, and released without a response after Serving.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SinceServing {
     pub(crate) admitted: usize,
@@ -41,12 +41,13 @@ pub(crate) struct SinceServing {
 
 pub(super) struct Core<K, S> {
     shards: [Shard<K, S>; SHARDS],
-    /// How many of them are used, less one: where there is a limit, one is, so that it is exact.
+    /// The index of the last shard in use. With a limit this is 0, because an exact limit needs a
+    /// single shard.
     last: usize,
 }
 
 impl<K, S> Core<K, S> {
-    /// `named`: every admission is to be a special one.
+    /// `named`: every admission takes the slow path.
     pub(super) fn new(limit: Option<usize>, named: bool, rules: K) -> Self {
         let common = Arc::new(Common::new(rules));
         Self {
@@ -55,10 +56,10 @@ impl<K, S> Core<K, S> {
         }
     }
 
-    /// The lane of this thread.
+    /// The shard of the calling thread.
     #[inline]
     pub(super) fn shard(&self) -> &Shard<K, S> {
-        self.nth(here())
+        self.nth(thread_index())
     }
 
     #[inline]
@@ -66,7 +67,7 @@ impl<K, S> Core<K, S> {
         &self.shards[n & self.last & (SHARDS - 1)]
     }
 
-    /// The one whose phase is the gate's.
+    /// The shard whose phase is the phase of the gate.
     #[inline]
     fn first(&self) -> &Shard<K, S> {
         &self.shards[0]
@@ -88,17 +89,18 @@ impl<K, S> Core<K, S> {
         self.first().settled_word().phase()
     }
 
-    /// The phase and readiness of the gate, and all who are in flight: point 8. `Relaxed`: point 5.
+    /// The phase and readiness of the gate, and the number of all requests in flight: point 8.
+    /// `Relaxed`: point 5.
     pub(super) fn word(&self) -> Word {
         Word::sum(self.used().iter().map(Shard::word))
     }
 
-    /// As [`word`](Self::word), to decide by: see [`Shard::settled_word`].
+    /// As [`word`](Self::word), for decisions: see [`Shard::settled_word`].
     pub(super) fn settled_word(&self) -> Word {
         Word::sum(self.used().iter().map(Shard::settled_word))
     }
 
-    /// Counts a refusal. An exempt request is not admitted, and not refused either.
+    /// Counts a refusal. Exempt requests that are not admitted must not be counted here.
     pub(super) fn refused(&self, refused: Refused) {
         let common = self.common();
         match refused {
@@ -110,7 +112,7 @@ impl<K, S> Core<K, S> {
         .fetch_add(1, Ordering::Relaxed);
     }
 
-    /// All refusals so far. `Relaxed`: figures.
+    /// All refusals so far. `Relaxed`: these are statistics.
     pub(super) fn refusals(&self) -> Refusals {
         let common = self.common();
         let full = common.refused_full.load(Ordering::Relaxed);
@@ -121,8 +123,9 @@ impl<K, S> Core<K, S> {
         }
     }
 
-    /// Whether one more refusal may read its request's body. Then [`end_reading`](Self::end_reading)
-    /// follows. `Relaxed`: it bounds a number, and publishes nothing.
+    /// Whether one more refusal may read the body of its request. If so, the caller calls
+    /// [`end_reading`](Self::end_reading) once afterwards. `Relaxed`: the counter limits a number
+    /// and publishes nothing.
     pub(super) fn begin_reading(&self) -> bool {
         let one_more = |readers| (readers < READERS).then_some(readers + 1);
         self.common()
@@ -135,12 +138,12 @@ impl<K, S> Core<K, S> {
         self.common().readers.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// How many pieces of responses servers hold.
+    /// How many pieces of responses the servers hold.
     pub(super) fn pieces(&self) -> usize {
         self.common().pieces.load(Ordering::Relaxed)
     }
 
-    /// What has happened after the first phase. `Relaxed`: figures.
+    /// Admissions, refusals and drops after Serving. `Relaxed`: these are statistics.
     pub(super) fn since_serving(&self) -> SinceServing {
         let common = self.common();
         let draining = common.refused_draining.load(Ordering::Relaxed);
@@ -155,7 +158,7 @@ impl<K, S> Core<K, S> {
     /// Ready once draining has begun and nothing is in flight. One task waits at a time.
     pub(super) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut slot = lock!(self.common().waiter);
-        // Under the lock: point 4.
+        // The words are loaded under the lock: point 4 of the module header.
         let mut shards = self.used().iter();
         if shards.all(|shard| shard.settled_word().is_idle()) {
             *slot = None;
@@ -168,17 +171,17 @@ impl<K, S> Core<K, S> {
         Poll::Pending
     }
 
-    /// Moves on to `phase`, unless that phase or a later one has been reached. Returns the word
-    /// it moved on from, if it did. One at a time: point 7.
+    /// Advances to `phase`, unless the gate has reached that phase or a later one. Returns the
+    /// previous word if the phase changed. Callers must not overlap: point 7 of the module header.
     pub(super) fn advance(&self, phase: Phase) -> Option<Word> {
         let advance = |shard: &Shard<K, S>| {
             shard.update(|word| (word.phase() < phase).then(|| word.with_phase(phase)))
         };
         let [first, others @ ..] = self.used() else {
-            unreachable!("one is always used")
+            unreachable!("one shard is always used")
         };
         let others: Vec<_> = others.iter().map(advance).collect();
-        // Last, because its phase is the gate's.
+        // Last, because its phase is the phase of the gate: point 7.
         let first = advance(first)?;
         Some(Word::sum(
             [first].into_iter().chain(others.into_iter().flatten()),
@@ -189,18 +192,19 @@ impl<K, S> Core<K, S> {
         self.first().update(|word| Some(word.with_ready(ready)));
     }
 
-    /// Whether a request was admitted since the flags were last cleared. `Relaxed`: see `outside`.
+    /// Whether a request was admitted since the flags were last cleared. `Relaxed` is enough: see
+    /// `connection::outside`.
     pub(super) fn has_admitted(&self) -> bool {
         self.used().iter().any(|shard| shard.word().has_admitted())
     }
 
     /// Whether a request was ever admitted.
     pub(super) fn has_ever_admitted(&self) -> bool {
-        // In this order: what is cleared is noted before.
+        // The flags are read first: `clear_admitted` sets `admitted` before it clears a flag.
         self.has_admitted() || self.common().admitted.load(Ordering::Acquire)
     }
 
-    /// Clears the flags. One at a time.
+    /// Clears the "has admitted" flags. Calls must not overlap.
     pub(super) fn clear_admitted(&self) {
         if self.has_admitted() {
             self.common().admitted.store(true, Ordering::Release);
@@ -210,8 +214,8 @@ impl<K, S> Core<K, S> {
         }
     }
 
-    /// Writes only the first time. Every connection and every probe calls this, and a write takes the
-    /// cache line from the requests of that lane.
+    /// Writes only the first time. Every connection and every probe calls this, and a write takes
+    /// the cache line away from the requests of the first shard.
     pub(super) fn mark_served(&self) {
         self.first()
             .update(|word| (!word.has_served()).then(|| word.served()));
@@ -231,9 +235,9 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_refuses_the_next_one_and_no_earlier() {
+    fn the_limit_refuses_the_next_request_and_no_earlier_one() {
         let core = Core::new(Some(2), false, ());
-        // Whatever the thread.
+        // With a limit, every thread uses the same shard.
         let [shard, other] = [1, 2].map(|thread| core.nth(thread));
         assert!(shard.admit());
         assert!(other.admit());
@@ -257,13 +261,13 @@ mod tests {
     fn a_lame_duck_still_admits() {
         let core = Core::new(None, false, ());
         core.advance(Phase::LameDuck);
-        assert!(!core.shard().admit(), "there is more to it than to count");
+        assert!(!core.shard().admit(), "a lame duck takes the slow path");
         assert_eq!(core.shard().admit_slow(), Ok(()));
         assert_eq!(core.word().count(), 1);
     }
 
     #[test]
-    fn what_is_admitted_refused_and_dropped_after_serving_is_counted() {
+    fn admissions_refusals_and_drops_after_serving_are_counted() {
         let core = Core::new(Some(3), true, ());
         core.shard().admit_slow().unwrap();
         core.shard().admit_slow().unwrap();
@@ -286,7 +290,7 @@ mod tests {
             dropped: 2,
         };
         assert_eq!(core.since_serving(), since_serving);
-        // From the start, those of the limit apart.
+        // Refusals are counted from the start, those above the limit separately.
         let refusals = Refusals {
             draining: 1,
             full: 2,
@@ -296,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn so_many_read_at_the_same_time_and_no_more() {
+    fn the_number_of_refusals_that_read_a_body_is_limited() {
         let core = Core::new(None, false, ());
         for _ in 0..READERS {
             assert!(core.begin_reading());
@@ -308,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_phase_never_goes_back_on_any_lane() {
+    fn a_phase_never_goes_back_on_any_shard() {
         let core = Core::new(None, false, ());
         assert_eq!(core.advance(Phase::Closing), Some(Word::SERVING));
         assert_eq!(core.advance(Phase::Draining), None);
@@ -319,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn all_lanes_are_counted_when_a_phase_comes() {
+    fn an_advance_counts_the_requests_of_all_shards() {
         let core = Core::new(None, false, ());
         for thread in 0..2 * SHARDS {
             assert!(core.nth(thread).admit());
@@ -333,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_was_served_on_any_lane_was_served() {
+    fn a_request_on_any_shard_sets_has_served() {
         let core = Core::new(None, false, ());
         assert!(!core.word().has_served());
         assert!(core.nth(SHARDS - 1).admit());
@@ -342,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn idle_waits_for_draining_and_for_the_last_one_of_all_lanes() {
+    fn idle_waits_for_draining_and_for_the_last_request_of_all_shards() {
         let core = Core::new(None, false, ());
         let mut waiting = task::spawn(idle(&core));
         let [shard, other] = [0, 1].map(|thread| core.nth(thread));
@@ -355,9 +359,12 @@ mod tests {
         core.advance(Phase::Draining);
         assert_pending!(waiting.poll());
         shard.release();
-        assert!(!waiting.is_woken(), "one is still in flight");
+        assert!(!waiting.is_woken(), "one request is still in flight");
         shard.release();
-        assert!(waiting.is_woken(), "the last of a shard wakes the waiter");
+        assert!(
+            waiting.is_woken(),
+            "the last release of a shard wakes the waiter"
+        );
         assert_pending!(waiting.poll());
         other.release();
         assert!(waiting.is_woken());
@@ -365,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn releases_before_draining_wake_nobody() {
+    fn releases_before_draining_do_not_wake_the_waiter() {
         let core = Core::new(None, false, ());
         let mut waiting = task::spawn(idle(&core));
         assert!(core.shard().admit());
@@ -375,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn it_waits_for_whoever_polled_last() {
+    fn the_task_that_polled_last_is_woken() {
         let core = Core::new(None, false, ());
         assert!(core.shard().admit());
         core.advance(Phase::Draining);
@@ -389,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_kept_of_a_task_that_has_seen_it_idle() {
+    fn the_waker_is_dropped_when_the_wait_is_ready() {
         struct Nothing;
 
         impl std::task::Wake for Nothing {
@@ -408,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_marked_as_served_was_served() {
+    fn mark_served_sets_has_served() {
         let core = Core::new(None, false, ());
         core.mark_served();
         assert!(core.word().has_served());
@@ -418,21 +425,21 @@ mod tests {
     }
 
     #[test]
-    fn as_many_threads_as_there_are_lanes_do_not_meet() {
+    fn as_many_threads_as_there_are_shards_do_not_share_one() {
         let core = Core::new(None, false, ());
         assert_eq!(SHARDS, 16);
         for thread in 0..SHARDS {
             assert!(core.nth(thread).admit());
             for other in 0..2 * SHARDS {
-                let met = other % SHARDS == thread;
-                assert_eq!(core.nth(other).word().count(), usize::from(met));
+                let same = other % SHARDS == thread;
+                assert_eq!(core.nth(other).word().count(), usize::from(same));
             }
             core.nth(thread).release();
         }
     }
 
     #[test]
-    fn a_lane_shares_no_cache_line_with_another() {
+    fn a_shard_shares_no_cache_line_with_another() {
         assert!(size_of::<Shard<(), ()>>() >= 128);
         assert!(align_of::<Shard<(), ()>>() >= 128);
     }

@@ -1,14 +1,14 @@
-//! What is kept until the process ends.
+//! Values that are kept until the process ends.
 //!
-//! A static list holds all of it, so that a leak checker finds it in use: `LeakSanitizer` and Miri
-//! report only what nothing points at any more. An entry is added once for each lifecycle that makes a
-//! service, in constant time, and no request looks at the list.
+//! A static list holds all of them, so that a leak checker finds them in use: `LeakSanitizer` and
+//! Miri report only memory that nothing points at. Each lifecycle that makes a service adds its
+//! entries once, in constant time. No request reads the list.
 
 use std::sync::Mutex;
 
 use crate::sync::lock;
 
-/// Not through `sync`, because no model has a say in it: it is written only, and read by nobody.
+/// Not from `sync`, because no model depends on it: outside of tests the list is only written.
 static LAST: Mutex<Option<&'static dyn Kept>> = Mutex::new(None);
 
 trait Kept: Send + Sync {
@@ -47,7 +47,7 @@ pub(super) fn keep<T: Send + Sync + 'static>(value: T) -> &'static T {
     &entry.value
 }
 
-/// Whether the list leads to a value.
+/// Whether the list contains this value.
 #[cfg(all(test, not(tower_graceful_loom)))]
 pub(super) fn is_kept<T>(value: &'static T) -> bool {
     let address = std::ptr::from_ref(value).addr();

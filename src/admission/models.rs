@@ -1,9 +1,9 @@
-//! Loom models of the gate:
-//! `RUSTFLAGS="--cfg tower_graceful_loom" cargo test --lib --release models`
+//! Loom models of the gate: `RUSTFLAGS="--cfg tower_graceful_loom" cargo test --lib --release
+//! models`
 //!
-//! What a request does while it is inside is a `Relaxed` store, and what the drain sees of it a
-//! `Relaxed` load: only the gate orders the two, so if the gate did not, loom would show the
-//! execution in which the drain reads the old value.
+//! In these models a request does its work with a `Relaxed` store, and the drain reads it with a
+//! `Relaxed` load. Only the gate orders the two. If it did not, loom would find the execution in
+//! which the drain reads the old value.
 
 use std::{future::poll_fn, sync::Arc};
 
@@ -21,15 +21,15 @@ use crate::phase::Phase;
 type Core = super::core::Core<(), ()>;
 type Shard = super::shard::Shard<(), ()>;
 
-/// As `model`, with at most three involuntary switches in an execution. Three threads have too
-/// many executions for every run of the tests; without the bound these models take minutes.
+/// As `model`, with at most three preemptions in an execution. Three threads have too many
+/// executions for every run of the tests: without the bound these models take minutes.
 fn bounded(check: impl Fn() + Send + Sync + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound = Some(3);
     builder.check(check);
 }
 
-/// As a request is let in.
+/// Admits a request as the middleware does.
 fn admit(shard: &Shard) -> Result<(), Refused> {
     if shard.admit() {
         Ok(())
@@ -51,8 +51,8 @@ fn shared<T>(value: T) -> (Arc<T>, Arc<T>) {
     (first.clone(), first)
 }
 
-/// Admission against drain: whoever is let in is waited for, whoever comes later is refused, and
-/// what the admitted did is seen after the wait.
+/// Admission against drain: an admitted request is waited for, a later one is refused, and the work
+/// of an admitted request is visible after the wait.
 fn is_waited_for(shards: [usize; 2]) {
     bounded(move || {
         let core = core(None);
@@ -89,27 +89,29 @@ fn is_waited_for(shards: [usize; 2]) {
 }
 
 #[test]
-fn whoever_is_admitted_is_waited_for() {
+fn an_admitted_request_is_waited_for() {
     is_waited_for([0, 0]);
 }
 
 #[test]
-fn whoever_is_admitted_on_another_lane_is_waited_for() {
+fn an_admitted_request_on_another_shard_is_waited_for() {
     assert!(SHARDS > 1);
     is_waited_for([0, 1]);
 }
 
-/// Once the gate drains, no lane lets anybody in. The reader is the one that is spawned: loom knows
-/// of a word only who was there last, and an advance looks at a word before it changes it.
+/// Once the gate drains, no shard admits a request. The reader runs in the spawned thread: loom
+/// keeps only the last access to a word by each thread, and an advance reads a word before it
+/// changes it.
 #[test]
-fn no_lane_lags_behind_the_gate() {
+fn no_shard_lags_behind_the_gate() {
     model(|| {
         let core = core(None);
         let looking = core.clone();
         let reader = thread::spawn(move || {
             if looking.settled_phase() == Phase::Draining {
                 for shard in (0..SHARDS).map(|shard| looking.nth(shard)) {
-                    // Before the attempt, which would find the newest word whatever the orderings.
+                    // Checked before the attempt to admit, which would read the newest word under
+                    // any ordering.
                     assert_eq!(shard.word().phase(), Phase::Draining);
                     assert_eq!(admit(shard), Err(Refused::Draining));
                 }
@@ -120,27 +122,27 @@ fn no_lane_lags_behind_the_gate() {
     });
 }
 
-/// What led to a phase is there for whoever acts upon it.
+/// A thread that acts on a phase sees the writes that led to the phase.
 #[test]
-fn what_came_before_an_advance_is_seen() {
+fn everything_before_an_advance_is_seen() {
     model(|| {
         let core = core(None);
-        let (led, leads) = shared(AtomicUsize::new(0));
+        let (seen, written) = shared(AtomicUsize::new(0));
         let looking = core.clone();
         let reader = thread::spawn(move || {
             if looking.settled_phase() == Phase::Draining {
-                assert_eq!(led.load(Relaxed), 1);
+                assert_eq!(seen.load(Relaxed), 1);
             }
         });
-        leads.store(1, Relaxed);
+        written.store(1, Relaxed);
         core.advance(Phase::Draining);
         reader.join().unwrap();
     });
 }
 
-/// Also where the gate is found in an earlier phase than the lane.
+/// Also if the gate still shows an earlier phase than the shard that refused.
 #[test]
-fn whoever_is_refused_by_a_drain_is_counted() {
+fn a_request_refused_by_a_drain_is_counted() {
     model(|| {
         let core = core(None);
         let asking = core.clone();
@@ -155,10 +157,10 @@ fn whoever_is_refused_by_a_drain_is_counted() {
     });
 }
 
-/// A request that is released without a response is either not in flight any more when the stop is
-/// asked for, or is counted by the time the drain has seen it go.
+/// A request that is released without a response is either no longer in flight when the stop is
+/// requested, or it is counted by the time the drain has seen it go.
 #[test]
-fn what_is_dropped_in_a_stop_is_counted_before_it_is_seen_to_be_gone() {
+fn a_request_dropped_in_a_stop_is_counted_before_the_drain_sees_it_go() {
     model(|| {
         let core = core(None);
         let shard = core.nth(1);
@@ -174,8 +176,8 @@ fn what_is_dropped_in_a_stop_is_counted_before_it_is_seen_to_be_gone() {
     });
 }
 
-/// Last release against wait, the drain begun and two inside: the waiter is woken, whichever of
-/// them is last. A lost wake-up is a deadlock, which loom reports.
+/// Last release against wait, with draining begun and two requests in flight: the waiter is woken,
+/// whichever request is the last. A lost wake-up is a deadlock, which loom reports.
 fn wakes_the_waiter(shards: [usize; 2]) {
     model(move || {
         let core = core(None);
@@ -196,18 +198,18 @@ fn wakes_the_waiter(shards: [usize; 2]) {
 }
 
 #[test]
-fn the_last_one_out_wakes_the_waiter() {
+fn the_last_release_wakes_the_waiter() {
     wakes_the_waiter([0, 0]);
 }
 
 #[test]
-fn the_last_one_out_of_any_lane_wakes_the_waiter() {
+fn the_last_release_of_any_shard_wakes_the_waiter() {
     wakes_the_waiter([0, 1]);
 }
 
-/// The waiter is there first, draining begins on another thread, and the last request leaves on a
-/// third. Whoever advances rings a bell that the waiter listens to as well (the timeline's, here
-/// loom's own); between the bell and the last one out no wake-up is lost.
+/// The waiter registers first, draining begins on a second thread, and the last request is released
+/// on a third. The thread that advances also wakes the driver's waker (here loom's `AtomicWaker`).
+/// No wake-up is lost between that waker and the last release.
 #[test]
 fn a_wake_up_is_not_lost_between_advance_and_release() {
     bounded(|| {
@@ -235,8 +237,8 @@ fn a_wake_up_is_not_lost_between_advance_and_release() {
     });
 }
 
-/// The limit: two compete for the last place. One gets it, the count never passes the limit, and
-/// the place is free again afterwards.
+/// The limit: two requests compete for the last place. One of them gets it, the count never passes
+/// the limit, and the place is free again afterwards.
 #[test]
 fn the_limit_is_exact() {
     model(|| {
@@ -244,12 +246,12 @@ fn the_limit_is_exact() {
         let (inside, most) = shared(AtomicUsize::new(0));
         let other = {
             let (core, inside) = (core.clone(), inside);
-            // Another lane, if there were one.
+            // Another shard, if the gate had no limit.
             thread::spawn(move || enter(core.nth(1), &inside))
         };
         let mine = enter(core.nth(0), &most);
         let others = other.join().unwrap();
-        assert!(mine || others, "there was room for one");
+        assert!(mine || others, "there was room for one request");
         assert_eq!(core.word().count(), 0);
         assert_eq!(admit(core.nth(0)), Ok(()), "the place is free again");
     });
@@ -258,15 +260,18 @@ fn the_limit_is_exact() {
         if admit(shard).is_err() {
             return false;
         }
-        assert_eq!(inside.fetch_add(1, Relaxed), 0, "two were let in");
+        assert_eq!(
+            inside.fetch_add(1, Relaxed),
+            0,
+            "two requests were admitted"
+        );
         inside.fetch_sub(1, Relaxed);
         shard.release();
         true
     }
 }
 
-/// Phase, readiness and count are changed by three threads at once, and none of the changes is
-/// lost.
+/// Three threads change phase, readiness and count at the same time, and no change is lost.
 #[test]
 fn changes_of_the_word_do_not_overwrite_one_another() {
     model(|| {

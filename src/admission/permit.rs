@@ -1,5 +1,6 @@
-//! Who holds what: the owners of a gate, the doors in it, the ticket that lets one out when dropped,
-//! and the permission to read the body of a request that was refused.
+//! The types that refer to a gate: [`Gate`] owns it, [`Admission`] admits requests, [`Permit`]
+//! releases one request when it is dropped, and [`Reading`] allows a refusal to read the body of
+//! its request.
 
 use std::{
     fmt, mem,
@@ -20,33 +21,35 @@ use crate::{
     sync::{Ordering, lock},
 };
 
-/// A gate, its rules `K`, and the `T` behind it. Cloning shares all of it, and `T` lives as long as
-/// one of the clones does.
+/// A gate, its rules `K`, and the value `T` behind it. Clones share all of it. `T` is dropped with
+/// the last clone.
 pub(crate) struct Gate<K: 'static, T: 'static>(Arc<Shared<K, T>>);
 
 struct Shared<K: 'static, T: 'static> {
     core: Arc<Core<K, Shared<K, T>>>,
-    /// The door, from when it was first asked for. Then the core is kept for ever.
+    /// Set by the first call of [`Gate::admission`]. From then on the core is kept until the
+    /// process ends.
     admission: OnceLock<Admission<K, T>>,
     value: T,
 }
 
-/// One side of a door.
-struct Side<K: 'static, T: 'static> {
+/// What an [`Admission`] points at.
+struct Target<K: 'static, T: 'static> {
     core: Arc<Core<K, Shared<K, T>>>,
-    /// The side for services that do nothing but lead to a probe. `None` on that side.
+    /// The target for services that only lead to a probe. `None` on that target itself.
     to_probe: Option<&'static Self>,
 }
 
 impl<K, T> Drop for Shared<K, T> {
     fn drop(&mut self) {
-        // Its memory goes with the last weak reference, and the hall, which holds one, stays for ever.
+        // The core holds a weak reference and may be kept until the process ends. Without this line
+        // it would keep the memory of `Shared` as well.
         *lock!(self.core.common().owned) = Weak::new();
     }
 }
 
 impl<K, T> Gate<K, T> {
-    /// `named`: every admission is to be a special one.
+    /// `named`: every admission takes the slow path.
     pub(crate) fn new(
         limit: Option<usize>,
         named: bool,
@@ -63,34 +66,36 @@ impl<K, T> Gate<K, T> {
         Self(shared)
     }
 
-    /// The first call keeps the lanes for ever. See "Who owns what" in the module header.
+    /// The first call keeps the shards until the process ends. See "Ownership" in the module
+    /// header.
     pub(crate) fn admission(&self) -> Admission<K, T>
     where
         K: Send + Sync,
         T: Send + Sync,
     {
         *self.0.admission.get_or_init(|| {
-            let side = |to_probe| {
-                keep(Side {
+            let target = |to_probe| {
+                keep(Target {
                     core: Arc::clone(&self.0.core),
                     to_probe,
                 })
             };
-            Admission(side(Some(side(None))))
+            Admission(target(Some(target(None))))
         })
     }
 
-    /// What tells the doors of this gate from others, for as long as there is an owner of it.
+    /// Distinguishes the admissions of this gate from those of other gates, while the gate has an
+    /// owner.
     pub(crate) fn address(&self) -> usize {
         ptr::from_ref(&*self.0.core).addr()
     }
 
-    /// How many pieces of responses servers hold.
+    /// How many pieces of responses the servers hold.
     pub(crate) fn pieces(&self) -> usize {
         self.0.core.pieces()
     }
 
-    /// What has happened after the first phase.
+    /// Admissions, refusals and drops after Serving.
     pub(crate) fn since_serving(&self) -> SinceServing {
         self.0.core.since_serving()
     }
@@ -104,22 +109,23 @@ impl<K, T> Gate<K, T> {
         self.0.core.phase()
     }
 
-    /// The present phase, by which to act upon it: what led to it happens before.
+    /// The current phase, for code that acts on it: everything that led to the phase happens
+    /// before.
     pub(crate) fn settled_phase(&self) -> Phase {
         self.0.core.settled_phase()
     }
 
-    /// The present phase and readiness, and the count of all who are in flight.
+    /// The current phase and readiness, and the number of all requests in flight.
     pub(crate) fn word(&self) -> Word {
         self.0.core.word()
     }
 
-    /// As [`word`](Self::word), ordered after all that the requests no longer in it have done.
+    /// As [`word`](Self::word), ordered after everything that the released requests did.
     pub(crate) fn settled_word(&self) -> Word {
         self.0.core.settled_word()
     }
 
-    /// Moves on to `phase`. Returns the word it moved on from, if it did. One at a time.
+    /// Advances to `phase`. Returns the previous word if the phase changed. Calls must not overlap.
     pub(crate) fn advance(&self, phase: Phase) -> Option<Word> {
         self.0.core.advance(phase)
     }
@@ -128,7 +134,7 @@ impl<K, T> Gate<K, T> {
         self.0.core.set_ready(ready);
     }
 
-    /// Notes that somebody was told he would be served.
+    /// Notes that a server or a probe has announced that the service accepts requests.
     pub(crate) fn mark_served(&self) {
         self.0.core.mark_served();
     }
@@ -143,7 +149,7 @@ impl<K, T> Gate<K, T> {
         self.0.core.has_ever_admitted()
     }
 
-    /// Clears the flags of [`has_admitted`](Self::has_admitted). One at a time.
+    /// Clears the flags of [`has_admitted`](Self::has_admitted). Calls must not overlap.
     pub(crate) fn clear_admitted(&self) {
         self.0.core.clear_admitted();
     }
@@ -177,7 +183,7 @@ impl<K, T> fmt::Debug for Gate<K, T> {
     }
 }
 
-/// A gate that does not keep alive what is behind it.
+/// A reference to a gate that does not keep the value behind it alive.
 pub(crate) struct WeakGate<K: 'static, T: 'static>(Weak<Shared<K, T>>);
 
 impl<K, T> WeakGate<K, T> {
@@ -192,9 +198,10 @@ impl<K, T> Clone for WeakGate<K, T> {
     }
 }
 
-/// Where requests come in. It owns nothing, so to clone it is to copy a pointer, which also says
-/// whether the requests are for a probe: a service has no room for more than a pointer.
-pub(crate) struct Admission<K: 'static, T: 'static>(&'static Side<K, T>);
+/// Admits requests to a gate. A plain pointer: a clone is a copy and owns nothing. The target also
+/// tells whether the requests are for a probe, because a service has no room for more than a
+/// pointer.
+pub(crate) struct Admission<K: 'static, T: 'static>(&'static Target<K, T>);
 
 impl<K, T> Admission<K, T> {
     #[inline]
@@ -202,48 +209,48 @@ impl<K, T> Admission<K, T> {
         &self.0.core
     }
 
-    /// Whether what comes in here goes to a probe and nowhere else.
+    /// Whether this admission is for services that only lead to a probe.
     pub(crate) fn leads_to_probe(self) -> bool {
         self.0.to_probe.is_none()
     }
 
-    /// The same door, for services that do nothing but lead to a probe.
+    /// The admission of the same gate for services that only lead to a probe.
     pub(crate) fn to_probe(self) -> Self {
         self.0.to_probe.map_or(self, Admission)
     }
 
-    /// What tells the doors of one gate from those of others.
+    /// Distinguishes the admissions of one gate from those of others.
     pub(crate) fn address(self) -> usize {
         ptr::from_ref(self.core()).addr()
     }
 
-    /// Lets one request in, if there is nothing to it but to count.
+    /// Admits a request on the fast path: see [`Shard::admit`].
     #[inline]
     pub(crate) fn admit(self) -> Option<Unanswered<K, T>> {
         let shard = self.core().shard();
         shard.admit().then(|| Unanswered(shard))
     }
 
-    /// Lets one request in that [`admit`](Self::admit) did not, or says why not.
+    /// Admits a request that [`admit`](Self::admit) did not, or returns the reason for the refusal.
     pub(crate) fn admit_slow(self) -> Result<Unanswered<K, T>, Refused> {
         let shard = self.core().shard();
         shard.admit_slow()?;
         Ok(Unanswered(shard))
     }
 
-    /// Notes a refusal. Not all who are not let in are refused.
+    /// Counts a refusal. Exempt requests that are not admitted must not be counted here.
     pub(crate) fn refused(self, refused: Refused) {
         self.core().refused(refused);
     }
 
-    /// Lets a refusal read the body of its request, unless so many do already that one more is
-    /// too many.
+    /// Allows a refusal to read the body of its request, unless too many refusals are reading
+    /// already.
     pub(crate) fn begin_reading(self) -> Option<Reading<K, T>> {
         let core = self.core();
         core.begin_reading().then(|| Reading(core))
     }
 
-    /// What holds at this gate for ever.
+    /// The rules of the gate.
     pub(crate) fn rules(self) -> &'static K {
         &self.core().common().rules
     }
@@ -256,7 +263,7 @@ impl<K, T> Admission<K, T> {
         self.core().phase()
     }
 
-    /// What is behind the door, if anybody owns it still.
+    /// The gate, if it still has an owner.
     pub(crate) fn gate(self) -> Option<Gate<K, T>> {
         self.core().common().owned().map(Gate)
     }
@@ -270,28 +277,28 @@ impl<K, T> Clone for Admission<K, T> {
 
 impl<K, T> Copy for Admission<K, T> {}
 
-/// Proof of admission of a request that has no response yet. Dropping it lets the request out, and
-/// counts it as dropped if the service stops.
-#[must_use = "dropping it lets the request out at once"]
+/// A permit of a request that has no response yet. Dropping it releases the request, and counts it
+/// as dropped during a stop.
+#[must_use = "dropping it releases the request at once"]
 pub(crate) struct Unanswered<K: 'static, T: 'static>(&'static Shard<K, Shared<K, T>>);
 
 impl<K, T> Unanswered<K, T> {
     /// The request has a response, or its service has failed.
     #[inline]
     pub(crate) fn answered(self) -> Permit<K, T> {
-        let ticket = Permit(self.0);
-        // It is the ticket now that lets the request out.
+        let permit = Permit(self.0);
+        // From here on the permit releases the request.
         mem::forget(self);
-        ticket
+        permit
     }
 
-    /// The phase as this request sees it, and how many share its lane.
+    /// The word of this request's shard: the phase, and the number of requests on the shard.
     #[inline]
     pub(crate) fn word(&self) -> Word {
         self.0.word()
     }
 
-    /// What is behind the gate, if anybody owns it still.
+    /// The gate, if it still has an owner.
     pub(crate) fn gate(&self) -> Option<Gate<K, T>> {
         self.0.common().owned().map(Gate)
     }
@@ -303,12 +310,12 @@ impl<K, T> Drop for Unanswered<K, T> {
     }
 }
 
-/// Proof of admission of a request that has a response. Dropping it lets the request out.
-#[must_use = "dropping the ticket lets the request out at once"]
+/// A permit of a request that has a response. Dropping it releases the request.
+#[must_use = "dropping the permit releases the request at once"]
 pub(crate) struct Permit<K: 'static, T: 'static>(&'static Shard<K, Shared<K, T>>);
 
 impl<K, T> Permit<K, T> {
-    /// The phase as this request sees it, and how many share its lane.
+    /// The word of this request's shard: the phase, and the number of requests on the shard.
     #[inline]
     pub(crate) fn word(&self) -> Word {
         self.0.word()
@@ -326,7 +333,7 @@ impl<K, T> Permit<K, T> {
         drop(request);
     }
 
-    /// Counts a piece of the response that goes to the server.
+    /// Counts a piece of the response that is passed to the server.
     pub(crate) fn piece(&self) -> Piece<K, T> {
         let shard = self.0;
         shard.common().pieces.fetch_add(1, Ordering::Relaxed);
@@ -334,10 +341,10 @@ impl<K, T> Permit<K, T> {
     }
 }
 
-/// A piece of a response that its server holds. Dropping it says that the server no longer does. It
-/// does not keep the request in flight: other middleware may keep what a response consists of for as
-/// long as it likes. `Relaxed`: a number that is looked at long after.
-#[must_use = "dropping it says that the server has sent the piece"]
+/// A piece of a response that the server holds. Dropping it means that the server no longer holds
+/// it. It does not keep the request in flight, because other middleware may keep parts of a
+/// response for any time. `Relaxed`: this is a statistic that is read much later.
+#[must_use = "dropping it means that the server has sent the piece"]
 pub(crate) struct Piece<K: 'static, T: 'static>(&'static Shard<K, Shared<K, T>>);
 
 impl<K, T> Drop for Piece<K, T> {
@@ -353,8 +360,8 @@ impl<K, T> Drop for Permit<K, T> {
     }
 }
 
-/// Permission to read the body of a refused request. Dropping it makes room for another.
-#[must_use = "dropping it makes room for another"]
+/// Permission to read the body of a refused request. Dropping it allows another refusal to read.
+#[must_use = "dropping it allows another refusal to read"]
 pub(crate) struct Reading<K: 'static, T: 'static>(&'static Core<K, Shared<K, T>>);
 
 impl<K, T> Drop for Reading<K, T> {
@@ -381,9 +388,9 @@ mod tests {
     #[test]
     fn a_piece_counts_until_its_server_drops_it() {
         let gate = gate();
-        let ticket = gate.admission().admit().unwrap().answered();
-        let pieces = [(); 2].map(|()| ticket.piece());
-        drop(ticket);
+        let permit = gate.admission().admit().unwrap().answered();
+        let pieces = [(); 2].map(|()| permit.piece());
+        drop(permit);
         assert_eq!(gate.pieces(), 2);
         assert_eq!(gate.word().count(), 0);
         drop(pieces);
@@ -391,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn a_door_leads_to_what_is_behind_it_as_long_as_anybody_owns_that() {
+    fn an_admission_leads_to_the_gate_while_the_gate_has_an_owner() {
         let gate = gate();
         let admission = gate.admission();
         let request = admission.admit().unwrap();
@@ -401,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_marked_as_served_was_served() {
+    fn mark_served_sets_has_served() {
         let gate = gate();
         assert!(!gate.word().has_served());
         gate.mark_served();
@@ -409,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn a_static_list_leads_to_all_that_a_door_points_at() {
+    fn the_static_list_contains_everything_that_an_admission_points_at() {
         let gate = gate();
         let admission = gate.admission();
         assert!(is_kept(admission.0));
@@ -419,11 +426,11 @@ mod tests {
     }
 
     #[test]
-    fn one_door_is_made_and_none_before_it_is_asked_for() {
+    fn one_admission_is_made_on_first_use() {
         let gate = gate();
         let core = Arc::downgrade(&gate.0.core);
         drop(gate);
-        assert!(core.upgrade().is_none(), "it is kept without a admission");
+        assert!(core.upgrade().is_none(), "it is kept without an admission");
         let gate = self::gate();
         assert!(ptr::eq(gate.admission().0, gate.clone().admission().0));
         let core = Arc::downgrade(&gate.0.core);

@@ -1,4 +1,4 @@
-//! One word and what can be done with it: the operations the module header argues about.
+//! One word and its operations: the ones that the module header argues about.
 
 use std::{
     sync::{Arc, Weak},
@@ -11,7 +11,7 @@ use crate::{
     sync::{AtomicBool, AtomicUsize, Mutex, Ordering, lock},
 };
 
-/// Why a request was not let in.
+/// Why a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refused {
     /// Draining has begun.
@@ -21,7 +21,7 @@ pub(crate) enum Refused {
 }
 
 impl Refused {
-    /// What the phase is at least, whatever other lanes say.
+    /// The phase that this refusal proves, even if other shards still show an earlier one.
     pub(crate) fn least_phase(self) -> Phase {
         match self {
             Self::Draining => Phase::Draining,
@@ -30,27 +30,27 @@ impl Refused {
     }
 }
 
-/// What the lanes of a gate share and a request in Serving does not touch.
+/// State that the shards of a gate share. A request in Serving does not touch it.
 pub(super) struct Common<K, S> {
     pub(super) waiter: Mutex<Option<Waker>>,
-    /// Admissions after the first phase.
+    /// Admissions after Serving.
     pub(super) late: AtomicUsize,
     /// Refusals because draining had begun.
     pub(super) refused_draining: AtomicUsize,
-    /// Refusals above the limit in the first phase, and after it.
+    /// Refusals above the limit in Serving, and (`_late`) after it.
     pub(super) refused_full: AtomicUsize,
     pub(super) refused_full_late: AtomicUsize,
-    /// Releases without a response after the first phase.
+    /// Releases without a response after Serving.
     pub(super) dropped: AtomicUsize,
-    /// Pieces of responses that servers hold.
+    /// Pieces of responses that the servers hold.
     pub(super) pieces: AtomicUsize,
-    /// A request was admitted before the lanes' flags were last cleared.
+    /// A request was admitted before the flags of the shards were last cleared.
     pub(super) admitted: AtomicBool,
     /// Refusals that are reading the bodies of their requests.
     pub(super) readers: AtomicUsize,
-    /// What the owners of the gate share, for as long as there is one.
+    /// The value that the owners of the gate share, while there is an owner.
     pub(super) owned: Mutex<Weak<S>>,
-    /// What holds for as long as there are requests.
+    /// The rules that hold for as long as there are requests.
     pub(super) rules: Arc<K>,
 }
 
@@ -77,12 +77,13 @@ impl<K, S> Common<K, S> {
     }
 }
 
-/// On cache lines of its own, two because they are fetched in pairs: what one thread writes there no
-/// other reads in Serving.
+/// Aligned to two cache lines, because processors fetch them in pairs. In Serving no other thread
+/// reads the lines that a thread writes.
 #[repr(align(128))]
 pub(super) struct Shard<K, S> {
     word: AtomicUsize,
-    /// The least word above the limit. Here, where the word is, so that no other line is touched.
+    /// The least word above the limit. Stored next to the word, so that an admission touches no
+    /// other cache line.
     full: Word,
     common: Arc<Common<K, S>>,
 }
@@ -100,21 +101,23 @@ impl<K, S> Shard<K, S> {
         &self.common
     }
 
-    /// A snapshot for headers, probes and figures. `Relaxed`: point 5 of the module header.
+    /// A snapshot for headers, probes and statistics. `Relaxed`: point 5 of the module header.
     #[inline]
     pub(super) fn word(&self) -> Word {
         Word(self.word.load(Ordering::Relaxed))
     }
 
-    /// A snapshot by which to decide that a phase has come, or that all is over: what led to it,
-    /// and what the requests did that have left, happens before it.
+    /// A snapshot for deciding that a phase has been reached or that all requests have ended.
+    /// Everything that led to the phase, and everything that released requests did, happens before
+    /// it.
     pub(super) fn settled_word(&self) -> Word {
         // Acquire: partner of the Release in `release` and in `update`.
         Word(self.word.load(Ordering::Acquire))
     }
 
-    /// Lets one in, if there is nothing to it but to count. Whoever is let in calls
-    /// [`release`](Self::release) once. Whoever is not asks [`admit_slow`](Self::admit_slow).
+    /// Admits a request on the fast path: Serving, not named, below the limit. If this returns
+    /// true, the caller calls [`release`](Self::release) once. If it returns false, the caller
+    /// tries [`admit_slow`](Self::admit_slow).
     #[inline]
     pub(super) fn admit(&self) -> bool {
         let mut word = self.word();
@@ -129,7 +132,7 @@ impl<K, S> Shard<K, S> {
         }
     }
 
-    /// Lets one in, in any phase that lets anybody in, or says why not.
+    /// Admits a request in any phase that admits requests, or returns the reason for the refusal.
     #[cold]
     pub(super) fn admit_slow(&self) -> Result<(), Refused> {
         let mut word = self.word();
@@ -163,49 +166,50 @@ impl<K, S> Shard<K, S> {
         )
     }
 
-    /// Lets one out.
+    /// Releases a request.
     #[inline]
     pub(super) fn release(&self) {
         // Release: partner of the Acquire load in `settled_word`.
         let before = Word(self.word.fetch_sub(Word::ONE, Ordering::Release));
         debug_assert!(before.count() > 0, "released more than was admitted");
         if before.refuses() {
-            self.left_a_drain(before);
+            self.released_while_draining(before);
         }
     }
 
-    /// Lets one out that has had no response, and counts it if the service stops.
+    /// Releases a request that has had no response, and counts it as dropped during a stop.
     ///
-    /// The phase is looked at in the step that lets it out, so that the request is either not among
-    /// those that were in flight when the stop was asked for, or is counted here.
+    /// The phase is checked in the same step that releases the request. So the request was either
+    /// released before the stop was requested and is not among those in flight at that moment, or
+    /// it is counted here.
     #[cold]
     #[inline(never)]
     pub(super) fn release_unanswered(&self) {
-        let served = |word: Word| (!word.is_stopping()).then(|| word.minus_one());
-        if self.update(served).is_none() {
-            // Before the release, so that it is in the figures of the load that sees the release.
+        let before_a_stop = |word: Word| (!word.is_stopping()).then(|| word.minus_one());
+        if self.update(before_a_stop).is_none() {
+            // Before the release, so that a load that sees the release also sees this count.
             self.common.dropped.fetch_add(1, Ordering::Relaxed);
             self.release();
         }
     }
 
-    /// Outlined, for all that it is: in most releases nothing drains.
+    /// Outlined although it is short: most releases happen before draining.
     #[cold]
     #[inline(never)]
-    fn left_a_drain(&self, before: Word) {
+    fn released_while_draining(&self, before: Word) {
         if before.count() == 1 {
-            self.last_one_out();
+            self.wake_waiter();
         }
     }
 
-    fn last_one_out(&self) {
+    fn wake_waiter(&self) {
         let waker = lock!(self.common.waiter).take();
         if let Some(waker) = waker {
             waker.wake();
         }
     }
 
-    /// Changes the word, and returns what it was, unless there is nothing to change.
+    /// Changes the word and returns the previous one. Returns `None` if `change` returns `None`.
     pub(super) fn update(&self, change: impl Fn(Word) -> Option<Word>) -> Option<Word> {
         // Release: partner of the Acquire load in `settled_word`, point 6 of the module header.
         self.word

@@ -1,4 +1,4 @@
-//! Which thread this is, as a small number: what spreads threads over lanes.
+//! A small number for each thread, used to spread threads over shards.
 
 use std::{
     cell::Cell,
@@ -7,42 +7,44 @@ use std::{
 
 const NOT_KNOWN: usize = usize::MAX;
 
-/// Not through `sync`, because no model has a say in it: whatever the number, the lanes are right.
+/// Not from `sync`, because no model depends on it: the shards are correct with any index.
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
-    // Without a destructor and known at compile time, so that to read it is one instruction.
-    static HERE: Cell<usize> = const { Cell::new(NOT_KNOWN) };
+    // No destructor and a constant initial value, so that a read is one instruction.
+    static INDEX: Cell<usize> = const { Cell::new(NOT_KNOWN) };
 }
 
-/// The number of this thread. Threads that ask for the first time one after another, as the workers
-/// of a runtime do, have numbers that follow one another, and so lanes of their own.
+/// The index of the calling thread. Threads that ask for the first time one after another, as the
+/// workers of a runtime do, get consecutive indices, and so different shards.
 #[inline]
-pub(crate) fn here() -> usize {
-    match HERE.get() {
-        NOT_KNOWN => arrive(),
-        here => here,
+pub(crate) fn thread_index() -> usize {
+    match INDEX.get() {
+        NOT_KNOWN => assign(),
+        index => index,
     }
 }
 
 #[cold]
-fn arrive() -> usize {
-    let here = THREADS.fetch_add(1, Relaxed) % NOT_KNOWN;
-    HERE.set(here);
-    here
+fn assign() -> usize {
+    let index = THREADS.fetch_add(1, Relaxed) % NOT_KNOWN;
+    INDEX.set(index);
+    index
 }
 
 #[cfg(test)]
 mod tests {
     use std::thread;
 
-    use super::here;
+    use super::thread_index;
 
     #[test]
-    fn a_thread_keeps_its_number_and_no_other_has_it() {
-        let mine = here();
-        assert_eq!(here(), mine);
-        let others = thread::spawn(|| (here(), here())).join().unwrap();
+    fn a_thread_keeps_its_index_and_no_other_thread_has_it() {
+        let mine = thread_index();
+        assert_eq!(thread_index(), mine);
+        let others = thread::spawn(|| (thread_index(), thread_index()))
+            .join()
+            .unwrap();
         assert_eq!(others.0, others.1);
         assert_ne!(others.0, mine);
     }

@@ -1,5 +1,4 @@
-//! The packed word: phase, readiness and count. Plain data; the bits are known here and nowhere
-//! else.
+//! The packed word: phase, readiness and count. Plain data; only this file knows the bits.
 
 use std::fmt;
 
@@ -19,7 +18,8 @@ const DRAINING: usize = (Phase::Draining as usize) << PHASE_SHIFT;
 pub(crate) struct Word(pub(super) usize);
 
 impl Word {
-    /// One in flight. The flags are under the count, where no comparison of counts sees them.
+    /// One request in flight. The flags lie below the count, where comparisons of counts do not see
+    /// them.
     pub(super) const ONE: usize = 1 << 3;
 
     /// The most requests that can be in flight at once: 2^57 - 1, or 2^25 - 1 where a word has
@@ -42,22 +42,23 @@ impl Word {
         (self.0 & COUNT) / Self::ONE
     }
 
-    /// What `set_ready` last said, whatever the phase.
+    /// The value that `set_ready` set last, in every phase.
     pub(super) const fn is_marked_ready(self) -> bool {
         self.0 & NOT_READY == 0
     }
 
-    /// Whether readiness says yes.
+    /// Whether the readiness probe answers "ready".
     pub(crate) fn is_ready(self) -> bool {
         self.phase() == Phase::Serving && self.is_marked_ready()
     }
 
-    /// Somebody has been served, or has been told that he would be.
+    /// A request was admitted, a connection or a server was announced to a client or to the service
+    /// manager, or a probe has answered "ready".
     pub(crate) const fn has_served(self) -> bool {
         self.0 & SERVED != 0
     }
 
-    /// A request was admitted since this was last cleared.
+    /// Whether a request was admitted since this flag was last cleared.
     pub(super) const fn has_admitted(self) -> bool {
         self.0 & ADMITTED != 0
     }
@@ -66,7 +67,7 @@ impl Word {
         Self(self.0 & !ADMITTED)
     }
 
-    /// Whoever is in flight is known by name.
+    /// Whether requests in flight are listed in the request table.
     pub(crate) const fn is_named(self) -> bool {
         self.0 & NAMED != 0
     }
@@ -75,25 +76,25 @@ impl Word {
         Self(self.0 | if named { NAMED } else { 0 })
     }
 
-    /// An admission has to do more than to count.
+    /// Whether an admission takes the slow path: later than Serving, or named.
     pub(crate) const fn is_slow(self) -> bool {
         self.0 >= NAMED
     }
 
-    /// Later than serving.
+    /// Later than Serving.
     pub(crate) const fn is_stopping(self) -> bool {
         self.0 >= LAME_DUCK
     }
 
-    /// The least word in which an admission is more than to count: as many as the limit are in
-    /// flight, or it is [special](Self::is_slow), whatever the count.
+    /// The least word in which an admission takes the slow path: the limit is reached, or the word
+    /// [is slow](Self::is_slow) at any count.
     pub(super) const fn full(limit: usize) -> Self {
         Self(limit * Self::ONE)
     }
 
-    /// There is nothing to an admission but to count, and there is room: `full` is the limit's.
-    /// No word with a count is equal to it, because [`plus_one`](Self::plus_one) sets a flag below the
-    /// count.
+    /// An admission only has to count, and there is room for it. `full` comes from
+    /// [`full`](Self::full). No word with a count equals `full`, because
+    /// [`plus_one`](Self::plus_one) sets a flag below the count.
     pub(super) const fn is_below(self, full: Self) -> bool {
         self.0 < full.0
     }
@@ -135,8 +136,8 @@ impl Word {
         Self(self.0 | SERVED)
     }
 
-    /// Of all lanes: phase and flags of the first, what all have in flight, and whether anybody was
-    /// served or admitted on any.
+    /// Combines all shards: the phase and the flags of the first one, the sum of the counts, and
+    /// "has served" and "has admitted" if any shard has them.
     pub(super) fn sum(shards: impl IntoIterator<Item = Self>) -> Self {
         let mut shards = shards.into_iter();
         let first = shards.next().unwrap_or(Self::SERVING);
@@ -165,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sum_has_the_phase_and_the_readiness_of_the_first_lane() {
+    fn a_sum_has_the_phase_and_the_readiness_of_the_first_shard() {
         let first = Word::SERVING.plus_one();
         let other = first.with_phase(Phase::Draining).with_ready(false);
         let sum = Word::sum([first, other, other.plus_one()]);
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sum_that_is_too_large_is_the_most_that_a_word_can_hold() {
+    fn a_sum_saturates_at_the_largest_count_of_a_word() {
         let most = Word(Word::MAX_COUNT * Word::ONE);
         let sum = Word::sum([most, most]);
         assert_eq!(sum.count(), Word::MAX_COUNT);

@@ -1,10 +1,11 @@
 //! Listeners whose accept queues cannot be emptied because the process has no file descriptors
 //! left.
 //!
-//! While one of them waits, idle connections are closed, and each that is gone makes room for one
-//! of the queue. A connection of [`serve`] is told to close, and is closed when nothing is in flight
-//! on it. The server of any other connection is told only after the listener is closed. Such a
-//! connection reports the end of its stream instead, if it is idle for certain: see [`Activity`].
+//! While such a listener waits, idle connections are closed, and each closed connection makes room
+//! for one from the queue. A connection of [`serve`] is instructed to close, and closes when
+//! nothing is in flight on it. The server of any other connection is only informed after the
+//! listener has closed. Such a connection reports the end of its stream instead, if it is certainly
+//! idle: see [`Activity`].
 //!
 //! [`serve`]: crate::Graceful::serve
 
@@ -24,14 +25,16 @@ use crate::{
     sync::{AtomicU32, Ordering, lock},
 };
 
-/// More connections than an accept queue holds, where nothing stops it from being filled.
+/// The most connections accepted from one queue. More than an accept queue holds with usual
+/// settings; a bound, because clients may refill the queue.
 pub(crate) const MOST: usize = 4096;
 
-/// A listener of the operating system, not the runtime's, whose every error is seen. Nonblocking.
+/// A listening socket outside of the runtime, so that every error of `accept` is visible.
+/// Nonblocking.
 #[derive(Debug)]
 pub(crate) struct Socket {
     pub(crate) kind: SocketKind,
-    /// By socket activation: its queue outlives the process.
+    /// Passed by socket activation: the queue outlives the process.
     pub(crate) is_passed: bool,
 }
 
@@ -43,7 +46,7 @@ pub(crate) enum SocketKind {
 }
 
 impl Socket {
-    /// Accepts a connection, and drops it.
+    /// Accepts a connection and drops it, which resets it.
     fn reset_one(&self) -> io::Result<()> {
         match &self.kind {
             SocketKind::Tcp(tcp) => tcp.accept().map(drop),
@@ -52,9 +55,9 @@ impl Socket {
         }
     }
 
-    /// Resets what is in the queue, and says how many connections that were: at least one if it
-    /// cannot be known because there is still no descriptor. The queue of a passed socket is left
-    /// to the next process.
+    /// Resets the connections in the queue and returns their number. If the number is unknown
+    /// because there is still no descriptor, one connection is counted. The queue of a passed
+    /// socket is left to the next process.
     fn reset_all(&self) -> usize {
         let mut count = 0;
         if self.is_passed {
@@ -64,7 +67,7 @@ impl Socket {
             match self.reset_one() {
                 Ok(()) => count += 1,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) if is_want(&error) => return count + 1,
+                Err(error) if is_out_of_descriptors(&error) => return count + 1,
                 Err(_) => break,
             }
         }
@@ -72,10 +75,10 @@ impl Socket {
     }
 }
 
-/// Whether accepting failed for want of a descriptor, or of the kernel's memory for one.
-pub(crate) fn is_want(error: &io::Error) -> bool {
+/// Whether `accept` failed because there was no file descriptor, or no kernel memory for one.
+pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
     #[cfg(unix)]
-    const WANTS: &[i32] = {
+    const CODES: &[i32] = {
         /// The same on every Unix.
         const EMFILE: i32 = 24;
         const ENFILE: i32 = 23;
@@ -88,34 +91,34 @@ pub(crate) fn is_want(error: &io::Error) -> bool {
         &[EMFILE, ENFILE, ENOMEM, ENOBUFS]
     };
     #[cfg(windows)]
-    const WANTS: &[i32] = {
+    const CODES: &[i32] = {
         const WSAEMFILE: i32 = 10024;
         const WSAENOBUFS: i32 = 10055;
         &[WSAEMFILE, WSAENOBUFS]
     };
     #[cfg(not(any(unix, windows)))]
-    const WANTS: &[i32] = &[];
+    const CODES: &[i32] = &[];
     error
         .raw_os_error()
-        .is_some_and(|code| WANTS.contains(&code))
+        .is_some_and(|code| CODES.contains(&code))
 }
 
-/// How often waiting listeners have idle connections closed.
+/// The interval at which waiting listeners have idle connections closed.
 const ROUND: Duration = Duration::from_millis(13);
 
-/// For how many rounds a connection must be quiet before it is closed: a little longer than what
-/// any other close waits for what is on its way.
+/// For how many rounds a connection must be quiet before it is closed: a little longer than any
+/// other close waits for data in transit.
 const QUIET: u32 = 3;
 
-/// The listeners of one service that wait for descriptors, and what became of their queues.
+/// The listeners of one service that wait for descriptors, and the results of their waits.
 #[derive(Default)]
 pub(crate) struct Starved {
-    /// While a listener waits, the number of the round, and otherwise 0. Read by each idle
-    /// connection, without the lock. `Relaxed` in all places: a connection that sees it late is
-    /// woken again.
+    /// The number of the round while a listener waits, otherwise 0. Read by each idle connection
+    /// without the lock. `Relaxed` everywhere: a connection that sees a round late is woken again
+    /// in the next one.
     round: AtomicU32,
-    /// A [`GracefulLayer`](crate::GracefulLayer) counts requests, so that it is known when none is
-    /// in flight.
+    /// Set if a [`GracefulLayer`](crate::GracefulLayer) counts requests, so that zero in flight is
+    /// meaningful.
     layered: OnceLock<()>,
     waits: Mutex<Waits>,
 }
@@ -123,23 +126,23 @@ pub(crate) struct Starved {
 #[derive(Default)]
 struct Waits {
     waiting: Vec<Arc<Socket>>,
-    /// These have given up. They are kept until connections are gone, so that it can be counted
-    /// what is in their queues.
+    /// Listeners that have given up. They are kept until connections have closed and descriptors
+    /// are free, so that the connections in their queues can be counted.
     given_up: Vec<Arc<Socket>>,
-    /// Rounds so far.
+    /// The number of rounds so far.
     rounds: u32,
-    /// Rounds before the present wait.
+    /// The number of rounds before the current wait.
     first: u32,
     /// When the next round is due.
     next: Option<Instant>,
     /// When the last wait ended.
     over: Option<Instant>,
-    /// Connections that were reset.
+    /// The number of connections that were reset.
     reset: usize,
 }
 
 impl Starved {
-    /// A layer was made.
+    /// Records that a layer was made.
     pub(crate) fn counts_requests(&self) {
         let _ = self.layered.set(());
     }
@@ -148,13 +151,13 @@ impl Starved {
         self.round.load(Ordering::Relaxed) != 0
     }
 
-    /// When the last listener was done with waiting.
+    /// When the last listener finished waiting.
     pub(crate) fn over(&self) -> Option<Instant> {
         lock!(self.waits).over
     }
 
-    /// Closes the listeners that are left, now that connections are gone. Says how many
-    /// connections have been reset so far.
+    /// Closes the remaining listeners, after connections have closed. Returns the number of
+    /// connections reset so far.
     pub(crate) fn reset_queues(&self) -> usize {
         let mut waits = lock!(self.waits);
         let mut left = mem::take(&mut waits.waiting);
@@ -164,12 +167,12 @@ impl Starved {
         waits.reset
     }
 
-    /// So many connections were accepted too late to be served.
+    /// Records `count` connections that were accepted too late to be served.
     pub(crate) fn were_reset(&self, count: usize) {
         lock!(self.waits).reset += count;
     }
 
-    /// The listener waits from now on, if it does not already.
+    /// Records that the listener waits from now on, if it is not waiting already.
     pub(crate) fn begins(&self, socket: &Arc<Socket>) {
         let mut waits = lock!(self.waits);
         if waits.waiting.iter().any(|one| Arc::ptr_eq(one, socket)) {
@@ -182,17 +185,17 @@ impl Starved {
         waits.waiting.push(Arc::clone(socket));
     }
 
-    /// The wait is over, and perhaps the queue is not empty.
+    /// Records that the listener no longer waits. `emptied`: its queue is empty.
     pub(crate) fn ends(&self, socket: &Arc<Socket>, emptied: bool) {
         let mut waits = lock!(self.waits);
-        let seat = waits
+        let index = waits
             .waiting
             .iter()
             .position(|one| Arc::ptr_eq(one, socket));
-        let Some(seat) = seat else {
+        let Some(index) = index else {
             return;
         };
-        let socket = waits.waiting.swap_remove(seat);
+        let socket = waits.waiting.swap_remove(index);
         waits.over = Some(Instant::now());
         if waits.waiting.is_empty() {
             self.round.store(0, Ordering::Relaxed);
@@ -202,8 +205,8 @@ impl Starved {
         }
     }
 
-    /// Begins a round, if one is due. Says whether connections are to be told to close; in the
-    /// first rounds they are only looked at.
+    /// Begins a round if one is due. Returns whether connections are to be instructed to close; in
+    /// the first rounds they are only observed.
     pub(crate) fn begin_round(&self) -> Option<bool> {
         let now = Instant::now();
         let mut waits = lock!(self.waits);
@@ -217,19 +220,19 @@ impl Starved {
     }
 }
 
-/// What was read and written on a connection, as far as it says whether the connection is idle.
+/// What was read and written on a connection, as far as it shows whether the connection is idle.
 ///
-/// Two kinds of connection are idle for certain, once they have been quiet for some rounds: one on
-/// which nothing was ever read; and, while no request is in flight in the whole service, one of
-/// HTTP/1 that was written to after the last read. A connection that carries anything else is never
-/// idle for certain: HTTP/2, in which a stream may be a tunnel; TLS; and what follows an upgrade or
-/// a `CONNECT`.
+/// Two kinds of connection are certainly idle after they have been quiet for some rounds: a
+/// connection on which nothing was ever read; and, while no request is in flight in the whole
+/// service, an HTTP/1 connection that was written to after the last read. All other connections are
+/// never certainly idle: HTTP/2, in which a stream may be a tunnel; TLS; and connections after an
+/// upgrade or a `CONNECT`.
 ///
-/// Small, because there may be very many connections.
+/// This type is small because there may be very many connections.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Activity {
     state: State,
-    /// The round in which the connection was found to be quiet, modulo 255 and plus 1, or 0.
+    /// The round in which the connection was found quiet, modulo 255 and plus 1, or 0.
     quiet: u8,
 }
 
@@ -243,15 +246,16 @@ enum State {
     Asked,
     /// HTTP/1: something was written after the last read.
     Answered,
-    /// The same, but the last write or flush was not ready. Where all has been handed over to be
-    /// written, no request need be in flight any more.
+    /// As `Answered`, but the last write or flush was not ready. If the whole response has been
+    /// handed over to be written, the request may no longer be counted as in flight.
     Unsent,
-    /// Never idle for certain.
+    /// Never certainly idle.
     Other,
 }
 
 impl Activity {
-    /// The connection has an owner that closes it, whatever is read and written.
+    /// Marks a connection that has an owner which closes it, so that its bytes need not be
+    /// observed.
     #[cfg(all(feature = "axum", feature = "signal"))]
     pub(crate) fn is_owned(&mut self) {
         self.state = State::Other;
@@ -265,12 +269,12 @@ impl Activity {
         }
     }
 
-    /// The peer begins to speak, or begins again. A piece that may be the beginning of something
-    /// else than a request of HTTP/1 is taken for it.
+    /// The peer begins a request. Bytes that may also be the beginning of something other than an
+    /// HTTP/1 request count as that other thing.
     fn begins(&mut self, read: &[u8]) {
         let may_begin = |what: &[u8]| read.iter().zip(what).all(|(one, other)| one == other);
         let other = may_begin(b"PRI * HTTP/2.0") || may_begin(b"CONNECT ");
-        // An empty line may come before a further request.
+        // An empty line may come before a later request.
         let again = self.state != State::Silent;
         let http1 = again || read.first().is_some_and(u8::is_ascii_uppercase);
         self.state = if http1 && !other {
@@ -280,8 +284,8 @@ impl Activity {
         };
     }
 
-    /// Something is written, which may be a response that upgrades the connection, and is not yet if
-    /// it is not ready.
+    /// Records a write. `upgrades`: it may be a response that upgrades the connection. `is_ready`:
+    /// the write has completed.
     #[inline]
     pub(crate) fn wrote(&mut self, upgrades: bool, is_ready: bool) {
         self.quiet = 0;
@@ -303,7 +307,7 @@ impl Activity {
         };
     }
 
-    /// Whether the connection is idle for certain. To be asked when there is nothing to read.
+    /// Whether the connection is certainly idle. Called when there is nothing to read.
     #[inline]
     pub(crate) fn is_idle(&mut self, shared: &Shared) -> bool {
         let round = shared.starved.round.load(Ordering::Relaxed);
@@ -392,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_in_use_is_not_idle() {
+    fn a_connection_that_may_be_in_use_is_not_idle() {
         let graceful = starved();
         let exchanges: &[&[(&[u8], &[u8])]] = &[
             &[(GET, b"")],
@@ -418,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_response_that_its_client_does_not_read_is_not_idle() {
+    fn a_connection_with_an_unread_response_is_not_idle() {
         let graceful = starved();
         let mut activity = after(&[(GET, OK)]);
         activity.wrote(false, false);
@@ -451,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_in_a_queue_is_counted_unless_the_next_process_has_it() {
+    fn the_rest_of_a_queue_is_counted_unless_it_belongs_to_the_next_process() {
         let starved = Starved::default();
         for (is_passed, expected) in [(true, 0), (false, 3)] {
             let socket = socket(is_passed);
@@ -469,12 +473,20 @@ mod tests {
     }
 
     #[test]
-    fn the_numbers_of_the_errors_are_those_of_this_system() {
+    fn the_error_numbers_are_those_of_this_system() {
         use nix::errno::Errno;
 
-        let wants = [Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM];
-        assert!(wants.iter().all(|errno| is_want(&(*errno).into())));
+        let exhausted = [Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM];
+        assert!(
+            exhausted
+                .iter()
+                .all(|errno| is_out_of_descriptors(&(*errno).into()))
+        );
         let others = [Errno::EAGAIN, Errno::ECONNABORTED, Errno::EPERM];
-        assert!(!others.iter().any(|errno| is_want(&(*errno).into())));
+        assert!(
+            !others
+                .iter()
+                .any(|errno| is_out_of_descriptors(&(*errno).into()))
+        );
     }
 }

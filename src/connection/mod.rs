@@ -1,8 +1,14 @@
-//! What is known of open connections, and what each is told: to leave, to close, and in the end that it
-//! is cut.
+//! The open connections: what is known about each of them, and the directive that each has been
+//! given (leave, close, cut).
 //!
-//! The [`table`] has an entry for each, with its [`state`] and what its [`sniffer`] has read. Nothing
-//! here reads or writes a socket: the server does, and asks here.
+//! The [`table`] has an entry for each connection, with its [`state`] (directive and wakers) and
+//! its [`sniffer`] (what the bytes read so far show). The timeline (`shutdown`) gives directives to
+//! all connections here and waits for the last one to close. The server (`server`) registers
+//! connections, reads its directives here, and does all reading and writing of sockets; nothing in
+//! this module touches a socket of a connection.
+//!
+//! The arguments about wake-ups are in `table` and in `state`, each with loom models. Change the
+//! locking or an ordering only together with both. `outside` argues about the flags of `admission`.
 
 #[cfg_attr(not(feature = "axum"), allow(dead_code))]
 pub(crate) mod descriptors;

@@ -1,32 +1,33 @@
-//! Requests that the layer does not see: a `.layer(…)` that is missing, or of another lifecycle, and
-//! routes that were added after it.
+//! Detection of requests that the layer does not see. The cause is a `.layer(…)` that is missing or
+//! belongs to another lifecycle, or a route that was added after it.
 //!
-//! The layer counts nothing for this. Each admission sets a flag in the word of its lane, in the same
-//! compare-and-swap. A *window* clears the flags when a request arrives on a connection, and looks at
-//! them when its response goes out. If no flag is set, no request of the lifecycle was admitted in
-//! between, and so this one was not.
+//! The layer counts nothing for this. Each admission sets a flag in the word of its shard, in the
+//! same compare-and-swap. A *window* clears the flags when a request arrives on a connection, and
+//! reads them when the response goes out. If no flag is set, no request of the lifecycle was
+//! admitted in between, so this request was not admitted either.
 //!
-//! 1. One window is open at a time, behind a lock, so no other window clears a flag that this one
-//!    waits for. A window that is open for long, or in which a flag was set, is replaced, and then says
-//!    nothing.
-//! 2. The request is admitted after its window has opened and before its response is there, in that
-//!    order, whatever tasks and threads it passes through. So the admission comes after the clearing in
-//!    the order of the word's changes, and the look at the end sees it. `Relaxed` is enough for that.
-//! 3. Other requests set flags too. Then the window says nothing, and a later one may.
+//! 1. Only one window is open at a time, behind a lock, so no other window clears a flag that this
+//!    one needs. A window that has been open for too long, or in which a flag was set, may be
+//!    replaced; then it has no result.
+//! 2. The request is admitted after its window has opened and before its response exists, in that
+//!    order, whatever tasks and threads it passes through. So its admission comes after the
+//!    clearing in the modification order of the word, and the final read sees the flag. `Relaxed`
+//!    is enough for that.
+//! 3. Other requests set flags too. Then the window has no result, and a later one may have one.
 //!
-//! A window is opened for a few requests of a connection, and not for every connection
-//! ([`WATCHED`](crate::connection::table::WATCHED)). No request waits for one.
+//! A window is opened for a few requests of a connection and not for every connection
+//! ([`WATCHED`](crate::connection::table::WATCHED)). No request waits for a window.
 //!
-//! # What is not taken for a mistake
+//! # Requests that are not reported
 //!
-//! - What a [`Probe`](crate::Probe) of the lifecycle answers, exempt paths, and `OPTIONS`.
-//! - Responses other than 2xx and 101: by default axum answers paths without a route outside the layer,
-//!   and middleware around it may redirect or refuse.
-//! - Calls of gRPC that fail.
-//! - What more than one server answers: one of them may be there for metrics, without the layer on
-//!   purpose.
-//! - On a server that is not ours, whatever is not HTTP/1 in the clear. There the reads and writes of the
-//!   connection are all that is known.
+//! - Responses of a [`Probe`](crate::Probe) of the lifecycle, exempt paths, and `OPTIONS`.
+//! - Responses other than 2xx and 101: by default axum answers paths without a route outside the
+//!   layer, and middleware around the layer may redirect or reject.
+//! - gRPC calls that fail.
+//! - All requests, if the lifecycle has more than one server: one of them may serve metrics,
+//!   without the layer on purpose.
+//! - On a server other than [`serve`](crate::Graceful::serve): everything but HTTP/1 without TLS,
+//!   because there only the bytes of the connection are known.
 
 use std::{net::SocketAddr, num::NonZeroU32, sync::Mutex, time::Duration};
 
@@ -40,26 +41,26 @@ use crate::{
     sync::{AtomicUsize, Ordering::Relaxed, lock},
 };
 
-/// How long a window keeps others from being opened.
+/// How long an open window prevents others from being opened.
 const OPEN: Duration = Duration::from_secs(1);
 
-/// What is known of the requests outside the layer.
+/// What is known about requests outside the layer.
 #[derive(Default)]
 pub(crate) struct Outside {
-    /// What probes have answered.
+    /// The number of requests that probes have answered.
     probed: AtomicUsize,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Which window was opened last.
+    /// The number of the window that was opened last.
     window: u32,
-    /// It, while it is open.
+    /// That window, while it is open.
     open: Option<Open>,
     /// The first request that was answered outside the layer.
     request: Option<OutsideLayer>,
-    /// A server of ours has answered it.
+    /// Whether it was answered by a server of `serve`.
     served: bool,
     warned: bool,
 }
@@ -74,17 +75,17 @@ struct Open {
 /// The servers of a lifecycle so far.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Servers {
-    /// Given to `run` or `serve`.
+    /// Servers passed to `run` or `serve`.
     pub(crate) run: usize,
     /// Drain futures.
     pub(crate) drains: usize,
     pub(crate) listeners: usize,
-    /// There are connections that a user has accepted.
+    /// Whether there are connections that the user has accepted and passed to `track`.
     pub(crate) tracks: bool,
 }
 
 impl Servers {
-    /// As far as is known there is one server, which is ours or not.
+    /// Whether there is a single server, as far as is known. `served`: it is a server of `serve`.
     fn is_one(self, served: bool) -> bool {
         let listeners = self.listeners + usize::from(self.tracks);
         listeners == 1 && self.run <= 1 && self.drains <= usize::from(!served)
@@ -92,12 +93,13 @@ impl Servers {
 }
 
 impl Outside {
-    /// Notes that a probe answers, so that nobody wonders why the layer does not see it.
+    /// Records that a probe answers a request, so that the request is not reported as missed by the
+    /// layer.
     pub(crate) fn probed(&self) {
         self.probed.fetch_add(1, Relaxed);
     }
 
-    /// The warning that is due, once. `certain`: more requests will not change it.
+    /// The warning that is due, at most once. `certain`: later requests cannot change it.
     pub(crate) fn warning(
         &self,
         admitted: bool,
@@ -114,7 +116,7 @@ impl Outside {
         } else if !servers.tracks {
             Warning::RequestOutsideLayer(request.clone())
         } else {
-            // Connections that a user accepts may be of several servers.
+            // Connections passed to `track` may belong to several servers.
             return None;
         };
         state.warned = true;
@@ -122,14 +124,14 @@ impl Outside {
     }
 }
 
-/// A look at whether the layer sees a request. What belongs to it is with the lifecycle, because it is
-/// kept with each request.
+/// A check whether the layer sees a request. Only a number, because one is kept with each watched
+/// request; the details are in the lifecycle.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Window(NonZeroU32);
 
 impl Window {
-    /// Opens a window for a request that has arrived, unless it is one that the layer need not see, or
-    /// another window is open. `served`: on a server of ours.
+    /// Opens a window for a request that has arrived. Returns `None` if the layer need not see this
+    /// request, or if another window is open. `served`: on a server of `serve`.
     #[cold]
     pub(crate) fn open(
         shared: &Shared,
@@ -139,7 +141,8 @@ impl Window {
         served: bool,
     ) -> Option<Self> {
         let others = [Method::OPTIONS, Method::CONNECT, Method::TRACE];
-        // The prefix of a `nest` may not be part of what is exempt.
+        // Compares the end of the path: a router inside `nest` sees, and exempts, the path without
+        // the prefix.
         let mut exempt = shared.policy.exempt.iter();
         if shared.phase() >= Phase::Draining
             || others.contains(method)
@@ -151,7 +154,7 @@ impl Window {
         let mut state = lock!(shared.outside.state);
         let open = state.open.as_ref();
         let open = open.is_some_and(|open| now.saturating_duration_since(open.since) < OPEN);
-        // One in which another request was admitted says nothing any more.
+        // A window in which another request was admitted has no result, and is replaced.
         if state.warned || open && !shared.has_admitted() {
             return None;
         }
@@ -170,7 +173,7 @@ impl Window {
         NonZeroU32::new(state.window).map(Self)
     }
 
-    /// Closes the window, and notes what it shows when the response goes out.
+    /// Closes the window when the response goes out, and records the result.
     #[cold]
     pub(crate) fn answered(self, shared: &Shared, status: StatusCode) {
         let succeeds = status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS;
@@ -192,20 +195,21 @@ impl Window {
         shared.warn_of_outside();
     }
 
-    /// Closes the window of a request that has no response, or none that says anything.
+    /// Closes the window of a request without a response, or with one that proves nothing.
     #[cold]
     pub(crate) fn close(self, shared: &Shared) {
         let closed = self.take(&mut lock!(shared.outside.state));
         drop(closed);
     }
 
-    /// What belongs to it, unless it was replaced.
+    /// The details of this window, unless it was replaced.
     fn take(self, state: &mut State) -> Option<Open> {
         (state.window == self.0.get()).then(|| state.open.take())?
     }
 }
 
-/// How much has happened that leaves no flag.
+/// The number of requests that were answered without an admission: by probes, or with a refusal by
+/// the layer.
 fn noise(shared: &Shared) -> usize {
     let refusals = shared.refusals();
     shared.outside.probed.load(Relaxed) + refusals.draining + refusals.full

@@ -1,37 +1,39 @@
-//! What has been read from a connection: the protocol that the peer speaks, whether a request head
-//! over HTTP/1 has begun, and whether the peer has closed its writing side.
+//! What the bytes read from a connection show: the protocol that the peer speaks, whether an HTTP/1
+//! request head has begun, and whether the peer has closed its writing side.
 //!
 //! # Whether a head has begun
 //!
 //! `header_read_timeout` runs from the first byte of a head. That byte may have come in the same
-//! read as the end of the request before it, and hyper does not show its buffer. The reads tell:
+//! read as the end of the previous request, and hyper does not expose its buffer. But the sequence
+//! of reads shows it:
 //!
-//! 1. hyper reads only when its buffer is empty or holds a part of a head.
+//! 1. hyper reads only when its buffer is empty or contains a part of a head.
 //! 2. When a request has ended and the buffer is empty, hyper tries to read before it waits for the
-//!    next head: to see whether the client hangs up, or when the response is out. So if its last
-//!    read returned no bytes, nothing is left over; if it returned bytes, some are, and they are the
-//!    last ones of that read.
-//! 3. Empty lines before a request line are no head ([RFC 9112 §2.2]), so the leftover counts only
-//!    if it holds something else. A part of a head that ends in an empty line would be a whole one,
-//!    and parsed. One that ends in a single line break looks like the end of a body and an empty
-//!    line after it; therefore such a line break is [kept back](Sniffer::note), and handed to hyper
-//!    as a read of its own.
+//!    next head: to see whether the client closes the connection, or because the response is out.
+//!    So if its last read returned no bytes, the buffer is empty. If its last read returned bytes,
+//!    some of them are left in the buffer, and these are the last bytes of that read.
+//! 3. Empty lines before a request line do not begin a head ([RFC 9112 §2.2]), so leftover bytes
+//!    count only if they contain something else. A part of a head that ends in an empty line would
+//!    be a whole head, which hyper would have parsed. A part that ends in a single line break looks
+//!    like the end of a body followed by an empty line. Such a line break is therefore [held
+//!    back](Sniffer::note) and passed to hyper as a separate read.
 //!
-//! So a head has begun if the last read returned bytes of which the last is not part of a line
-//! break. It takes neither the length of a body nor a search for the end of a head.
+//! So a head has begun if the last read returned bytes whose last byte is not part of a line break.
+//! This needs neither the length of a body nor a search for the end of a head.
 //!
 //! # Handshakes
 //!
-//! After a handshake, of TLS for example, what is read from the connection is not what the server
-//! reads. Then the bytes are noted that the outermost [`GracefulIo`](crate::GracefulIo) hands to the
-//! server: each has the number of its layer, and only the layer that was begun last notes.
+//! After a handshake, of TLS for example, the bytes of the connection are not the bytes that the
+//! server reads. Then the sniffer records the bytes that the outermost
+//! [`GracefulIo`](crate::GracefulIo) passes to the server: each `GracefulIo` on a connection has a
+//! layer number, and only the layer that was begun last records.
 //!
 //! # On other servers
 //!
-//! Where the server is not ours, its requests are not known, and only one thing is noted: whether a
-//! peer that has closed its writing side may wait for a response. That is so when the last bytes
-//! that passed were read and end in an empty line, as those of a request without a body or with a
-//! chunked one do.
+//! On a server other than `serve` the requests are not known. There the sniffer records only
+//! whether a peer that has closed its writing side may be waiting for a response. That is the case
+//! if the last bytes that passed were read and end in an empty line, as those of a request without
+//! a body or with a chunked body do.
 //!
 //! [RFC 9112 §2.2]: https://www.rfc-editor.org/rfc/rfc9112#section-2.2
 
@@ -39,46 +41,47 @@ use tokio::io::ReadBuf;
 
 use crate::sync::{AtomicU8, AtomicU32, Ordering::Relaxed};
 
-/// Written by the task that reads the connection, and read without a lock. No other memory is
-/// published through it.
+/// Written by the task that reads the connection, and read without a lock. All accesses are
+/// `Relaxed`: no other memory is published through these fields.
 #[derive(Debug, Default)]
 pub(crate) struct Sniffer {
-    /// How many reads returned something other than empty lines. Wraps.
+    /// The number of reads that returned something other than empty lines. Wraps around.
     reads: AtomicU32,
-    /// How much of the preface of HTTP/2 it began with, or that it began with something else.
+    /// How much of the HTTP/2 preface has been read, or that the connection began with something
+    /// else.
     preface: AtomicU8,
-    /// The end of a read that is kept back: which of [`KEPT`].
+    /// The end of the last read that is held back: an index into [`KEPT`].
     kept: AtomicU8,
     flags: AtomicU8,
-    /// The layer that notes.
+    /// The number of the layer that records.
     layer: AtomicU8,
 }
 
-/// The server is ours.
+/// The connection belongs to a server of `serve`.
 const LISTENING: u8 = 1;
-/// A first head has been awaited.
+/// The server has waited for the first head.
 const AWAITED: u8 = 1 << 1;
 /// The last read returned bytes, and the last of them is not part of a line break.
 const MID_LINE: u8 = 1 << 2;
 /// The peer has closed its writing side.
 const ENDED: u8 = 1 << 3;
-/// It has come when others were asked to leave already.
+/// The connection was accepted when other connections had already been asked to leave.
 const LATE: u8 = 1 << 4;
 /// The last bytes that passed were read, and may be the end of a request.
 const ASKED: u8 = 1 << 5;
 /// The server speaks HTTP/1 only.
 const HTTP1_ONLY: u8 = 1 << 6;
 
-/// From when on a head is awaited.
+/// The state of the connection when the server began to wait for a head.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Awaited {
     reads: u32,
-    /// Its first bytes came with the request before it.
+    /// The first bytes of the head came with the previous request.
     has_begun: bool,
 }
 
 impl Sniffer {
-    /// One task writes, so no change of another is lost.
+    /// Not a read-modify-write: only one task writes, so no change is lost.
     #[inline]
     fn set(&self, flag: u8, on: bool) {
         let others = self.flags.load(Relaxed) & !flag;
@@ -91,48 +94,49 @@ impl Sniffer {
         self.flags.load(Relaxed) & flag != 0
     }
 
-    /// The server is ours: what is read from now on is noted.
+    /// The connection belongs to `serve`: everything read from now on is recorded.
     pub(crate) fn listen(&self) {
         self.set(LISTENING, true);
     }
 
-    /// The server is ours.
+    /// The connection belongs to a server of `serve`.
     pub(crate) fn is_listened_to(&self) -> bool {
         self.has(LISTENING)
     }
 
-    /// The layer that notes.
+    /// The number of the layer that records.
     #[inline]
     pub(crate) fn layer(&self) -> u8 {
         self.layer.load(Relaxed)
     }
 
-    /// Begins another layer, of which nothing has been read. Returns its number.
+    /// Begins a new layer, from which nothing has been read yet. Returns its number.
     #[cfg_attr(not(feature = "axum"), expect(dead_code))]
     pub(crate) fn begin_layer(&self) -> u8 {
         self.reads.store(0, Relaxed);
         for byte in [&self.preface, &self.kept, &self.flags] {
             byte.store(0, Relaxed);
         }
-        // More layers than there are numbers would share the last one.
+        // Layers beyond the 255th share the last number.
         let layer = self.layer().saturating_add(1);
         self.layer.store(layer, Relaxed);
         layer
     }
 
-    /// Something has been read.
+    /// Whether something has been read.
     pub(crate) fn has_read(&self) -> bool {
         self.preface.load(Relaxed) > 0
     }
 
-    /// What is read from now on is not HTTP.
+    /// Records that the bytes read from now on are not HTTP.
     #[cold]
     pub(crate) fn upgraded(&self) {
         self.preface.store(UPGRADED, Relaxed);
     }
 
-    /// Notes what was read, and whether the service let requests in at that time. Returns how many
-    /// bytes at its end, at most three, are to be kept back until the next read.
+    /// Records a read. `lets_in` tells whether the service admits requests at this time. Returns
+    /// the number of bytes at the end of `read`, at most three, that the caller holds back until
+    /// the next read.
     #[inline]
     pub(crate) fn note(&self, read: &[u8], lets_in: impl FnOnce() -> bool) -> usize {
         if !self.has(LISTENING) {
@@ -152,13 +156,13 @@ impl Sniffer {
         length
     }
 
-    /// The end of the last read has been kept back.
+    /// Whether the end of the last read is held back.
     #[inline]
     pub(crate) fn has_kept(&self) -> bool {
         self.kept.load(Relaxed) != 0
     }
 
-    /// Hands on what was kept back, as if the network had split the read there.
+    /// Passes on the bytes that were held back, as if the network had split the read there.
     #[cold]
     pub(crate) fn hand_on(&self, buf: &mut ReadBuf<'_>) {
         let kept = KEPT[usize::from(self.kept.load(Relaxed))];
@@ -176,7 +180,7 @@ impl Sniffer {
         }
     }
 
-    /// Notes bytes as they are handed on.
+    /// Records bytes that are passed on to the server.
     fn note_passed(&self, passed: &[u8]) {
         self.note_preface(passed);
         let mid_line = passed.last().is_some_and(|byte| !is_line_break(*byte));
@@ -187,7 +191,7 @@ impl Sniffer {
         }
     }
 
-    /// Notes that something is written.
+    /// Records a write.
     #[inline]
     pub(crate) fn note_write(&self) {
         if self.has(ASKED) {
@@ -195,13 +199,13 @@ impl Sniffer {
         }
     }
 
-    /// Notes that there was nothing to read.
+    /// Records a read that found no bytes.
     #[inline]
     pub(crate) fn note_nothing(&self) {
         self.set(MID_LINE, false);
     }
 
-    /// Notes that the peer has closed its writing side.
+    /// Records that the peer has closed its writing side.
     #[cold]
     pub(crate) fn note_end(&self) {
         self.note_nothing();
@@ -213,18 +217,18 @@ impl Sniffer {
         self.has(ENDED)
     }
 
-    /// Whether a connection that is dropped now leaves a request unanswered, where the server is not
-    /// ours and as far as the bytes show it.
+    /// Whether a connection on another server than `serve` has an unanswered request if it is
+    /// dropped now, as far as its bytes show.
     pub(crate) fn is_unanswered(&self) -> bool {
         self.has(ASKED) && self.has_ended()
     }
 
-    /// Another number when something other than empty lines has been read since.
+    /// A number that changes when something other than empty lines has been read.
     pub(crate) fn reads(&self) -> u32 {
         self.reads.load(Relaxed)
     }
 
-    /// To be called when hyper begins to wait for a head.
+    /// The server calls this when hyper begins to wait for a head.
     pub(crate) fn await_head(&self) -> Awaited {
         if self.has(AWAITED) {
             return Awaited {
@@ -236,28 +240,29 @@ impl Sniffer {
         Self::FIRST
     }
 
-    /// From the start: some of the first head is read to tell HTTP/1 from HTTP/2.
+    /// The first head is awaited from the start of the connection, because some of its bytes are
+    /// read to tell HTTP/1 from HTTP/2.
     pub(crate) const FIRST: Awaited = Awaited {
         reads: 0,
         has_begun: false,
     };
 
-    /// Whether a head has begun that is awaited since then.
+    /// Whether the head that has been awaited since `awaited` has begun.
     pub(crate) fn has_begun(&self, awaited: Awaited) -> bool {
         awaited.has_begun || self.reads() != awaited.reads
     }
 
-    /// It is known what the peer speaks.
+    /// Whether the protocol of the peer is known.
     pub(crate) fn is_decided(&self) -> bool {
         self.preface.load(Relaxed) >= WHOLE
     }
 
-    /// The peer speaks HTTP/1, or what the connection was upgraded to.
+    /// Whether the peer speaks HTTP/1, or the protocol that the connection was upgraded to.
     pub(crate) fn is_http1(&self) -> bool {
         self.preface.load(Relaxed) >= OTHER
     }
 
-    /// The peer speaks HTTP/2.
+    /// Whether the peer speaks HTTP/2.
     pub(crate) fn is_http2(&self) -> bool {
         self.preface.load(Relaxed) == WHOLE
     }
@@ -286,14 +291,15 @@ fn is_line_break(byte: u8) -> bool {
     matches!(byte, b'\r' | b'\n')
 }
 
-/// The line breaks that may be followed by the rest of an empty line, and so end a head. None, and
-/// with each one what is left of it when its first bytes have been handed on.
+/// The line breaks that are held back, because the rest of an empty line may follow and end a head.
+/// The first entry means none. The list also contains what is left of each entry after its first
+/// bytes have been passed on.
 const KEPT: [&[u8]; 6] = [b"", b"\r", b"\n", b"\r\n", b"\n\r", b"\r\n\r"];
 
-/// Which of [`KEPT`] these bytes end in.
+/// The index in [`KEPT`] of the line break at the end of these bytes.
 ///
-/// None when there is nothing else: such bytes are empty lines or the rest of one. Other sequences
-/// of line breaks end a head, or cannot stand in one.
+/// 0 if the bytes consist of line breaks only: they are empty lines or the rest of one. Also 0 for
+/// other sequences of line breaks, which end a head or cannot occur in one.
 #[inline]
 fn open_line(read: &[u8]) -> u8 {
     let (kept, before) = match read {
@@ -310,23 +316,24 @@ fn open_line(read: &[u8]) -> u8 {
     }
 }
 
-/// Which of [`KEPT`] these bytes are.
+/// The index of these bytes in [`KEPT`].
 fn open_line_of(bytes: &[u8]) -> u8 {
     let kept = KEPT.iter().position(|kept| *kept == bytes);
     kept.and_then(|kept| kept.try_into().ok()).unwrap_or(0)
 }
 
-/// What every connection of HTTP/2 begins with
-/// ([RFC 9113 §3.4](https://www.rfc-editor.org/rfc/rfc9113#section-3.4)).
+/// The bytes that every HTTP/2 connection begins with ([RFC 9113
+/// §3.4](https://www.rfc-editor.org/rfc/rfc9113#section-3.4)).
 const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// All of the preface has been read.
+/// The whole preface has been read.
 const WHOLE: u8 = 24;
-/// It was something else.
+/// The connection began with something else.
 const OTHER: u8 = 25;
-/// It was HTTP/1, and is another protocol now.
+/// The connection was upgraded from HTTP/1 to another protocol.
 const UPGRADED: u8 = 26;
 
-/// How much of the preface there is with what was read after so much of it.
+/// How much of the preface has been read after `read`, if `before` bytes of it had been read
+/// before.
 fn compared(before: u8, read: &[u8]) -> u8 {
     let mut preface = before;
     for (expected, byte) in PREFACE[usize::from(before)..].iter().zip(read) {
@@ -363,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_else_is_taken_for_it() {
+    fn no_other_bytes_are_taken_for_the_preface() {
         assert!(!sniffer(&[]).is_decided());
         assert!(sniffer(&[b"PO"]).is_decided());
         assert!(!sniffer(&[b"GET / HTTP/1.1\r\n\r\n", &PREFACE]).is_http2());
@@ -410,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_break_that_may_or_may_not_end_a_line_of_a_head_is_kept_back() {
+    fn an_ambiguous_line_break_is_held_back() {
         for (kept, line_break) in KEPT.into_iter().enumerate().skip(1) {
             let line = [b"ok", line_break].concat();
             assert_eq!(usize::from(open_line(&line)), kept, "{line:?}");
@@ -418,7 +425,7 @@ mod tests {
             assert_eq!(sniffer.note(&line, || true), line_break.len());
             sniffer.await_head();
             assert!(sniffer.has_begun(sniffer.await_head()));
-            // It is handed on in order, and as there is room.
+            // The bytes are passed on in order, as many as there is room for.
             let mut passed = Vec::new();
             while sniffer.has_kept() {
                 let mut memory = [0];

@@ -1,15 +1,26 @@
-//! What a connection has been told, and who is woken when it is told more.
+//! The directive that a connection has been given, and the wakers of the tasks that wait for it.
 //!
-//! A waker is stored under the lock under which the connection is told, before the connection is
-//! polled: either the cut finds the waker, or the poll finds the cut. Each poller remembers which
-//! waker of his is [`RegisteredWaker`]. It stays where it is until the cut takes it, so as long as the same
-//! task polls there is nothing to store, and he only looks at what was told, without a lock.
-//!
-//! That look cannot miss the wake-up that goes with what was told: the waker is his, so a wake-up
-//! before the poll orders what was told before it, and one during the poll makes him poll again.
-//! `waits` and `wrote` are `Relaxed`: of the first each poller reads what he has written himself, or
-//! that the cut took his waker, which is followed by a wake-up as well; the second is asked by
-//! whoever writes.
+//! 1. *A poll sees the cut, or the cut wakes the task.* Wakers are stored, and the directive is
+//!    changed, under one lock. A task stores its waker before it polls the connection. If the cut
+//!    comes later, it finds the waker. If the cut came earlier, the task reads it. Models:
+//!    `a_poll_sees_the_cut_or_is_woken_by_it`, `a_poll_by_another_task_is_not_lost`.
+//! 2. *A task that polls again takes no lock.* Each poller remembers the waker that it has stored
+//!    ([`RegisteredWaker`]). That waker stays stored until `Expire`, `Cut` or `wake_all` takes it
+//!    and wakes it. (`forget_all` and `owner_left` remove the wakers of tasks that no longer poll.)
+//!    So while the same task polls, there is nothing to store, and it only reads the directive,
+//!    with `Acquire`; the partner is the `Release` in `instruct`.
+//! 3. *That read misses no wake-up.* The stored waker belongs to the polling task, and `instruct`
+//!    changes the directive before it wakes. A wake-up before the poll orders the new directive
+//!    before it; a wake-up during the poll causes another poll.
+//! 4. *`waits` and `wrote` are `Relaxed`.* In `waits` each poller reads only the bits that it wrote
+//!    itself, or sees that its waker was taken, which is followed by a wake-up as well. `wrote` is
+//!    only read by the task that writes or drops the connection.
+//! 5. *The last stream that ends wakes the owner.* The owner stores its waker under the lock, and
+//!    then loads the number of streams. The last stream subtracts itself, and then copies the waker
+//!    under the lock. If the waker was stored before, it is woken. Otherwise the lock orders the
+//!    subtraction before the load. `stream_ended` is `AcqRel`, so that the last stream is ordered
+//!    after all others; its partner is the `Acquire` load in `poll_streams_ended`. Models:
+//!    `the_last_stream_is_waited_for`, `the_last_stream_is_waited_for_whenever_the_cut_comes`.
 
 use std::{
     mem,
@@ -20,34 +31,34 @@ use std::{
 use crate::sync::AtomicU32;
 use crate::sync::{AtomicBool, AtomicU8, Mutex, Ordering, lock};
 
-/// What a connection is told. It only ever moves forward.
+/// What a connection has to do. Directives only move forward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(crate) enum Directive {
-    /// To go on.
+    /// Go on.
     #[default]
     Stay,
-    /// The service stops. Nothing is to be done, but what passes is noted from now on.
+    /// The service stops. The connection goes on, but what passes is recorded from now on.
     Stopping,
-    /// To leave when its turn in the spread has come.
-    TakeTurns,
-    /// To leave, if the peer can be told so without losing a request: by the GOAWAY of HTTP/2.
+    /// Leave when the connection's slot in the spread has been reached.
+    LeaveInSlot,
+    /// Leave, if the peer can be informed without losing a request: by the GOAWAY of HTTP/2.
     Leave,
-    /// To close when the last response is out, and at once where there is none to wait for.
+    /// Close when the last response is out, or at once if there is none to wait for.
     Close,
-    /// To close now where nothing is in flight and the peer says nothing.
+    /// Close now if nothing is in flight and the peer is silent.
     Expire,
-    /// To close now.
+    /// Close now.
     Cut,
 }
 
 impl Directive {
     #[inline]
-    const fn of(told: u8) -> Self {
-        match told {
+    const fn of(byte: u8) -> Self {
+        match byte {
             0 => Self::Stay,
             1 => Self::Stopping,
-            2 => Self::TakeTurns,
+            2 => Self::LeaveInSlot,
             3 => Self::Leave,
             4 => Self::Close,
             5 => Self::Expire,
@@ -56,8 +67,8 @@ impl Directive {
     }
 }
 
-/// Who waits: for reading and for writing, which may happen in two tasks; for being told; and for
-/// the tasks beside to end.
+/// What a task waits for: reading and writing, which may happen in two tasks; directives (the owner
+/// of the connection); and the end of the tasks that run beside the connection (streams).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WakerSlot {
     Read,
@@ -71,7 +82,7 @@ impl WakerSlot {
         1 << self as u8
     }
 
-    /// Its own, and that of the other waiter that is polled by the same.
+    /// The bits of both slots that the same poller uses.
     const fn bits_of_poller(self) -> u8 {
         match self {
             Self::Read | Self::Write => Self::Read.bit() | Self::Write.bit(),
@@ -83,31 +94,31 @@ impl WakerSlot {
 /// One for each [`WakerSlot`].
 type Each<T> = [T; 4];
 
-fn only(waiter: WakerSlot) -> Each<bool> {
+fn only(slot: WakerSlot) -> Each<bool> {
     let mut each = [false; 4];
-    each[waiter as usize] = true;
+    each[slot as usize] = true;
     each
 }
 
 #[derive(Debug)]
 pub(crate) struct ConnectionState {
-    /// A [`Directive`]. It changes under the lock of the wakers.
-    told: AtomicU8,
-    /// Something has been written, or tried to be.
+    /// A [`Directive`]. Changes under the lock of the wakers.
+    directive: AtomicU8,
+    /// The task has written or tried to write.
     wrote: AtomicBool,
-    /// The waiters whose poller's [`RegisteredWaker`] waker is the one that is stored for them. It changes
-    /// under the lock of the wakers, and each poller looks only for himself.
+    /// The slots whose stored waker is the one in their poller's [`RegisteredWaker`]. Changes under
+    /// the lock of the wakers. Each poller reads only its own bits.
     waits: AtomicU8,
-    /// Tasks that run beside the connection's own.
+    /// The number of tasks that run beside the connection's own task.
     #[cfg(all(feature = "axum", feature = "signal"))]
     streams: AtomicU32,
     wakers: Mutex<Wakers>,
 }
 
 impl ConnectionState {
-    pub(crate) fn new(told: Directive) -> Self {
+    pub(crate) fn new(directive: Directive) -> Self {
         Self {
-            told: AtomicU8::new(told as u8),
+            directive: AtomicU8::new(directive as u8),
             wrote: AtomicBool::new(false),
             waits: AtomicU8::new(0),
             #[cfg(all(feature = "axum", feature = "signal"))]
@@ -118,60 +129,61 @@ impl ConnectionState {
 
     #[inline]
     pub(crate) fn directive(&self) -> Directive {
-        // Acquire: partner of the Release in `tell`.
-        Directive::of(self.told.load(Ordering::Acquire))
+        // Acquire: partner of the Release in `instruct`.
+        Directive::of(self.directive.load(Ordering::Acquire))
     }
 
-    /// What has been told. To be called before a poll: when it is told that it is cut, and its
-    /// owner when it is told anything, the task is woken.
+    /// Registers the waker of a task that is about to poll, and returns the current directive. The
+    /// task is woken by `Expire` and `Cut`; the owner is also woken by the directives from
+    /// `LeaveInSlot` on.
     #[inline]
     pub(crate) fn enter(
         &self,
         stored: &mut RegisteredWaker,
-        waiter: WakerSlot,
+        slot: WakerSlot,
         cx: &Context<'_>,
     ) -> Directive {
-        let waits = self.waits.load(Ordering::Relaxed) & waiter.bit() != 0;
+        let waits = self.waits.load(Ordering::Relaxed) & slot.bit() != 0;
         if !waits || !stored.is(cx.waker()) {
-            self.store(stored, waiter, cx.waker());
+            self.store(stored, slot, cx.waker());
         }
         self.directive()
     }
 
     #[cold]
-    fn store(&self, stored: &mut RegisteredWaker, waiter: WakerSlot, waker: &Waker) {
+    fn store(&self, stored: &mut RegisteredWaker, slot: WakerSlot, waker: &Waker) {
         let former = {
             let mut wakers = lock!(self.wakers);
-            let former = wakers.store(waiter, waker);
+            let former = wakers.store(slot, waker);
             let mut waits = self.waits.load(Ordering::Relaxed);
             if !stored.is(waker) {
-                waits &= !waiter.bits_of_poller();
+                waits &= !slot.bits_of_poller();
             }
-            self.waits.store(waits | waiter.bit(), Ordering::Relaxed);
+            self.waits.store(waits | slot.bit(), Ordering::Relaxed);
             former
         };
-        // After the lock, because dropping a waker may run anything.
+        // After the lock is released, because dropping a waker may run any code.
         drop(former);
         if !stored.is(waker) {
             stored.0 = Some(waker.clone());
         }
-        if waiter == WakerSlot::Write && self.directive() < Directive::Cut {
+        if slot == WakerSlot::Write && self.directive() < Directive::Cut {
             self.wrote.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Tells more. Less than has been told already changes nothing.
-    pub(crate) fn instruct(&self, told: Directive) {
+    /// Gives a directive. A directive that is not later than the current one changes nothing.
+    pub(crate) fn instruct(&self, directive: Directive) {
         let woken = {
             let mut wakers = lock!(self.wakers);
-            if self.directive() >= told {
+            if self.directive() >= directive {
                 return;
             }
-            // Release: partner of the Acquire in `told`.
-            self.told.store(told as u8, Ordering::Release);
-            match told {
+            // Release: partner of the Acquire in `directive`.
+            self.directive.store(directive as u8, Ordering::Release);
+            match directive {
                 Directive::Stay | Directive::Stopping => Wakers::None,
-                Directive::TakeTurns | Directive::Leave | Directive::Close => {
+                Directive::LeaveInSlot | Directive::Leave | Directive::Close => {
                     wakers.of(WakerSlot::Owner)
                 }
                 Directive::Expire | Directive::Cut => self.take_all(&mut wakers),
@@ -180,38 +192,40 @@ impl ConnectionState {
         woken.wake();
     }
 
-    /// Wakes the task that reads, to look at what has changed elsewhere.
+    /// Wakes the task that reads, so that it checks what has changed elsewhere.
     #[cfg(feature = "axum")]
     pub(crate) fn wake_reader(&self) {
         let woken = lock!(self.wakers).of(WakerSlot::Read);
         woken.wake();
     }
 
-    /// Wakes every task that waits for the connection, to look again at what it was told.
+    /// Wakes every task that waits for the connection, so that it reads its directive again.
     pub(crate) fn wake_all(&self) {
         let woken = self.take_all(&mut lock!(self.wakers));
         woken.wake();
     }
 
-    /// Whoever has more to wait for is stored again by the poll that the wake-up brings.
+    /// A task that has more to wait for stores its waker again in the poll that the wake-up causes.
     fn take_all(&self, wakers: &mut Wakers) -> Wakers {
         self.waits.store(0, Ordering::Relaxed);
         mem::replace(wakers, Wakers::None)
     }
 
-    /// Nobody waits for it, as if it had just been opened: its next task has not polled it yet.
+    /// Removes all wakers, as if the connection had just been opened: its next task has not polled
+    /// it yet.
     #[cfg(feature = "axum")]
     pub(crate) fn forget_all(&self) {
         let wakers = self.take_all(&mut lock!(self.wakers));
         drop(wakers);
     }
 
-    /// It was cut when something had been written, or tried to be. Asked by whoever writes.
+    /// Whether the connection was cut after something had been written, or tried to be. Called by
+    /// the task that writes or drops the connection.
     pub(crate) fn is_cut_short(&self) -> bool {
         self.directive() == Directive::Cut && self.wrote.load(Ordering::Relaxed)
     }
 
-    /// Nobody has tried to read yet, or was cut before.
+    /// Whether no task has tried to read yet, and the connection was not cut.
     pub(crate) fn is_unread(&self) -> bool {
         let wakers = lock!(self.wakers);
         self.directive() < Directive::Cut && !wakers.have(WakerSlot::Read)
@@ -225,7 +239,8 @@ impl ConnectionState {
     }
 
     pub(crate) fn stream_ended(&self) {
-        // Release: partner of the Acquire in `poll_streams_ended`. Acquire: the last one speaks for all.
+        // Release: partner of the Acquire in `poll_streams_ended`. Acquire: the last stream is
+        // ordered after all others.
         if self.streams.fetch_sub(1, Ordering::AcqRel) == 1 {
             let woken = lock!(self.wakers).of(WakerSlot::Streams);
             woken.wake();
@@ -236,7 +251,7 @@ impl ConnectionState {
         self.streams.load(Ordering::Acquire) > 0
     }
 
-    /// Ready when no task runs beside. When the last one ends, the task is woken.
+    /// Ready when no stream task runs any more. The end of the last one wakes the task.
     pub(crate) fn poll_streams_ended(
         &self,
         stored: &mut RegisteredWaker,
@@ -250,7 +265,8 @@ impl ConnectionState {
         std::task::Poll::Ready(())
     }
 
-    /// The owner is gone. Its task would be kept in memory, as long as an upgraded connection is.
+    /// Removes the wakers of the owner, which is gone. Otherwise an upgraded connection would keep
+    /// the owner's task in memory.
     pub(crate) fn owner_left(&self) {
         let mut wakers = lock!(self.wakers);
         let left = [
@@ -262,8 +278,8 @@ impl ConnectionState {
     }
 }
 
-/// What a poller remembers: his waker that is stored. Whoever reads and writes is one poller, and
-/// the owner another.
+/// The waker that a poller has stored, so that it need not be stored again. The task or tasks that
+/// read and write are one poller, and the owner is another.
 #[derive(Debug, Default)]
 pub(crate) struct RegisteredWaker(Option<Waker>);
 
@@ -275,7 +291,8 @@ impl RegisteredWaker {
     }
 }
 
-/// Mostly it is one task that does all of the waiting, and there may be very many connections.
+/// The stored wakers. Usually one task does all the waiting, and there may be very many
+/// connections, so that case takes no allocation.
 #[derive(Debug)]
 enum Wakers {
     None,
@@ -284,22 +301,22 @@ enum Wakers {
 }
 
 impl Wakers {
-    /// Returns what is to be dropped after the lock, if it is the last of its kind.
-    fn store(&mut self, waiter: WakerSlot, waker: &Waker) -> Option<Waker> {
-        let seat = waiter as usize;
+    /// Stores a waker. Returns a former one, which the caller drops after the lock is released.
+    fn store(&mut self, slot: WakerSlot, waker: &Waker) -> Option<Waker> {
+        let index = slot as usize;
         match self {
-            Self::None => *self = Self::One(waker.clone(), only(waiter)),
-            Self::One(one, waits) if one.will_wake(waker) => waits[seat] = true,
-            Self::One(one, waits) if *waits == only(waiter) => {
+            Self::None => *self = Self::One(waker.clone(), only(slot)),
+            Self::One(one, waits) if one.will_wake(waker) => waits[index] = true,
+            Self::One(one, waits) if *waits == only(slot) => {
                 return Some(mem::replace(one, waker.clone()));
             }
             Self::One(one, waits) => {
                 let mut several = Box::new(waits.map(|waits| waits.then(|| one.clone())));
-                several[seat] = Some(waker.clone());
+                several[index] = Some(waker.clone());
                 *self = Self::Several(several);
             }
             Self::Several(several) => {
-                let former = several[seat].replace(waker.clone());
+                let former = several[index].replace(waker.clone());
                 self.merge();
                 return former;
             }
@@ -307,7 +324,7 @@ impl Wakers {
         None
     }
 
-    /// Where all are wakers of one task again, as after an upgrade, one is enough.
+    /// If all wakers belong to one task again, as after an upgrade, one of them is enough.
     fn merge(&mut self) {
         let Self::Several(several) = self else {
             return;
@@ -322,34 +339,34 @@ impl Wakers {
         }
     }
 
-    fn have(&self, waiter: WakerSlot) -> bool {
+    fn have(&self, slot: WakerSlot) -> bool {
         match self {
             Self::None => false,
-            Self::One(_, waits) => waits[waiter as usize],
-            Self::Several(several) => several[waiter as usize].is_some(),
+            Self::One(_, waits) => waits[slot as usize],
+            Self::Several(several) => several[slot as usize].is_some(),
         }
     }
 
-    /// A copy of those of one.
-    fn of(&self, waiter: WakerSlot) -> Self {
+    /// A copy of the waker in this slot.
+    fn of(&self, slot: WakerSlot) -> Self {
         let waker = match self {
-            Self::One(one, waits) if waits[waiter as usize] => one,
-            Self::Several(several) => match &several[waiter as usize] {
+            Self::One(one, waits) if waits[slot as usize] => one,
+            Self::Several(several) => match &several[slot as usize] {
                 Some(waker) => waker,
                 None => return Self::None,
             },
             Self::None | Self::One(..) => return Self::None,
         };
-        Self::One(waker.clone(), only(waiter))
+        Self::One(waker.clone(), only(slot))
     }
 
-    /// Returns what is to be dropped after the lock.
+    /// Removes the waker in this slot. The caller drops the result after the lock is released.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    fn forget(&mut self, waiter: WakerSlot) -> Self {
+    fn forget(&mut self, slot: WakerSlot) -> Self {
         match self {
             Self::None => Self::None,
             Self::One(_, waits) => {
-                waits[waiter as usize] = false;
+                waits[slot as usize] = false;
                 if waits.contains(&true) {
                     Self::None
                 } else {
@@ -357,11 +374,11 @@ impl Wakers {
                 }
             }
             Self::Several(several) => {
-                let Some(waker) = several[waiter as usize].take() else {
+                let Some(waker) = several[slot as usize].take() else {
                     return Self::None;
                 };
                 self.merge();
-                Self::One(waker, only(waiter))
+                Self::One(waker, only(slot))
             }
         }
     }
@@ -384,14 +401,14 @@ mod models {
     use super::*;
     use crate::sync::wait;
 
-    /// Stored in the first poll, and only looked at in the second. If the wake-up could be lost,
-    /// loom would find the execution that never ends.
+    /// The waker is stored in the first poll; the second only reads the directive. If the wake-up
+    /// could be lost, loom would find an execution that never ends.
     #[test]
-    fn whoever_polls_finds_the_cut_or_is_found_by_it() {
+    fn a_poll_sees_the_cut_or_is_woken_by_it() {
         model(|| {
             let state = Arc::new(ConnectionState::new(Directive::Stay));
-            let telling = Arc::clone(&state);
-            let teller = thread::spawn(move || telling.instruct(Directive::Cut));
+            let instructing = Arc::clone(&state);
+            let instructor = thread::spawn(move || instructing.instruct(Directive::Cut));
             let mut stored = RegisteredWaker::default();
             wait(|cx| {
                 let first = state.enter(&mut stored, WakerSlot::Read, cx);
@@ -402,26 +419,27 @@ mod models {
                 }
                 Poll::Pending
             });
-            teller.join().unwrap();
+            instructor.join().unwrap();
         });
     }
 
-    /// As after an upgrade, when the connection's next task polls it while it is cut.
+    /// The connection changes to another task, as after an upgrade, and that task polls it while it
+    /// is cut.
     #[test]
-    fn a_poll_by_another_task_is_not_lost_either() {
+    fn a_poll_by_another_task_is_not_lost() {
         model(|| {
             let state = Arc::new(ConnectionState::new(Directive::Stay));
             let mut stored = RegisteredWaker::default();
             let noop = &Context::from_waker(Waker::noop());
             state.enter(&mut stored, WakerSlot::Read, noop);
             state.enter(&mut stored, WakerSlot::Write, noop);
-            let telling = Arc::clone(&state);
-            let teller = thread::spawn(move || telling.instruct(Directive::Cut));
+            let instructing = Arc::clone(&state);
+            let instructor = thread::spawn(move || instructing.instruct(Directive::Cut));
             wait(|cx| match state.enter(&mut stored, WakerSlot::Write, cx) {
                 Directive::Cut => Poll::Ready(()),
                 _ => Poll::Pending,
             });
-            teller.join().unwrap();
+            instructor.join().unwrap();
         });
     }
 
@@ -446,13 +464,13 @@ mod models {
             let state = Arc::new(ConnectionState::new(Directive::Stay));
             state.stream_began();
             let other = Arc::clone(&state);
-            let teller = thread::spawn(move || {
+            let instructor = thread::spawn(move || {
                 other.instruct(Directive::Cut);
                 other.stream_ended();
             });
             let mut stored = RegisteredWaker::default();
             wait(|cx| state.poll_streams_ended(&mut stored, cx));
-            teller.join().unwrap();
+            instructor.join().unwrap();
         });
     }
 }
@@ -483,15 +501,15 @@ mod tests {
             self.0.swap(0, Relaxed)
         }
 
-        /// What it is told when it polls.
+        /// Polls the connection as this task, and returns the directive.
         fn enters(
             self: &Arc<Self>,
             state: &ConnectionState,
             stored: &mut RegisteredWaker,
-            waiter: WakerSlot,
+            slot: WakerSlot,
         ) -> Directive {
             let waker = Waker::from(Arc::clone(self));
-            state.enter(stored, waiter, &Context::from_waker(&waker))
+            state.enter(stored, slot, &Context::from_waker(&waker))
         }
     }
 
@@ -503,7 +521,7 @@ mod tests {
             WakerSlot::Owner,
             WakerSlot::Streams,
         ]
-        .map(|waiter| wakers.have(waiter))
+        .map(|slot| wakers.have(slot))
     }
 
     fn is_one(state: &ConnectionState) -> bool {
@@ -511,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_does_all_is_woken_once_by_the_cut() {
+    fn a_task_that_does_all_the_waiting_is_woken_once_by_the_cut() {
         let (state, task) = (
             ConnectionState::new(Directive::Stay),
             Arc::<Task>::default(),
@@ -528,9 +546,9 @@ mod tests {
         }
         assert!(is_one(&state) && !state.is_unread());
         state.instruct(Directive::Leave);
-        state.instruct(Directive::TakeTurns);
+        state.instruct(Directive::LeaveInSlot);
         assert_eq!(task.woken(), 1);
-        // Its waker is still there.
+        // The owner's waker is still stored.
         assert_eq!(
             task.enters(&state, &mut owner, WakerSlot::Owner),
             Directive::Leave
@@ -551,8 +569,8 @@ mod tests {
     fn only_the_owner_is_woken_for_less_than_the_cut() {
         let state = ConnectionState::new(Directive::Stay);
         let [reader, writer, owner] = [(); 3].map(|()| Arc::<Task>::default());
-        let (mut io, mut told) = <(RegisteredWaker, RegisteredWaker)>::default();
-        owner.enters(&state, &mut told, WakerSlot::Owner);
+        let (mut io, mut registered) = <(RegisteredWaker, RegisteredWaker)>::default();
+        owner.enters(&state, &mut registered, WakerSlot::Owner);
         for _ in 0..2 {
             reader.enters(&state, &mut io, WakerSlot::Read);
             writer.enters(&state, &mut io, WakerSlot::Write);
@@ -566,7 +584,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_was_cut_before_he_wrote_was_not_cut_short() {
+    fn a_connection_cut_before_its_first_write_is_not_cut_short() {
         let (state, task) = (
             ConnectionState::new(Directive::Stay),
             Arc::<Task>::default(),
@@ -581,7 +599,7 @@ mod tests {
         assert!(!state.is_cut_short());
     }
 
-    /// The cut takes all wakers, but whoever waits for streams is not done with it.
+    /// The cut takes all wakers, but a task that waits for streams still waits afterwards.
     #[cfg(all(feature = "axum", feature = "signal"))]
     #[test]
     fn the_last_stream_wakes_after_the_cut_too() {
@@ -601,20 +619,21 @@ mod tests {
         assert!(state.poll_streams_ended(&mut stored, cx).is_ready());
     }
 
-    /// Every way in which two tasks may take turns, against a table of who polled last as what.
+    /// All sequences in which two tasks may poll for reading and writing, compared with a table of
+    /// the task that polled last for each.
     #[test]
-    fn the_cut_wakes_whoever_polled_last_as_anything() {
-        const TURNS: u32 = 6;
-        for turns in 0..4_u32.pow(TURNS) {
+    fn the_cut_wakes_the_last_poller_of_each_slot() {
+        const POLLS: u32 = 6;
+        for sequence in 0..4_u32.pow(POLLS) {
             let state = ConnectionState::new(Directive::Stay);
             let tasks = [(); 2].map(|()| Arc::<Task>::default());
             let mut io = RegisteredWaker::default();
             let mut last = [None; 2];
-            for turn in 0..TURNS {
-                let [who, what] = [1, 2].map(|bit| (turns >> (2 * turn)) as usize & bit);
-                let waiter = [WakerSlot::Read, WakerSlot::Write][what >> 1];
-                tasks[who].enters(&state, &mut io, waiter);
-                last[what >> 1] = Some(who);
+            for poll in 0..POLLS {
+                let [index, kind] = [1, 2].map(|bit| (sequence >> (2 * poll)) as usize & bit);
+                let slot = [WakerSlot::Read, WakerSlot::Write][kind >> 1];
+                tasks[index].enters(&state, &mut io, slot);
+                last[kind >> 1] = Some(index);
                 assert_eq!(
                     holds(&state),
                     [last[0].is_some(), last[1].is_some(), false, false]
@@ -623,16 +642,16 @@ mod tests {
                 assert_eq!(is_one(&state), one);
             }
             state.instruct(Directive::Cut);
-            for (who, task) in tasks.iter().enumerate() {
-                let expected = usize::from(last.contains(&Some(who)));
-                assert_eq!(task.woken(), expected, "{who} in {turns:#b}");
+            for (index, task) in tasks.iter().enumerate() {
+                let expected = usize::from(last.contains(&Some(index)));
+                assert_eq!(task.woken(), expected, "task {index} in {sequence:#b}");
             }
         }
     }
 
     #[cfg(all(feature = "axum", feature = "signal"))]
     #[test]
-    fn whoever_has_left_is_not_kept() {
+    fn the_wakers_of_an_owner_that_is_gone_are_dropped() {
         let state = ConnectionState::new(Directive::Stay);
         let [served, upgraded] = [(); 2].map(|()| Arc::<Task>::default());
         let (mut io, mut owner) = <(RegisteredWaker, RegisteredWaker)>::default();

@@ -1,22 +1,26 @@
-//! The connections that are open, and the telling of them: to leave, to close, and in the end that
-//! they are cut.
+//! The table of open connections, and the directives given to all of them.
 //!
-//! A connection has a [`ConnectionEntry`]: what is known of it, and its [`ConnectionState`]. The cut tells every
-//! connection and wakes whoever waits for it, so that the next poll, which fails, comes at once.
+//! Each connection has a [`ConnectionEntry`]: what is known about it, and its [`ConnectionState`].
+//! The cut instructs every connection and wakes the tasks that wait for it, so that the next poll,
+//! which fails, comes at once.
 //!
-//! Each connection has wakers of its own. One notification shared by all of them would make ten
+//! Each connection has its own wakers. A single notification shared by all of them would make ten
 //! thousand tasks queue for one lock at the moment of the cut.
 //!
-//! 1. *The end of the last connection is not missed.* [`remove`](ConnectionTable::remove) removes it under the
-//!    lock, and then reads the phase. The timeline advances the phase, and then counts the connections
-//!    under the lock. If the removal comes first, the count is zero. If the count comes first, the
-//!    lock orders the advance before the reading of the phase, so that the timeline is rung for.
-//! 2. *A connection that comes while the others are told is told too.* Under the lock
-//!    [`instruct`](ConnectionTable::instruct) notes what is told and copies the list. A connection is entered before
-//!    that, and is in the list, or after it, and is told when it is entered.
+//! 1. *The end of the last connection is not missed.* [`remove`](ConnectionTable::remove) removes
+//!    the connection under the lock and then reads the phase. The timeline advances the phase and
+//!    then counts the connections under the lock. If the removal comes first, the count is zero. If
+//!    the count comes first, the lock orders the advance before the reading of the phase, so
+//!    `remove` sees the phase and the caller wakes the driver. Model:
+//!    `the_end_of_the_last_connection_is_seen_or_wakes_the_driver`.
+//! 2. *A connection that comes while the others are instructed is instructed too.* Under the lock,
+//!    [`instruct`](ConnectionTable::instruct) stores the directive and copies the list. A
+//!    connection is inserted before that and is in the list, or after it and gets the directive
+//!    when it is inserted. Model:
+//!    `a_connection_that_comes_while_others_are_instructed_is_instructed_too`.
 //!
-//! `models` holds both, and fails where the phase is read before the removal, and where the list is
-//! copied before what is told is noted.
+//! The models fail if the phase is read before the removal, and if the list is copied before the
+//! directive is stored.
 
 use std::{cmp::Reverse, collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -33,35 +37,35 @@ use crate::{
     sync::{AtomicU8, AtomicU16, AtomicU32, Mutex, Ordering, lock},
 };
 
-/// Each connection keeps its owner `O` alive.
+/// Each entry keeps its owner `O` alive.
 pub(crate) struct ConnectionTable<O> {
     open: Mutex<Open<O>>,
 }
 
 struct Open<O> {
-    /// Each knows its seat, which changes when another one leaves.
-    lines: Vec<Arc<ConnectionEntry<O>>>,
-    /// The peers of lines that have the flag [`RENAMED`], by the address of the line.
+    /// Each entry knows its index here, which changes when another entry is removed.
+    connections: Vec<Arc<ConnectionEntry<O>>>,
+    /// The peers of entries that have the flag [`RENAMED`], by [`number`](ConnectionEntry::number).
     renamed: HashMap<usize, SocketAddr>,
     listeners: Listeners,
     /// When the first connection was opened.
     first: Option<Instant>,
-    /// Connections so far.
+    /// The number of connections so far.
     entered: u64,
-    /// When the last one was opened that is [`WATCHED`], in nanoseconds after the first one.
+    /// When the last [`WATCHED`] connection was opened, in nanoseconds after the first connection.
     watched: u64,
     /// Requests that were dropped because their clients had closed their writing side.
     half_closed: usize,
-    /// What everybody has been told.
-    told: Directive,
+    /// The latest directive to all connections.
+    directive: Directive,
 }
 
-/// Listeners that accept.
+/// Listeners that accept connections.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Listeners {
     /// Those that are open now.
     pub(crate) open: usize,
-    /// There have been so many.
+    /// The number of listeners so far, including closed ones.
     pub(crate) so_far: usize,
 }
 
@@ -69,14 +73,14 @@ impl<O> Default for ConnectionTable<O> {
     fn default() -> Self {
         Self {
             open: Mutex::new(Open {
-                lines: Vec::new(),
+                connections: Vec::new(),
                 renamed: HashMap::new(),
                 listeners: Listeners::default(),
                 first: None,
                 entered: 0,
                 watched: 0,
                 half_closed: 0,
-                told: Directive::default(),
+                directive: Directive::default(),
             }),
         }
     }
@@ -99,23 +103,26 @@ impl<O> ConnectionTable<O> {
         lock!(self.open).listeners.open -= 1;
     }
 
-    /// Whether a connection was entered, or while the service stops was read from, since this was
-    /// last asked.
-    pub(crate) fn take_stirred(&self) -> bool {
+    /// Whether, since the last call, a connection was inserted, or read from while the service
+    /// stops.
+    pub(crate) fn take_activity(&self) -> bool {
         let open = lock!(self.open);
-        // Of each, because each is to be asked anew.
-        let stirred = open.lines.iter().filter(|line| line.flags.take(STIRRED));
-        stirred.count() > 0
+        // `count` and not `any`, because the flag of each entry must be cleared.
+        let active = open
+            .connections
+            .iter()
+            .filter(|entry| entry.flags.take(ACTIVE));
+        active.count() > 0
     }
 
     pub(crate) fn len(&self) -> usize {
-        lock!(self.open).lines.len()
+        lock!(self.open).connections.len()
     }
 
-    /// There is a connection, or could be.
+    /// Whether there is a connection, or a listener that may accept one.
     pub(crate) fn has_any(&self) -> bool {
         let open = lock!(self.open);
-        open.listeners.open > 0 || !open.lines.is_empty()
+        open.listeners.open > 0 || !open.connections.is_empty()
     }
 
     /// Counts a request that was dropped because its client had closed its writing side before there
@@ -125,48 +132,48 @@ impl<O> ConnectionTable<O> {
         lock!(self.open).half_closed += 1;
     }
 
-    /// How many of these there were.
+    /// The number of these requests.
     pub(crate) fn count_half_closed(&self) -> usize {
         lock!(self.open).half_closed
     }
 
-    /// Whether there is a connection that nobody has tried to read yet.
+    /// Whether there is a connection that no task has tried to read yet.
     pub(crate) fn has_unread(&self) -> bool {
         let open = lock!(self.open);
-        open.lines.iter().any(|line| line.state.is_unread())
+        open.connections.iter().any(|entry| entry.state.is_unread())
     }
 
-    /// Whether a handshake runs whose peer has sent something.
+    /// Whether a handshake is running whose peer has sent something.
     pub(crate) fn has_handshakes(&self) -> bool {
         let open = lock!(self.open);
-        let mut lines = open.lines.iter();
-        lines.any(|line| line.flags.has(HANDSHAKE) && line.sniffer.has_read())
+        let mut connections = open.connections.iter();
+        connections.any(|entry| entry.flags.has(HANDSHAKE) && entry.sniffer.has_read())
     }
 
-    /// Replaces the address of the peer, which is another one behind a proxy.
-    pub(crate) fn rename(&self, line: &Arc<ConnectionEntry<O>>, peer: SocketAddr) {
+    /// Replaces the address of the peer, for a connection behind a proxy.
+    pub(crate) fn rename(&self, entry: &Arc<ConnectionEntry<O>>, peer: SocketAddr) {
         let mut open = lock!(self.open);
-        open.renamed.insert(line.number(), peer);
-        line.flags.set(RENAMED);
+        open.renamed.insert(entry.number(), peer);
+        entry.flags.set(RENAMED);
     }
 
-    pub(crate) fn peer(&self, line: &ConnectionEntry<O>) -> Option<SocketAddr> {
-        if line.flags.has(RENAMED) {
-            return lock!(self.open).renamed.get(&line.number()).copied();
+    pub(crate) fn peer(&self, entry: &ConnectionEntry<O>) -> Option<SocketAddr> {
+        if entry.flags.has(RENAMED) {
+            return lock!(self.open).renamed.get(&entry.number()).copied();
         }
-        line.peer
+        entry.peer
     }
 
-    /// Enters a connection, until [`remove`](Self::remove).
+    /// Inserts a connection. The caller removes it with [`remove`](Self::remove).
     pub(crate) fn insert(&self, owner: O, peer: Option<SocketAddr>) -> Arc<ConnectionEntry<O>> {
         let now = Instant::now();
         let mut open = lock!(self.open);
-        // A client that connects while others are asked to leave has a request, and is asked with the
-        // response to it.
-        let told = if open.told >= Directive::Close {
-            open.told
+        // A client that connects while others are asked to leave has a request to send, and is
+        // asked with the response to it.
+        let directive = if open.directive >= Directive::Close {
+            open.directive
         } else {
-            open.told.min(Directive::Stopping)
+            open.directive.min(Directive::Stopping)
         };
         let opened = now.saturating_duration_since(*open.first.get_or_insert(now));
         let opened = u64::try_from(opened.as_nanos()).unwrap_or(u64::MAX);
@@ -174,54 +181,54 @@ impl<O> ConnectionTable<O> {
         if watched {
             open.watched = opened;
         }
-        let seat = u32::try_from(open.lines.len()).expect("files are counted in 32 bits");
-        let line = Arc::new(ConnectionEntry {
+        let index = u32::try_from(open.connections.len()).expect("files are counted in 32 bits");
+        let entry = Arc::new(ConnectionEntry {
             owner,
             peer,
             opened,
-            seat: AtomicU32::new(seat),
+            index: AtomicU32::new(index),
             place: Place::nth(open.entered),
             sniffer: Sniffer::default(),
-            flags: Flags::new(STIRRED | LOOKED_AT | if watched { WATCHED } else { 0 }),
+            flags: Flags::new(ACTIVE | LOOKED_AT | if watched { WATCHED } else { 0 }),
             entries: AtomicU8::new(1),
             undelivered: AtomicU32::new(0),
-            state: ConnectionState::new(told),
+            state: ConnectionState::new(directive),
         });
-        open.lines.push(Arc::clone(&line));
+        open.connections.push(Arc::clone(&entry));
         open.entered += 1;
-        line
+        entry
     }
 
-    /// Strikes out a connection. Says whether the service may have waited for it: it was the last one,
-    /// and connections are being closed. The phase is read after the removal: point 1 of the module
-    /// header.
-    pub(crate) fn remove(&self, line: &ConnectionEntry<O>, phase: impl FnOnce() -> Phase) -> bool {
+    /// Removes a connection. Returns true if the service may be waiting for it: it was the last
+    /// one, and connections are being closed. The phase is read after the removal: point 1 of the
+    /// module header.
+    pub(crate) fn remove(&self, entry: &ConnectionEntry<O>, phase: impl FnOnce() -> Phase) -> bool {
         let mut open = lock!(self.open);
-        let seat = line.seat.load(Ordering::Relaxed);
-        let line = open.lines.swap_remove(seat as usize);
-        if line.flags.has(RENAMED) {
-            open.renamed.remove(&line.number());
+        let index = entry.index.load(Ordering::Relaxed);
+        let entry = open.connections.swap_remove(index as usize);
+        if entry.flags.has(RENAMED) {
+            open.renamed.remove(&entry.number());
         }
-        if let Some(moved) = open.lines.get(seat as usize) {
-            moved.seat.store(seat, Ordering::Relaxed);
+        if let Some(moved) = open.connections.get(index as usize) {
+            moved.index.store(index, Ordering::Relaxed);
         }
-        let left = open.lines.len();
+        let left = open.connections.len();
         drop(open);
-        drop(line);
+        drop(entry);
         left == 0 && phase() == Phase::Closing
     }
 
-    /// The connections that are open at the cut, the oldest first. What becomes of each is known
-    /// when it has been closed.
+    /// The connections that are open at the cut, oldest first. The other values of each are final
+    /// only after it has been closed.
     pub(crate) fn list(&self, now: Instant) -> Vec<Left<O>> {
         let mut list: Vec<_> = {
             let open = lock!(self.open);
             let first = now.saturating_duration_since(open.first.unwrap_or(now));
-            let lines = open.lines.iter().cloned();
-            let left = lines.map(|line| Left {
-                age: first.saturating_sub(Duration::from_nanos(line.opened)),
-                peer: open.renamed.get(&line.number()).copied().or(line.peer),
-                line,
+            let connections = open.connections.iter().cloned();
+            let left = connections.map(|entry| Left {
+                age: first.saturating_sub(Duration::from_nanos(entry.opened)),
+                peer: open.renamed.get(&entry.number()).copied().or(entry.peer),
+                entry,
             });
             left.collect()
         };
@@ -229,43 +236,45 @@ impl<O> ConnectionTable<O> {
         list
     }
 
-    /// Has every connection look again at what it was told.
+    /// Makes every connection read its directive again.
     pub(crate) fn wake_all(&self) {
-        let lines = lock!(self.open).lines.clone();
-        for line in lines {
-            line.state.wake_all();
+        let connections = lock!(self.open).connections.clone();
+        for entry in connections {
+            entry.state.wake_all();
         }
     }
 
-    /// Whether everybody who was there has been told to leave.
+    /// Whether all connections that were open have been asked to leave.
     #[cfg(all(feature = "axum", feature = "signal"))]
     pub(crate) fn asks_all(&self) -> bool {
-        lock!(self.open).told >= Directive::Leave
+        lock!(self.open).directive >= Directive::Leave
     }
 
-    /// The connections that are open, and were already at this instant.
+    /// The open connections that were already open at this instant.
     #[cfg(feature = "axum")]
     pub(crate) fn opened_before(&self, instant: Instant) -> Vec<Arc<ConnectionEntry<O>>> {
         let open = lock!(self.open);
         let first = open.first.unwrap_or(instant);
-        let lines = open.lines.iter();
-        let before =
-            |line: &&Arc<ConnectionEntry<O>>| first + Duration::from_nanos(line.opened) <= instant;
-        lines.filter(before).cloned().collect()
+        let connections = open.connections.iter();
+        let before = |entry: &&Arc<ConnectionEntry<O>>| {
+            first + Duration::from_nanos(entry.opened) <= instant
+        };
+        connections.filter(before).cloned().collect()
     }
 
-    /// Tells every connection: those that are open, and if it is to close, those that come.
-    pub(crate) fn instruct(&self, told: Directive) {
-        let lines = {
+    /// Instructs every open connection. A connection that is inserted later gets the directive too
+    /// if it is `Close` or later, and `Stopping` otherwise.
+    pub(crate) fn instruct(&self, directive: Directive) {
+        let connections = {
             let mut open = lock!(self.open);
-            if open.told >= told {
+            if open.directive >= directive {
                 return;
             }
-            open.told = told;
-            open.lines.clone()
+            open.directive = directive;
+            open.connections.clone()
         };
-        for line in lines {
-            line.state.instruct(told);
+        for entry in connections {
+            entry.state.instruct(directive);
         }
     }
 }
@@ -278,21 +287,22 @@ impl<O> fmt::Debug for ConnectionTable<O> {
     }
 }
 
-/// One connection: what it is told, and what is known of it. All in one place, and small, because
-/// there may be very many.
+/// One connection. All its data is in one small allocation, because there may be very many
+/// connections.
 pub(crate) struct ConnectionEntry<O> {
     pub(crate) owner: O,
     peer: Option<SocketAddr>,
-    /// Nanoseconds after the first one.
+    /// When it was opened, in nanoseconds after the first connection.
     opened: u64,
-    /// Where it is in the table. Changes under the table's lock.
-    seat: AtomicU32,
+    /// The index in the table. Changes under the table's lock.
+    index: AtomicU32,
     #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
     pub(crate) place: Place,
     pub(crate) sniffer: Sniffer,
     pub(crate) flags: Flags,
-    /// How many entries are to be dropped before it is removed. `Relaxed` when one is added, by one that
-    /// is there; `AcqRel` when one is dropped, so that the last one speaks for all.
+    /// The number of guards that must be dropped before the connection is removed. `Relaxed` when a
+    /// guard is added, because another guard exists; `AcqRel` when one is dropped, so that the last
+    /// drop is ordered after all others.
     pub(crate) entries: AtomicU8,
     /// Bytes that the peer had not acknowledged when the connection was cut.
     pub(crate) undelivered: AtomicU32,
@@ -306,34 +316,34 @@ impl<O> ConnectionEntry<O> {
     }
 }
 
-/// What knows how many pieces of responses its servers hold.
+/// An owner that knows how many pieces of responses its servers hold.
 pub(crate) trait Pieces {
     fn pieces(&self) -> usize;
 }
 
 impl<O> ConnectionEntry<O> {
-    /// Notes that something was read while the service stops.
+    /// Records a read while the service stops.
     #[inline]
-    pub(crate) fn read_while_stopping(&self, told: Directive) {
-        if told < Directive::Leave && self.flags.has(STIRRED) {
+    pub(crate) fn read_while_stopping(&self, directive: Directive) {
+        if directive < Directive::Leave && self.flags.has(ACTIVE) {
             return;
         }
-        self.note_read(told);
+        self.note_read(directive);
     }
 
-    fn note_read(&self, told: Directive) {
+    fn note_read(&self, directive: Directive) {
         let asked = if self.is_served() {
             Directive::Leave
         } else {
             Directive::Close
         };
-        let answers = if told >= asked { ANSWERS } else { 0 };
-        self.flags.set(STIRRED | answers);
+        let answers = if directive >= asked { ANSWERS } else { 0 };
+        self.flags.set(ACTIVE | answers);
     }
 
-    /// Whether streams of HTTP/2 may be open, or responses be left in the server, a while after the
-    /// peer was asked to leave. `serve` knows. On other servers the GOAWAY comes with a ping; a peer
-    /// that is there answers it, and then the connection closes with its last stream.
+    /// Whether HTTP/2 streams may be open, or responses may be left in the server, a while after
+    /// the peer was asked to leave. On `serve` this is known. Other servers send the GOAWAY with a
+    /// ping; a live peer answers it, and then the connection closes with its last stream.
     pub(crate) fn may_have_streams(&self) -> bool
     where
         O: Pieces,
@@ -345,45 +355,46 @@ impl<O> ConnectionEntry<O> {
         self.flags.has(ANSWERS) || self.owner.pieces() > 0
     }
 
-    /// `serve` has it, and sends the GOAWAY as soon as the connection is told to leave. Other servers
-    /// send it when they close their connections.
+    /// Whether the connection belongs to `serve`, which sends the GOAWAY as soon as the connection
+    /// is instructed to leave. Other servers send it when they close their connections.
     pub(crate) fn is_served(&self) -> bool {
         self.sniffer.is_listened_to()
     }
 }
 
-/// Something was read since this was last looked at. Kept only while the service stops.
-pub(crate) const STIRRED: u16 = 1;
+/// Something was read since the flag was last cleared. Only set while the service stops, and on
+/// insertion.
+pub(crate) const ACTIVE: u16 = 1;
 /// Something was read since the peer was asked to leave.
 const ANSWERS: u16 = 2;
-/// Its server has let go of it, and it waits for the peer to take the rest.
+/// The server has dropped the IO, and the connection waits for the peer to take the rest.
 pub(crate) const LINGERS: u16 = 4;
 /// A response went out while the service stopped.
 pub(crate) const RESPONDED: u16 = 8;
-/// Some of its requests are looked at, whether the layer sees them.
+/// Some requests of this connection are checked for whether the layer sees them.
 pub(crate) const WATCHED: u16 = 16;
-/// It has asked for an upgrade, and is among those that have.
+/// The connection has asked for an upgrade, and is in the table of upgraded connections.
 pub(crate) const UPGRADES: u16 = 32;
-/// What passes is looked at for requests: where the server is not ours, and as long as they can be told
-/// apart.
+/// The bytes are searched for requests: on a server other than `serve`, and as long as requests can
+/// be told apart.
 pub(crate) const LOOKED_AT: u16 = 64;
-/// A handshake runs on it.
+/// A handshake is running on the connection.
 pub(crate) const HANDSHAKE: u16 = 128;
-/// After a handshake: something was written, or the first head of HTTP/1 is whole.
+/// After a handshake: something was written, or the first HTTP/1 head is complete.
 pub(crate) const BUSY: u16 = 256;
-/// After a handshake: it was upgraded from HTTP/1.
+/// After a handshake: the connection was upgraded from HTTP/1.
 pub(crate) const UPGRADED: u16 = 512;
-/// After a handshake: the last that was read is a request of HTTP/1 without a body.
+/// After a handshake: the last bytes read were an HTTP/1 request without a body.
 pub(crate) const BODILESS: u16 = 1024;
-/// Its peer is in the table of renamed peers.
+/// The peer's address is in the table of renamed peers.
 const RENAMED: u16 = 2048;
 
-/// So many connections are watched, and after them one in so many nanoseconds.
+/// The number of connections that are all watched at first. After them, at most one per
+/// `WATCH_EVERY` nanoseconds is watched.
 const ALL_WATCHED: u64 = 8;
 const WATCH_EVERY: u64 = 20_000_000;
 
-/// What is noted of a connection, one bit each. `Relaxed`: they say nothing about anything else in
-/// memory.
+/// Facts about a connection, one bit each. `Relaxed`: they publish nothing else in memory.
 #[derive(Debug)]
 pub(crate) struct Flags(AtomicU16);
 
@@ -396,14 +407,14 @@ impl Flags {
         self.0.load(Ordering::Relaxed) & flag != 0
     }
 
-    /// Writes only where something changes.
+    /// Writes only if something changes.
     pub(crate) fn set(&self, flags: u16) {
         if self.0.load(Ordering::Relaxed) & flags != flags {
             self.0.fetch_or(flags, Ordering::Relaxed);
         }
     }
 
-    /// Takes a flag back, and says whether it was set.
+    /// Clears a flag, and returns whether it was set.
     pub(crate) fn take(&self, flag: u16) -> bool {
         self.has(flag) && self.0.fetch_and(!flag, Ordering::Relaxed) & flag != 0
     }
@@ -411,24 +422,25 @@ impl Flags {
 
 /// A connection that was open at the cut.
 pub(crate) struct Left<O> {
-    pub(crate) line: Arc<ConnectionEntry<O>>,
+    pub(crate) entry: Arc<ConnectionEntry<O>>,
     peer: Option<SocketAddr>,
     age: Duration,
 }
 
 impl<O> Left<O> {
     pub(crate) fn undelivered(&self) -> u32 {
-        self.line.undelivered.load(Ordering::Relaxed)
+        self.entry.undelivered.load(Ordering::Relaxed)
     }
 
-    /// A response went out on it while the service stopped.
+    /// Whether a response went out on the connection while the service stopped.
     pub(crate) fn responded(&self) -> bool {
-        self.line.flags.has(RESPONDED)
+        self.entry.flags.has(RESPONDED)
     }
 
-    /// Its server had let go of it, so that no request is counted for what it still owed.
+    /// Whether the server had dropped the IO before, so that no request is counted for the bytes
+    /// that the peer had not taken.
     pub(crate) fn lingered(&self) -> bool {
-        self.line.flags.has(LINGERS)
+        self.entry.flags.has(LINGERS)
     }
 
     pub(crate) fn describe(&self) -> CutConnection {
@@ -457,16 +469,16 @@ mod models {
     }
 
     #[test]
-    fn the_end_of_the_last_connection_is_seen_or_rung_for() {
+    fn the_end_of_the_last_connection_is_seen_or_wakes_the_driver() {
         model(|| {
             let gate = connected();
-            let rung = Arc::new(AtomicBool::new(false));
-            let lines = [(); 2].map(|()| gate.insert((), None));
-            let ends = lines.map(|line| {
-                let (gate, rung) = (gate.clone(), Arc::clone(&rung));
+            let woken = Arc::new(AtomicBool::new(false));
+            let connections = [(); 2].map(|()| gate.insert((), None));
+            let ends = connections.map(|entry| {
+                let (gate, woken) = (gate.clone(), Arc::clone(&woken));
                 thread::spawn(move || {
-                    if gate.remove(&line, || gate.phase()) {
-                        rung.store(true, Relaxed);
+                    if gate.remove(&entry, || gate.phase()) {
+                        woken.store(true, Relaxed);
                     }
                 })
             });
@@ -476,26 +488,26 @@ mod models {
                 end.join().unwrap();
             }
             assert!(
-                seen || rung.load(Relaxed),
-                "it is waited for to the deadline"
+                seen || woken.load(Relaxed),
+                "the service waits until the deadline"
             );
             assert_eq!(gate.len(), 0);
         });
     }
 
     #[test]
-    fn a_connection_that_comes_while_others_are_told_is_told_too() {
+    fn a_connection_that_comes_while_others_are_instructed_is_instructed_too() {
         model(|| {
-            let registry = Arc::new(ConnectionTable::default());
-            let there = registry.insert((), None);
-            let comes = {
-                let registry = Arc::clone(&registry);
-                thread::spawn(move || registry.insert((), None))
+            let table = Arc::new(ConnectionTable::default());
+            let first = table.insert((), None);
+            let inserting = {
+                let table = Arc::clone(&table);
+                thread::spawn(move || table.insert((), None))
             };
-            registry.instruct(Directive::Close);
-            let came = comes.join().unwrap();
-            for line in [there, came] {
-                assert_eq!(line.state.directive(), Directive::Close);
+            table.instruct(Directive::Close);
+            let second = inserting.join().unwrap();
+            for entry in [first, second] {
+                assert_eq!(entry.state.directive(), Directive::Close);
             }
         });
     }
@@ -505,9 +517,9 @@ mod models {
 mod tests {
     use super::*;
 
-    /// With the counts of its `Arc` it fills what an allocator has for 128 bytes.
+    /// With the counts of its `Arc`, an entry fills an allocation of 128 bytes.
     #[test]
-    fn a_line_is_small() {
+    fn an_entry_is_small() {
         assert!(
             size_of::<ConnectionEntry<Arc<()>>>() <= 112,
             "{}",

@@ -1,8 +1,9 @@
-//! Connections that were upgraded, with the paths of the requests that asked for it.
+//! The upgraded connections, with the paths of the requests that asked for the upgrade.
 //!
-//! They are kept here and not with each connection, because few are upgraded and there may be very
-//! many. A connection is entered when it asks for the upgrade, and removed when its IO is dropped: what
-//! then waits for the peer to close is no longer the handler's.
+//! They are kept here and not in each connection's entry, because there may be very many
+//! connections and few are upgraded. A connection is added when it asks for the upgrade, and
+//! removed when its IO is dropped: after that the handler no longer uses it, even if the socket
+//! still waits for the peer to close.
 
 use std::{cmp::Reverse, collections::HashMap, net::SocketAddr, sync::Mutex};
 
@@ -21,7 +22,8 @@ struct Entry {
 }
 
 impl Upgraded {
-    /// A request asks for an upgrade. `connection` is a number that no other open connection has.
+    /// Records that a request asks for an upgrade. `connection` is a number that no other open
+    /// connection has.
     #[cold]
     pub(crate) fn asked(&self, connection: usize, path: &str, peer: Option<SocketAddr>) {
         let entry = Entry {
@@ -33,7 +35,7 @@ impl Upgraded {
         lock!(self.0).insert(connection, entry);
     }
 
-    /// The request was granted.
+    /// Records that the upgrade was granted.
     #[cold]
     pub(crate) fn began(&self, connection: usize, peer: Option<SocketAddr>) {
         let mut connections = lock!(self.0);
@@ -52,7 +54,7 @@ impl Upgraded {
         drop(ended);
     }
 
-    /// Those that are open, the oldest first.
+    /// The open upgraded connections, oldest first.
     pub(crate) fn list(&self, now: Instant) -> Vec<UpgradedConnection> {
         let mut list: Vec<_> = {
             let connections = lock!(self.0);

@@ -1,4 +1,4 @@
-//! The stops under way, and when each has to be looked at.
+//! The stops under way, and when each of them has to be checked.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -11,7 +11,7 @@ pub(super) struct Board<S> {
     stops: HashMap<Id, Stop<S>>,
     /// One entry for each stop.
     due: BTreeSet<(Instant, Id)>,
-    rung: Vec<Id>,
+    notified: Vec<Id>,
 }
 
 struct Stop<S> {
@@ -24,13 +24,13 @@ impl<S> Default for Board<S> {
         Self {
             stops: HashMap::new(),
             due: BTreeSet::new(),
-            rung: Vec::new(),
+            notified: Vec::new(),
         }
     }
 }
 
 impl<S: Clone> Board<S> {
-    /// Has a stop looked at at this instant, and no longer at the one named before.
+    /// Schedules the check of a stop at this instant, in place of the instant set before.
     pub(super) fn schedule(&mut self, id: Id, owner: &S, at: Instant) {
         let stop = self.stops.entry(id).or_insert_with(|| Stop {
             owner: owner.clone(),
@@ -41,22 +41,22 @@ impl<S: Clone> Board<S> {
         self.due.insert((at, id));
     }
 
-    /// Ends the looking. The owner is for the caller to drop, after every lock.
+    /// Ends the checks of a stop. The caller drops the owner after all locks are released.
     pub(super) fn end(&mut self, id: Id) -> Option<S> {
         let stop = self.stops.remove(&id)?;
         self.due.remove(&(stop.at, id));
         Some(stop.owner)
     }
 
-    /// Has a stop looked at now.
+    /// Schedules a check of a stop now.
     pub(super) fn notify(&mut self, id: Id) {
-        self.rung.push(id);
+        self.notified.push(id);
     }
 
-    /// Those to be looked at now. Each names a later instant when it has been; one that does not, in
-    /// a panic, is looked at again at `otherwise`.
+    /// The stops to be checked now. The check of each sets a later instant. A stop whose check does
+    /// not, because of a panic, is checked again at `otherwise`.
     pub(super) fn take(&mut self, now: Instant, otherwise: Instant) -> Vec<S> {
-        let mut ids = std::mem::take(&mut self.rung);
+        let mut ids = std::mem::take(&mut self.notified);
         let due = self.due.iter().take_while(|(at, _)| *at <= now);
         ids.extend(due.map(|(_, id)| *id));
         ids.sort_unstable();
@@ -73,7 +73,7 @@ impl<S: Clone> Board<S> {
         owners
     }
 
-    /// When the next one is due.
+    /// When the next check is due.
     pub(super) fn next(&self) -> Option<Instant> {
         self.due.first().map(|(at, _)| *at)
     }
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stop_is_looked_at_when_it_is_due_or_rung_for_and_once_for_both() {
+    fn a_stop_is_checked_when_it_is_due_or_notified_and_once_for_both() {
         let now = Instant::now();
         let in_seconds = |n| now + Duration::from_secs(n);
         let mut board = Board::default();
@@ -106,7 +106,11 @@ mod tests {
         board.notify(2);
         board.notify(3);
         assert_eq!(board.take(in_seconds(2), in_seconds(9)), ["one", "two"]);
-        assert_eq!(board.next(), Some(in_seconds(9)), "neither named another");
+        assert_eq!(
+            board.next(),
+            Some(in_seconds(9)),
+            "neither check has set another instant"
+        );
         board.schedule(1, &"one", in_seconds(3));
         assert_eq!(board.end(2), Some("two"));
         assert_eq!(board.end(2), None);

@@ -1,12 +1,13 @@
-//! Which clock rules a thread.
+//! Which clock applies on a thread: the real clock, or the paused clock of a tokio runtime.
 
 use tokio::time::Instant;
 
-/// Whether tokio's clock is the real one here. It is not inside a runtime whose clock is paused, or
-/// was: `tokio::time::pause` of the feature `test-util`.
+/// Whether tokio's clock is the real clock on this thread. It is not inside a runtime whose clock
+/// is paused or has been paused with `tokio::time::pause` (feature `test-util`).
 ///
-/// A reading of the real clock lies between two others. A paused clock stands still, so that it could
-/// do so twice only if all five readings were the same.
+/// A reading of the real clock lies between two other readings of it. A paused clock stands still,
+/// so it passes the check twice only if it is equal to both the last reading of the first round and
+/// the first reading of the second.
 pub(crate) fn is_real() -> bool {
     (0..2).all(|_| {
         let before = std::time::Instant::now();
@@ -15,7 +16,7 @@ pub(crate) fn is_real() -> bool {
     })
 }
 
-/// The present instant of the real clock, whatever the runtime.
+/// The current instant of the real clock, whatever the runtime.
 pub(crate) fn real_now() -> Instant {
     Instant::from_std(std::time::Instant::now())
 }

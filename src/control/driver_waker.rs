@@ -1,12 +1,16 @@
-//! What is rung when something has changed that a stop under way has to look at.
+//! Wakes the driver of a stop, and the control thread, when something has changed that they have to
+//! check.
 //!
-//! The ring goes to the driver, and where the real clock rules to the control thread. There may be
-//! thousands in one moment, so those that come before the thread has looked are one.
+//! The driver is always notified. The control thread is notified as well while the real clock
+//! applies. There may be thousands of changes in one moment, so all notifications before the
+//! thread's next check are combined into one.
 //!
-//! No ring is lost. A ringer makes its change, and then sets the flag by a read-modify-write. Whoever
-//! finds it unset rings the thread. Whoever finds it set comes before the thread unsets it, by another
-//! read-modify-write, and then looks: each continues the release sequence of the one before, so that
-//! the thread sees the change. `models` fails where the thread looks before it unsets the flag.
+//! *No notification is lost.* A task makes its change and then sets `notified` by a
+//! read-modify-write. If the flag was unset, the task notifies the thread. If it was set, this
+//! happens before the thread unsets it, which it does by another read-modify-write before it
+//! checks. Each read-modify-write is `AcqRel` and continues the release sequence of the one before,
+//! so the thread sees the change. Model: `an_announced_change_is_seen`; it fails if the thread
+//! checks before it unsets the flag.
 
 use std::{
     sync::{
@@ -25,9 +29,9 @@ pub(crate) struct DriverWaker {
     id: Id,
     driver: Notify,
     notify: fn(Id),
-    /// The control thread has this stop.
+    /// The control thread keeps the deadlines of this stop.
     engaged: AtomicBool,
-    rung: AtomicBool,
+    notified: AtomicBool,
 }
 
 impl DriverWaker {
@@ -39,7 +43,7 @@ impl DriverWaker {
             driver: Notify::new(),
             notify,
             engaged: AtomicBool::new(false),
-            rung: AtomicBool::new(false),
+            notified: AtomicBool::new(false),
         }
     }
 
@@ -49,28 +53,28 @@ impl DriverWaker {
 
     pub(crate) fn notify(&self) {
         self.driver.notify_one();
-        // `Acquire` and `AcqRel`: the header.
-        if self.engaged.load(Ordering::Acquire) && !self.rung.swap(true, Ordering::AcqRel) {
+        // Acquire and AcqRel: see the module header.
+        if self.engaged.load(Ordering::Acquire) && !self.notified.swap(true, Ordering::AcqRel) {
             (self.notify)(self.id);
         }
     }
 
-    /// Rings for the driver alone.
+    /// Wakes the driver only.
     pub(crate) fn wake_driver(&self) {
         self.driver.notify_one();
     }
 
-    pub(crate) async fn rung(&self) {
+    pub(crate) async fn notified(&self) {
         self.driver.notified().await;
     }
 
-    /// The control thread is about to look.
+    /// The control thread calls this before it checks the stop.
     pub(crate) fn looks(&self) {
-        self.rung.swap(false, Ordering::AcqRel);
+        self.notified.swap(false, Ordering::AcqRel);
     }
 
-    /// From now on the control thread is rung too, or no longer. Says whether it was. Before anything
-    /// is looked at: whoever changes something later then finds it said.
+    /// Sets whether the control thread is notified too. Returns whether it was before. Called
+    /// before anything is checked, so that a later change finds the flag set.
     pub(crate) fn engage(&self, engaged: bool) -> bool {
         self.engaged.swap(engaged, Ordering::AcqRel)
     }
@@ -98,22 +102,22 @@ mod models {
 
     loom::lazy_static! {
         /// What the control thread waits on.
-        static ref POST: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
+        static ref WOKEN: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
     }
 
-    fn post(_: Id) {
-        *POST.0.lock().unwrap() = true;
-        POST.1.notify_one();
+    fn wake(_: Id) {
+        *WOKEN.0.lock().unwrap() = true;
+        WOKEN.1.notify_one();
     }
 
-    /// The change that is announced is a `Relaxed` store: only the bell orders it.
+    /// The announced change is `Relaxed`: only the notification orders it.
     #[test]
-    fn a_change_that_is_rung_for_is_seen() {
+    fn an_announced_change_is_seen() {
         model(|| {
-            let driver_waker = Arc::new(DriverWaker::new(post));
+            let driver_waker = Arc::new(DriverWaker::new(wake));
             driver_waker.engage(true);
             let change = Arc::new(AtomicUsize::new(0));
-            let ringers: Vec<_> = (0..2)
+            let announcers: Vec<_> = (0..2)
                 .map(|_| {
                     let (driver_waker, change) = (Arc::clone(&driver_waker), Arc::clone(&change));
                     thread::spawn(move || {
@@ -123,16 +127,16 @@ mod models {
                 })
                 .collect();
             while change.load(Ordering::Relaxed) < 2 {
-                let mut posted = POST.0.lock().unwrap();
-                while !*posted {
-                    posted = POST.1.wait(posted).unwrap();
+                let mut woken = WOKEN.0.lock().unwrap();
+                while !*woken {
+                    woken = WOKEN.1.wait(woken).unwrap();
                 }
-                *posted = false;
-                drop(posted);
+                *woken = false;
+                drop(woken);
                 driver_waker.looks();
             }
-            for ringer in ringers {
-                ringer.join().unwrap();
+            for announcer in announcers {
+                announcer.join().unwrap();
             }
         });
     }

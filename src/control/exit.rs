@@ -1,4 +1,4 @@
-//! The end of a process whose grace period is over and whose service has not stopped.
+//! The end of a process whose grace period is over although its service has not stopped.
 
 use std::{
     io::{self, Write},
@@ -9,29 +9,29 @@ use std::{
 
 use signal_hook::low_level;
 
-/// How long standard error may take to accept the last words.
-const LAST_WORDS: Duration = Duration::from_millis(100);
+/// How long writing the message to standard error may take.
+const MESSAGE_TIMEOUT: Duration = Duration::from_millis(100);
 
 const EXIT_CODE: i32 = 1;
 
-/// Ends the process, having written what `describe` returns if standard error takes it. If that is
-/// nothing, there is nothing left to end.
+/// Ends the process, after writing the text that `describe` returns if standard error accepts it in
+/// time. If `describe` returns `None`, everything has ended, and the process goes on.
 pub(crate) fn end(describe: impl Fn() -> Option<String> + Send + 'static) {
-    let (said, lives) = mpsc::channel();
-    // On a thread of its own: standard error may be a pipe that nobody empties.
-    let speaker = thread::Builder::new().spawn(move || {
+    let (send, written) = mpsc::channel();
+    // On a separate thread, because standard error may be a pipe that no process reads.
+    let writer = thread::Builder::new().spawn(move || {
         let text = describe();
-        let something = text.is_some();
+        let is_alive = text.is_some();
         if let Some(text) = text {
             let _ = writeln!(io::stderr(), "{text}");
         }
-        let _ = said.send(something);
+        let _ = send.send(is_alive);
     });
-    let something = match speaker {
-        Ok(_) => lives.recv_timeout(LAST_WORDS),
+    let is_alive = match writer {
+        Ok(_) => written.recv_timeout(MESSAGE_TIMEOUT),
         Err(_) => Err(mpsc::RecvTimeoutError::Timeout),
     };
-    if something != Ok(false) {
+    if is_alive != Ok(false) {
         low_level::exit(EXIT_CODE);
     }
 }

@@ -1,34 +1,40 @@
-//! The control thread: the signals of the process, and the deadlines of the stops under way.
+//! The control thread: it receives the signals of the process, and keeps the deadlines of the stops
+//! under way.
 //!
-//! A runtime hears signals and keeps time with its own threads. A handler that blocks them would delay
-//! a SIGTERM, and every deadline, for as long as it blocks. So there is one thread beside all runtimes
-//! that does both. It is started by the first thing that needs it and ends when nothing does any more:
-//! when no lifecycle listens for signals, no stop is under way, no watchdog watches, and the second is
-//! over in which a signal may still belong to the last stop.
+//! A runtime receives signals and keeps time with its own threads. A handler that blocks them would
+//! delay a SIGTERM, and every deadline, for as long as it blocks. So one plain thread beside all
+//! runtimes does both. The timeline (`shutdown`) schedules its deadlines here and listens for
+//! signals here. The first call that needs the thread starts it. The thread ends when nothing needs
+//! it any more: no lifecycle listens for signals, no stop is under way, no watchdog is active, and
+//! the second has passed in which a signal may still belong to the last stop.
 //!
-//! The thread runs no code but this crate's. What it has to tell (wakers), to log, or to drop last is
-//! run [`aside`](crate::background), so that it blocks and panics there.
+//! The thread runs only this crate's code. Wakers, log subscribers and destructors of user values
+//! run on the threads of [`background`](crate::background), where they may block and panic.
 //!
-//! 1. *Nothing that needs the thread is left without it.* All needs, and whether the thread lives, are
-//!    behind one lock. It leaves in the critical section in which it finds no need; a need that is
-//!    entered later starts another.
-//! 2. *Nothing is overslept.* A need is entered under the lock, and wakes the thread unless it is
-//!    awake. What it waits for is decided in the critical section in which it says that it sleeps.
-//!    Where signals are handled it waits on a socket, which a signal handler may write to, and
-//!    otherwise on a condition variable. The byte that wakes it stays in the socket until it is read.
-//! 3. *The lock is the innermost one.* It is taken under a lifecycle's lock, so nothing of a lifecycle
-//!    is called, cloned into or dropped while it is held.
-//! 4. *A child that was forked has none of it.* A thread belongs to the process that started it. A
-//!    signal handler leaves its signal in memory, where only its own process finds it: the byte that a
-//!    child writes to the parent's socket wakes the parent, and means nothing.
+//! 1. *No need is left without the thread.* All needs, and whether the thread exists, are behind
+//!    one lock. The thread ends in the critical section in which it finds no need. A need that is
+//!    registered later starts another thread. Model: `an_entry_is_never_left_without_a_thread`.
+//! 2. *The thread oversleeps nothing.* A need is registered under the lock, and wakes the thread
+//!    unless it is awake. The thread decides what to wait for in the critical section in which it
+//!    records that it sleeps. Where signals are handled it waits on a socket, because a signal
+//!    handler may write to one; otherwise on a condition variable. The byte that wakes the thread
+//!    stays in the socket until it is read. Models: `the_thread_oversleeps_no_entry_on_the_socket`,
+//!    `the_thread_oversleeps_no_entry_on_the_condition`.
+//! 3. *The lock is the innermost one.* It is taken while the lock of a lifecycle is held. So no
+//!    method of a lifecycle is called, and no lifecycle is dropped, while it is held; only
+//!    references to lifecycles are cloned.
+//! 4. *A forked child inherits nothing.* A thread belongs to the process that started it. A signal
+//!    handler leaves its signal in memory, where only its own process finds it. The byte that a
+//!    child writes to the parent's socket only wakes the parent, which finds no signal.
 //!
-//! The lock and the socket are the operating system's, and no model has them. `rest` has the decisions
-//! that points 1 and 2 are about, and models of them with a lock and a socket of loom's. The models fail
-//! where a wake-up does not write to the socket, where the thread says that it sleeps after it has given
-//! up the lock, and where it leaves after that. `driver_waker` has a model of what is rung for.
+//! The lock and the socket are the operating system's, and loom cannot model them. `rest` contains
+//! the decisions of points 1 and 2, and models of them with loom's lock and a socket made of loom's
+//! parts. The models fail if a wake-up does not write to the socket, if the thread records that it
+//! sleeps after it has released the lock, and if it ends after that. `driver_waker` has its own
+//! argument and model.
 //!
-//! Inside a runtime whose clock is paused tokio's clock rules, and this thread leaves the deadlines to
-//! the driver: see [`clock`].
+//! Inside a runtime whose clock is paused, tokio's clock applies, and this thread leaves the
+//! deadlines to the driver: see [`clock`].
 
 mod board;
 pub(crate) mod clock;
@@ -56,29 +62,31 @@ use crate::{config::plan::instant_after, sync::lock};
 #[cfg(feature = "signal")]
 use crate::{events, report::Trigger};
 
-/// Of a lifecycle.
+/// Identifies a lifecycle.
 pub(crate) type Id = u64;
 
-/// How long after the last stop a signal is taken for one that was meant for it.
+/// How long after the last stop a signal still counts as one that was meant for it.
 #[cfg(feature = "signal")]
 const LATE: Duration = Duration::from_secs(1);
 
-/// The longest sleep: what timeouts of the operating system can say.
+/// The longest sleep. Below the limits of the operating system's timeouts.
 const LONGEST: Duration = Duration::from_secs(3600);
 
-/// When a stop is looked at again that has not said when.
+/// After what time a stop is checked again if its last check has not set a time.
 const OTHERWISE: Duration = Duration::from_millis(250);
 
-/// How often the driver of a stop is woken, where there are few.
+/// How often the driver of a stop is woken, if there are few stops.
 ///
-/// Of the threads of a runtime one at a time waits for timers and sockets. If a task that it runs does
-/// not return, no thread does until another has reason to. To be woken from outside is one.
+/// At any time one thread of a runtime waits for timers and sockets. If it then runs a task that
+/// does not return, no other thread waits for them until there is a reason to. A wake-up from
+/// outside is such a reason.
 const TICK: Duration = Duration::from_millis(50);
 
-/// How many threads may be stuck in wakers before the rest have to wait.
+/// How many threads may be blocked in wakers before other wakers have to wait.
 const MOST_STUCK: usize = 16;
 
-/// What the thread has to do with a lifecycle. None of it may run code that is not this crate's.
+/// What the thread needs from a lifecycle. The methods must not run code that does not belong to
+/// this crate.
 pub(crate) trait Subject: Clone + Send + Sync + 'static {
     #[cfg(feature = "signal")]
     type Weak: Clone + Send + 'static;
@@ -86,53 +94,55 @@ pub(crate) trait Subject: Clone + Send + Sync + 'static {
     #[cfg(feature = "signal")]
     fn upgrade(weak: &Self::Weak) -> Option<Self>;
 
-    /// Takes the steps that are due. Returns what there is to tell of them.
+    /// Takes the steps that are due. Returns the notifications that they require, to be run on
+    /// another thread.
     fn look(&self) -> Option<Box<dyn FnOnce() + Send>>;
 
-    /// Acts upon a signal, and returns as above.
+    /// Handles a signal. Returns notifications as [`look`](Self::look) does.
     #[cfg(feature = "signal")]
     fn hear(&self, signal: Trigger) -> Option<Box<dyn FnOnce() + Send>>;
 
-    /// What there is to say at the end of the grace period, unless everything has ended.
+    /// The message to print when the grace period is over, or `None` if everything has ended.
     #[cfg(all(unix, feature = "signal"))]
     fn describe(&self) -> Option<String>;
 }
 
 pub(crate) struct Control<S: Subject> {
-    // Not the one of `sync`: a socket cannot be modelled.
+    // Not from `sync`: a socket cannot be modelled.
     inner: std::sync::Mutex<Inner<S>>,
     needed: std::sync::Condvar,
-    tellers: Aside,
+    notifiers: Aside,
 }
 
 struct Inner<S: Subject> {
     rest: Rest,
-    /// Until when it sleeps.
+    /// Until when the thread sleeps.
     sleeps_until: Option<Instant>,
     board: Board<S>,
     #[cfg(feature = "signal")]
-    heard: Hearing<S>,
+    hearing: Hearing<S>,
     #[cfg(all(unix, feature = "signal"))]
     watched: Watched<S>,
 }
 
-/// Who is to hear of signals.
+/// The lifecycles that listen for signals.
 #[cfg(feature = "signal")]
 struct Hearing<S: Subject> {
     signals: Option<Signals>,
     listeners: HashMap<Id, S::Weak>,
-    /// The last listener has stopped: until then signals are not given back.
+    /// Set when the last listener has stopped: until then signals are not given back to the
+    /// operating system.
     late_until: Option<Instant>,
 }
 
-/// Whose grace period the process may not outlive.
+/// The lifecycles with a watchdog: the process must not outlive their grace periods.
 #[cfg(all(unix, feature = "signal"))]
 struct Watched<S: Subject> {
     services: HashMap<Id, (Option<Instant>, S::Weak)>,
     due: BTreeSet<(Instant, Id)>,
 }
 
-/// What there is to do.
+/// What the thread has to do now.
 struct Todo<S: Subject> {
     due: Vec<S>,
     #[cfg(feature = "signal")]
@@ -140,7 +150,7 @@ struct Todo<S: Subject> {
     #[cfg(feature = "signal")]
     listeners: Vec<S::Weak>,
     #[cfg(feature = "signal")]
-    joined_during_stop: bool,
+    is_late: bool,
     #[cfg(all(unix, feature = "signal"))]
     overdue: Vec<S::Weak>,
 }
@@ -153,7 +163,7 @@ impl<S: Subject> Control<S> {
                 sleeps_until: None,
                 board: Board::default(),
                 #[cfg(feature = "signal")]
-                heard: Hearing {
+                hearing: Hearing {
                     signals: None,
                     listeners: HashMap::new(),
                     late_until: None,
@@ -165,12 +175,12 @@ impl<S: Subject> Control<S> {
                 },
             }),
             needed: std::sync::Condvar::new(),
-            tellers: Aside::new("graceful-tell", MOST_STUCK),
+            notifiers: Aside::new("graceful-tell", MOST_STUCK),
         }
     }
 
-    /// Has a stop looked at at this instant, and where its driver is to be woken every now and then,
-    /// before that. Without a thread the driver alone keeps the time.
+    /// Schedules a check of a stop at `at`. With `driven`, its driver is also woken at regular
+    /// intervals before that. If the thread cannot be started, the driver alone keeps the time.
     pub(crate) fn schedule(&'static self, id: Id, subject: &S, at: Instant, driven: bool) {
         let mut inner = lock!(self.inner);
         let at = if driven {
@@ -185,12 +195,12 @@ impl<S: Subject> Control<S> {
         let _ = self.need(&mut inner, is_earlier);
     }
 
-    /// A stop is over. What is returned is to be dropped after every lock.
+    /// Ends the checks of a stop. The caller drops the result after all locks are released.
     pub(crate) fn end(&'static self, id: Id) -> Option<S> {
         let mut inner = lock!(self.inner);
         let ended = inner.board.end(id);
         if inner.board.is_empty() {
-            // It may be that it can leave.
+            // The thread may be able to end.
             self.wake(&mut inner);
         }
         ended
@@ -202,28 +212,31 @@ impl<S: Subject> Control<S> {
         self.wake(&mut inner);
     }
 
-    /// Passes signals on to a lifecycle, until it [stops](Self::stopped) or is [gone](Self::forget).
+    /// Passes signals to a lifecycle, until it has [stopped](Self::stopped) or is
+    /// [gone](Self::forget).
     #[cfg(feature = "signal")]
     pub(crate) fn listen(&'static self, id: Id, weak: impl FnOnce() -> S::Weak) -> io::Result<()> {
         let mut inner = lock!(self.inner);
-        if !inner.heard.listeners.contains_key(&id) {
-            match &mut inner.heard.signals {
+        if !inner.hearing.listeners.contains_key(&id) {
+            match &mut inner.hearing.signals {
                 Some(signals) => signals.adopt()?,
                 none => *none = Some(Signals::install(|| self.poke())?),
             }
-            // Before they are kept from what they would do by themselves.
+            // The thread must exist before signals lose their default action.
             self.need(&mut inner, true)?;
-            inner.heard.listeners.insert(id, weak());
-            inner.heard.late_until = None;
+            inner.hearing.listeners.insert(id, weak());
+            inner.hearing.late_until = None;
         }
-        if let Some(signals) = &inner.heard.signals {
+        if let Some(signals) = &inner.hearing.signals {
             signals.keep();
         }
         Ok(())
     }
 
-    /// A service has stopped. Signals go to the others; if there are none, a moment later to the
-    /// operating system. What was given up and has not ended may hold the process, and is still watched.
+    /// Records that a service has stopped. Signals go to the other services from now on; if there
+    /// are none, a moment later to the operating system. If the service has given up work that has
+    /// not ended (`has_ended` is false), that work may block the process, and the watchdog stays
+    /// active.
     #[cfg(feature = "signal")]
     pub(crate) fn stopped(&'static self, id: Id, has_ended: bool) {
         let mut inner = lock!(self.inner);
@@ -233,25 +246,26 @@ impl<S: Subject> Control<S> {
         }
         #[cfg(not(unix))]
         let _ = has_ended;
-        if inner.heard.listeners.remove(&id).is_some() && inner.heard.listeners.is_empty() {
-            inner.heard.late_until = Some(clock::real_now() + LATE);
+        if inner.hearing.listeners.remove(&id).is_some() && inner.hearing.listeners.is_empty() {
+            inner.hearing.late_until = Some(clock::real_now() + LATE);
         }
         self.wake(&mut inner);
     }
 
-    /// A lifecycle is gone.
+    /// Records that a lifecycle was dropped.
     #[cfg(feature = "signal")]
     pub(crate) fn forget(&'static self, id: Id) {
         let mut inner = lock!(self.inner);
         #[cfg(unix)]
         inner.watched.remove(id);
-        if inner.heard.listeners.remove(&id).is_some() {
-            inner.heard.give_back_if_unused();
+        if inner.hearing.listeners.remove(&id).is_some() {
+            inner.hearing.give_back_if_unused();
         }
         self.wake(&mut inner);
     }
 
-    /// Ends the process at the instant that [`watch_until`](Self::watch_until) will name.
+    /// Activates the watchdog, which ends the process at the instant that is passed to
+    /// [`watch_until`](Self::watch_until) later.
     #[cfg(all(unix, feature = "signal"))]
     pub(crate) fn watch(&'static self, id: Id, weak: S::Weak) -> io::Result<()> {
         let mut inner = lock!(self.inner);
@@ -271,31 +285,31 @@ impl<S: Subject> Control<S> {
         }
     }
 
-    /// Runs code that is not this crate's beside the thread.
+    /// Runs code that does not belong to this crate on another thread.
     pub(crate) fn aside(&'static self, job: Box<dyn FnOnce() + Send>) {
-        self.tellers.queue(job);
-        self.tellers.work();
+        self.notifiers.queue(job);
+        self.notifiers.work();
     }
 
-    /// Wakes the thread, if there is a need for it to look.
+    /// Wakes the thread if it sleeps.
     fn wake(&self, inner: &mut Inner<S>) {
         if !inner.rest.wakes() {
             return;
         }
         self.needed.notify_one();
         #[cfg(all(unix, feature = "signal"))]
-        if let Some(signals) = &inner.heard.signals {
+        if let Some(signals) = &inner.hearing.signals {
             signals.poke();
         }
     }
 
-    /// As [`wake`](Self::wake), for who does not hold the lock.
+    /// As [`wake`](Self::wake), for callers that do not hold the lock.
     #[cfg(feature = "signal")]
     fn poke(&self) {
         self.wake(&mut lock!(self.inner));
     }
 
-    /// Starts the thread, unless this process has it, or wakes it.
+    /// Starts the thread unless this process has one. Otherwise wakes it if `wake` is set.
     fn need(&'static self, inner: &mut Inner<S>, wake: bool) -> io::Result<()> {
         let process = process::id();
         if inner.rest.has_thread(process) {
@@ -328,31 +342,32 @@ impl<S: Subject> Control<S> {
                 continue;
             }
             #[cfg(feature = "signal")]
-            if inner.heard.late_until.is_some_and(|until| now >= until) {
-                inner.heard.late_until = None;
-                inner.heard.give_back_if_unused();
-                // One that came a moment earlier is still there.
+            if inner.hearing.late_until.is_some_and(|until| now >= until) {
+                inner.hearing.late_until = None;
+                inner.hearing.give_back_if_unused();
+                // A signal that arrived a moment earlier is still recorded: take it in the next
+                // round.
                 continue;
             }
             if !inner.has_need() {
                 inner.rest.leaves();
                 return;
             }
-            // Those who tell what it has seen may be stuck.
-            let relief = self.tellers.relieve().map(Instant::from_std);
+            // The threads that run notifications may be blocked.
+            let relief = self.notifiers.relieve().map(Instant::from_std);
             inner.sleeps_until = inner.next().into_iter().chain(relief).min();
             inner = self.sleep(inner);
         }
     }
 
-    /// Sleeps until it is woken, or it is time.
+    /// Sleeps until the thread is woken or `sleeps_until` is reached.
     fn sleep<'a>(&'a self, mut inner: MutexGuard<'a, Inner<S>>) -> MutexGuard<'a, Inner<S>> {
         inner.rest.sleeps();
         let left = inner.sleeps_until.map_or(LONGEST, |until| {
             until.saturating_duration_since(Instant::now()).min(LONGEST)
         });
         #[cfg(all(unix, feature = "signal"))]
-        if let Some(signals) = &inner.heard.signals {
+        if let Some(signals) = &inner.hearing.signals {
             let alarm = signals.alarm();
             drop(inner);
             alarm.wait(left);
@@ -363,12 +378,13 @@ impl<S: Subject> Control<S> {
     }
 
     fn act(&'static self, todo: Todo<S>) {
-        // Whoever is the last to hold a lifecycle drops what its user has put in it.
+        // The last reference to a lifecycle drops values that its user has put into it, so the
+        // references are dropped on another thread.
         let mut held = Vec::new();
         for subject in todo.due {
             shielded(|| {
-                if let Some(tell) = subject.look() {
-                    self.aside(tell);
+                if let Some(notify) = subject.look() {
+                    self.aside(notify);
                 }
             });
             held.push(subject);
@@ -377,7 +393,7 @@ impl<S: Subject> Control<S> {
         for signal in todo.signals {
             let listeners: Vec<_> = todo.listeners.iter().filter_map(S::upgrade).collect();
             if listeners.is_empty() {
-                if todo.joined_during_stop {
+                if todo.is_late {
                     events::late_signal(signal);
                 } else {
                     signals::default_action(signal);
@@ -385,8 +401,8 @@ impl<S: Subject> Control<S> {
             }
             for listener in listeners {
                 shielded(|| {
-                    if let Some(tell) = listener.hear(signal) {
-                        self.aside(tell);
+                    if let Some(notify) = listener.hear(signal) {
+                        self.aside(notify);
                     }
                 });
                 held.push(listener);
@@ -405,7 +421,7 @@ impl<S: Subject> Control<S> {
 impl<S: Subject> Inner<S> {
     fn take(&mut self, now: Instant) -> Todo<S> {
         #[cfg(feature = "signal")]
-        let signals = self.heard.signals.as_ref().map(Signals::take);
+        let signals = self.hearing.signals.as_ref().map(Signals::take);
         #[cfg(feature = "signal")]
         let signals = signals.unwrap_or_default();
         Todo {
@@ -414,12 +430,12 @@ impl<S: Subject> Inner<S> {
             listeners: if signals.is_empty() {
                 Vec::new()
             } else {
-                self.heard.listeners.values().cloned().collect()
+                self.hearing.listeners.values().cloned().collect()
             },
             #[cfg(feature = "signal")]
             signals,
             #[cfg(feature = "signal")]
-            joined_during_stop: self.heard.late_until.is_some(),
+            is_late: self.hearing.late_until.is_some(),
             #[cfg(all(unix, feature = "signal"))]
             overdue: self.watched.take(now),
         }
@@ -427,7 +443,7 @@ impl<S: Subject> Inner<S> {
 
     fn has_need(&self) -> bool {
         #[cfg(feature = "signal")]
-        if !self.heard.listeners.is_empty() || self.heard.late_until.is_some() {
+        if !self.hearing.listeners.is_empty() || self.hearing.late_until.is_some() {
             return true;
         }
         #[cfg(all(unix, feature = "signal"))]
@@ -440,7 +456,7 @@ impl<S: Subject> Inner<S> {
     fn next(&self) -> Option<Instant> {
         let next = self.board.next().into_iter();
         #[cfg(feature = "signal")]
-        let next = next.chain(self.heard.late_until);
+        let next = next.chain(self.hearing.late_until);
         #[cfg(all(unix, feature = "signal"))]
         let next = next.chain(self.watched.due.first().map(|(at, _)| *at));
         next.min()
@@ -449,7 +465,7 @@ impl<S: Subject> Inner<S> {
 
 #[cfg(feature = "signal")]
 impl<S: Subject> Hearing<S> {
-    /// From now on a signal does what it did before anything listened.
+    /// From now on a signal does what it did before this crate listened.
     fn give_back_if_unused(&self) {
         if self.listeners.is_empty() && self.late_until.is_none() {
             if let Some(signals) = &self.signals {

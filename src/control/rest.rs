@@ -1,11 +1,11 @@
-//! Whether there is a control thread, and whether it sleeps. Kept under the lock of the control.
+//! Whether there is a control thread, and whether it sleeps. Protected by the lock of `Control`.
 
 use std::mem;
 
 pub(super) struct Rest {
     /// The process that the thread runs in, if there is a thread.
     thread: Option<u32>,
-    /// The thread looks at everything before it sleeps again.
+    /// The thread checks everything before it sleeps again.
     awake: bool,
 }
 
@@ -17,33 +17,34 @@ impl Rest {
         }
     }
 
-    /// A child that was forked has no thread.
+    /// A forked child has no thread.
     pub(super) fn has_thread(&self, process: u32) -> bool {
         self.thread == Some(process)
     }
 
-    /// The thread has been started, and looks before it sleeps.
+    /// Records that the thread has been started. It checks everything before it sleeps.
     pub(super) fn started(&mut self, process: u32) {
         self.thread = Some(process);
         self.awake = true;
     }
 
-    /// The thread looks at everything now.
+    /// Records that the thread checks everything now.
     pub(super) fn looks(&mut self) {
         self.awake = true;
     }
 
-    /// The thread has found nothing to do. What it waits on is to be chosen under the same lock.
+    /// Records that the thread has found nothing to do and sleeps. The caller chooses what to wait
+    /// on under the same lock.
     pub(super) fn sleeps(&mut self) {
         self.awake = false;
     }
 
-    /// The thread has found nothing that needs it. It looks no more.
+    /// Records that nothing needs the thread, and that it ends without another check.
     pub(super) fn leaves(&mut self) {
         self.thread = None;
     }
 
-    /// The thread is to look. Says whether it sleeps, and so has to be woken.
+    /// Requests a check by the thread. Returns whether the thread sleeps, and so has to be woken.
     #[must_use]
     pub(super) fn wakes(&mut self) -> bool {
         !mem::replace(&mut self.awake, true)
@@ -65,9 +66,9 @@ mod models {
     /// What the thread waits on.
     #[derive(Clone, Copy)]
     enum On {
-        /// The socket, once the lock is free. The byte stays in it until it is read.
+        /// The socket, after the lock is released. The byte stays in it until it is read.
         Socket,
-        /// The condition variable, which frees the lock itself.
+        /// The condition variable, which releases the lock itself.
         Condition,
     }
 
@@ -82,10 +83,10 @@ mod models {
 
     struct Inner {
         rest: Rest,
-        /// What the thread has to look at, and how much it has seen.
+        /// How many entries the thread has to check, and how many it has seen.
         entered: usize,
         seen: usize,
-        /// It has a need of the thread until so much was seen.
+        /// The thread is needed until it has seen this many entries.
         needs: usize,
     }
 
@@ -113,7 +114,7 @@ mod models {
             }
         }
 
-        /// Enters something to look at. Says whether a thread has to be started for it.
+        /// Adds an entry. Returns whether a thread has to be started for it.
         fn enter(&self) -> bool {
             let mut inner = self.inner.lock().unwrap();
             inner.entered += 1;
@@ -131,7 +132,7 @@ mod models {
                 inner.rest.looks();
                 if inner.seen < inner.entered {
                     inner.seen = inner.entered;
-                    // What is found is acted upon without the lock.
+                    // Entries are handled without the lock.
                     drop(inner);
                     inner = self.inner.lock().unwrap();
                     continue;
@@ -160,7 +161,7 @@ mod models {
         }
     }
 
-    /// Enters something, and runs the thread where it is to be started.
+    /// Adds an entry, and runs the thread if it has to be started.
     fn enter(control: &Arc<Control>) -> Option<thread::JoinHandle<()>> {
         control.enter().then(|| {
             let control = Arc::clone(control);
@@ -168,8 +169,9 @@ mod models {
         })
     }
 
-    /// Point 2 of the control's header. What is overslept is a deadlock, which loom reports.
-    fn is_not_overslept(on: On) {
+    /// Point 2 of the header of `control`. If the thread oversleeps an entry, that is a deadlock,
+    /// which loom reports.
+    fn oversleeps_no_entry(on: On) {
         model(move || {
             let control = Control::new(on, 3);
             let runs = enter(&control).expect("there was no thread");
@@ -185,18 +187,18 @@ mod models {
     }
 
     #[test]
-    fn what_is_entered_is_not_overslept_on_the_socket() {
-        is_not_overslept(On::Socket);
+    fn the_thread_oversleeps_no_entry_on_the_socket() {
+        oversleeps_no_entry(On::Socket);
     }
 
     #[test]
-    fn what_is_entered_is_not_overslept_on_the_condition() {
-        is_not_overslept(On::Condition);
+    fn the_thread_oversleeps_no_entry_on_the_condition() {
+        oversleeps_no_entry(On::Condition);
     }
 
-    /// Point 1 of the control's header: the thread leaves whenever it has seen everything.
+    /// Point 1 of the header of `control`. The thread ends whenever it has seen everything.
     #[test]
-    fn what_is_entered_is_never_left_without_a_thread() {
+    fn an_entry_is_never_left_without_a_thread() {
         model(|| {
             let control = Control::new(On::Socket, 0);
             let other = {

@@ -1,9 +1,9 @@
-//! The signals that ask a service to stop, as the operating system delivers them.
+//! The signals that stop a service, as the operating system delivers them.
 //!
-//! A signal handler may do next to nothing: it leaves the signal in a flag, and writes a byte to a
-//! socket that the control thread waits on. Handlers are installed once and for good, because a
-//! process cannot know who has relied on them since. In their place a signal is *given back*: the
-//! handler then does what the operating system would have done.
+//! A signal handler may do very little: it sets a flag, and writes a byte to a socket that the
+//! control thread waits on. Handlers are installed once and never removed, because other code may
+//! have come to rely on them since. Instead, a signal is *given back*: the handler then performs
+//! the default action of the operating system.
 
 #[cfg(unix)]
 use crate::report::Outcome;
@@ -11,24 +11,24 @@ use crate::report::{Report, Trigger};
 
 pub(crate) use self::os::Signals;
 
-/// Does what the signal would have done if nobody had listened.
+/// Performs the default action of the signal.
 pub(crate) fn default_action(trigger: Trigger) {
     os::default_action(trigger);
 }
 
 impl Report {
-    /// Ends the process by the signal that asked for the stop, if it was one and the outcome is
-    /// [`Clean`](crate::Outcome::Clean); as [`exit`](Self::exit) otherwise.
+    /// Ends the process with the signal that triggered the stop, if the trigger was a signal and
+    /// the outcome is [`Clean`](crate::Outcome::Clean). Otherwise does the same as [`exit`](Self::exit).
     ///
-    /// For supervisors that want to see their own signal as the cause of the end: a shell shows
-    /// status 143 for SIGTERM and 130 for SIGINT. A process with the id 1, as in most containers,
-    /// cannot be ended by a signal of its own, and exits with that status instead.
+    /// Use it under supervisors that expect to see their own signal as the cause of the end: a
+    /// shell shows status 143 for SIGTERM and 130 for SIGINT. A process with the id 1, as in most
+    /// containers, cannot end itself with a signal, and exits with that status instead.
     ///
     /// On systems other than unix it is the same as [`exit`](Self::exit).
     pub fn exit_by_signal(self) -> ! {
         #[cfg(unix)]
         if self.outcome == Outcome::Clean {
-            // As `exit` would; a signal does not.
+            // `exit` flushes standard output; a signal does not.
             let _ = std::io::Write::flush(&mut std::io::stdout());
             default_action(self.trigger);
         }
@@ -59,7 +59,8 @@ mod os {
 
     use crate::report::Trigger;
 
-    /// In this order where both have come: SIGINT then ends the delay that SIGTERM began.
+    /// The order in which signals are handled if both have arrived: SIGINT then ends the delay that
+    /// SIGTERM has begun.
     const SIGNALS: [(i32, Trigger); 2] =
         [(SIGTERM, Trigger::Terminate), (SIGINT, Trigger::Interrupt)];
 
@@ -68,7 +69,7 @@ mod os {
             return;
         };
         if is_init() {
-            // The kernel would not deliver it.
+            // The kernel does not deliver it to process 1.
             std::process::exit(128 + signal);
         }
         let _ = emulate_default_handler(signal);
@@ -78,13 +79,13 @@ mod os {
         process::id() == 1
     }
 
-    /// Installed handlers, and the socket through which they wake the control thread.
+    /// The installed handlers, and the socket through which they wake the control thread.
     pub(crate) struct Signals {
-        /// Set while a signal is to do what it does by itself.
+        /// Set while signals have their default action.
         given_back: Arc<AtomicBool>,
-        came: [Arc<AtomicBool>; 2],
+        arrived: [Arc<AtomicBool>; 2],
         socket: Socket,
-        /// Which of the handlers' actions write to the socket.
+        /// The actions of the handlers that write to the socket.
         writing: Vec<SigId>,
         process: u32,
     }
@@ -98,11 +99,11 @@ mod os {
     pub(crate) struct Alarm(Arc<UnixStream>);
 
     impl Signals {
-        /// Installs the handlers, with the signals given back.
+        /// Installs the handlers. The signals are given back at first.
         pub(crate) fn install(_: impl Fn() + Send + 'static) -> io::Result<Self> {
             let mut signals = Self {
                 given_back: Arc::new(AtomicBool::new(true)),
-                came: [(); 2].map(|()| Arc::default()),
+                arrived: [(); 2].map(|()| Arc::default()),
                 socket: Socket::open()?,
                 writing: Vec::new(),
                 process: process::id(),
@@ -118,9 +119,10 @@ mod os {
             Ok(signals)
         }
 
-        /// The actions of a signal are run in this order.
+        /// The actions of a signal run in the order of their registration: first the default action
+        /// if the signal is given back, then the flag, then the socket.
         fn register(&mut self, installed: &mut Vec<SigId>) -> io::Result<()> {
-            for ((signal, _), came) in SIGNALS.into_iter().zip(&self.came) {
+            for ((signal, _), arrived) in SIGNALS.into_iter().zip(&self.arrived) {
                 let given_back = Arc::clone(&self.given_back);
                 let context = |error| explain(&format!("no handler for signal {signal}"), &error);
                 installed.push(
@@ -131,8 +133,8 @@ mod os {
                     }
                     .map_err(context)?,
                 );
-                let came = flag::register(signal, Arc::clone(came));
-                installed.push(came.map_err(context)?);
+                let arrived = flag::register(signal, Arc::clone(arrived));
+                installed.push(arrived.map_err(context)?);
                 let written = self.socket.written.try_clone()?;
                 let writes = pipe::register(signal, written).map_err(context)?;
                 installed.push(writes);
@@ -141,7 +143,7 @@ mod os {
             Ok(())
         }
 
-        /// In a child that was forked: a socket of its own in place of the parent's.
+        /// In a forked child: replaces the parent's socket by a new one.
         pub(crate) fn adopt(&mut self) -> io::Result<()> {
             if self.process == process::id() {
                 return Ok(());
@@ -159,27 +161,28 @@ mod os {
             Ok(())
         }
 
-        /// From now on they are ours.
+        /// From now on signals have no default action.
         pub(crate) fn keep(&self) {
             self.given_back.store(false, SeqCst);
         }
 
-        /// From now on they do what they did before.
+        /// From now on signals have their default action.
         pub(crate) fn give_back(&self) {
             self.given_back.store(true, SeqCst);
         }
 
-        /// Those that have come.
+        /// Takes the signals that have arrived.
         pub(crate) fn take(&self) -> Vec<Trigger> {
-            let came = SIGNALS.iter().zip(&self.came);
-            came.filter(|(_, came)| came.swap(false, SeqCst))
+            let arrived = SIGNALS.iter().zip(&self.arrived);
+            arrived
+                .filter(|(_, arrived)| arrived.swap(false, SeqCst))
                 .map(|((_, trigger), _)| *trigger)
                 .collect()
         }
 
         /// Wakes the thread without a signal.
         pub(crate) fn poke(&self) {
-            // A byte that does not fit finds others there.
+            // If the socket is full, it contains bytes that wake the thread.
             let _ = (&self.socket.written).write(&[0]);
         }
 
@@ -201,15 +204,15 @@ mod os {
     }
 
     impl Alarm {
-        /// Waits for a byte, or this long.
+        /// Waits for a byte, at most for `most`.
         pub(crate) fn wait(&self, most: Duration) {
-            // Zero would mean for ever.
+            // A timeout of zero is an error of `set_read_timeout`.
             let most = most.max(Duration::from_millis(1));
             let set = self.0.set_read_timeout(Some(most));
             let read = set.and_then(|()| (&*self.0).read(&mut [0; 64]));
             match read.map_err(|error| error.kind()) {
                 Ok(1..) | Err(io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                // Never seen: not to be a loop that takes the processor.
+                // Not expected. The pause keeps such an error from turning into a busy loop.
                 Ok(0) | Err(_) => thread::sleep(most.min(Duration::from_millis(10))),
             }
         }
@@ -238,11 +241,11 @@ mod os {
 
     use crate::report::Trigger;
 
-    /// There, what a console event does cannot be had again once it is handled.
+    /// On Windows the default action of a console event cannot be restored once it is handled.
     pub(super) fn default_action(_: Trigger) {}
 
-    /// A thread with a small runtime that waits for console events. Tokio does not give them back, so
-    /// it stays.
+    /// A thread with a small runtime that waits for console events. Tokio cannot give them back, so
+    /// the thread never ends.
     pub(crate) struct Signals {
         terminate: Arc<AtomicBool>,
         interrupt: Arc<AtomicBool>,
@@ -269,7 +272,7 @@ mod os {
             };
             let listening = async move {
                 loop {
-                    let came = tokio::select! {
+                    let arrived = tokio::select! {
                         Some(()) = c.recv() => &interrupt,
                         Some(()) = pause.recv() => &interrupt,
                         Some(()) = close.recv() => &terminate,
@@ -277,7 +280,7 @@ mod os {
                         Some(()) = shutdown.recv() => &terminate,
                         else => return,
                     };
-                    came.store(true, SeqCst);
+                    arrived.store(true, SeqCst);
                     wake();
                 }
             };
@@ -304,7 +307,7 @@ mod os {
                 (&self.interrupt, Trigger::Interrupt),
             ]
             .into_iter()
-            .filter(|(came, _)| came.swap(false, SeqCst))
+            .filter(|(arrived, _)| arrived.swap(false, SeqCst))
             .map(|(_, trigger)| trigger)
             .collect()
         }

@@ -1,4 +1,4 @@
-//! The knobs.
+//! The builder: all settings of a lifecycle.
 
 use std::time::Duration;
 
@@ -13,19 +13,20 @@ use crate::config::{
 };
 
 impl Graceful {
-    /// A lifecycle with a plan of your own. See [`GracefulBuilder`].
+    /// Returns a builder for a lifecycle with settings other than the defaults. See
+    /// [`GracefulBuilder`].
     pub fn builder() -> GracefulBuilder {
         GracefulBuilder::default()
     }
 }
 
-/// Sets up a [`Graceful`]. Made by [`Graceful::builder`] or [`new`](Self::new).
+/// Configures a [`Graceful`]. Made by [`Graceful::builder`] or [`new`](Self::new).
 ///
 /// # The budget
 ///
-/// [`grace_period`](Self::grace_period) is the one number that must agree with whoever would kill
-/// the process: `terminationGracePeriodSeconds` in Kubernetes, `TimeoutStopSec` in systemd. Delay,
-/// drain and cleanup are shares of it, laid end to end from the trigger:
+/// [`grace_period`](Self::grace_period) is the one number that must agree with the environment that
+/// kills the process: `terminationGracePeriodSeconds` in Kubernetes, `TimeoutStopSec` in systemd.
+/// Delay, drain and cleanup are shares of it, laid end to end from the trigger:
 ///
 /// ```text
 /// trigger                                                          SIGKILL
@@ -33,19 +34,19 @@ impl Graceful {
 ///    |------------------------------ grace_period ---------------------------|
 /// ```
 ///
-/// Time that a share does not use is left to the next. What is not set is derived from the grace
-/// period:
+/// Time that a share does not use is added to the next one. Shares that are not set are derived
+/// from the grace period:
 ///
 /// | share | default | of 30 s |
 /// |---|---|---|
 /// | `drain_delay` | a sixth, at most 5 s | 5 s |
-/// | `drain_timeout` | all the rest | 19 s |
-/// | `cleanup_timeout` | a sixth, at most 5 s; less where what you set leaves less | 5 s |
+/// | `drain_timeout` | the rest | 19 s |
+/// | `cleanup_timeout` | a sixth, at most 5 s; less if the shares that you set leave less | 5 s |
 /// | margin | a thirtieth, at most 1 s | 1 s |
 ///
-/// Nothing is planned into the margin, so that the process can report and exit before it is
-/// killed. Shares that fill the grace period to the end are accepted, and their last deadlines
-/// fall on the margin's start. Shares that do not fit are an error:
+/// Nothing is planned into the margin, so that the process can report and exit before it is killed.
+/// Shares that fill the grace period completely are accepted, and their last deadline is the start
+/// of the margin. Shares that do not fit are an error:
 ///
 /// ```
 /// use std::time::Duration;
@@ -76,8 +77,8 @@ impl GracefulBuilder {
         Self::default()
     }
 
-    /// The time from the trigger to the moment the process would be killed. Everything fits inside
-    /// it. Default: 30 s, [Kubernetes' own][k8s]. `Duration::MAX` means no end.
+    /// The time from the trigger to the moment when the process is killed. All shares fit inside
+    /// it. Default: 30 s, as [in Kubernetes][k8s]. `Duration::MAX` means no limit.
     ///
     /// [k8s]: https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#pod-termination
     pub fn grace_period(mut self, duration: Duration) -> Self {
@@ -85,68 +86,73 @@ impl GracefulBuilder {
         self
     }
 
-    /// How long the service goes on serving after SIGTERM or
-    /// [`shutdown`](Graceful::shutdown), so that balancers see the failing readiness and look
-    /// away. Zero starts draining at once.
+    /// How long the service keeps serving after SIGTERM or [`shutdown`](Graceful::shutdown), while
+    /// load balancers see the failing readiness probe and stop sending traffic. Zero starts
+    /// draining at once.
     ///
-    /// Default: 5 s, or a sixth of a grace period below 30 s. Set it to what your balancer needs:
-    /// the probe's interval times the number of failures it waits for, or, in Kubernetes, the time
-    /// an endpoint's removal takes to reach every node.
+    /// Default: 5 s, or a sixth of a grace period below 30 s. Set it to the time that your load
+    /// balancer needs: the interval of its probe times its failure threshold, or, in Kubernetes,
+    /// the time until the removal of an endpoint has reached every node.
     pub fn drain_delay(mut self, duration: Duration) -> Self {
         self.knobs.drain_delay = Some(duration);
         self
     }
 
-    /// The delay when the trigger is SIGINT (Ctrl-C). Default: zero, because a person at a
-    /// terminal is not a load balancer.
+    /// The delay if the trigger is SIGINT (Ctrl-C). Default: zero, because a developer at a
+    /// terminal has no load balancer.
     pub fn interrupt_delay(mut self, duration: Duration) -> Self {
         self.knobs.interrupt_delay = Some(duration);
         self
     }
 
-    /// How long requests in flight may take to finish, counted from the end of the delay; time
-    /// that the delay did not use is added. What is in flight after that is cut, and the outcome
-    /// is [`Forced`](crate::Outcome::Forced). Default: what the other shares leave, 19 s of 30 s.
+    /// How long requests in flight may take to finish, counted from the end of the delay. Time that
+    /// the delay did not use is added. Requests that are still in flight after it are cut, and the
+    /// outcome is [`Forced`](crate::Outcome::Forced). Default: the rest of the grace period, 19 s
+    /// of 30 s.
     pub fn drain_timeout(mut self, duration: Duration) -> Self {
         self.knobs.drain_timeout = Some(duration);
         self
     }
 
-    /// The share that is kept for what comes after the drain. The drain cannot use it up.
+    /// The share that is reserved for workers and cleanup steps after the drain. The drain cannot
+    /// use it. Default: 5 s, or a sixth of a grace period below 30 s.
     pub fn cleanup_timeout(mut self, duration: Duration) -> Self {
         self.knobs.cleanup_timeout = Some(duration);
         self
     }
 
-    /// How long [workers](Graceful::worker) are waited for, once nothing else is in flight. Default,
-    /// and most: what is left of the grace period then, less the timeouts of the cleanup steps, for
-    /// which up to half of it is kept.
+    /// How long the service waits for [workers](Graceful::worker), once nothing else is in flight.
+    /// The default is also the maximum: the time left of the grace period at that moment, less the
+    /// timeouts of the cleanup steps, for which up to half of it is reserved.
     pub fn worker_timeout(mut self, duration: Duration) -> Self {
         self.policy.worker_timeout = Some(duration);
         self
     }
 
-    /// Remembers method, path and start of every request in flight, so that the progress line
-    /// names the oldest one, and the report those that were cut. Default: no.
+    /// Records method, path and start of every request in flight, so that the progress line names
+    /// the oldest ones and the report lists those that were cut. Default: false.
     ///
-    /// The path is kept without its query. It costs each request three turns of a lock that all
-    /// share and three allocations, about a thousand instructions in all. Off, it costs nothing.
+    /// The path is recorded without its query. The cost for each request is three acquisitions of a
+    /// shared lock and three allocations, about a thousand instructions in all. Without this
+    /// setting there is no cost.
     pub fn name_requests(mut self, name: bool) -> Self {
         self.name_requests = name;
         self
     }
 
-    /// Has a thread of its own end the process with exit code 1 when the grace period is over but
-    /// for half of its margin, if the service has not stopped by then: even when every thread of
-    /// the runtime is blocked, also when it was before the signal came. It says on standard error
-    /// how far the service had come. Default: no.
+    /// Ends the process with exit code 1 if the service has not stopped by the middle of the
+    /// margin, even if every thread of the runtime is blocked. Default: false.
     ///
-    /// That end is an immediate one: destructors, cleanup steps that have not begun and buffers
-    /// that are not flushed are skipped, and no [`Report`](crate::Report) is returned. The thread that
-    /// does it is started by [`build`](Self::build). A service that has [stopped](Graceful::stopped)
-    /// is watched no longer, unless something that was given up has not ended and may hold the runtime:
-    /// a handler that blocks its thread. What else `main` waits for after that, such as `spawn_blocking`
-    /// work at the end of the runtime, is not watched. For that there is
+    /// Use it where a handler may block its thread: the process then ends with a message on
+    /// standard error, which tells how far the shutdown has come, instead of being killed without
+    /// one.
+    ///
+    /// The process ends immediately: destructors, cleanup steps that have not begun, and unflushed
+    /// buffers are skipped, and no [`Report`](crate::Report) is returned. [`build`](Self::build)
+    /// starts the control thread that does this. A service that has [stopped](Graceful::stopped) is
+    /// no longer watched, unless work that was given up has not ended and may block the runtime,
+    /// such as a handler that blocks its thread. Other work that `main` waits for afterwards, such
+    /// as `spawn_blocking` tasks at the end of the runtime, is not watched; for that, see
     /// [`Report::exit`](crate::Report::exit).
     ///
     /// On systems other than unix it does nothing.
@@ -160,95 +166,105 @@ impl GracefulBuilder {
         self
     }
 
-    /// The most requests that may be in flight at once; the next one is refused with 429. A
-    /// request counts until its response body has ended. The refusal answers at once, without reading
-    /// the request's body. A client that is still sending reads the answer if the server lets the
-    /// connection linger, as it does where connections are tracked. One limit for everything behind this
-    /// lifecycle's layers, however many routes and clones there are. Default: no limit.
+    /// The maximum number of requests in flight. Further requests are rejected with 429. Default:
+    /// no limit.
     ///
-    /// Probes and [exempt](Self::exempt) paths are served above the limit too.
+    /// A request counts until its response body has ended. The limit is one for everything behind
+    /// the layers of this lifecycle, however many routes and clones there are. Probes and
+    /// [exempt](Self::exempt) paths are served above the limit too.
+    ///
+    /// A rejection is sent at once, without reading the body of the request. A client that is still
+    /// sending can read the response if the server lets the connection linger, as tracked
+    /// connections do.
     pub fn max_in_flight(mut self, requests: usize) -> Self {
         self.max_in_flight = Some(requests);
         self
     }
 
-    /// What [`drain`](Graceful::drain) and [`drain_on`](Graceful::drain_on) wait for.
+    /// Whether the listener stays open while draining. Sets what [`drain`](Graceful::drain) and
+    /// [`drain_on`](Graceful::drain_on) wait for.
     ///
-    /// True, the default: until nothing is in flight, at the drain deadline at the latest. The
-    /// listener stays open while draining, and who connects is told 503 with `Retry-After`.
+    /// True, the default: they wait until nothing is in flight, at most until the drain deadline.
+    /// The listener stays open while draining, and new clients get a 503 with `Retry-After`.
     ///
-    /// False: until draining starts. The listener closes then, and who connects is refused by the
-    /// operating system, which most balancers retry elsewhere while few retry a 503.
+    /// False: they wait until draining starts. Then the listener closes, and the operating system
+    /// refuses new connections. Most load balancers retry a refused connection on another server,
+    /// while few retry a 503.
     pub fn keep_listening(mut self, keep: bool) -> Self {
         self.policy.keep_listening = keep;
         self
     }
 
-    /// Over how much of the lame-duck phase clients are asked to leave, from its start. At first
-    /// none is, at half of it half of them, and from its end on everybody, so that ten thousand
-    /// clients do not connect anew in the same instant. Must not be longer than
-    /// [`drain_delay`](Self::drain_delay); where another delay is shorter the rest are asked when
-    /// it ends. Default: zero, everyone is asked with the next response.
+    /// Asks clients to leave on a fraction of connections that rises from 0 to 100 % over this time
+    /// from the start of the lame-duck phase, so that ten thousand clients do not reconnect in the
+    /// same instant. Default: zero, all clients are asked with their next response.
     ///
-    /// On a server of [`serve`](Graceful::serve) every connection has a turn of its own, and its
-    /// responses before that ask nothing; over HTTP/2 it is asked when its turn comes, also
-    /// without a response. On other servers every response over HTTP/1 has a turn.
+    /// It must not be longer than [`drain_delay`](Self::drain_delay). If the delay that applies is
+    /// shorter, the remaining clients are asked when it ends.
+    ///
+    /// On a server of [`serve`](Graceful::serve) each connection has one slot. Before it, responses
+    /// on that connection are unchanged. Over HTTP/2 the client is asked when the slot is reached,
+    /// even without a response. On other servers each HTTP/1 response has a slot.
     pub fn close_spread(mut self, duration: Duration) -> Self {
         self.policy.close_spread = duration;
         self
     }
 
-    /// Over how much of the drain long-lived work is told to end, from its start:
-    /// [`draining`](Graceful::draining) resolves, and
-    /// [`until_draining`](Graceful::until_draining) ends its stream, for one after another, evenly,
-    /// in a hundred turns. So ten thousand clients are not sent away, and do not come back
-    /// elsewhere, in the same instant. Who is not told when the drain ends is told then. Must be
-    /// shorter than a drain may take. Default: zero, all are told at once.
+    /// Spreads the end of long-lived work over this time from the start of the drain, so that ten
+    /// thousand clients are not disconnected, and do not reconnect elsewhere, in the same instant.
+    /// Default: zero, all of it ends at once.
     ///
-    /// [Workers](Graceful::worker) are told at once in any case.
+    /// The futures of [`draining`](Graceful::draining) resolve, and the streams of
+    /// [`until_draining`](Graceful::until_draining) end, one after another, evenly, in a hundred
+    /// steps. Tasks that have not been notified when the drain ends are notified then.
+    /// [Workers](Graceful::worker) are notified at once in any case.
+    ///
+    /// It must be shorter than the longest possible drain.
     pub fn drain_spread(mut self, duration: Duration) -> Self {
         self.policy.drain_spread = duration;
         self
     }
 
-    /// What refused clients are told in `Retry-After`
-    /// ([RFC 9110 §10.2.3](https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3)): whole
-    /// seconds, rounded up. Default: 1 s.
+    /// Sets the `Retry-After` field of rejections ([RFC 9110
+    /// §10.2.3](https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3)), rounded up to whole
+    /// seconds. Default: 1 s.
     pub fn retry_after(mut self, duration: Duration) -> Self {
         self.policy.retry_after = duration;
         self
     }
 
-    /// The status with which the readiness route says no. Default: 503.
+    /// Sets the status of a failing readiness probe. Default: 503.
     ///
-    /// HAProxy's `http-check disable-on-404` wants a 404. Kubernetes takes 200 to 399 as success.
+    /// HAProxy's `http-check disable-on-404` needs 404. Kubernetes treats 200 to 399 as success.
     pub fn unready_status(mut self, status: StatusCode) -> Self {
         self.policy.unready_status = status;
         self
     }
 
-    /// A path that is never refused, neither while draining nor above
-    /// [`max_in_flight`](Self::max_in_flight): metrics, a status page. May be called repeatedly.
+    /// Exempts a path: its requests are never rejected, neither while draining nor above
+    /// [`max_in_flight`](Self::max_in_flight). For metrics or a status page. May be called
+    /// repeatedly.
     ///
-    /// The path is compared as a whole, without the query, with the one the layer sees; inside
-    /// axum's `nest` also with the original one. While it would have been refused such a request
-    /// is let pass uncounted, so it cannot prolong a drain. At other times it is in flight like
-    /// any other.
+    /// The whole path, without the query, is compared with the path that the layer sees; inside
+    /// axum's `nest` also with the original path. While other requests would be rejected, an exempt
+    /// request is served without being counted, so it cannot prolong a drain. At other times it
+    /// counts as in flight like any other request. Default: no path is exempt.
     pub fn exempt(mut self, path: impl Into<String>) -> Self {
         self.policy.exempt.push(path.into());
         self
     }
 
-    /// The response to refused requests, in place of a line of text. `respond` is called once for
-    /// each refused request with the [`Rejection`]: the reason, and method, URI, version and header
-    /// fields of the request. gRPC calls are answered `UNAVAILABLE` without a call of it, because
-    /// their clients read nothing else.
+    /// Sets the response to rejected requests. Default: one line of text. gRPC calls always get
+    /// `UNAVAILABLE`, because gRPC clients understand nothing else.
     ///
-    /// `Retry-After` and, on HTTP/1, `Connection: close` are added where the response has no such
-    /// field; while draining, a `Connection` field of its own is replaced by `close`.
+    /// `respond` is called once for each refused request with the [`Rejection`]: the reason, and the
+    /// method, URI, version and header fields of the request.
     ///
-    /// A response in JSON to the clients that accept it, with the field that lets a page of another
-    /// origin read it:
+    /// `Retry-After` and, on HTTP/1, `Connection: close` are added if the response has no such
+    /// field. While draining, a `Connection` field of the response is replaced by `close`.
+    ///
+    /// A JSON response for clients that accept it, with the field that lets a page of another origin
+    /// read it:
     ///
     /// ```
     /// use bytes::Bytes;
@@ -294,15 +310,19 @@ impl GracefulBuilder {
         self
     }
 
-    /// Checks the plan and makes the lifecycle.
+    /// Checks the settings and makes the lifecycle.
     ///
     /// # Errors
     ///
-    /// When the shares do not fit the grace period or leave no time to drain, when `close_spread`
-    /// is longer than `drain_delay` or `drain_spread` not shorter than a drain, when `max_in_flight`
-    /// is zero, when `unready_status` is informational or 200, and when an
-    /// exempt path does not begin with a slash. The message names the numbers. And when the thread
-    /// of a watchdog cannot be started.
+    /// Returns an error, with the numbers in its message, if
+    ///
+    /// - the shares do not fit the grace period, or leave no time to drain;
+    /// - `close_spread` is longer than `drain_delay`, or `drain_spread` is not shorter than the
+    ///   longest possible drain;
+    /// - `max_in_flight` is zero;
+    /// - `unready_status` is informational or 200;
+    /// - an exempt path does not begin with a slash;
+    /// - the thread of the watchdog cannot be started.
     pub fn build(self) -> Result<Graceful, ConfigError> {
         let plan = self.knobs.plan()?;
         if self.policy.close_spread > plan.drain_delay() {

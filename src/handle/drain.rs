@@ -1,4 +1,4 @@
-//! The futures for a server's own graceful shutdown, and the listening for signals.
+//! The futures for a server's own graceful shutdown, and the registration of signal handlers.
 
 use std::{
     fmt,
@@ -11,24 +11,9 @@ use super::graceful::Graceful;
 use crate::{report::Trigger, shutdown::state::ClosingStage, waiting::watch_until::WatchUntil};
 
 impl Graceful {
-    /// A future for axum's `with_graceful_shutdown` that stops the service on SIGTERM or SIGINT
-    /// (on Windows Ctrl-C, Ctrl-Break, and the close, logoff and shutdown events) and resolves
-    /// when the server may close.
-    ///
-    /// That is when nothing is in flight any more, at the drain deadline at the latest, and where
-    /// connections are tracked up to 250 ms before it, so that those on which nothing is in flight
-    /// are closed and only the others are cut. With
-    /// [`keep_listening(false)`](crate::GracefulBuilder::keep_listening) it is when draining starts.
-    /// Without a signal it is pending for ever, unless [`shutdown`](Self::shutdown) is called.
-    ///
-    /// The handlers are installed by this call, not by the first poll: a SIGTERM during a slow
-    /// start-up leads to an orderly exit if this was called before it. A signal that comes before
-    /// anything serves finds nobody to wait for and skips the delay, so that a server started
-    /// afterwards ends at once. Something serves when this future has been polled, a connection is
-    /// tracked, a request was let in, or readiness has said yes.
-    ///
-    /// The future may be polled again after it is ready, and stays ready. Dropping it has no
-    /// effect; the handlers stay.
+    /// Returns a future for axum's `with_graceful_shutdown`. It stops the service on SIGTERM or
+    /// SIGINT (on Windows: Ctrl-C, Ctrl-Break, and the close, logoff and shutdown events), and
+    /// resolves when the server may close.
     ///
     /// ```no_run
     /// # #[tokio::main]
@@ -37,23 +22,40 @@ impl Graceful {
     /// use tower_graceful::Graceful;
     ///
     /// let graceful = Graceful::new();
-    /// let drain = graceful.drain(); // from here on SIGTERM is ours
+    /// let drain = graceful.drain(); // from here on the service handles SIGTERM
     /// let app = app.layer(graceful.layer());
     /// let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
     /// axum::serve(listener, app).with_graceful_shutdown(drain).await
     /// # }
     /// ```
     ///
-    /// Where signals cannot be listened for, an error event is logged and they end the process as
-    /// before; [`handle_signals`](Self::handle_signals) returns the error.
+    /// The server may close when nothing is in flight any more, at the latest at the drain
+    /// deadline. If connections are tracked, it may close up to 250 ms before the deadline, so that
+    /// connections with nothing in flight are closed and only the others are cut. With
+    /// [`keep_listening(false)`](crate::GracefulBuilder::keep_listening) the server may close when
+    /// draining starts. Without a signal the future stays pending, unless
+    /// [`shutdown`](Self::shutdown) is called.
+    ///
+    /// This call installs the signal handlers, before the first poll of the future. Call it before
+    /// a slow start-up, so that a SIGTERM during the start-up leads to an orderly exit. A signal
+    /// that arrives before anything serves skips the delay, because there is no traffic to wait
+    /// for, and a server started afterwards ends at once. Something serves when this future has
+    /// been polled, a connection is tracked, a request was admitted, or the readiness probe has
+    /// succeeded.
+    ///
+    /// The future may be polled again after it is ready, and stays ready. Dropping it has no
+    /// effect; the handlers stay installed.
+    ///
+    /// If signal handlers cannot be installed, an error is logged, and signals end the process as
+    /// before. [`handle_signals`](Self::handle_signals) returns that error.
     #[cfg(feature = "signal")]
     pub fn drain(&self) -> Drain {
         self.handle_signals_or_log();
         Drain::new(self, Cause::Nothing)
     }
 
-    /// As [`drain`](Self::drain), but what stops the service is `future`, not a signal: it is
-    /// polled with the drain, and once it resolves, or panics, the timeline starts.
+    /// As [`drain`](Self::drain), but the trigger is `future` instead of a signal. `future` is
+    /// polled together with the returned future. When it resolves or panics, the shutdown starts.
     ///
     /// ```no_run
     /// # #[tokio::main]
@@ -79,32 +81,33 @@ impl Graceful {
         Drain::new(self, Cause::Future(Box::pin(future)))
     }
 
-    /// Listens for signals from now on, as [`drain`](Self::drain) does: for a server that is
-    /// started by other means, or later. Calling it again changes nothing. It needs no runtime.
+    /// Listens for signals from now on, as [`drain`](Self::drain) does. For a server that is
+    /// started in another way, or later. Further calls change nothing. No runtime is needed.
     ///
-    /// The first SIGTERM or SIGINT starts the timeline. A further SIGTERM changes nothing, however
-    /// often and however soon it comes: `timeout`, process managers and wrappers send it twice. Each
-    /// further SIGINT ends the present phase: the delay, then the drain, which is then cut, then the
-    /// wait for the cleanup. A SIGINT within 100 ms of another is the same Ctrl-C, delivered to the
-    /// process and to its group. Every further signal is logged with what it did.
+    /// The first SIGTERM or SIGINT starts the shutdown. A further SIGTERM changes nothing, because
+    /// `timeout`, process managers and wrappers send it twice. Each further SIGINT ends the current
+    /// phase: first the delay; then the drain, which is cut; then the wait for the cleanup. Two
+    /// SIGINTs within 100 ms count as one Ctrl-C that was delivered to the process and to its
+    /// group. Every further signal is logged with its effect.
     ///
-    /// Signals are received by a thread of this crate's own, so they take effect even while handlers
-    /// block every thread of the runtime. Where several lifecycles listen, a signal is for all that
-    /// have not stopped. A second after the last of them has stopped, or as soon as it is gone, a signal
-    /// does on unix what it does by default: it ends the process. Until then it is taken for one of the
-    /// shutdown's own.
+    /// A thread of this crate receives the signals, so they take effect even while handlers block
+    /// every thread of the runtime. If several lifecycles listen, a signal goes to all of them that
+    /// have not stopped. One second after the last of them has stopped, or as soon as it is
+    /// dropped, signals on Unix have their default action again: they end the process. During that
+    /// second a signal counts as one that was meant for the shutdown.
     ///
     /// # Errors
     ///
-    /// When the operating system refuses a signal handler, a socket or a thread. Signals end the
-    /// process as before then. ([`drain`](Self::drain) and [`serve`](Self::serve) log such an error.)
+    /// Returns an error if the operating system does not allow a signal handler, a socket or a
+    /// thread. Signals then end the process as before. ([`drain`](Self::drain) and
+    /// [`serve`](Self::serve) log such an error.)
     #[cfg(feature = "signal")]
     pub fn handle_signals(&self) -> std::io::Result<()> {
         self.shared().drive();
         self.shared().listen()
     }
 
-    /// As [`handle_signals`](Self::handle_signals), where an error can only be logged.
+    /// As [`handle_signals`](Self::handle_signals), for callers that can only log an error.
     #[cfg(feature = "signal")]
     pub(crate) fn handle_signals_or_log(&self) {
         if let Err(error) = self.handle_signals() {
@@ -113,17 +116,17 @@ impl Graceful {
     }
 }
 
-/// Resolves when the server may close. Made by [`Graceful::drain`] and [`Graceful::drain_on`].
+/// Resolves when the server may close. [`Graceful::drain`] and [`Graceful::drain_on`] make it.
 #[must_use = "futures do nothing unless polled; give this one to `with_graceful_shutdown`"]
 pub struct Drain {
     graceful: Graceful,
     cause: Cause,
-    /// From the first poll to the end.
+    /// Set from the first poll to the end.
     waiting: Option<Waiting>,
     reached: WatchUntil<ClosingStage>,
 }
 
-/// What stops the service, apart from signals and `shutdown()`.
+/// A trigger in addition to signals and `shutdown()`.
 enum Cause {
     Future(Pin<Box<dyn Future<Output = ()> + Send>>),
     Nothing,
@@ -168,8 +171,8 @@ impl Future for Drain {
     }
 }
 
-/// A future that panics will never say when to stop, and whoever polls it is about to: axum takes
-/// the end of the task for the signal.
+/// Triggers the shutdown if the user's future panics. Such a future cannot resolve any more, and
+/// the panic ends the task that polls it, which axum takes for the signal to stop.
 struct TriggerOnPanic<'a>(&'a Graceful);
 
 impl Drop for TriggerOnPanic<'_> {
@@ -180,7 +183,7 @@ impl Drop for TriggerOnPanic<'_> {
     }
 }
 
-/// A server that waits for the drain.
+/// Counts a server that waits for the drain.
 struct Waiting(Option<Graceful>);
 
 impl Waiting {

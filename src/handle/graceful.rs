@@ -1,4 +1,4 @@
-//! `Graceful`: the handle through which a service is observed and stopped.
+//! `Graceful`: the handle with which a service is observed and stopped.
 
 use std::{
     fmt,
@@ -20,58 +20,26 @@ use crate::{
     waiting::{phase_receiver::PhaseReceiver, waiters::WaitKey},
 };
 
-/// Where the requests of a service come in.
+/// Admits the requests of a service.
 pub(crate) type Admission = admission::Admission<Policy, Lifecycle>;
 
-/// A request's permission to be in flight, once it has a response.
+/// The permit of a request that has a response.
 pub(crate) type Permit = admission::Permit<Policy, Lifecycle>;
 
-/// The same, up to the response.
+/// The permit of a request that has no response yet.
 pub(crate) type Unanswered = admission::Unanswered<Policy, Lifecycle>;
 
-/// A piece of a response that its server holds.
+/// A piece of a response that the server holds.
 pub(crate) type Piece = admission::Piece<Policy, Lifecycle>;
 
-/// A refusal's permission to read the body of its request.
+/// The permission of a refusal to read the body of its request.
 pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 
-/// The handle on one service's lifecycle: what stops it, and what tells how far it has come.
+/// The handle of a service's lifecycle. Use it to stop the service, to follow its phases, and to
+/// register work that the shutdown waits for.
 ///
-/// It is cheap to clone, and clones share one lifecycle: give one to whatever needs it. The layer,
-/// the probes, tracked connections and every future it hands out keep the lifecycle alive, so a
-/// handle may be dropped as soon as they have been made; dropping never stops a service, and a stop
-/// that has begun is completed by itself.
-///
-/// The services that the layer has made do not keep it alive, nor do the requests in them, but for
-/// those that are known [by name](crate::GracefulBuilder::name_requests) or being refused: where
-/// nothing else is left, nothing can stop them any more, and they go on as they are. What cleanup
-/// steps have captured is dropped then.
-///
-/// A request counts no references. In return, each lifecycle whose [layer](Self::layer) has made a
-/// service keeps about two kilobytes, and what was set up in the builder, until the process ends. Make
-/// one lifecycle for a process, not one for a request. Leak checkers (`LeakSanitizer`, Miri) do not
-/// report it, because a static list leads to it. A lifecycle whose layer was never applied is freed.
-///
-/// Nothing happens until something asks for a stop: a signal, once [`drain`](Self::drain),
-/// [`handle_signals`](Self::handle_signals) or [`serve`](Self::serve) listens for them;
-/// [`shutdown`](Self::shutdown); or the future given to [`drain_on`](Self::drain_on). The first of
-/// them wins, and from there the phases follow each other on a timetable laid down by the
-/// [builder](Self::builder).
-///
-/// # Runtime
-///
-/// The timetable is kept by a thread of this crate's own, one for the process. It is started by the
-/// first call that listens for signals or asks for a stop, and ends when no lifecycle needs it any more.
-/// So deadlines hold while handlers block every thread of the runtime, and after the runtime has ended.
-///
-/// Workers run on the tokio runtime in which they are registered. Hooks and cleanup steps run on the
-/// runtime of the first call made inside one. If that runtime ends before, they run on the runtime of a
-/// task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or [`draining`](Self::draining);
-/// what can no longer be run is [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
-/// (`enable_time` or `enable_all`): inside one that has none, that first call panics.
-///
-/// Every method may be called outside a runtime too; where one needs a runtime later, its page says so.
-/// In a runtime whose clock is paused (`tokio::time::pause`) that clock rules.
+/// A handle is cheap to clone, and clones share one lifecycle. Pass a clone to everything that
+/// needs one.
 ///
 /// # Example
 ///
@@ -91,14 +59,63 @@ pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 /// # Ok(())
 /// # }
 /// ```
+///
+/// # Triggers
+///
+/// A service runs until something triggers a stop:
+///
+/// - a signal, once [`drain`](Self::drain), [`handle_signals`](Self::handle_signals) or
+///   [`serve`](Self::serve) listens for signals;
+/// - a call of [`shutdown`](Self::shutdown);
+/// - the future passed to [`drain_on`](Self::drain_on), when it resolves;
+/// - a server passed to [`run`](Self::run), or a [`critical_worker`](Self::critical_worker), when
+///   it ends.
+///
+/// Only the first trigger counts. From then on the phases follow the plan of the
+/// [builder](Self::builder).
+///
+/// # Lifetime
+///
+/// The layer, the probes, tracked connections and every future made from a handle keep the
+/// lifecycle alive, so a handle may be dropped as soon as they have been made. Dropping a handle
+/// never stops a service, and a stop that has begun is completed without it.
+///
+/// The services made by the layer do not keep the lifecycle alive, and neither do the requests in
+/// them, except for requests that are recorded [by name](crate::GracefulBuilder::name_requests) or
+/// being rejected. If nothing else is left, nothing can stop these services any more, and they go
+/// on as they are. The futures of cleanup steps are dropped at that moment.
+///
+/// # Runtime
+///
+/// A thread of this crate keeps the deadlines, one thread for the process. The first call that
+/// listens for signals or triggers a stop starts it, and it ends when no lifecycle needs it any
+/// more. So deadlines hold while handlers block every thread of the runtime, and after the runtime
+/// has ended.
+///
+/// Workers run on the tokio runtime in which they are registered. Hooks and cleanup steps run on
+/// the runtime of the first call that is made inside of one. If that runtime ends earlier, they run
+/// on the runtime of a task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or
+/// [`draining`](Self::draining). Tasks that can no longer be run are
+/// [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
+/// (`enable_time` or `enable_all`): if it has none, that first call panics.
+///
+/// Every method may be called outside a runtime too; if a method needs one later, its page says so.
+/// In a runtime whose clock is paused (`tokio::time::pause`), the paused clock applies.
+///
+/// # Memory
+///
+/// Requests do not count references. In return, each lifecycle whose [layer](Self::layer) has made
+/// a service intentionally leaks about 2 KB and the settings of its builder. Make one lifecycle for
+/// a process, not one for a request. Leak checkers (`LeakSanitizer`, Miri) do not report the
+/// memory, because a static list leads to it. A lifecycle whose layer was never applied is freed.
 #[derive(Clone)]
 pub struct Graceful {
     shared: Shared,
 }
 
 impl Graceful {
-    /// A lifecycle with the default plan: a grace period of 30 s, of which 5 s delay on SIGTERM,
-    /// and no limit on requests in flight.
+    /// Makes a lifecycle with the default plan: a grace period of 30 s, of which 5 s are the delay
+    /// after SIGTERM, and no limit on requests in flight.
     #[must_use]
     pub fn new() -> Self {
         match Knobs::default().plan() {
@@ -132,63 +149,63 @@ impl Graceful {
         &self.shared.policy
     }
 
-    /// Asks the service to stop, now. Takes effect before it returns: readiness says no and
-    /// responses say `Connection: close`.
+    /// Triggers a stop. It takes effect before this returns: readiness fails, and responses carry
+    /// `Connection: close`.
     ///
-    /// Any number of calls, from any number of tasks and threads, before or after serving began,
-    /// are one trigger; it never ends a phase that is under way, as a further SIGINT does. The
-    /// delay is the one of SIGTERM, [`drain_delay`](crate::GracefulBuilder::drain_delay).
+    /// All calls, from any tasks and threads, before or after serving begins, are a single trigger.
+    /// A further call never ends a phase, as a further SIGINT does. The delay is the delay of
+    /// SIGTERM, [`drain_delay`](crate::GracefulBuilder::drain_delay).
     ///
-    /// May be called outside a runtime, from a thread of its own for example.
+    /// May be called outside a runtime.
     pub fn shutdown(&self) {
         self.shared.trigger(Trigger::Shutdown);
     }
 
-    /// Whether the readiness route says yes while the service is [serving](Phase::Serving): true
-    /// from the start, until this says otherwise. From the lame-duck phase on readiness is no, and
-    /// this changes nothing.
+    /// Sets whether the readiness probe succeeds while the service is [serving](Phase::Serving). It
+    /// does from the start, until this is called with `false`. From the lame-duck phase on
+    /// readiness always fails, and this has no effect.
     ///
-    /// For a service that is up before it is warm, or that has lost what it depends on. Liveness
-    /// is not affected.
+    /// For a service that needs time to warm up, or that has lost a dependency. Liveness is not
+    /// affected.
     pub fn set_ready(&self, ready: bool) {
         self.shared.set_ready(ready);
     }
 
-    /// Whether the readiness route says yes: serving, and not marked unready.
+    /// Whether the readiness probe succeeds: the service is serving, and not marked as unready.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.shared.word().is_ready()
     }
 
-    /// The present phase.
+    /// The current phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
         self.shared.phase()
     }
 
-    /// The number of requests in flight: let in by the [layer](Self::layer), and their response
-    /// body neither ended nor dropped. [Holds](Self::hold) are among them.
+    /// The number of requests in flight: requests that the [layer](Self::layer) has admitted and
+    /// whose response body has neither ended nor been dropped. [Holds](Self::hold) are included.
     ///
-    /// Threads count apart, so while requests come and go on several of them the sum is not of one
-    /// moment, and may miss one that ends on one thread while another begins on the next. From
-    /// draining on, when none begins, it is exact, and so it is with a
+    /// Each thread counts separately. While requests come and go on several threads, the sum is not
+    /// a snapshot of one moment, and may miss a request that begins while another one ends. It is
+    /// exact from draining on, when no request begins any more, and with a
     /// [limit](crate::GracefulBuilder::max_in_flight).
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.shared.in_flight()
     }
 
-    /// The number of open connections that are tracked: those accepted through
-    /// [`listener`](Self::listener), or given to [`track`](Self::track). Upgraded ones, such as
-    /// WebSockets, count until they close.
+    /// The number of open tracked connections: those accepted through [`listener`](Self::listener),
+    /// or passed to [`track`](Self::track). Upgraded connections, such as WebSockets, count until
+    /// they close.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.shared.connections.len()
     }
 
-    /// Phase, readiness, counts and the time left, for a status page or a metric.
+    /// Returns phase, readiness, counts and the time left, for a status page or a metric.
     ///
-    /// The refusals are counted from the start of the lifecycle and never decrease, so a metric can
+    /// Rejections are counted from the start of the lifecycle and never decrease, so a metric can
     /// export them as counters.
     ///
     /// ```
@@ -213,10 +230,10 @@ impl Graceful {
         }
     }
 
-    /// The effective plan: the durations that were set, and those derived for the rest.
+    /// Returns the effective plan: the durations that were set, and those derived for the rest.
     ///
     /// It is also logged once, at debug level, by the first call that runs a server, listens for
-    /// signals or asks for a stop.
+    /// signals or triggers a stop.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -230,7 +247,7 @@ impl Graceful {
         self.shared.plan.effective()
     }
 
-    /// Follows the phase.
+    /// Returns a receiver that follows the phase.
     ///
     /// ```
     /// # use tower_graceful::{Graceful, Phase};
@@ -243,20 +260,15 @@ impl Graceful {
     /// # }
     /// ```
     ///
-    /// The receiver does not keep the lifecycle alive: when every handle, layer and future of it
-    /// is gone, `changed` returns `None`.
+    /// The receiver does not keep the lifecycle alive: when all its handles, layers and futures
+    /// have been dropped, `changed` returns `None`.
     #[must_use]
     pub fn subscribe(&self) -> PhaseReceiver {
         PhaseReceiver::new(self.shared.phases())
     }
 
-    /// Resolves when draining starts: the moment for long-lived work, a WebSocket or an event
-    /// stream, to come to an end. Resolves at once if draining has started already.
-    ///
-    /// The future owns what it needs, can be sent to any task, and may be polled again after it
-    /// is ready: it stays ready. Dropping it has no effect, and a clone waits anew. It is cheap to
-    /// make thousands of: 40 bytes, and as much in a shared table while it waits. They are told all
-    /// at once, or by and by over [`drain_spread`](crate::GracefulBuilder::drain_spread).
+    /// Returns a future that resolves when draining starts. Use it to end long-lived work, such as
+    /// a WebSocket or an event stream. If draining has already started, it resolves at once.
     ///
     /// ```
     /// # use tower_graceful::Graceful;
@@ -266,7 +278,7 @@ impl Graceful {
     ///     let mut draining = graceful.draining();
     ///     loop {
     ///         tokio::select! {
-    ///             () = &mut draining => break, // say goodbye
+    ///             () = &mut draining => break, // send a close message here
     ///             message = receive() => match message {
     ///                 Some(message) => use_it(message).await,
     ///                 None => break,
@@ -276,7 +288,8 @@ impl Graceful {
     /// }
     /// ```
     ///
-    /// For code that takes a `CancellationToken` of tokio-util, a task that waits and then cancels:
+    /// For code that takes a `CancellationToken` of tokio-util, spawn a task that waits and then
+    /// cancels:
     ///
     /// ```
     /// use tokio_util::sync::CancellationToken;
@@ -296,7 +309,7 @@ impl Graceful {
     /// # }
     /// ```
     ///
-    /// The other way round, a token that starts the stop:
+    /// A token that starts the stop:
     ///
     /// ```
     /// # use tokio_util::sync::CancellationToken;
@@ -314,16 +327,24 @@ impl Graceful {
     /// # }
     /// ```
     ///
-    /// A stream is ended by [`until_draining`](Self::until_draining).
+    /// To end a stream, use [`until_draining`](Self::until_draining).
+    ///
+    /// The future owns its data and can be sent to any task. It may be polled again after it is
+    /// ready, and stays ready. Cancel safe: dropping it has no effect, and a clone waits for the
+    /// same phase. Thousands of them are cheap: each takes 40 bytes, and as much in a shared table
+    /// while it waits. They are notified all at once, or one after another over
+    /// [`drain_spread`](crate::GracefulBuilder::drain_spread).
     pub fn draining(&self) -> PhaseReached {
         PhaseReached::new(self, Phase::Draining, self.policy().spreads_drain())
     }
 
-    /// Resolves when all is over: nothing is in flight, every tracked connection is closed, every
-    /// server given to [`run`](Self::run) has ended, or what did not end in time was given up.
+    /// Returns a future that resolves when the shutdown is complete: nothing is in flight, every
+    /// tracked connection is closed, every server passed to [`run`](Self::run) has ended, and work
+    /// that did not end in time was given up.
     ///
-    /// What waits for it must not itself be waited for: a server given to [`run`](Self::run), or a
-    /// tracked connection. Behaves like [`draining`](Self::draining) otherwise.
+    /// The shutdown must not wait for the task that waits here: do not await this inside a server
+    /// passed to [`run`](Self::run), or in a tracked connection. Otherwise it behaves like
+    /// [`draining`](Self::draining).
     pub fn stopped(&self) -> PhaseReached {
         PhaseReached::new(self, Phase::Stopped, false)
     }
@@ -347,7 +368,7 @@ impl fmt::Debug for Graceful {
     }
 }
 
-/// A service's state. Made by [`Graceful::snapshot`].
+/// The state of a service at one moment. [`Graceful::snapshot`] makes it.
 ///
 /// With the feature `serde` it implements `Serialize`: `time_left` is in seconds, and the phase is in
 /// `snake_case`.
@@ -357,37 +378,38 @@ impl fmt::Debug for Graceful {
 pub struct Snapshot {
     /// The phase.
     pub phase: Phase,
-    /// Whether the readiness route says yes.
+    /// Whether the readiness probe succeeds.
     pub ready: bool,
     /// Requests in flight, and holds.
     pub in_flight: usize,
-    /// Tracked connections that are open.
+    /// Open tracked connections.
     pub connections: usize,
-    /// Until the present phase ends at the latest; for [`Phase::Closing`], until what is still
-    /// open is cut, and after that, until it is given up. `None` while serving and once stopped.
+    /// The time until the current phase ends at the latest. In [`Phase::Closing`]: until open
+    /// connections are cut, and after that, until they are given up. `None` while serving and once
+    /// stopped.
     #[cfg_attr(
         feature = "serde",
         serde(serialize_with = "crate::report::json::seconds_left")
     )]
     pub time_left: Option<Duration>,
-    /// Requests that were refused because draining had begun (503), since the start of the lifecycle.
+    /// Requests that were rejected because draining had begun (503), since the start of the
+    /// lifecycle.
     pub refused_draining: usize,
-    /// Requests that were refused above
-    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) (429), since the start of the
-    /// lifecycle. [`Requests::refused`](crate::Requests::refused) in the report counts both kinds from
-    /// the stop on.
+    /// Requests that were rejected above [`max_in_flight`](crate::GracefulBuilder::max_in_flight)
+    /// (429), since the start of the lifecycle. [`Requests::refused`](crate::Requests::refused) in
+    /// the report counts both kinds from the trigger on.
     pub refused_full: usize,
 }
 
-/// Resolves when a phase, or a later one, has been reached. Made by [`Graceful::draining`],
-/// [`Graceful::stopped`] and the methods of [`Stop`](crate::Stop).
+/// Resolves when a phase, or a later one, has been reached. [`Graceful::draining`],
+/// [`Graceful::stopped`] and the methods of [`Stop`](crate::Stop) make it.
 #[must_use = "futures do nothing unless polled"]
 pub struct PhaseReached {
     graceful: Graceful,
     phase: Phase,
-    /// Whether it has a turn in [`drain_spread`](crate::GracefulBuilder::drain_spread).
+    /// Whether it has a place in [`drain_spread`](crate::GracefulBuilder::drain_spread).
     spread: bool,
-    seat: Option<WaitKey>,
+    wait_key: Option<WaitKey>,
 }
 
 impl PhaseReached {
@@ -396,11 +418,11 @@ impl PhaseReached {
             graceful: graceful.clone(),
             phase,
             spread,
-            seat: None,
+            wait_key: None,
         }
     }
 
-    /// Resolves as soon as the phase begins: `drain_spread` does not delay it.
+    /// A future that resolves as soon as the phase begins: `drain_spread` does not delay it.
     pub(crate) fn at_once(graceful: &Graceful, phase: Phase) -> Self {
         Self::new(graceful, phase, false)
     }
@@ -414,24 +436,24 @@ impl Future for PhaseReached {
             graceful,
             phase,
             spread,
-            seat,
+            wait_key,
         } = &mut *self;
         let shared = graceful.shared();
-        // Without a lock, for the thousands who are woken at once.
+        // Checked without a lock, because thousands of tasks may be woken at once.
         let present = shared.settled_phase();
         if present > *phase || present == *phase && !*spread {
-            // The telling is under way, and empties it.
-            *seat = None;
+            // The notification is under way and removes the registration.
+            *wait_key = None;
             return Poll::Ready(());
         }
-        if seat.is_none() || !shared.is_driven() {
+        if wait_key.is_none() || !shared.is_driven() {
             shared.drive();
         }
-        shared.waiters.poll(seat, *phase, *spread, cx)
+        shared.waiters.poll(wait_key, *phase, *spread, cx)
     }
 }
 
-/// The clone waits anew, for the same phase.
+/// The clone waits for the same phase, with its own registration.
 impl Clone for PhaseReached {
     fn clone(&self) -> Self {
         Self::new(&self.graceful, self.phase, self.spread)
@@ -440,8 +462,8 @@ impl Clone for PhaseReached {
 
 impl Drop for PhaseReached {
     fn drop(&mut self) {
-        if let Some(seat) = self.seat.take() {
-            self.graceful.shared.waiters.leave(seat);
+        if let Some(wait_key) = self.wait_key.take() {
+            self.graceful.shared.waiters.remove(wait_key);
         }
     }
 }

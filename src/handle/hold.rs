@@ -1,4 +1,4 @@
-//! Holds: work that no response carries, and that the drain waits for.
+//! Holds: guards for work that belongs to no response, and that the drain waits for.
 
 use std::{
     borrow::Cow,
@@ -16,13 +16,11 @@ use tokio::{task::JoinHandle, time};
 use super::graceful::Graceful;
 
 impl Graceful {
-    /// Holds the drain until the returned [`Hold`] is dropped: for work that no response carries,
-    /// such as the task of a WebSocket. To spawn a job, use [`spawn`](Self::spawn).
+    /// Keeps the drain waiting until the returned [`Hold`] is dropped. For work that belongs to no
+    /// response, such as the task of a WebSocket. To spawn a job, use [`spawn`](Self::spawn).
     ///
-    /// It counts in [`in_flight`](Self::in_flight), and not against
-    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight). What holds beyond the drain
-    /// deadline is not waited for, and the report names it. Take it before the request that it
-    /// continues is over, so that the drain does not end in between:
+    /// Take the hold before the request that it continues has ended, so that the drain does not end
+    /// in between:
     ///
     /// ```
     /// # use tower_graceful::Graceful;
@@ -36,6 +34,10 @@ impl Graceful {
     ///     "ordered"
     /// }
     /// ```
+    ///
+    /// A hold counts in [`in_flight`](Self::in_flight), but not against
+    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight). The drain does not wait beyond the
+    /// drain deadline; the report names the holds that are still active then.
     pub fn hold(&self, name: impl Into<Cow<'static, str>>) -> Hold {
         let key = self.shared().work.hold(name.into());
         Hold {
@@ -46,9 +48,6 @@ impl Graceful {
 
     /// Spawns a task that the drain waits for: [`hold`](Self::hold) and [`tokio::spawn`] in one.
     ///
-    /// The hold begins before this returns, and ends when the future has been dropped: after it
-    /// has completed or panicked, or the task was aborted.
-    ///
     /// ```
     /// # use tower_graceful::Graceful;
     /// # async fn send_mail() {}
@@ -57,6 +56,9 @@ impl Graceful {
     ///     "ordered"
     /// }
     /// ```
+    ///
+    /// The hold begins before this returns. It ends when the future has been dropped, after it has
+    /// completed or panicked, or after the task was aborted.
     ///
     /// # Panics
     ///
@@ -68,7 +70,8 @@ impl Graceful {
     {
         let hold = self.hold(name);
         tokio::spawn(async move {
-            // Captured first, and so dropped before the hold also where this is never polled.
+            // The future is captured first. So it is dropped before the hold, even if the task is
+            // never polled.
             let output = future.await;
             drop(hold);
             output
@@ -76,7 +79,7 @@ impl Graceful {
     }
 }
 
-/// Holds the drain until it is dropped. Made by [`Graceful::hold`].
+/// Keeps the drain waiting until it is dropped. [`Graceful::hold`] makes one.
 #[must_use = "the hold ends when this is dropped"]
 pub struct Hold {
     graceful: Graceful,
@@ -84,21 +87,11 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Closes the WebSocket that was held for: sends `close`, and waits for `within` at most until
-    /// the peer has closed too. Then the socket is dropped, and the hold. Says whether the peer has
-    /// closed.
+    /// Closes a WebSocket: sends the message `close`, waits until the peer has closed too, for at
+    /// most `within`, and then drops the socket and the hold. Returns whether the peer has closed.
     ///
-    /// What the peer sends meanwhile is read and dropped. A peer that does not answer, or does not
-    /// read what it is sent, holds the drain no longer than `within`. Dropping this future drops
-    /// the socket too.
-    ///
-    /// `close` is whatever a Close frame is to the library at hand: 1001, "going away", is what
-    /// [RFC 6455 §7.4.1](https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1) has for a server that
-    /// goes down; [1012](https://www.iana.org/assignments/websocket/websocket.xhtml#close-code-number)
-    /// says that it is to come back. The reason has room for 123 bytes.
-    ///
-    /// A handler for axum. The hold is taken before the upgrade, because the request is over with
-    /// the response that announces it:
+    /// An axum handler. The hold is taken before the upgrade, because the request ends with the
+    /// response that announces the upgrade:
     ///
     /// ```
     /// use std::time::Duration;
@@ -114,23 +107,34 @@ impl Hold {
     ///         let mut draining = graceful.draining();
     ///         loop {
     ///             tokio::select! {
-    ///                 () = &mut draining => break, // the handler is told
+    ///                 () = &mut draining => break, // draining has started
     ///                 message = socket.recv() => match message {
     ///                     Some(Ok(message)) => drop(socket.send(message).await),
     ///                     _ => return,
     ///                 },
     ///             }
     ///         }
-    ///         let goodbye = CloseFrame { code: close_code::AWAY, reason: "deploy".into() };
-    ///         hold.close_socket(socket, Message::Close(Some(goodbye)), Duration::from_secs(2)).await;
+    ///         let close = CloseFrame { code: close_code::AWAY, reason: "deploy".into() };
+    ///         hold.close_socket(socket, Message::Close(Some(close)), Duration::from_secs(2)).await;
     ///     })
     /// }
     /// ```
     ///
+    /// `close` is the Close frame in the type of your WebSocket library. [RFC 6455
+    /// §7.4.1](https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1) defines the code 1001, "going
+    /// away", for a server that goes down. The code
+    /// [1012](https://www.iana.org/assignments/websocket/websocket.xhtml#close-code-number),
+    /// "service restart", tells clients that the server comes back. The reason has room for 123
+    /// bytes.
+    ///
+    /// Messages that the peer sends meanwhile are read and dropped. A peer that does not answer, or
+    /// does not read, keeps the drain waiting for at most `within`. Dropping this future drops the
+    /// socket and the hold.
+    ///
     /// # Panics
     ///
-    /// Outside a tokio runtime with timers, when it is polled.
-    // Written so for the order in which what it takes is dropped.
+    /// When polled outside a tokio runtime with timers.
+    // Not an `async fn`, so that the arguments are dropped in the right order.
     #[expect(clippy::manual_async_fn)]
     pub fn close_socket<S, M, E>(
         self,
@@ -142,7 +146,7 @@ impl Hold {
         S: Stream<Item = Result<M, E>> + Sink<M>,
     {
         async move {
-            // First, and so dropped before the hold also where this is never polled.
+            // Captured first. So it is dropped before the hold, even if this is never polled.
             let closed = closed(socket, close);
             let closed = time::timeout(within, closed).await.unwrap_or(false);
             drop(self);
@@ -151,7 +155,7 @@ impl Hold {
     }
 }
 
-/// Sends `close`, and resolves when the peer has closed: whether it has.
+/// Sends `close`, and reads until the peer has closed. Returns whether it has.
 async fn closed<S, M, E>(socket: S, close: M) -> bool
 where
     S: Stream<Item = Result<M, E>> + Sink<M>,
@@ -159,7 +163,8 @@ where
     let mut socket = pin!(socket);
     let mut close = Some(close);
     let mut sending = true;
-    // Reads beside sending: a peer that is sending too may not read before it has been read.
+    // Reads while it sends: a peer that is also sending may not read before its own data has been
+    // read.
     poll_fn(|cx| {
         if sending && close.is_some() {
             match socket.as_mut().poll_ready(cx) {
@@ -168,7 +173,7 @@ where
                         .take()
                         .is_some_and(|close| socket.as_mut().start_send(close).is_ok());
                 }
-                // What that means, reading tells.
+                // Reading will show what the error means.
                 Poll::Ready(Err(_)) => sending = false,
                 Poll::Pending => {}
             }
@@ -183,14 +188,14 @@ where
                 None => return Poll::Ready(true),
             }
         }
-        // There may be thousands in one buffer, and time is to pass for others.
+        // One buffer may contain thousands of messages, and other tasks need to run.
         cx.waker().wake_by_ref();
         Poll::Pending
     })
     .await
 }
 
-/// How many messages are read before others have their turn.
+/// How many messages are read before other tasks may run.
 const MESSAGES: usize = 32;
 
 impl Drop for Hold {

@@ -12,13 +12,14 @@ use pin_project_lite::pin_project;
 use super::graceful::{Graceful, PhaseReached};
 
 impl Graceful {
-    /// Ends a stream when draining starts: for subscriptions, which nothing else would end.
+    /// Ends a stream when draining starts. For subscriptions, which would not end otherwise.
     ///
-    /// For each stream that should end so, never for all of them: a download or a generated text
-    /// has an end of its own, which the drain waits for.
+    /// Use it only for such streams: a download or a generated text ends by itself, and the drain
+    /// waits for it.
     ///
-    /// Server-sent events, with a last event and the time after which an `EventSource` connects
-    /// anew (`retry`, [in the HTML standard](https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation)):
+    /// Server-sent events, with a last event and the time after which an `EventSource` reconnects
+    /// (`retry`, [in the HTML
+    /// standard](https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation)):
     ///
     /// ```
     /// use std::{convert::Infallible, time::Duration};
@@ -29,20 +30,20 @@ impl Graceful {
     /// async fn events(
     ///     State(graceful): State<Graceful>,
     /// ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
-    ///     let news = stream::pending(); // whatever there is to tell
-    ///     let goodbye = Event::default().event("goodbye").retry(Duration::from_secs(5)).data("");
-    ///     Sse::new(graceful.until_draining(news).and_last(Ok(goodbye)))
+    ///     let news = stream::pending(); // your events
+    ///     let last = Event::default().event("goodbye").retry(Duration::from_secs(5)).data("");
+    ///     Sse::new(graceful.until_draining(news).and_last(Ok(last)))
     /// }
     /// ```
     ///
-    /// An `EventSource` that comes back while the service is still draining is refused, and takes
-    /// that for final: after a 503 it never tries again, as it would after a connection that was
-    /// refused or closed. Where no balancer leads it elsewhere, let `retry` be longer than the drain
-    /// may take, or the listener be closed with
+    /// An `EventSource` does not reconnect after a 503, as it would after a connection that was
+    /// refused or closed. So one that reconnects while the service is still draining is lost. If no
+    /// load balancer sends it to another server, set `retry` longer than the longest possible
+    /// drain, or close the listener with
     /// [`keep_listening(false)`](crate::GracefulBuilder::keep_listening).
     ///
-    /// A stream of gRPC messages, with a status that has clients try again elsewhere, is ended by
-    /// `.and_last(Err(Status::unavailable("moving")))`.
+    /// A stream of gRPC messages ends with `.and_last(Err(Status::unavailable("moving")))`, a
+    /// status with which clients retry elsewhere.
     pub fn until_draining<S: Stream>(&self, stream: S) -> UntilDraining<S> {
         UntilDraining {
             draining: self.draining(),
@@ -53,22 +54,24 @@ impl Graceful {
 }
 
 pin_project! {
-    /// A stream that ends when draining starts. Made by [`Graceful::until_draining`].
+    /// A stream that ends when draining starts. [`Graceful::until_draining`] makes it.
     ///
-    /// Then the stream inside is dropped, with what it has not given out yet. When that ends by
-    /// itself, so does this; either way it stays ended.
+    /// When draining starts, the inner stream is dropped, with the items that it has not yet
+    /// returned. When the inner stream ends by itself, this stream ends too. Either way it stays
+    /// ended.
     #[must_use = "streams do nothing unless polled"]
     pub struct UntilDraining<S: Stream> {
         draining: PhaseReached,
         last: Option<S::Item>,
-        // `None` once this has ended, but for the last item.
+        // `None` once this stream has ended, except for the last item.
         #[pin]
         stream: Option<S>,
     }
 }
 
 impl<S: Stream> UntilDraining<S> {
-    /// One item more when draining starts. Not when the stream ends by itself.
+    /// Adds a last item, which is returned when draining starts. It is not returned if the inner
+    /// stream ends by itself.
     pub fn and_last(mut self, item: S::Item) -> Self {
         self.last = Some(item);
         self
@@ -83,7 +86,7 @@ impl<S: Stream> Stream for UntilDraining<S> {
         let Some(stream) = this.stream.as_mut().as_pin_mut() else {
             return Poll::Ready(None);
         };
-        // First, because there are streams that are always ready.
+        // Polled first, because some streams are always ready.
         if Pin::new(this.draining).poll(cx).is_ready() {
             this.stream.set(None);
             return Poll::Ready(this.last.take());

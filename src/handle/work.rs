@@ -1,4 +1,4 @@
-//! What is registered to run beside requests: workers, hooks and cleanup steps.
+//! The registration of workers, hooks and cleanup steps.
 
 use std::{
     borrow::Cow,
@@ -19,14 +19,14 @@ use crate::{
 };
 
 impl Graceful {
-    /// Spawns a worker: a task that lives as long as the service.
+    /// Spawns a worker: a task that runs as long as the service.
     ///
-    /// The closure gets a [`Stop`], which has two moments. When draining starts, `Stop` itself
-    /// resolves: stop taking work from outside. When nothing is in flight any more,
-    /// [`stop.idle()`](Stop::idle) resolves: no request can add work any more, so finish what is
-    /// queued and end.
+    /// The closure gets a [`Stop`], which resolves at two moments. When draining starts, the `Stop`
+    /// itself resolves: stop taking work from outside. When nothing is in flight any more,
+    /// [`stop.idle()`](Stop::idle) resolves: no request can add work any more, so finish the queued
+    /// work and end.
     ///
-    /// A queue that requests fill is served until the second moment, and then drained. Every job
+    /// A queue that requests fill is processed until the second moment, and then emptied. Every job
     /// that was answered with 202 is done:
     ///
     /// ```
@@ -86,20 +86,21 @@ impl Graceful {
     /// # }
     /// ```
     ///
-    /// Workers are joined after the last request and hold have ended, and before the first
-    /// [cleanup](Self::cleanup) step, for at most
+    /// The service waits for workers after the last request and hold have ended and before the
+    /// first [cleanup](Self::cleanup) step, for at most
     /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout). A worker that has not ended by
     /// then is cut: its future is dropped, and the outcome is [`Forced`](crate::Outcome::Forced). A
-    /// worker that fails, panics or ends before the stop is logged at once and reported; it does not
-    /// stop the service.
+    /// worker that ends, fails or panics before the stop is logged at once and reported; it does
+    /// not stop the service.
     ///
-    /// Register one worker for each kind of work, when the service starts. For a single job use
+    /// Register one worker for each kind of work when the service starts. For a single job use
     /// [`spawn`](Self::spawn). The future must be able to end: a future that only loops does not
     /// compile, because its output is not a [`Completion`].
     ///
     /// # Errors
     ///
-    /// When workers have been told to stop already, and outside a runtime. Nothing is run then.
+    /// Returns an error, and runs nothing, if workers have already been told to stop, or outside a
+    /// runtime.
     pub fn worker<F, W>(
         &self,
         name: impl Into<Cow<'static, str>>,
@@ -112,12 +113,8 @@ impl Graceful {
         self.employ(name.into(), work, false)
     }
 
-    /// Spawns a [worker](Self::worker) without which the service is of no use: if it ends before
-    /// anything has asked for a stop, in whatever way, the service stops.
-    ///
-    /// The report's trigger is then [`WorkerEnded`](Trigger::WorkerEnded), and its row says how the worker ended.
-    /// The outcome is [`CleanupFailed`](crate::Outcome::CleanupFailed) if it failed or panicked; a
-    /// worker that ends in good order leaves it [`Clean`](crate::Outcome::Clean).
+    /// Spawns a [worker](Self::worker) that the service cannot do without: if it ends before any
+    /// trigger, in whatever way, the service stops.
     ///
     /// ```
     /// # use tower_graceful::{Graceful, RegisterError};
@@ -134,6 +131,11 @@ impl Graceful {
     /// # Ok(())
     /// # }
     /// ```
+    ///
+    /// The trigger in the report is then [`WorkerEnded`](Trigger::WorkerEnded), and the worker's
+    /// row shows how it ended. The outcome is [`CleanupFailed`](crate::Outcome::CleanupFailed) if
+    /// it failed or panicked. If it ended without an error, the outcome can still be
+    /// [`Clean`](crate::Outcome::Clean).
     ///
     /// # Errors
     ///
@@ -161,13 +163,13 @@ impl Graceful {
         self.shared().drive();
         let shared = self.shared().clone();
         let stop = Stop::new(self);
-        let spawn = move |permission: oneshot::Receiver<usize>| {
+        let spawn = move |key: oneshot::Receiver<usize>| {
             runtime.spawn(async move {
-                let Ok(key) = permission.await else { return };
+                let Ok(key) = key.await else { return };
                 let outcome = table::outcome(async move { work(stop).await }).await;
                 shared.task_ended(key, outcome);
                 if critical {
-                    // Changes nothing where a stop is under way.
+                    // Has no effect if a stop is under way.
                     shared.trigger(Trigger::WorkerEnded);
                 }
             })
@@ -180,11 +182,8 @@ impl Graceful {
         }
     }
 
-    /// Registers a hook that runs when the lame-duck phase begins, beside it: to deregister from
-    /// service discovery, or to stop a consumer.
-    ///
-    /// It is dropped when `timeout` or the delay is over, whichever comes first; where there is no
-    /// delay, at its first wait. Several hooks run beside one another.
+    /// Registers a hook that runs when the lame-duck phase begins. To deregister from service
+    /// discovery, for example, or to stop a consumer.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -195,9 +194,13 @@ impl Graceful {
     /// # Ok::<(), RegisterError>(())
     /// ```
     ///
+    /// The hook runs alongside the lame-duck phase and does not prolong it. It is dropped when
+    /// `timeout` or the delay is over, whichever comes first; without a delay, at its first `await`
+    /// that is pending. Several hooks run concurrently.
+    ///
     /// # Errors
     ///
-    /// When a stop has been asked for already.
+    /// Returns an error if a stop has already been triggered.
     pub fn on_lame_duck<F>(
         &self,
         name: impl Into<Cow<'static, str>>,
@@ -211,18 +214,7 @@ impl Graceful {
         self.register(TaskKind::LameDuck, name.into(), timeout, hook, in_time)
     }
 
-    /// Registers a cleanup step: to close the database, or to flush the logs. Steps run after the
-    /// last request, hold and worker has gone, one at a time, in the order registered, and before
-    /// the service counts as [stopped](Self::stopped).
-    ///
-    /// A step that does not end within `timeout` is dropped, and like one that fails or panics it is
-    /// reported as [`CleanupFailed`](crate::Outcome::CleanupFailed) and does not stop the rest. The
-    /// share of the grace period that is kept for cleanup cannot be used up by a drain; where the
-    /// steps' timeouts are more than what is left of it, each has its part in proportion.
-    ///
-    /// Steps run on tokio's runtime and within the life of the process: await
-    /// [`run`](Self::run), [`serve`](Self::serve) or [`stopped`](Self::stopped) before `main`
-    /// returns.
+    /// Registers a cleanup step. To close the database, for example, or to flush logs.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -236,9 +228,21 @@ impl Graceful {
     /// # Ok::<(), RegisterError>(())
     /// ```
     ///
+    /// Steps run after the last request, hold and worker has ended, one at a time, in the order of
+    /// their registration, and before the service counts as [stopped](Self::stopped).
+    ///
+    /// A step that does not end within `timeout` is dropped. A step that is dropped, fails or
+    /// panics makes the outcome [`CleanupFailed`](crate::Outcome::CleanupFailed), and the following
+    /// steps still run. A drain cannot use up the share of the grace period that is reserved for
+    /// cleanup. If the sum of the timeouts is more than the time left of it, each step gets a
+    /// proportional part.
+    ///
+    /// Steps run on a tokio runtime and only while the process lives: await [`run`](Self::run),
+    /// [`serve`](Self::serve) or [`stopped`](Self::stopped) before `main` returns.
+    ///
     /// # Errors
     ///
-    /// When the service is closing already, so that cleaning up may have begun.
+    /// Returns an error if the service is already closing, so that cleanup may have begun.
     pub fn cleanup<F>(
         &self,
         name: impl Into<Cow<'static, str>>,
@@ -285,7 +289,7 @@ impl Graceful {
     }
 }
 
-/// Tells a [worker](Graceful::worker) to stop. It has two moments:
+/// Notifies a [worker](Graceful::worker) that it should stop. There are two moments:
 ///
 /// | moment | wait for it with | what a worker does |
 /// |---|---|---|
@@ -293,7 +297,7 @@ impl Graceful {
 /// | nothing is in flight any more | [`idle`](Self::idle) | finishes the queue that requests have filled, and ends |
 ///
 /// Clones resolve at the same moments. Waiting is cancel safe: a future that is dropped and made
-/// anew, or polled again after it was ready, misses nothing.
+/// again, or polled again after it was ready, misses nothing.
 #[derive(Clone, Debug)]
 #[must_use = "futures do nothing unless polled"]
 pub struct Stop {
@@ -309,24 +313,25 @@ impl Stop {
         }
     }
 
-    /// Resolves when draining has begun, as the `Stop` itself does: requests in flight go on, new
-    /// requests are refused.
+    /// Returns a future that resolves when draining has begun, as the `Stop` itself does. Requests
+    /// in flight go on, and new requests are rejected.
     ///
     /// [`drain_spread`](crate::GracefulBuilder::drain_spread) does not delay it.
     pub fn draining(&self) -> PhaseReached {
         self.draining.clone()
     }
 
-    /// Resolves when no request and no hold is in flight any more, and workers are about to be
-    /// joined: what a request could add to a queue has been added.
+    /// Returns a future that resolves when no request and no hold is in flight any more, and the
+    /// service is about to wait for its workers. Requests have added everything to a queue that
+    /// they can add.
     ///
-    /// Where the drain does not end by itself, this resolves when it is cut, at the drain deadline or
+    /// If the drain does not end by itself, this resolves when it is cut, at the drain deadline or
     /// by a further SIGINT. A handler that was cut may run for a moment longer, so close the queue
-    /// before you drain it. Requests that the drain does not wait for, those of
-    /// [`probes`](Graceful::probes) and of routes outside the layer, may also come later.
+    /// before you empty it. Requests that the drain does not wait for, to
+    /// [`probes`](Graceful::probes) and to routes outside the layer, may also come later.
     ///
-    /// A worker that waits for this is still subject to
-    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout), which begins afterwards.
+    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout) also applies to a worker that
+    /// waits for this; it begins afterwards.
     pub fn idle(&self) -> PhaseReached {
         PhaseReached::at_once(&self.graceful, Phase::Closing)
     }
@@ -346,20 +351,20 @@ impl Future for Stop {
     }
 }
 
-/// Work that was not accepted.
+/// The reason why a task was not accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RegisterError {
-    /// The service has come too far for it to be done.
+    /// The task was registered too late to be run.
     TooLate {
-        /// The name it was given.
+        /// The name of the task.
         name: Cow<'static, str>,
-        /// How far the service has come.
+        /// The phase of the service.
         phase: Phase,
     },
-    /// A worker has to be spawned, and there is no tokio runtime here.
+    /// A worker was registered outside a tokio runtime, which is needed to spawn it.
     NoRuntime {
-        /// The name it was given.
+        /// The name of the task.
         name: Cow<'static, str>,
     },
 }

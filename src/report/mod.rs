@@ -1,4 +1,14 @@
-//! What happened, in one value. Plain data.
+//! The report of a shutdown: what triggered it, how long each phase took, and what was finished,
+//! cut or lost.
+//!
+//! The timeline (`shutdown`) makes the report when the service has stopped. Its parts are plain
+//! data. `tasks`, `connection` and the middleware fill in the parts that describe their holds,
+//! tasks, connections and requests; `text` writes the report as text. The only state here is
+//! `request_table`, which lists the requests in flight for
+//! [`name_requests`](crate::GracefulBuilder::name_requests).
+//!
+//! The text form is at most 80 columns wide, and exit codes are stable: the tests in `text` and in
+//! this file pin both.
 
 #[cfg(feature = "serde")]
 pub(crate) mod json;
@@ -22,7 +32,7 @@ pub use self::{
 };
 use crate::phase::Phase;
 
-/// What asked for the stop.
+/// What triggered the shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -30,14 +40,13 @@ use crate::phase::Phase;
 pub enum Trigger {
     /// SIGTERM; on Windows the console's close, logoff and shutdown events.
     Terminate,
-    /// SIGINT, which is Ctrl-C; on Windows Ctrl-C and Ctrl-Break.
+    /// SIGINT (Ctrl-C); on Windows Ctrl-C and Ctrl-Break.
     Interrupt,
     /// A call of [`Graceful::shutdown`](crate::Graceful::shutdown).
     Shutdown,
     /// The future given to [`Graceful::drain_on`](crate::Graceful::drain_on).
     Future,
-    /// A server given to [`Graceful::run`](crate::Graceful::run) ended although nothing had asked
-    /// it to.
+    /// A server passed to [`Graceful::run`](crate::Graceful::run) ended before any other trigger.
     ServerEnded,
     /// A worker of [`Graceful::critical_worker`](crate::Graceful::critical_worker) ended before any
     /// other trigger.
@@ -57,32 +66,36 @@ impl fmt::Display for Trigger {
     }
 }
 
-/// How a shutdown ended. Each outcome has an exit code of its own.
+/// How a shutdown ended. Each outcome has its own exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum Outcome {
-    /// Everything in flight was finished and every server ended. Exit code 0.
+    /// Everything in flight was completed and every server ended. Exit code 0.
     Clean,
-    /// Something was given up: it was still running when the drain deadline passed or when repeated
-    /// signals cut the drain short, a response had not been received then, a worker did not end in
-    /// time, connections were reset in a listener's queue ([`Remaining::queued`]), or a request was
-    /// dropped because its client had closed its writing side ([`Remaining::half_closed`]). Exit
-    /// code 1.
+    /// Some work was lost or given up. Exit code 1. At least one of these happened:
+    ///
+    /// - work was still in flight when the drain deadline passed, or when repeated signals cut the
+    ///   drain short;
+    /// - a response had not been received by its client at that time;
+    /// - a worker did not end in time;
+    /// - connections were reset in a listener's queue ([`Remaining::queued`]);
+    /// - a request was dropped because its client had closed its writing side
+    ///   ([`Remaining::half_closed`]).
     Forced,
-    /// What was in flight was finished, but a worker, a cleanup step or a hook failed, panicked, or
-    /// in the case of a cleanup step did not end within its timeout. Exit code 2.
+    /// Everything in flight was completed, but a worker, a hook or a cleanup step failed or
+    /// panicked, or a cleanup step did not end within its timeout. Exit code 2.
     CleanupFailed,
-    /// Repeated signals ended even the wait for what had been cut. Exit code 3.
+    /// Repeated signals ended even the wait for the work that had been cut. Exit code 3.
     Abandoned,
-    /// A server ended with an error. What was in flight was finished. Exit code 4.
+    /// A server ended with an error. Everything in flight was completed. Exit code 4.
     ServerFailed,
 }
 
 impl Outcome {
-    /// The exit code of this outcome: 0 for [`Clean`](Self::Clean), and a number of its own,
-    /// never 0, for each of the others. Stable across versions.
+    /// The exit code of this outcome: 0 for [`Clean`](Self::Clean), and a different number for each
+    /// of the other outcomes. Stable across versions.
     #[must_use]
     pub fn exit_code(self) -> u8 {
         match self {
@@ -107,11 +120,12 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// What happened during a shutdown.
+/// The result of a shutdown: its trigger, its outcome, its duration, and what was completed, cut or
+/// lost.
 ///
 /// [`Graceful::run`](crate::Graceful::run) and [`Graceful::serve`](crate::Graceful::serve) return
-/// it. It converts into an [`ExitCode`], so `main` can return it, its `Display` is a timeline for a
-/// person, at most 80 columns wide, and its parts are there for whoever logs them:
+/// it. It converts into an [`ExitCode`], so `main` can return it. Its `Display` form is a timeline
+/// for people, at most 80 columns wide. Its methods return the parts, for logs and metrics:
 ///
 /// ```text
 /// shutdown by SIGTERM: clean, 1.495 s
@@ -143,7 +157,7 @@ impl fmt::Display for Outcome {
 pub struct Report {
     pub(crate) trigger: Trigger,
     pub(crate) outcome: Outcome,
-    /// Lame duck, draining, closing.
+    /// The durations of lame duck, draining and closing.
     pub(crate) phases: [Duration; 3],
     pub(crate) cleanup: Duration,
     pub(crate) requests: Requests,
@@ -155,7 +169,7 @@ pub struct Report {
     pub(crate) warnings: Arc<[Warning]>,
 }
 
-/// What was still there at the cut, one by one. The oldest first.
+/// Everything that was open at the cut, oldest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct GivenUp {
     pub(crate) requests: Vec<CutRequest>,
@@ -164,13 +178,13 @@ pub(crate) struct GivenUp {
 }
 
 impl Report {
-    /// What asked for the stop.
+    /// What triggered the shutdown.
     #[must_use]
     pub fn trigger(&self) -> Trigger {
         self.trigger
     }
 
-    /// How it ended.
+    /// How the shutdown ended.
     #[must_use]
     pub fn outcome(&self) -> Outcome {
         self.outcome
@@ -183,8 +197,8 @@ impl Report {
         self.outcome.exit_code()
     }
 
-    /// How long `phase` lasted. Zero for [`Phase::Serving`], which is no part of a shutdown, and
-    /// for [`Phase::Stopped`], which has no end.
+    /// How long `phase` lasted. Zero for [`Phase::Serving`], which is not part of a shutdown, and
+    /// for [`Phase::Stopped`], which does not end.
     #[must_use]
     pub fn time_in(&self, phase: Phase) -> Duration {
         let [lame_duck, draining, closing] = self.phases;
@@ -196,28 +210,29 @@ impl Report {
         }
     }
 
-    /// How long workers were joined and cleanup steps ran: between [`Phase::Closing`] and the end.
+    /// How long the service waited for workers and ran cleanup steps: the time between
+    /// [`Phase::Closing`] and the end.
     #[must_use]
     pub fn cleanup_time(&self) -> Duration {
         self.cleanup
     }
 
-    /// How long it took from the trigger to the end.
+    /// The time from the trigger to the end.
     #[must_use]
     pub fn duration(&self) -> Duration {
         self.phases.iter().sum::<Duration>() + self.cleanup
     }
 
-    /// What became of the requests.
+    /// The numbers of requests by what happened to them.
     #[must_use]
     pub fn requests(&self) -> Requests {
         self.requests
     }
 
-    /// Every worker, hook and cleanup step, in the order they were registered.
+    /// Every worker, hook and cleanup step, in the order of their registration.
     ///
-    /// Of the workers that ended before draining began, the latest 32 that ended in good order and
-    /// the latest 32 that failed or panicked; the others are
+    /// Of the workers that ended before draining began, the list contains the latest 32 that ended
+    /// without an error and the latest 32 that failed or panicked. The others are
     /// [counted](Self::unlisted_workers).
     #[must_use]
     pub fn tasks(&self) -> &[TaskReport] {
@@ -230,60 +245,62 @@ impl Report {
         self.unlisted_workers
     }
 
-    /// What was given up at the cut. All zero if there was none.
+    /// The numbers of requests, holds, connections, servers and workers that were given up. All
+    /// zero if nothing was cut or lost.
     #[must_use]
     pub fn remaining(&self) -> Remaining {
         self.remaining
     }
 
-    /// The requests that were in flight at the cut, the oldest first, if
+    /// The requests that were in flight at the cut, oldest first, if
     /// [`name_requests`](crate::GracefulBuilder::name_requests) was set. Empty otherwise.
     #[must_use]
     pub fn requests_cut(&self) -> &[CutRequest] {
         &self.given_up.requests
     }
 
-    /// The [holds](crate::Hold) that were there at the cut, the oldest first.
+    /// The [holds](crate::Hold) that were active at the cut, oldest first.
     #[must_use]
     pub fn holds_cut(&self) -> &[CutHold] {
         &self.given_up.holds
     }
 
-    /// The connections that were open at the cut, the oldest first.
+    /// The connections that were open at the cut, oldest first.
     #[must_use]
     pub fn connections_cut(&self) -> &[CutConnection] {
         &self.given_up.connections
     }
 
-    /// The error with which a server given to [`Graceful::run`](crate::Graceful::run) ended, if
-    /// one did: the first one's.
+    /// The error of the first server passed to [`Graceful::run`](crate::Graceful::run) that ended
+    /// with one.
     #[must_use]
     pub fn server_error(&self) -> Option<&str> {
         self.server_error.as_deref()
     }
 
-    /// Mistakes in the set-up that were found while the service ran, each kind once. They change
+    /// Mistakes in the setup that were found while the service ran, each kind once. They change
     /// neither outcome nor exit code, and are logged at `WARN` when they are found.
     ///
-    /// Not every such mistake is found. The following is looked for:
+    /// Not every such mistake is found. These are looked for:
     ///
     /// - requests that the layer does not see ([`Warning::NoRequestInLayer`],
-    ///   [`Warning::RequestOutsideLayer`]), where the lifecycle has one server: with
+    ///   [`Warning::RequestOutsideLayer`]), if the lifecycle has one server: with
     ///   [`serve`](crate::Graceful::serve) in any protocol, with a
-    ///   [`listener`](crate::Graceful::listener) or [`track`](crate::Graceful::track) in HTTP/1 without
-    ///   TLS. Some requests are looked at, not all;
-    /// - upgraded connections of HTTP/1, such as WebSockets, that are open while draining although
+    ///   [`listener`](crate::Graceful::listener) or [`track`](crate::Graceful::track) in HTTP/1
+    ///   without TLS. Only some of the requests are checked;
+    /// - upgraded HTTP/1 connections, such as WebSockets, that are open while draining although
     ///   there is no [`Hold`](crate::Hold) ([`Warning::UpgradesNotHeld`]).
     #[must_use]
     pub fn warnings(&self) -> &[Warning] {
         &self.warnings
     }
 
-    /// Ends the process with the exit code.
+    /// Ends the process with the exit code of the outcome. Use it if blocking work may keep the
+    /// runtime from shutting down.
     ///
-    /// Unlike returning from `main` this does not wait for the runtime, which waits for every
-    /// [`spawn_blocking`](tokio::task::spawn_blocking) that has begun, for as long as it takes. It
-    /// does not run the destructors of what is alive on the stack either.
+    /// Returning from `main` waits for the runtime, which waits for every
+    /// [`spawn_blocking`](tokio::task::spawn_blocking) task that has begun, however long it takes.
+    /// This method does not. It does not run the destructors of values on the stack either.
     pub fn exit(self) -> ! {
         process::exit(self.exit_code().into())
     }

@@ -1,10 +1,10 @@
-//! What was there when time was up, and what became of the requests.
+//! The numbers and lists of what was cut or lost, and the numbers of requests.
 
 use std::{fmt, net::SocketAddr, time::Duration};
 
 use http::Method;
 
-/// What was still there when the cut came, and what was lost without one. All zero after a clean
+/// What was open when the cut came, and what was lost without a cut. All zero after a clean
 /// shutdown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
@@ -16,22 +16,23 @@ pub struct Remaining {
     pub holds: usize,
     /// Tracked connections, upgraded ones included.
     pub connections: usize,
-    /// Servers given to [`Graceful::run`](crate::Graceful::run) that had not ended.
+    /// Servers passed to [`Graceful::run`](crate::Graceful::run) that had not ended.
     pub servers: usize,
-    /// [Workers](crate::Graceful::worker) that were cut when their own time was over.
+    /// [Workers](crate::Graceful::worker) that were cut at the end of
+    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout).
     pub workers: usize,
     /// Connections that were reset in a listener's queue, because the process had no file
-    /// descriptor left to accept them. Their requests, if any were sent, were not answered. At
-    /// least so many: a listener whose queue could not be counted adds 1.
+    /// descriptor left to accept them. Requests sent on them were not answered. This is a lower
+    /// bound: a listener whose queue could not be counted adds 1.
     pub queued: usize,
-    /// Requests over HTTP/1 that were dropped during the shutdown because their clients had closed
-    /// their writing side before there was a response. Such a client may have left, or may still
-    /// have waited: see [`half_close`](crate::Serve::half_close).
+    /// HTTP/1 requests that were dropped during the shutdown because their clients had closed their
+    /// writing side before there was a response. Such a client may have left, or may still have
+    /// been waiting: see [`half_close`](crate::Serve::half_close).
     ///
     /// On a server of [`serve`](crate::Graceful::serve) each such request counts. On other servers
-    /// the bytes of a [tracked](crate::Graceful::track) connection are all that is known: a request
-    /// counts when it is the last on its connection and its bytes end in an empty line, as those of
-    /// a request without a body or with a chunked one do, and not over TLS.
+    /// only the bytes of a [tracked](crate::Graceful::track) connection are known. There a request
+    /// counts if it is the last on its connection and its bytes end in an empty line, as those of a
+    /// request without a body or with a chunked body do. Over TLS no request counts there.
     pub half_closed: usize,
 }
 
@@ -68,28 +69,30 @@ impl fmt::Display for Remaining {
     }
 }
 
-/// What became of the requests, from the moment the stop was asked for. Requests that were let
-/// pass uncounted, to probes and [exempt](crate::GracefulBuilder::exempt) paths, are not among
-/// them, and neither are [holds](crate::Hold).
+/// The numbers of requests by what happened to them, from the trigger on.
+///
+/// Requests that are not counted as in flight, to probes and
+/// [exempt](crate::GracefulBuilder::exempt) paths, are not included, and neither are
+/// [holds](crate::Hold).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Requests {
-    /// In flight when the stop was asked for.
+    /// Requests that were in flight at the trigger.
     pub in_flight: usize,
-    /// Let in after that, in the lame-duck phase.
+    /// Requests admitted after the trigger, in the lame-duck phase.
     pub admitted: usize,
-    /// Of these, how many were answered: the server has taken the whole response, or the client has
-    /// disconnected after the response had begun.
+    /// Requests out of `in_flight` and `admitted` that were completed: the server has taken the
+    /// whole response, or the client has left after the response had begun.
     pub finished: usize,
-    /// Refused after that, while draining or above the limit.
+    /// Requests rejected after the trigger, because of draining or because of the limit.
     pub refused: usize,
-    /// Still in flight when the time was over, or not wholly received by their clients, as far as the
-    /// operating system says so: see [`CutConnection::undelivered`].
+    /// Requests that were still in flight at the cut, or whose response was not wholly received by
+    /// the client, as far as the operating system reports it: see [`CutConnection::undelivered`].
     pub cut: usize,
-    /// Ended without a whole response: dropped before there was a response, by the client or by
-    /// middleware outside the layer, or the response body failed or panicked. Not among `finished`.
-    /// Requests that ended because of the cut are in `cut` alone.
+    /// Requests that ended without a whole response: they were dropped before they had a response, by
+    /// their clients or by middleware outside the layer, or their response body failed or panicked.
+    /// They are not in `finished`. Requests that were dropped because of the cut are only in `cut`.
     pub dropped: usize,
 }
 
@@ -106,7 +109,7 @@ pub struct CutRequest {
     /// How long it had been in flight.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
-    /// The head of the response was out, and its body was not at its end.
+    /// Whether the head of the response had been sent, and its body had not ended.
     pub streaming: bool,
 }
 
@@ -127,14 +130,14 @@ impl fmt::Display for CutRequest {
     }
 }
 
-/// A hold that was there when the cut came. See [`Report::holds_cut`](crate::Report::holds_cut).
+/// A hold that was active when the cut came. See [`Report::holds_cut`](crate::Report::holds_cut).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct CutHold {
-    /// The name it was given.
+    /// The name of the hold.
     pub name: String,
-    /// How long it had been held.
+    /// How long it had been active.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
 }
@@ -152,14 +155,14 @@ impl fmt::Display for CutHold {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct CutConnection {
-    /// Who was at the other end, where the listener's addresses are `SocketAddr`s. `None` for
-    /// other listeners, and for IO given to [`Graceful::track`](crate::Graceful::track).
+    /// The address of the peer, if the listener's addresses are `SocketAddr`s. `None` for other
+    /// listeners, and for IO passed to [`Graceful::track`](crate::Graceful::track).
     pub peer: Option<SocketAddr>,
     /// How long it had been open.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
-    /// How many bytes of what had been written the peer had not acknowledged, with what TLS and HTTP
-    /// add to a response. Known on Linux, for a connection whose IO is a `TcpStream`; 0 otherwise.
+    /// The number of written bytes that the peer had not acknowledged, including the overhead of
+    /// TLS and HTTP. Known on Linux, for a connection whose IO is a `TcpStream`; 0 otherwise.
     pub undelivered: u64,
 }
 
@@ -167,7 +170,7 @@ impl fmt::Display for CutConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.peer {
             Some(peer) => write!(f, "connection from {peer}")?,
-            None => f.write_str("connection from a peer without address")?,
+            None => f.write_str("connection from a peer without an address")?,
         }
         write!(f, " {:.1} s", self.age.as_secs_f64())?;
         if self.undelivered > 0 {

@@ -1,4 +1,5 @@
-//! Who is in flight, by name: for services that asked to remember it.
+//! The table of requests in flight, for services that set
+//! [`name_requests`](crate::GracefulBuilder::name_requests).
 
 use std::{
     cmp::Reverse,
@@ -28,7 +29,7 @@ impl RequestTable {
         lock!(self.0)
     }
 
-    /// Enters a request. The key is for the other calls.
+    /// Adds a request. The returned key is for the other methods.
     pub(crate) fn enter(&self, method: Method, path: &str) -> usize {
         let entry = Entry {
             method,
@@ -39,7 +40,7 @@ impl RequestTable {
         self.entries().insert(entry)
     }
 
-    /// Notes that the head of the response is out.
+    /// Records that the head of the response has been sent.
     pub(crate) fn streams(&self, key: usize) {
         if let Some(entry) = self.entries().get_mut(key) {
             entry.streaming = true;
@@ -47,11 +48,11 @@ impl RequestTable {
     }
 
     pub(crate) fn remove(&self, key: usize) {
-        let struck_out = self.entries().try_remove(key);
-        drop(struck_out);
+        let removed = self.entries().try_remove(key);
+        drop(removed);
     }
 
-    /// Who is in flight, the oldest first.
+    /// The requests in flight, oldest first.
     pub(crate) fn list(&self, now: Instant) -> Vec<CutRequest> {
         let mut list: Vec<_> = {
             let entries = self.entries();

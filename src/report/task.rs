@@ -1,22 +1,23 @@
-//! What workers, hooks and cleanup steps did.
+//! The results of workers, hooks and cleanup steps.
 
 use std::{fmt, time::Duration};
 
-/// What a task of the shutdown is.
+/// The kind of a task in the report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum TaskKind {
-    /// Of [`Graceful::on_lame_duck`](crate::Graceful::on_lame_duck).
+    /// A hook of [`Graceful::on_lame_duck`](crate::Graceful::on_lame_duck).
     LameDuck,
-    /// Of [`Graceful::worker`](crate::Graceful::worker).
+    /// A worker of [`Graceful::worker`](crate::Graceful::worker) or
+    /// [`Graceful::critical_worker`](crate::Graceful::critical_worker).
     Worker,
-    /// Of [`Graceful::cleanup`](crate::Graceful::cleanup).
+    /// A cleanup step of [`Graceful::cleanup`](crate::Graceful::cleanup).
     Cleanup,
 }
 
-/// How a task came to its end.
+/// How a task ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(
@@ -25,17 +26,17 @@ pub enum TaskKind {
 )]
 #[non_exhaustive]
 pub enum TaskOutcome {
-    /// It ended, after it was told to.
+    /// The task ended without an error. A worker: after it was told to stop.
     Done,
-    /// A worker ended in good order before it was told to.
+    /// A worker ended without an error before it was told to stop.
     EndedEarly,
-    /// It ended with this error.
+    /// The task ended with this error.
     Failed(String),
-    /// It panicked, and said this.
+    /// The task panicked with this message.
     Panicked(String),
-    /// Its time was over.
+    /// The task did not end in time, and was dropped.
     Cut,
-    /// It never began: the service stopped before its turn came.
+    /// The task was not started before the service stopped.
     NotRun,
 }
 
@@ -52,15 +53,15 @@ impl fmt::Display for TaskOutcome {
     }
 }
 
-/// Workers that are counted in the report and not listed. See
+/// The numbers of workers that are not listed in the report. See
 /// [`Report::unlisted_workers`](crate::Report::unlisted_workers).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct UnlistedWorkers {
-    /// All of them.
+    /// The number of all such workers.
     pub ended: usize,
-    /// Those of them that failed or panicked.
+    /// The number of those that failed or panicked.
     pub failed: usize,
 }
 
@@ -69,24 +70,24 @@ pub struct UnlistedWorkers {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct TaskReport {
-    /// The name it was given.
+    /// The name of the task.
     pub name: String,
-    /// What it is.
+    /// The kind of the task.
     pub kind: TaskKind,
-    /// When it began to stop, or to run, in time since the stop was asked for. A worker begins to
-    /// stop when draining starts. Zero for what ended before the stop was asked for.
+    /// When the task began to run, or a worker began to stop, as time since the trigger. A worker
+    /// begins to stop when draining starts. Zero for tasks that ended before the trigger.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub began: Duration,
-    /// How long it took from then on.
+    /// How long the task took from then on.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub took: Duration,
-    /// How it came to its end.
+    /// How the task ended.
     #[cfg_attr(feature = "serde", serde(flatten))]
     pub outcome: TaskOutcome,
 }
 
 impl TaskReport {
-    /// It did not do what it was there for.
+    /// Whether the task failed.
     pub(crate) fn is_failure(&self) -> bool {
         match self.outcome {
             TaskOutcome::Failed(_) | TaskOutcome::Panicked(_) => true,
@@ -95,7 +96,7 @@ impl TaskReport {
         }
     }
 
-    /// It was running when its time was over.
+    /// Whether this is a worker that did not end in time.
     pub(crate) fn is_cut_worker(&self) -> bool {
         self.kind == TaskKind::Worker && self.outcome == TaskOutcome::Cut
     }

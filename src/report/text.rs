@@ -1,14 +1,14 @@
-//! The report as a person reads it.
+//! The text form of the report.
 
 use std::{fmt, time::Duration};
 
 use super::{Report, TaskKind, TaskOutcome, TaskReport, UnlistedWorkers};
 use crate::phase::Phase;
 
-/// How many of the requests, holds and connections that were given up are named, of each.
+/// How many of the requests, holds and connections that were given up are named, for each kind.
 const NAMED: usize = 3;
 
-/// The widths of a row's columns; with what stands between them, 80 in all.
+/// The widths of a row's columns. With the text between them a row is 80 columns wide.
 const NAME: usize = 18;
 const BAR: usize = 32;
 const WIDTH: usize = 80;
@@ -114,7 +114,7 @@ impl Report {
     }
 }
 
-/// What there is, on as many lines as it takes. Nothing, if there is nothing.
+/// Writes a list on as many lines as it needs. Writes nothing if the list is empty.
 fn listed(
     f: &mut fmt::Formatter<'_>,
     name: &str,
@@ -125,7 +125,7 @@ fn listed(
     };
     let (mut indent, mut text) = (2, format!("{name}: {first}"));
     for figure in figures {
-        // With the comma that follows where the line goes on.
+        // Includes the comma at the end of a line that is continued.
         if indent + text.len() + ", ,".len() + figure.len() > WIDTH {
             line(f, indent, &format!("{text},"))?;
             (indent, text) = (4, figure);
@@ -146,7 +146,7 @@ fn named<T: fmt::Display>(f: &mut fmt::Formatter<'_>, given_up: &[T]) -> fmt::Re
     }
 }
 
-/// A name, a time, and where in the whole that time lies.
+/// Writes a name, a duration, and a bar that shows its position in the whole.
 fn row(
     f: &mut fmt::Formatter<'_>,
     indent: usize,
@@ -157,7 +157,7 @@ fn row(
 ) -> fmt::Result {
     let column = |at: Duration| {
         let share = at.as_secs_f64() / total.as_secs_f64().max(f64::MIN_POSITIVE);
-        // Between none and all of the bar.
+        // Between 0 and the width of the bar.
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let column = (share.clamp(0.0, 1.0) * 32.0).round() as usize;
         column
@@ -184,7 +184,7 @@ fn line(f: &mut fmt::Formatter<'_>, indent: usize, text: &str) -> fmt::Result {
     write!(f, "\n{:indent$}{}", "", printable(text, WIDTH - indent))
 }
 
-/// On as many lines as it takes.
+/// Writes a text on as many lines as it needs.
 fn wrapped(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
     let columns = |text: &str| text.chars().map(width).sum::<usize>();
     let (mut indent, mut shown) = (2, String::new());
@@ -201,7 +201,7 @@ fn wrapped(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
     line(f, indent, &shown)
 }
 
-/// On one line, and no wider than this.
+/// Returns the text on one line, and cuts it to `most` columns.
 fn printable(text: &str, most: usize) -> String {
     let clean = |char: char| if char.is_control() { ' ' } else { char };
     let text: String = text.chars().map(clean).filter(|c| !is_format(*c)).collect();
@@ -221,13 +221,13 @@ fn printable(text: &str, most: usize) -> String {
     shown + ".."
 }
 
-/// What turns the direction of a text, or breaks its lines, unseen.
+/// Invisible characters that change the direction of a text or break its lines.
 fn is_format(char: char) -> bool {
     matches!(char, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
-/// How many columns a character takes, and rather too many than too few: two for the scripts of
-/// East Asia, and for symbols.
+/// How many columns a character takes, estimated too high rather than too low: two for East Asian
+/// scripts and for symbols.
 fn width(char: char) -> usize {
     match char {
         '\u{300}'..='\u{36f}' => 0,
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_given_up_is_named() {
+    fn a_report_names_what_was_given_up() {
         let mut report = clean();
         report.outcome = Outcome::Forced;
         report.phases = [ms(1000), ms(3000), ms(250)];
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shutdown_that_took_no_time_is_drawn_too() {
+    fn a_shutdown_of_zero_length_has_a_bar() {
         let mut report = clean();
         report.phases = [Duration::ZERO; 3];
         assert!(report.to_string().contains("|=      "), "{report}");

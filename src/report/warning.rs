@@ -1,25 +1,24 @@
-//! What is set up in a way that cannot work as meant.
+//! Warnings about setups that cannot work as intended.
 
 use std::{fmt, net::SocketAddr, time::Duration};
 
 use http::Method;
 
-/// Something that is set up in a way that cannot work as meant. See
-/// [`Report::warnings`](crate::Report::warnings).
+/// A setup that cannot work as intended. See [`Report::warnings`](crate::Report::warnings).
 ///
-/// Its `Display` says what is wrong, where, and what to do.
+/// Its `Display` form states the problem, where it was found, and the fix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Warning {
     /// Requests were served, and none of them reached the [layer](crate::Graceful::layer) of this
-    /// lifecycle. `.layer(…)` is missing, or belongs to another [`Graceful`](crate::Graceful). This is
-    /// one of the requests.
+    /// lifecycle. `.layer(…)` is missing, or belongs to another [`Graceful`](crate::Graceful).
+    /// Contains one of the requests.
     NoRequestInLayer(OutsideLayer),
-    /// Some requests reached the layer, and this one was served without it. Its route, or middleware
-    /// that answered it, was added after `.layer(…)`.
+    /// Some requests reached the layer, and this request was served without it. Its route, or the
+    /// middleware that answered it, was added after `.layer(…)`.
     RequestOutsideLayer(OutsideLayer),
-    /// Upgraded connections were open while draining, and no [`Hold`](crate::Hold) was left, so that
-    /// the drain did not wait for their handlers. The oldest first.
+    /// Upgraded connections were open while draining, and no [`Hold`](crate::Hold) was left, so the
+    /// drain did not wait for their handlers. Oldest first.
     UpgradesNotHeld(Vec<UpgradedConnection>),
 }
 
@@ -33,26 +32,25 @@ pub struct OutsideLayer {
     pub method: Method,
     /// The path, without the query.
     pub path: String,
-    /// The peer of its connection, where that is known.
+    /// The peer of its connection, if known.
     pub peer: Option<SocketAddr>,
 }
 
-/// A connection that speaks another protocol than HTTP since its upgrade. See [`Warning`].
+/// A connection that was upgraded from HTTP to another protocol. See [`Warning`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct UpgradedConnection {
-    /// The path of the request that was answered with the upgrade, without the query, where that is
-    /// known.
+    /// The path of the request that asked for the upgrade, without the query, if known.
     pub path: Option<String>,
-    /// The peer, where that is known.
+    /// The peer, if known.
     pub peer: Option<SocketAddr>,
-    /// How long ago the upgrade was asked for.
+    /// How long ago the upgrade was requested.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
 }
 
-/// How many connections are named.
+/// How many connections the text names.
 const NAMED: usize = 3;
 
 impl fmt::Display for Warning {
@@ -108,7 +106,7 @@ impl fmt::Display for UpgradedConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.path {
             Some(path) => write!(f, "{}", path.escape_default())?,
-            None => f.write_str("a path that is not known")?,
+            None => f.write_str("an unknown path")?,
         }
         from(f, self.peer)
     }

@@ -14,7 +14,7 @@ use tokio::{
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use super::activation;
-use crate::connection::descriptors::{MOST, Socket, SocketKind, is_want};
+use crate::connection::descriptors::{MOST, Socket, SocketKind, is_out_of_descriptors};
 use crate::events;
 
 /// Whether it is a listener whose queue can be asked: one of tokio's.
@@ -98,7 +98,7 @@ fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> (Vec<A>, Option<io::E
             Ok(one) => accepted.extend(one),
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            Err(error) if is_want(&error) => {
+            Err(error) if is_out_of_descriptors(&error) => {
                 want = Some(error);
                 break;
             }

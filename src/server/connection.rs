@@ -29,7 +29,7 @@ use crate::{
     connection::{
         outside::Window,
         sniffer::{Awaited, Sniffer},
-        stagger::TURN,
+        stagger::SLOT_REACHED,
         state::{Directive, RegisteredWaker, WakerSlot},
         table::{RESPONDED, UPGRADES, WATCHED},
     },
@@ -172,7 +172,7 @@ where
             }
             let leaves = match told {
                 Directive::Stay | Directive::Stopping => false,
-                Directive::TakeTurns => {
+                Directive::LeaveInSlot => {
                     sniffer.is_http2() && this.owner.poll_turn(this.turn, cx).is_ready()
                 }
                 Directive::Leave => sniffer.is_http2(),
@@ -338,7 +338,7 @@ impl Owner {
             if time::Instant::now() < self.turn() {
                 if http2 {
                     // It may have come after the others were told.
-                    self.0.state.instruct(Directive::TakeTurns);
+                    self.0.state.instruct(Directive::LeaveInSlot);
                 }
                 return;
             }
@@ -458,7 +458,7 @@ where
         };
         let polled = if owner.is_spread(owner.phase()) {
             let turn = time::Instant::now() >= owner.turn();
-            TURN.sync_scope(turn, || inner.poll(cx))
+            SLOT_REACHED.sync_scope(turn, || inner.poll(cx))
         } else {
             inner.poll(cx)
         };

@@ -11,7 +11,7 @@ use tokio::{
 
 use super::{ConnectionEntry, io::GracefulIo, tracked};
 use crate::{
-    connection::table::{HANDSHAKE, LOOKED_AT, STIRRED},
+    connection::table::{ACTIVE, HANDSHAKE, LOOKED_AT},
     events,
 };
 
@@ -258,7 +258,7 @@ impl Shaking {
     /// The connection is as good as new: its server has not polled it yet.
     fn done(&self) -> Arc<ConnectionEntry> {
         self.0.state.forget_all();
-        self.0.flags.set(STIRRED);
+        self.0.flags.set(ACTIVE);
         Arc::clone(&self.0)
     }
 }

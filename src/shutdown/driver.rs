@@ -33,7 +33,7 @@ impl Driver {
                     Ok(gate) => break gate,
                     Err(_) => return,
                 },
-                () = self.waker.rung() => {
+                () = self.waker.notified() => {
                     #[cfg(feature = "signal")]
                     if let Some(gate) = self.gate.upgrade() {
                         gate.act_on_signals();
@@ -54,7 +54,7 @@ impl Driver {
             }
             tokio::select! {
                 biased;
-                () = self.waker.rung() => {}
+                () = self.waker.notified() => {}
                 () = time::sleep_until(next) => {}
                 () = optional(&mut cleaning), if cleaning.is_some() && !cleaned => {
                     cleaned = true;

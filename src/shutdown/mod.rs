@@ -63,7 +63,7 @@ use crate::{
     connection::{
         descriptors::Starved,
         outside::Outside,
-        stagger::{Place, TURN},
+        stagger::{Place, SLOT_REACHED},
         state::Directive,
         table::{ConnectionTable, Pieces},
         upgraded::Upgraded,
@@ -229,7 +229,7 @@ impl Lifecycle {
         if !self.policy.is_spread() {
             return true;
         }
-        TURN.try_with(|turn| *turn).unwrap_or_else(|_| {
+        SLOT_REACHED.try_with(|turn| *turn).unwrap_or_else(|_| {
             let place = {
                 let mut state = self.state();
                 state.spread_responses += 1;
@@ -244,7 +244,7 @@ impl Lifecycle {
         let state = self.state();
         let shutdown = state.shutdown.as_ref();
         let asked = shutdown.and_then(|shutdown| shutdown.entered.first().copied());
-        let after = place.turn(self.policy.close_spread);
+        let after = place.offset(self.policy.close_spread);
         instant_after(asked.unwrap_or_else(Instant::now), after)
     }
 
@@ -372,7 +372,7 @@ impl Shared {
         }
         if ran {
             // One of them may have a runtime that goes on.
-            self.waiters.nudge();
+            self.waiters.wake_all();
         }
         self.change(|_, _| ());
     }
@@ -657,7 +657,7 @@ impl Shared {
         shielded(|| advance(&self.closing_stages, news.closing_stage));
         shielded(|| advance(&self.phases, news.phase));
         if news.waiters.phase > Phase::LameDuck {
-            self.waiters.instruct(news.waiters);
+            self.waiters.notify(news.waiters);
         }
         self.log.write();
     }
@@ -778,7 +778,7 @@ impl Shared {
         } else if phase >= Phase::Draining || shutdown.asks_all {
             Directive::Leave
         } else if phase == Phase::LameDuck && self.policy.is_spread() {
-            Directive::TakeTurns
+            Directive::LeaveInSlot
         } else if phase > Phase::Serving {
             Directive::Stopping
         } else {

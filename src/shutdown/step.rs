@@ -124,7 +124,7 @@ impl Shared {
         } else if now >= shutdown.delay_until {
             Reason::DelayOver
         } else if nobody_serves {
-            Reason::NobodyServes
+            Reason::EveryServerEnded
         } else if now < shutdown.last_words {
             return Step::Until(shutdown.last_words);
         } else {
@@ -265,7 +265,7 @@ impl Shared {
             if to == Phase::LameDuck {
                 shutdown.in_flight = before.count();
                 // What came before is of no interest.
-                self.connections.take_stirred();
+                self.connections.take_activity();
             }
         }
         let until = shutdown.ends(to).unwrap_or(now);
@@ -317,7 +317,7 @@ impl Shared {
             // A request comes with the last of its handshake, or right after it.
             let shook = shutdown.shook.map_or(most, |shook| shook + LOOK + LINGER);
             let most = shutdown.drain_until.min(most.max(shook));
-            if self.connections.take_stirred() || unread {
+            if self.connections.take_activity() || unread {
                 shutdown.heard = Some(now);
             }
             let heard = shutdown.heard.max(shutdown.entered.first().copied());

@@ -1,3 +1,10 @@
-//! Workers, cleanup steps and holds: the table of what is waited for beside requests.
+//! The table of work besides requests: holds, workers, lame-duck hooks and cleanup steps.
+//!
+//! `handle` registers work here, and the timeline (`shutdown`) takes it, starts it and records how
+//! it ended. This module only keeps the books; it decides nothing about time.
+//!
+//! The drain waits for holds as it does for requests. `table` contains the argument that the end of
+//! the last hold is not missed, and loom models for it. The order of the steps in `release` and
+//! `is_idle` is part of that argument.
 
 pub(crate) mod table;

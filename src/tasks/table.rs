@@ -1,19 +1,20 @@
-//! The work besides requests: holds, and what is registered to run during a shutdown.
+//! The table of holds, and of the tasks that are registered to run during a shutdown.
 //!
-//! What is here is bookkeeping. When what runs is for the timeline to say; `tasks` is the face.
+//! The timeline decides when a task runs; `handle` has the public API.
 //!
 //! # The last hold and the drain
 //!
-//! 1. *The end of the last hold is not missed.* [`release`](Work::release) removes the hold under the
-//!    lock, and then reads the phase. The timeline advances the phase, and then counts the holds under
-//!    the lock. If the removal comes first, the count is zero. If the count comes first, the lock
-//!    orders the advance before the reading of the phase, so that the timeline is rung for.
-//! 2. *A hold that continues a request is waited for.* It begins before the request is over.
-//!    [`is_idle`](Work::is_idle) looks at the requests first: where the request is over, the hold is
-//!    counted.
+//! 1. *The end of the last hold is not missed.* [`release`](Work::release) removes the hold under
+//!    the lock and then reads the phase. The timeline advances the phase and then counts the holds
+//!    under the lock. If the removal comes first, the count is zero. If the count comes first, the
+//!    lock orders the advance before the reading of the phase, so `release` sees the phase and the
+//!    caller wakes the driver. Model: `the_end_of_the_last_hold_is_seen_or_wakes_the_driver`.
+//! 2. *A hold that continues a request is waited for.* Such a hold begins before the request ends.
+//!    [`is_idle`](Work::is_idle) checks the requests first: if they have ended, the hold is already
+//!    in the count. Model: `a_hold_that_continues_a_request_is_waited_for`.
 //!
-//! `models` holds both, and fails where the phase is read before the removal, and where the holds are
-//! counted before the requests are looked at.
+//! The models fail if the phase is read before the removal, and if the holds are counted before the
+//! requests are checked.
 
 use std::{
     any::Any,
@@ -52,40 +53,42 @@ pub(crate) struct Work {
 struct List {
     hooks: Registered,
     running_hooks: Vec<(usize, JoinHandle<()>)>,
-    /// Those that have not ended.
+    /// The workers that have not ended.
     workers: BTreeMap<usize, JoinHandle<()>>,
     workers_closed: bool,
     steps: Registered,
     /// In the order in which they were registered.
     tasks: BTreeMap<usize, Task>,
     next_key: usize,
-    /// Workers that ended in good order before the stop, as far as they are in `tasks`.
+    /// The keys of workers that ended without an error before the stop, as long as they are in
+    /// `tasks`.
     ended: VecDeque<usize>,
-    /// Workers that failed or panicked before the stop, as far as they are in `tasks`.
+    /// The keys of workers that failed or panicked before the stop, as long as they are in `tasks`.
     failed: VecDeque<usize>,
     unlisted: UnlistedWorkers,
 }
 
-/// How many workers that ended before the stop are in the report: the latest of those that ended in
-/// good order, and the latest of those that did not. A service may run workers without end.
+/// How many workers that ended before the stop are in the report: the latest ones that ended
+/// without an error, and separately the latest ones that failed. A service may start and end
+/// workers without limit.
 const MOST_ENDED: usize = 32;
 
-/// Hooks or steps, in the order they were registered, until they are taken.
+/// Hooks or steps in the order of their registration, until they are taken.
 #[derive(Default)]
 struct Registered {
     jobs: Vec<Registration>,
     taken: bool,
 }
 
-/// A future that has not begun.
+/// A registered future that has not been started.
 pub(crate) struct Registration {
-    /// Of the task, for [`Work::began`] and [`Work::ended`].
+    /// The key of the task, for [`Work::began`] and [`Work::ended`].
     pub(crate) key: usize,
     pub(crate) timeout: Duration,
     pub(crate) job: Job,
 }
 
-/// What is known of a worker, a hook or a step.
+/// The state of a worker, a hook or a step.
 #[derive(Clone, Debug)]
 pub(crate) struct Task {
     pub(crate) name: Name,
@@ -99,8 +102,9 @@ impl Work {
         lock!(self.holds).insert((name, Instant::now()))
     }
 
-    /// Ends a hold. Says whether a drain may have waited for it: it was the last one, and draining has
-    /// begun. The phase is read after the hold has ended: point 1 of the module header.
+    /// Ends a hold. Returns true if a drain may be waiting for it: it was the last hold, and
+    /// draining has begun. The phase is read after the hold has been removed: point 1 of the module
+    /// header.
     pub(crate) fn release(&self, key: usize, phase: impl FnOnce() -> Phase) -> bool {
         let mut holds = lock!(self.holds);
         let held = holds.try_remove(key);
@@ -110,7 +114,8 @@ impl Work {
         left == 0 && phase() >= Phase::Draining
     }
 
-    /// Whether the requests are over, and nothing is held. In this order: point 2 of the module header.
+    /// Whether all requests have ended and there are no holds. In this order: point 2 of the module
+    /// header.
     pub(crate) fn is_idle(&self, requests_are_over: impl FnOnce() -> bool) -> bool {
         requests_are_over() && self.holds() == 0
     }
@@ -119,7 +124,7 @@ impl Work {
         lock!(self.holds).len()
     }
 
-    /// The holds, the oldest first.
+    /// The holds, oldest first.
     pub(crate) fn list_holds(&self, now: Instant) -> Vec<CutHold> {
         let mut list: Vec<_> = {
             let holds = lock!(self.holds);
@@ -133,7 +138,7 @@ impl Work {
         list
     }
 
-    /// Enters a hook or a step, unless those of its kind have been taken.
+    /// Registers a hook or a step. Returns false if the hooks or steps have already been taken.
     pub(crate) fn register(&self, kind: TaskKind, name: Name, timeout: Duration, job: Job) -> bool {
         let mut list = lock!(self.list);
         if list.registered(kind).taken {
@@ -153,16 +158,16 @@ impl Work {
         std::mem::take(&mut registered.jobs)
     }
 
-    /// Enters a worker that `spawn` starts, unless workers are no longer wanted. The worker is to
-    /// wait for its key, and not to begin without it.
+    /// Registers a worker that `spawn` starts. Returns false if workers are no longer accepted. The
+    /// worker must wait for its key, and must not begin without it.
     pub(crate) fn employ(
         &self,
         name: Name,
         spawn: impl FnOnce(oneshot::Receiver<usize>) -> JoinHandle<()>,
     ) -> bool {
-        let (permit, permission) = oneshot::channel();
-        // Without the lock: a runtime that shuts down drops the worker here and now.
-        let handle = spawn(permission);
+        let (send_key, receive_key) = oneshot::channel();
+        // Called without the lock: a runtime that shuts down drops the worker inside this call.
+        let handle = spawn(receive_key);
         let mut list = lock!(self.list);
         if list.workers_closed {
             return false;
@@ -170,11 +175,11 @@ impl Work {
         let key = list.enter(name, TaskKind::Worker, Some(Instant::now()));
         list.workers.insert(key, handle);
         drop(list);
-        let _ = permit.send(key);
+        let _ = send_key.send(key);
         true
     }
 
-    /// The handles of the workers that have not ended. From now on there are no new ones.
+    /// Takes the handles of the workers that have not ended. From now on no worker is accepted.
     pub(crate) fn dismiss(&self) -> Vec<(usize, JoinHandle<()>)> {
         let mut list = lock!(self.list);
         list.workers_closed = true;
@@ -185,7 +190,7 @@ impl Work {
         lock!(self.list).running_hooks.push((key, handle));
     }
 
-    /// The handles of the hooks that have been started.
+    /// Takes the handles of the hooks that have been started.
     pub(crate) fn running_hooks(&self) -> Vec<(usize, JoinHandle<()>)> {
         std::mem::take(&mut lock!(self.list).running_hooks)
     }
@@ -196,7 +201,8 @@ impl Work {
         }
     }
 
-    /// Notes how a task came to its end. The first to say so is right.
+    /// Records how a task ended. Only the first call for a task counts. Returns the task if it was
+    /// recorded.
     pub(crate) fn ended(
         &self,
         key: usize,
@@ -222,7 +228,7 @@ impl Work {
         Some(task)
     }
 
-    /// Has a task that ended in good order, but later than this, count as one that was cut.
+    /// Records a task that ended without an error, but after `latest`, as cut.
     pub(crate) fn was_late(&self, key: usize, latest: Instant) {
         let mut list = lock!(self.list);
         let ended = list
@@ -236,8 +242,8 @@ impl Work {
         }
     }
 
-    /// There is something to be done, or a hook to be waited for, when nothing is in flight any
-    /// more. If not, from now on nothing is accepted either.
+    /// Whether there is a worker, a step or an unfinished hook to run or wait for once nothing is
+    /// in flight. If there is none, nothing is accepted from now on either.
     pub(crate) fn has_cleanup_or_closes(&self) -> bool {
         let mut list = lock!(self.list);
         if !list.workers.is_empty() || !list.steps.jobs.is_empty() || list.has_hook() {
@@ -258,7 +264,7 @@ impl Work {
         lock!(self.list).steps.jobs.len()
     }
 
-    /// The sum of the steps' timeouts.
+    /// The sum of the timeouts of the steps.
     pub(crate) fn asked_by_steps(&self) -> Duration {
         let list = lock!(self.list);
         let timeouts = list.steps.jobs.iter().map(|step| step.timeout);
@@ -276,7 +282,8 @@ impl Work {
         lock!(self.list).tasks.values().cloned().collect()
     }
 
-    /// What ended before the stop and is not in [`tasks`](Self::tasks) any more.
+    /// The number of workers that ended before the stop and are not in [`tasks`](Self::tasks) any
+    /// more.
     pub(crate) fn unlisted(&self) -> UnlistedWorkers {
         lock!(self.list).unlisted
     }
@@ -290,7 +297,7 @@ impl List {
         }
     }
 
-    /// A hook has not begun, or not come to its end.
+    /// Whether there is a hook that has not ended.
     fn has_hook(&self) -> bool {
         let mut hooks = self
             .tasks
@@ -312,8 +319,8 @@ impl List {
         key
     }
 
-    /// Notes that a worker has ended before the stop. Where there are too many of its kind, the
-    /// earliest is only counted from now on; gives that back.
+    /// Records that a worker has ended before the stop. If there are too many such workers, the
+    /// earliest is only counted from now on, and returned.
     fn unlist(&mut self, key: usize, failed: bool) -> Option<Task> {
         let listed = if failed {
             &mut self.failed
@@ -340,12 +347,12 @@ impl fmt::Debug for Work {
     }
 }
 
-/// What a server, a worker or a cleanup step may resolve to: `()`, or a `Result<(), E>` whose error
-/// is reported.
+/// The output of a future that is a server, a worker or a cleanup step: `()`, or a `Result<(), E>`
+/// whose error appears in the report.
 ///
-/// The report has the error's text and those of its [sources](Error::source), joined by `": "`.
+/// The report contains the text of the error and of its [sources](Error::source), joined by `": "`.
 ///
-/// Sealed: implemented here for those two.
+/// This trait is sealed. It is implemented for these two types only.
 #[diagnostic::on_unimplemented(
     message = "the future must end with `()` or a `Result<(), E>`, but its output is `{Self}`",
     label = "the output of this future is `{Self}`",
@@ -379,16 +386,16 @@ mod sealed {
     }
 }
 
-/// The error of what has completed, if it has one.
+/// The error of a completed future, if it has one.
 pub(crate) fn error(completion: impl Completion) -> Option<String> {
     sealed::Sealed::error(completion)
 }
 
-/// The text of an error and of its sources, without those that the text has already.
+/// The text of an error and of its sources. Sources whose text is already contained are omitted.
 pub(crate) fn with_sources(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let sources = iter::successors(error.source(), |&error| error.source());
-    // Bounded, because an error may name itself as its source.
+    // Limited, because an error may return itself as its source.
     for source in sources.take(MOST_SOURCES) {
         let source = source.to_string();
         if !text.contains(&source) {
@@ -399,12 +406,12 @@ pub(crate) fn with_sources(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// How many sources of an error are in its text.
+/// How many sources of an error its text includes.
 const MOST_SOURCES: usize = 32;
 
-/// Runs a future to its end, also if that is a panic.
+/// Runs a future to its end, and catches its panic.
 pub(crate) async fn outcome<F: Future<Output: Completion>>(future: F) -> TaskOutcome {
-    // The block drops it with the last poll, in case that panics.
+    // The block drops the future within the last poll, where a panic of its destructor is caught.
     let mut future = pin!(async move { error(future.await) });
     std::future::poll_fn(|cx| {
         // A future that has panicked is not polled again.
@@ -419,11 +426,11 @@ pub(crate) async fn outcome<F: Future<Output: Completion>>(future: F) -> TaskOut
     .await
 }
 
-/// What a panic said.
+/// The message of a panic.
 fn message(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().copied();
     let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("of a type that is no text").to_owned()
+    text.unwrap_or("the payload is not text").to_owned()
 }
 
 #[cfg(all(test, tower_graceful_loom))]
@@ -444,22 +451,22 @@ mod models {
         Gate::new(None, false, (), |_| Work::default())
     }
 
-    /// As the timeline asks.
+    /// The check that the timeline makes.
     fn is_idle(gate: &Holding) -> bool {
         gate.is_idle(|| gate.settled_word().is_idle())
     }
 
     #[test]
-    fn the_end_of_the_last_hold_is_seen_or_rung_for() {
+    fn the_end_of_the_last_hold_is_seen_or_wakes_the_driver() {
         model(|| {
             let gate = holding();
-            let rung = Arc::new(AtomicBool::new(false));
+            let woken = Arc::new(AtomicBool::new(false));
             let holds = [(); 2].map(|()| gate.hold("work".into()));
             let ends = holds.map(|key| {
-                let (gate, rung) = (gate.clone(), Arc::clone(&rung));
+                let (gate, woken) = (gate.clone(), Arc::clone(&woken));
                 thread::spawn(move || {
                     if gate.release(key, || gate.phase()) {
-                        rung.store(true, Relaxed);
+                        woken.store(true, Relaxed);
                     }
                 })
             });
@@ -468,7 +475,7 @@ mod models {
             for end in ends {
                 end.join().unwrap();
             }
-            assert!(seen || rung.load(Relaxed), "the drain waits for ever");
+            assert!(seen || woken.load(Relaxed), "the drain waits forever");
             assert!(is_idle(&gate));
         });
     }
@@ -487,7 +494,7 @@ mod models {
                     key
                 })
             };
-            assert!(!is_idle(&gate), "it is in flight, or held");
+            assert!(!is_idle(&gate), "the work is in flight or held");
             let key = handler.join().unwrap();
             assert!(gate.release(key, || gate.phase()));
             assert!(is_idle(&gate));

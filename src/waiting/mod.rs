@@ -1,4 +1,12 @@
-//! Waiting for a phase, by the thousands, without delay of the stop by those that wait.
+//! Waiting for a phase of the lifecycle.
+//!
+//! Futures in `handle` wait here: `draining()` and the layer's `until_draining` in `waiters`,
+//! `subscribe()` in `phase_receiver`, and futures that wait until a watched value reaches a point
+//! in `watch_until`. Thousands of tasks may wait at once. None of them can delay the stop: the
+//! timeline wakes them without holding a lock, and a panic in a waker is caught.
+//!
+//! `waiters` contains the argument that no wake-up is lost, and loom models for it. Change its
+//! locking only together with both.
 
 pub(crate) mod phase_receiver;
 pub(crate) mod waiters;

@@ -1,4 +1,4 @@
-//! Following the phase.
+//! A public receiver for changes of the phase, and wakers whose panics are caught.
 
 use std::{
     fmt,
@@ -12,10 +12,25 @@ use tokio::sync::watch;
 
 use crate::{background::shielded, phase::Phase};
 
-/// Follows the phase of a service. Made by [`Graceful::subscribe`](crate::Graceful::subscribe).
+/// Receives the phases of a service, one after another. Use it to react to the shutdown outside of
+/// a request: to update a metric, or to inform another system.
 ///
-/// It copies the phase out, so nothing that is done with it delays the service. It does not keep the
-/// lifecycle alive. A clone follows from where this one is.
+/// [`Graceful::subscribe`](crate::Graceful::subscribe) makes one. The phase is copied out, so
+/// nothing that is done with it delays the service. A receiver does not keep the lifecycle alive. A
+/// clone continues from the position of the original.
+///
+/// ```
+/// use tower_graceful::{Graceful, Phase};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() {
+/// let graceful = Graceful::new();
+/// let mut phases = graceful.subscribe();
+/// assert_eq!(phases.phase(), Phase::Serving);
+/// graceful.shutdown();
+/// assert!(phases.reached(Phase::Draining).await);
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct PhaseReceiver(watch::Receiver<Phase>);
 
@@ -24,17 +39,19 @@ impl PhaseReceiver {
         Self(phases)
     }
 
-    /// The present phase. [`changed`](Self::changed) still returns it, if it has not yet.
+    /// The current phase. A later call of [`changed`](Self::changed) still returns it if it has not
+    /// done so yet.
     #[must_use]
     pub fn phase(&self) -> Phase {
         *self.0.borrow()
     }
 
-    /// Waits until the phase is another than this returned last, or than it was when this was made,
-    /// and returns it. A receiver that looks rarely sees the latest phase, not each one. `None` when the
-    /// lifecycle is gone: every handle, layer and future of it.
+    /// Waits until the phase differs from the one that this method returned last (at first: from
+    /// the phase when the receiver was made), and returns the new phase. If the phase has changed
+    /// several times since, only the latest one is returned. Returns `None` when the lifecycle is
+    /// gone, that is, when all its handles, layers and futures have been dropped.
     ///
-    /// Cancel safe: a future that is dropped has missed nothing.
+    /// Cancel safe: a dropped future does not lose a change.
     pub async fn changed(&mut self) -> Option<Phase> {
         {
             let mut changed = pin!(self.0.changed());
@@ -48,7 +65,10 @@ impl PhaseReceiver {
         Some(*self.0.borrow_and_update())
     }
 
-    /// Waits until `phase` or a later one has been reached. False if the lifecycle is gone before that.
+    /// Waits until `phase` or a later phase has been reached, and returns true. Returns false if
+    /// the lifecycle is gone before that.
+    ///
+    /// Cancel safe.
     pub async fn reached(&mut self, phase: Phase) -> bool {
         while *self.0.borrow_and_update() < phase {
             if self.changed().await.is_none() {
@@ -58,7 +78,7 @@ impl PhaseReceiver {
         true
     }
 
-    /// Whether the lifecycle is gone: the phase will not change any more.
+    /// Whether the lifecycle is gone, so that the phase cannot change any more.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.0.has_changed().is_err()
@@ -74,8 +94,9 @@ impl fmt::Debug for PhaseReceiver {
     }
 }
 
-/// A waker whose panic takes nothing with it, and whose clones run no code that is not ours: for
-/// channels that wake several.
+/// Wraps the waker of a task for channels that wake several tasks. A panic of the inner waker is
+/// caught, so that the channel still wakes the other tasks. Cloning and dropping the wrapper runs
+/// no foreign code, except for the last drop.
 pub(crate) fn shielded_waker(cx: &Context<'_>) -> Waker {
     struct Shielded(Waker);
 

@@ -1,18 +1,24 @@
-//! Tasks that wait for a phase: thousands of them, each with a waker of its own.
+//! Tasks that wait for a phase. There may be thousands, each with its own waker.
 //!
-//! A waiter is entered on the *lane* of the thread that polls it first, so that threads do not contend
-//! there, and gets a place in its phase, so that waiters can be told over a period instead of all in
-//! the same instant. Telling goes over the lanes. In each it sets apart the wakers that are due, and
-//! wakes them one after another without the lane's lock. Where all are told at once, a task that is
-//! woken finds by the phase that it has come, without any lock, so ten thousand that wake do not
-//! queue; where they are told over a period, few come to their lane at a time.
+//! A waiter is registered in the *shard* of the thread that polls it first, so that threads do not
+//! contend for one lock. It also gets a place in its phase, so that waiters can be notified over a
+//! period instead of all in the same instant. A notification goes over the shards. In each it moves
+//! the due wakers into a queue, and then wakes them one after another without holding the shard's
+//! lock.
 //!
-//! 1. *No wake-up is lost.* What a lane was told and who waits on it are behind one lock. A waiter
-//!    that is entered before the lane is told is found there and woken; one that comes after sees that
-//!    it was told.
-//! 2. *No waker is called under the lock*: not to be cloned, woken or dropped. It may call back.
-//! 3. *A waker that panics or blocks takes no other with it.* A panic is caught. The wakers that are
-//!    due stay in the lane until each is taken, so whoever tells the lane next goes on with the rest.
+//! If all waiters are notified at once, a woken task first checks the phase, which takes no lock,
+//! so ten thousand woken tasks do not queue for one. If waiters are notified over a period, few
+//! tasks come to their shard at a time.
+//!
+//! 1. *No wake-up is lost.* The latest notified moment of a shard and its waiters are behind one
+//!    lock. A waiter registered before the notification is found and woken. A waiter that comes
+//!    after it sees the notified moment. Models: `a_waiter_is_notified`,
+//!    `a_waiter_may_be_removed_while_waiters_are_notified`.
+//! 2. *No code of a waker runs under the lock*: it is not cloned, woken or dropped there, because
+//!    it may call back into this module.
+//! 3. *A waker that panics or blocks does not keep other tasks from being woken.* A panic is
+//!    caught. Due wakers stay in the queue of the shard until each is taken, so the next
+//!    notification continues with the rest.
 
 use std::{
     array,
@@ -24,7 +30,7 @@ use std::{
 use slab::Slab;
 
 use crate::{
-    admission::here,
+    admission::thread_index,
     background::shielded,
     connection::stagger::Place,
     phase::Phase,
@@ -33,7 +39,8 @@ use crate::{
 
 const SHARDS: usize = 16;
 
-/// A point on the timeline: a place in a phase. Every place of a phase comes before the next phase.
+/// A point on the timeline: a phase and a place in it. Every place of a phase comes before the next
+/// phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Moment {
     pub(crate) phase: Phase,
@@ -45,14 +52,15 @@ pub(crate) struct Waiters {
 }
 
 struct Shard {
-    told: Moment,
-    /// What each waits for is later than what was told.
+    notified: Moment,
+    /// The moment that each waiter waits for, always later than `notified`. With its waker.
     waiting: Slab<(Moment, Waker)>,
-    /// Told, and not woken yet.
+    /// The wakers of notified waiters that have not been woken yet.
     due: VecDeque<Waker>,
 }
 
-/// Where a waiter is entered, until it is told. To be given back by [`Waiters::leave`].
+/// The registration of a waiter that has not been notified yet. The owner passes it to
+/// [`Waiters::remove`] when it stops waiting.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WaitKey {
     shard: usize,
@@ -65,7 +73,7 @@ impl Waiters {
         Self {
             shards: array::from_fn(|_| {
                 Mutex::new(Shard {
-                    told: Moment {
+                    notified: Moment {
                         phase: Phase::Serving,
                         place: Place::FIRST,
                     },
@@ -76,34 +84,34 @@ impl Waiters {
         }
     }
 
-    /// Waits until `phase` is told. A waiter that shares in the `spread` gets a place in it, and waits
-    /// until that is told, unless it comes after the phase has begun.
+    /// Waits until `phase` is notified. With `spread`, a waiter that comes before the phase begins
+    /// gets a place in it, and waits until that place is notified.
     pub(crate) fn poll(
         &self,
-        seat: &mut Option<WaitKey>,
+        wait_key: &mut Option<WaitKey>,
         phase: Phase,
         spread: bool,
         cx: &Context<'_>,
     ) -> Poll<()> {
-        match seat {
-            Some(_) => self.poll_seated(seat, cx),
-            None => self.poll_first(seat, phase, spread, cx),
+        match wait_key {
+            Some(_) => self.poll_registered(wait_key, cx),
+            None => self.poll_first(wait_key, phase, spread, cx),
         }
     }
 
-    fn poll_seated(&self, seat: &mut Option<WaitKey>, cx: &Context<'_>) -> Poll<()> {
+    fn poll_registered(&self, wait_key: &mut Option<WaitKey>, cx: &Context<'_>) -> Poll<()> {
         let Some(WaitKey {
             shard,
             key,
             awaited,
-        }) = *seat
+        }) = *wait_key
         else {
             return Poll::Ready(());
         };
         {
             let shard = lock!(self.shards[shard]);
-            if shard.told >= awaited {
-                *seat = None;
+            if shard.notified >= awaited {
+                *wait_key = None;
                 return Poll::Ready(());
             }
             if shard.waiting[key].1.will_wake(cx.waker()) {
@@ -111,35 +119,39 @@ impl Waiters {
             }
         }
         let mut waker = cx.waker().clone();
-        let told = {
+        let is_notified = {
             let mut shard = lock!(self.shards[shard]);
-            let told = shard.told >= awaited;
-            if !told {
+            let is_notified = shard.notified >= awaited;
+            if !is_notified {
                 mem::swap(&mut shard.waiting[key].1, &mut waker);
             }
-            told
+            is_notified
         };
-        if told {
-            *seat = None;
+        if is_notified {
+            *wait_key = None;
         }
         drop(waker);
-        if told { Poll::Ready(()) } else { Poll::Pending }
+        if is_notified {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     }
 
     fn poll_first(
         &self,
-        seat: &mut Option<WaitKey>,
+        wait_key: &mut Option<WaitKey>,
         phase: Phase,
         spread: bool,
         cx: &Context<'_>,
     ) -> Poll<()> {
-        let number = here() % SHARDS;
-        if lock!(self.shards[number]).told.phase >= phase {
+        let number = thread_index() % SHARDS;
+        if lock!(self.shards[number]).notified.phase >= phase {
             return Poll::Ready(());
         }
         let waker = cx.waker().clone();
         let mut shard = lock!(self.shards[number]);
-        if shard.told.phase >= phase {
+        if shard.notified.phase >= phase {
             drop(shard);
             drop(waker);
             return Poll::Ready(());
@@ -147,14 +159,15 @@ impl Waiters {
         let entry = shard.waiting.vacant_entry();
         let key = entry.key();
         let place = if spread {
-            // Those of a lane follow one another, so that they lie evenly.
+            // The waiters of a shard get consecutive numbers, so that their places are evenly
+            // distributed.
             Place::nth((number as u64) << 40 | key as u64)
         } else {
             Place::FIRST
         };
         let awaited = Moment { phase, place };
         entry.insert((awaited, waker));
-        *seat = Some(WaitKey {
+        *wait_key = Some(WaitKey {
             shard: number,
             key,
             awaited,
@@ -162,18 +175,18 @@ impl Waiters {
         Poll::Pending
     }
 
-    /// Gives up waiting.
-    pub(crate) fn leave(&self, seat: WaitKey) {
+    /// Removes a waiter that stops waiting.
+    pub(crate) fn remove(&self, wait_key: WaitKey) {
         let waiter = {
-            let mut shard = lock!(self.shards[seat.shard]);
-            // A waiter that was told is not there any more.
-            (shard.told < seat.awaited).then(|| shard.waiting.try_remove(seat.key))
+            let mut shard = lock!(self.shards[wait_key.shard]);
+            // A notified waiter is not in the shard any more.
+            (shard.notified < wait_key.awaited).then(|| shard.waiting.try_remove(wait_key.key))
         };
-        // After the lock: point 2.
+        // Dropped after the lock is released: point 2.
         drop(waiter);
     }
 
-    /// Whether somebody waits for this phase.
+    /// Whether a task waits for this phase.
     pub(crate) fn any(&self, phase: Phase) -> bool {
         let waits = |shard: &Mutex<Shard>| {
             let shard = lock!(shard);
@@ -183,10 +196,10 @@ impl Waiters {
         self.shards.iter().any(waits)
     }
 
-    /// Tells every waiter for this moment or an earlier one.
-    pub(crate) fn instruct(&self, moment: Moment) {
+    /// Notifies every waiter for this moment or an earlier one.
+    pub(crate) fn notify(&self, moment: Moment) {
         for shard in &self.shards {
-            lock!(shard).instruct(moment);
+            lock!(shard).notify(moment);
             loop {
                 let waker = lock!(shard).due.pop_front();
                 let Some(waker) = waker else { break };
@@ -195,8 +208,8 @@ impl Waiters {
         }
     }
 
-    /// Wakes every waiter, to look again at what it waits with.
-    pub(crate) fn nudge(&self) {
+    /// Wakes every waiter without a notification, so that it checks its condition again.
+    pub(crate) fn wake_all(&self) {
         for shard in &self.shards {
             let wakers: Vec<_> = {
                 let mut shard = lock!(shard);
@@ -213,12 +226,12 @@ impl Waiters {
 }
 
 impl Shard {
-    /// Sets apart those that are due.
-    fn instruct(&mut self, moment: Moment) {
-        if self.told >= moment {
+    /// Moves the wakers of due waiters into the queue.
+    fn notify(&mut self, moment: Moment) {
+        if self.notified >= moment {
             return;
         }
-        self.told = moment;
+        self.notified = moment;
         let due = self.waiting.iter().filter(|(_, (at, _))| *at <= moment);
         let due: Vec<_> = due.map(|(key, _)| key).collect();
         for key in due {
@@ -241,23 +254,24 @@ mod models {
         place: Place::LAST,
     };
 
-    /// If the wake-up could be lost, loom would find the execution that never ends.
+    /// If the wake-up could be lost, loom would find an execution that never ends.
     #[test]
-    fn a_waiter_is_told() {
+    fn a_waiter_is_notified() {
         model(|| {
             let waiters = Arc::new(Waiters::new());
-            let telling = Arc::clone(&waiters);
-            let teller = thread::spawn(move || telling.instruct(DRAINING));
-            let mut seat = None;
-            wait(|cx| waiters.poll(&mut seat, Phase::Draining, true, cx));
-            assert!(seat.is_none());
-            teller.join().unwrap();
+            let notifying = Arc::clone(&waiters);
+            let notifier = thread::spawn(move || notifying.notify(DRAINING));
+            let mut wait_key = None;
+            wait(|cx| waiters.poll(&mut wait_key, Phase::Draining, true, cx));
+            assert!(wait_key.is_none());
+            notifier.join().unwrap();
         });
     }
 
-    /// A seat that is given up is free once, whoever comes first.
+    /// A waiter is removed while another thread notifies. Its place in the shard is freed once, and
+    /// a later waiter is notified.
     #[test]
-    fn a_seat_is_given_up_beside_the_telling() {
+    fn a_waiter_may_be_removed_while_waiters_are_notified() {
         model(|| {
             let waiters = Arc::new(Waiters::new());
             let mut first = None;
@@ -267,12 +281,12 @@ mod models {
                     .poll(&mut first, Phase::Draining, true, &cx)
                     .is_pending()
             );
-            let telling = Arc::clone(&waiters);
-            let teller = thread::spawn(move || telling.instruct(DRAINING));
-            waiters.leave(first.unwrap());
+            let notifying = Arc::clone(&waiters);
+            let notifier = thread::spawn(move || notifying.notify(DRAINING));
+            waiters.remove(first.unwrap());
             let mut second = None;
             let _ = waiters.poll(&mut second, Phase::Draining, true, &cx);
-            teller.join().unwrap();
+            notifier.join().unwrap();
             assert!(
                 waiters
                     .poll(&mut second, Phase::Draining, true, &cx)
@@ -299,18 +313,18 @@ mod tests {
         Moment { phase, place }
     }
 
-    async fn told(waiters: &Waiters, spread: bool) {
-        let mut seat = None;
-        poll_fn(|cx| waiters.poll(&mut seat, Phase::Draining, spread, cx)).await;
+    async fn notified(waiters: &Waiters, spread: bool) {
+        let mut wait_key = None;
+        poll_fn(|cx| waiters.poll(&mut wait_key, Phase::Draining, spread, cx)).await;
     }
 
     #[test]
-    fn places_are_told_one_after_another_and_the_rest_with_the_next_phase() {
+    fn places_are_notified_in_order_and_the_rest_with_the_next_phase() {
         let waiters = Waiters::new();
         let mut all: Vec<_> = (0..100)
-            .map(|_| task::spawn(told(&waiters, true)))
+            .map(|_| task::spawn(notified(&waiters, true)))
             .collect();
-        let mut unspread = task::spawn(told(&waiters, false));
+        let mut unspread = task::spawn(notified(&waiters, false));
         for waiter in &mut all {
             assert_pending!(waiter.poll());
         }
@@ -320,7 +334,7 @@ mod tests {
             std::time::Duration::from_secs(2),
         );
         for (place, least, most) in [(Place::FIRST, 0, 1), (half, 40, 60)] {
-            waiters.instruct(draining(place));
+            waiters.notify(draining(place));
             assert!(unspread.is_woken());
             let woken = all.iter().filter(|waiter| waiter.is_woken()).count();
             assert!((least..=most).contains(&woken), "{woken} at {place:?}");
@@ -330,9 +344,9 @@ mod tests {
             assert_eq!(waiter.poll().is_ready(), woken);
             !woken
         });
-        // Whoever comes now does not wait for a turn.
-        assert_ready!(task::spawn(told(&waiters, true)).poll());
-        waiters.instruct(Moment {
+        // A task that comes after the phase has begun does not wait for a place.
+        assert_ready!(task::spawn(notified(&waiters, true)).poll());
+        waiters.notify(Moment {
             phase: Phase::Closing,
             place: Place::FIRST,
         });
@@ -340,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_waker_may_give_up_other_seats_when_it_is_dropped_or_woken() {
+    fn a_waker_may_remove_other_waiters_when_it_is_dropped_or_woken() {
         struct Leaves(Arc<Waiters>, OnceLock<WaitKey>);
 
         impl Wake for Leaves {
@@ -349,35 +363,35 @@ mod tests {
 
         impl Drop for Leaves {
             fn drop(&mut self) {
-                if let Some(seat) = self.1.get() {
-                    self.0.leave(*seat);
+                if let Some(wait_key) = self.1.get() {
+                    self.0.remove(*wait_key);
                 }
             }
         }
 
-        for last in ["replaced", "left", "told"] {
+        for last in ["replaced", "removed", "notified"] {
             let waiters = Arc::new(Waiters::new());
             let noop = Context::from_waker(Waker::noop());
             let mut other = None;
             assert_pending!(waiters.poll(&mut other, Phase::Draining, false, &noop));
             let leaves = Leaves(Arc::clone(&waiters), OnceLock::from(other.unwrap()));
             let waker = Waker::from(Arc::new(leaves));
-            let mut seat = None;
+            let mut wait_key = None;
             let cx = Context::from_waker(&waker);
-            assert_pending!(waiters.poll(&mut seat, Phase::Draining, false, &cx));
+            assert_pending!(waiters.poll(&mut wait_key, Phase::Draining, false, &cx));
             drop(waker);
             match last {
                 "replaced" => {
-                    assert_pending!(waiters.poll(&mut seat, Phase::Draining, false, &noop));
+                    assert_pending!(waiters.poll(&mut wait_key, Phase::Draining, false, &noop));
                 }
-                "left" => waiters.leave(seat.unwrap()),
-                _ => waiters.instruct(draining(Place::LAST)),
+                "removed" => waiters.remove(wait_key.unwrap()),
+                _ => waiters.notify(draining(Place::LAST)),
             }
         }
     }
 
     #[test]
-    fn a_waker_that_panics_takes_no_other_with_it() {
+    fn a_waker_that_panics_does_not_keep_others_from_being_woken() {
         struct Panics;
 
         impl Wake for Panics {
@@ -386,22 +400,22 @@ mod tests {
             }
         }
 
-        for nudged in [false, true] {
+        for woken_before in [false, true] {
             let waiters = Waiters::new();
             let panics = Waker::from(Arc::new(Panics));
-            let mut seats = [None; 3];
-            for seat in &mut seats {
+            let mut wait_keys = [None; 3];
+            for wait_key in &mut wait_keys {
                 let cx = Context::from_waker(&panics);
-                assert_pending!(waiters.poll(seat, Phase::Draining, false, &cx));
+                assert_pending!(waiters.poll(wait_key, Phase::Draining, false, &cx));
             }
-            let mut last = task::spawn(told(&waiters, false));
+            let mut last = task::spawn(notified(&waiters, false));
             assert_pending!(last.poll());
-            if nudged {
-                waiters.nudge();
+            if woken_before {
+                waiters.wake_all();
                 assert!(last.is_woken());
                 assert_pending!(last.poll());
             }
-            waiters.instruct(draining(Place::LAST));
+            waiters.notify(draining(Place::LAST));
             assert!(last.is_woken());
             assert_ready!(last.poll());
         }
@@ -424,17 +438,17 @@ mod tests {
         let (woken, is_woken) = mpsc::channel();
         let waiters = Waiters::new();
         let blocks = Waker::from(Arc::new(Blocks(blocked.into(), woken)));
-        let mut seat = None;
+        let mut wait_key = None;
         let cx = Context::from_waker(&blocks);
-        assert_pending!(waiters.poll(&mut seat, Phase::Draining, false, &cx));
-        let mut other = task::spawn(told(&waiters, false));
+        assert_pending!(waiters.poll(&mut wait_key, Phase::Draining, false, &cx));
+        let mut other = task::spawn(notified(&waiters, false));
         assert_pending!(other.poll());
         std::thread::scope(|scope| {
-            scope.spawn(|| waiters.instruct(draining(Place::LAST)));
+            scope.spawn(|| waiters.notify(draining(Place::LAST)));
             is_woken.recv().unwrap();
             assert!(!other.is_woken());
-            // As the control thread does in place of the one that is stuck.
-            waiters.instruct(draining(Place::LAST));
+            // As the control thread does when the notifying thread is stuck.
+            waiters.notify(draining(Place::LAST));
             assert!(other.is_woken());
             drop(release);
         });
@@ -442,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seat_given_up_is_given_to_somebody_else_who_is_told() {
+    fn the_place_of_a_removed_waiter_is_used_again() {
         struct Nothing;
 
         impl Wake for Nothing {
@@ -453,16 +467,16 @@ mod tests {
         for _ in 0..3 {
             let nothing = Arc::new(Nothing);
             let waker = Waker::from(Arc::clone(&nothing));
-            let mut seat = None;
+            let mut wait_key = None;
             let cx = Context::from_waker(&waker);
-            assert_pending!(waiters.poll(&mut seat, Phase::Draining, true, &cx));
+            assert_pending!(waiters.poll(&mut wait_key, Phase::Draining, true, &cx));
             assert_eq!(Arc::strong_count(&nothing), 3);
-            waiters.leave(seat.unwrap());
-            assert_eq!(Arc::strong_count(&nothing), 2, "nothing of it is kept");
+            waiters.remove(wait_key.unwrap());
+            assert_eq!(Arc::strong_count(&nothing), 2, "its waker is not kept");
         }
-        let mut waiter = task::spawn(told(&waiters, true));
+        let mut waiter = task::spawn(notified(&waiters, true));
         assert_pending!(waiter.poll());
-        waiters.instruct(draining(Place::LAST));
+        waiters.notify(draining(Place::LAST));
         assert!(waiter.is_woken());
         assert_ready!(waiter.poll());
     }

@@ -1,4 +1,4 @@
-//! Waiting until a watched value has come as far as some point.
+//! Waiting until the value of a watch channel reaches a point.
 
 use std::{
     pin::Pin,
@@ -9,7 +9,8 @@ use tokio::sync::watch;
 
 use super::phase_receiver::shielded_waker;
 
-/// The waiting itself, for the futures that do it. Ready for good once it has been.
+/// The common part of futures that wait for a value that never decreases. It may be polled again
+/// after it has returned `Ready`, and stays ready.
 pub(crate) struct WatchUntil<T> {
     point: T,
     waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
@@ -23,8 +24,8 @@ impl<T: Copy + Ord + Send + Sync + 'static> WatchUntil<T> {
         }
     }
 
-    /// Waits on a receiver from `subscribe`, which is called when there is none yet. Its sender
-    /// must outlive the waiting; otherwise this is ready when the sender goes.
+    /// Waits on a receiver from `subscribe`, which is called when there is none yet. The sender
+    /// must outlive the wait: if the sender is dropped, this returns `Ready`.
     pub(crate) fn poll(
         &mut self,
         cx: &mut Context<'_>,

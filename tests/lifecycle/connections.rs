@@ -58,7 +58,7 @@ impl AsyncWrite for Stuck {
 
 type Operation = fn(Pin<&mut GracefulIo<Stuck>>, &mut Context<'_>) -> Poll<io::Result<()>>;
 
-/// Everything one can do to a connection.
+/// Every operation on a connection.
 const OPERATIONS: [(&str, Operation); 5] = [
     ("read", |io, cx| {
         io.poll_read(cx, &mut ReadBuf::new(&mut [0; 8]))
@@ -107,7 +107,7 @@ fn a_thousand_connections_tracked_and_dropped_leave_none() {
     let graceful = graceful();
     let mut open: Vec<_> = (0..1000).map(|number| graceful.track(number)).collect();
     assert_eq!(graceful.connections(), 1000);
-    // Every second one first, so that freed keys are not simply the last.
+    // Every second connection first, so that the freed keys are not only the last ones.
     open.retain(|io| io.get_ref() % 2 == 0);
     assert_eq!(graceful.connections(), 500);
     open.extend((0..250).map(|number| graceful.track(number)));
@@ -310,7 +310,7 @@ async fn a_connection_that_ends_because_of_the_cut_ends_the_service_at_once() {
     assert_eq!(report.outcome(), Outcome::Forced);
     assert_eq!(report.remaining().connections, 1);
     assert_eq!(report.remaining().requests, 1);
-    // Told a little before, and it had nothing else to wait for.
+    // The server was notified a little earlier, and had nothing else to wait for.
     assert_eq!(report.remaining().servers, 0);
 }
 
@@ -352,7 +352,7 @@ async fn ten_thousand_connections_are_all_cut_at_the_deadline() {
     }
 }
 
-/// Notes what it is given to write.
+/// Records the bytes that are written to it.
 #[derive(Debug, Default)]
 struct Recorder {
     vectored: bool,
@@ -412,7 +412,7 @@ async fn vectored_writes_reach_the_wrapped_io_as_they_are() {
     }
 }
 
-/// A waker that looks at the service it waits for, as an instrumented executor's may.
+/// A waker that reads the state of the service, as the waker of an instrumented executor may.
 struct Curious(Graceful, Mutex<Vec<Phase>>);
 
 impl Wake for Curious {

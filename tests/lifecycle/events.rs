@@ -1,4 +1,4 @@
-//! What the log is told.
+//! The log events.
 
 use std::{
     collections::BTreeMap,
@@ -82,7 +82,7 @@ impl<S: Subscriber> Layer<S> for Capture {
     }
 }
 
-/// What this thread logs from now on.
+/// The events that this thread logs from now on.
 struct Log {
     lines: Arc<Mutex<Vec<Line>>>,
     _guard: DefaultGuard,
@@ -94,9 +94,9 @@ impl Log {
     }
 
     fn with(on_line: impl Fn(&Line) + Send + Sync + 'static) -> Self {
-        // While there is but one subscriber, tracing asks the one of whichever thread comes first
-        // to an event whether it is wanted, and remembers the answer for all threads. With this
-        // one there are two.
+        // With a single subscriber, tracing asks the subscriber of the first thread that reaches an
+        // event whether it is enabled, and remembers the answer for all threads. This is a second
+        // one.
         static GLOBAL: Once = Once::new();
         GLOBAL.call_once(|| {
             let _ = tracing::subscriber::set_global_default(registry());
@@ -113,7 +113,7 @@ impl Log {
         }
     }
 
-    /// But for those of the debug level.
+    /// Without events of the debug level.
     fn lines(&self) -> Vec<Line> {
         let mut lines = self.lines.lock().unwrap().clone();
         lines.retain(|line| line.level < Level::DEBUG);
@@ -220,7 +220,7 @@ async fn the_plan_is_logged_once_before_everything_else() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stop_that_nothing_came_before_logs_the_plan() {
+async fn a_stop_as_the_first_event_logs_the_plan() {
     let log = Log::new();
     let graceful = graceful();
     graceful.shutdown();
@@ -239,7 +239,7 @@ async fn a_forced_end_is_a_warning_that_says_so() {
     let transitions = log.transitions();
     let mut closing = transition("closing", "the drain deadline has passed", "15.0");
     closing.3 = Level::WARN;
-    let mut stopped = transition("stopped", "what was cut did not end in time", "15.25");
+    let mut stopped = transition("stopped", "cut work did not end in time", "15.25");
     stopped.3 = Level::WARN;
     assert_eq!(transitions[2..], [closing, stopped]);
     let lines = log.lines();
@@ -280,7 +280,7 @@ async fn a_server_that_ends_is_named_as_the_reason() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_drain_says_every_two_seconds_what_it_waits_for() {
+async fn a_drain_logs_progress_every_two_seconds() {
     let log = Log::new();
     let graceful = graceful();
     let held = request(&graceful);
@@ -312,7 +312,7 @@ async fn a_drain_says_every_two_seconds_what_it_waits_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn progress_says_so_too_while_connections_close() {
+async fn progress_is_logged_while_connections_close() {
     let log = Log::new();
     let graceful = without_delay();
     let connection = graceful.track(());
@@ -463,7 +463,7 @@ fn a_log_that_panics_at_the_end_of_a_task_stops_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_delay_and_a_stopped_service_say_nothing_further() {
+async fn no_progress_is_logged_during_the_delay_and_after_the_stop() {
     let log = Log::new();
     let graceful = graceful();
     graceful.shutdown();
@@ -557,7 +557,7 @@ fn a_subscriber_may_change_the_service_from_within_an_event() {
 
 #[test]
 fn an_event_that_says_a_phase_has_come_is_never_ahead_of_the_handle() {
-    // Also when several steps are taken at once.
+    // Also if several steps are taken at once.
     let phases = [
         (Phase::LameDuck, "lame duck"),
         (Phase::Draining, "draining"),
@@ -577,7 +577,7 @@ fn an_event_that_says_a_phase_has_come_is_never_ahead_of_the_handle() {
     });
     graceful.shutdown();
     assert_eq!(graceful.phase(), Phase::Stopped);
-    // On a thread of its own, and in the subscriber of this one.
+    // On a separate thread, with the subscriber of this one.
     assert!(comes(|| log.transitions().len() == 4));
 }
 
@@ -605,7 +605,7 @@ fn a_request_that_ends_while_the_line_is_written_ends_the_drain() {
 #[test]
 fn a_log_that_panics_stops_nothing() {
     does_not_hang(|| {
-        // Here, because a subscriber is of the thread that sets it.
+        // Set here, because a subscriber belongs to the thread that sets it.
         let _log = Log::with(|_| panic!("the log panics, as the test wants it to"));
         let graceful = graceful();
         let report = paused_runtime().block_on(async {

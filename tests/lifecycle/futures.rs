@@ -302,7 +302,7 @@ async fn stopped_is_later_than_the_drain_by_what_the_connections_take() {
 async fn a_panic_in_the_future_given_to_drain_on_stops_the_service() {
     let break_down = std::future::poll_fn(|_| panic!("the future panics, as the test wants it to"));
     let graceful = graceful();
-    // As axum does it, which takes the end of this task for the signal.
+    // As in axum, which takes the end of this task for the signal to stop.
     let signal = tokio::spawn(graceful.drain_on(break_down));
     assert!(signal.await.unwrap_err().is_panic());
     assert_eq!(graceful.phase(), Phase::LameDuck);

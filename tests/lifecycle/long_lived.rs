@@ -1,4 +1,4 @@
-//! What lives longer than a request: those told by `draining`, streams, and sockets.
+//! Long-lived work: tasks notified by `draining`, streams, and sockets.
 
 use std::{
     collections::VecDeque,
@@ -16,13 +16,13 @@ use tower_graceful::{ConfigError, Graceful, GracefulBuilder, Phase, PhaseReached
 
 use crate::support::{let_others_run, ms, pass, plan, request, s};
 
-/// No delay, a drain of 10 s, of which the first four tell long-lived work.
+/// No delay, and a drain of 10 s, of which the first 4 s are the spread.
 fn spread() -> GracefulBuilder {
     plan().drain_delay(Duration::ZERO).drain_spread(s(4))
 }
 
-/// The times at which `count` futures are told.
-async fn told(graceful: &Graceful, count: usize) -> JoinSet<Instant> {
+/// The times at which `count` futures are notified.
+async fn notified(graceful: &Graceful, count: usize) -> JoinSet<Instant> {
     let mut all = JoinSet::new();
     for _ in 0..count {
         all.spawn(graceful.draining().map(|()| Instant::now()));
@@ -32,10 +32,10 @@ async fn told(graceful: &Graceful, count: usize) -> JoinSet<Instant> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_spread_tells_one_after_another_evenly() {
+async fn a_spread_notifies_tasks_one_after_another_evenly() {
     let graceful = spread().build().unwrap();
     let _held = request(&graceful);
-    let all = told(&graceful, 1_000).await;
+    let all = notified(&graceful, 1_000).await;
     let begun = Instant::now();
     graceful.shutdown();
     let mut times = all.join_all().await;
@@ -49,20 +49,20 @@ async fn a_spread_tells_one_after_another_evenly() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_spread_all_are_told_at_once() {
+async fn without_a_spread_all_tasks_are_notified_at_once() {
     let graceful = plan().drain_delay(Duration::ZERO).build().unwrap();
     let _held = request(&graceful);
-    let all = told(&graceful, 1_000).await;
+    let all = notified(&graceful, 1_000).await;
     let begun = Instant::now();
     graceful.shutdown();
     assert!(all.join_all().await.iter().all(|time| *time == begun));
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_has_not_been_told_when_the_drain_ends_is_told_then() {
+async fn tasks_not_notified_when_the_drain_ends_are_notified_then() {
     let graceful = spread().build().unwrap();
     let held = request(&graceful);
-    let mut all = told(&graceful, 100).await;
+    let mut all = notified(&graceful, 100).await;
     graceful.shutdown();
     pass(s(1)).await;
     let mut early = 0;
@@ -76,7 +76,7 @@ async fn who_has_not_been_told_when_the_drain_ends_is_told_then() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_comes_while_others_are_being_told_does_not_wait() {
+async fn a_task_that_comes_while_others_are_notified_does_not_wait() {
     let graceful = spread().build().unwrap();
     let _held = request(&graceful);
     graceful.shutdown();
@@ -87,7 +87,7 @@ async fn who_comes_while_others_are_being_told_does_not_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn workers_and_servers_are_told_at_once_in_any_case() {
+async fn workers_and_servers_are_notified_at_once_in_any_case() {
     let graceful = spread().keep_listening(false).build().unwrap();
     let _held = request(&graceful);
     let (said, mut heard) = tokio::sync::mpsc::unbounded_channel();
@@ -110,7 +110,7 @@ async fn workers_and_servers_are_told_at_once_in_any_case() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_gives_up_waiting_for_his_turn_leaves_the_others_theirs() {
+async fn a_task_that_stops_waiting_does_not_affect_the_others() {
     let graceful = spread().build().unwrap();
     let _held = request(&graceful);
     let mut all: Vec<_> = (0..100).map(|_| task::spawn(graceful.draining())).collect();
@@ -147,7 +147,7 @@ async fn a_spread_that_outlasts_the_drain_is_refused_with_its_numbers() {
         "{text}"
     );
     assert!(plan().drain_spread(ms(9_999)).build().is_ok());
-    // Of the two delays the longer leaves less.
+    // The longer of the two delays leaves less time to drain.
     let interrupted = Graceful::builder()
         .grace_period(s(6))
         .cleanup_timeout(Duration::ZERO)
@@ -233,7 +233,7 @@ fn a_streams_size_hint_never_promises_more_than_it_keeps() {
     assert_eq!(endless.size_hint(), (0, None));
 }
 
-/// A socket whose peer reads as much as it is let, and says what it is made to.
+/// A socket whose peer receives as many messages as it has room for, and sends a script.
 #[derive(Clone, Default)]
 struct Socket(Arc<Mutex<Peer>>);
 
@@ -244,11 +244,11 @@ struct Peer {
     sent: Vec<&'static str>,
     flushed: usize,
     says: VecDeque<Result<&'static str, &'static str>>,
-    /// Answers a Close with its own, and is gone.
+    /// Answers a Close with its own Close, and closes the connection.
     polite: bool,
     closed: bool,
     refuses: bool,
-    /// Without end.
+    /// Messages that the peer sends without end.
     talks: Option<&'static str>,
     waker: Option<std::task::Waker>,
 }
@@ -262,7 +262,7 @@ impl Stream for Socket {
             return Poll::Ready(Some(Ok(talk)));
         }
         if let Some(said) = peer.says.pop_front() {
-            // Whoever has said something has room again.
+            // A peer that has sent something has room to receive again.
             peer.room += 1;
             cx.waker().wake_by_ref();
             return Poll::Ready(Some(said));
@@ -306,7 +306,7 @@ impl Sink<&'static str> for Socket {
     }
 }
 
-/// Closes a socket with this peer. Returns whether it said so, and after how long.
+/// Closes a socket with this peer. Returns whether the peer has closed, and how long it took.
 async fn close(peer: Peer) -> (bool, Duration, Vec<&'static str>) {
     let graceful = Graceful::new();
     let socket = Socket(Arc::new(Mutex::new(peer)));
@@ -331,7 +331,7 @@ async fn a_socket_is_closed_when_its_peer_has_closed_too() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_peer_that_does_not_answer_holds_for_the_bound_and_no_longer() {
+async fn a_peer_that_does_not_answer_holds_the_drain_for_the_timeout_at_most() {
     let peer = Peer {
         room: 1,
         ..Peer::default()
@@ -340,12 +340,12 @@ async fn a_peer_that_does_not_answer_holds_for_the_bound_and_no_longer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_peer_that_reads_nothing_holds_for_the_bound_and_no_longer() {
+async fn a_peer_that_reads_nothing_holds_the_drain_for_the_timeout_at_most() {
     assert_eq!(close(Peer::default()).await, (false, s(2), vec![]));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_peer_that_has_to_be_read_before_it_reads_is() {
+async fn a_peer_that_reads_only_after_its_data_was_read_is_read() {
     let peer = Peer {
         polite: true,
         says: VecDeque::from([Ok("first read me")]),
@@ -355,7 +355,7 @@ async fn a_peer_that_has_to_be_read_before_it_reads_is() {
 }
 
 #[tokio::test]
-async fn a_peer_that_never_stops_talking_holds_for_the_bound_and_no_longer() {
+async fn a_peer_that_never_stops_sending_holds_the_drain_for_the_timeout_at_most() {
     let socket = Socket::default();
     socket.0.lock().unwrap().talks = Some("and another thing");
     let begun = std::time::Instant::now();
@@ -386,23 +386,23 @@ async fn a_peer_that_closed_first_needs_no_close() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_goodbye_that_is_dropped_holds_no_longer() {
+async fn dropping_close_socket_ends_the_hold() {
     let graceful = Graceful::new();
     let socket = Socket::default();
-    let mut goodbye = task::spawn(graceful.hold("socket").close_socket(
+    let mut close = task::spawn(graceful.hold("socket").close_socket(
         socket.clone(),
         "close",
         Duration::MAX,
     ));
-    assert_pending!(goodbye.poll());
+    assert_pending!(close.poll());
     assert_eq!(graceful.in_flight(), 1);
-    drop(goodbye);
+    drop(close);
     assert_eq!(graceful.in_flight(), 0);
     assert_eq!(Arc::strong_count(&socket.0), 1);
 }
 
 #[test]
-fn a_goodbye_that_is_never_begun_drops_the_socket_before_the_hold() {
+fn an_unpolled_close_socket_drops_the_socket_before_the_hold() {
     struct Dropped(Graceful, Arc<Mutex<Option<usize>>>, Socket);
 
     impl Drop for Dropped {
@@ -448,10 +448,10 @@ fn a_goodbye_that_is_never_begun_drops_the_socket_before_the_hold() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_drain_waits_for_the_goodbye() {
+async fn a_drain_waits_for_close_socket() {
     let graceful = plan().drain_delay(Duration::ZERO).build().unwrap();
     let hold = graceful.hold("socket");
-    let goodbye = graceful.draining().then(|()| async {
+    let close = graceful.draining().then(|()| async {
         let peer = Peer {
             room: 1,
             ..Peer::default()
@@ -459,10 +459,10 @@ async fn a_drain_waits_for_the_goodbye() {
         hold.close_socket(Socket(Arc::new(Mutex::new(peer))), "close", s(3))
             .await
     });
-    let goodbye = tokio::spawn(goodbye);
+    let close = tokio::spawn(close);
     let begun = Instant::now();
     graceful.shutdown();
     graceful.stopped().await;
     assert_eq!(begun.elapsed(), s(3));
-    assert!(!goodbye.await.unwrap());
+    assert!(!close.await.unwrap());
 }

@@ -1,4 +1,4 @@
-//! What people do by mistake.
+//! Unusual and mistaken uses of the API.
 
 use std::{
     any::Any,
@@ -76,7 +76,7 @@ async fn a_shutdown_completes_although_every_handle_is_dropped_after_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_subscriber_is_told_when_everything_is_dropped() {
+async fn a_subscriber_is_notified_when_everything_is_dropped() {
     let graceful = graceful();
     let layer = graceful.layer();
     let mut phases = graceful.subscribe();
@@ -90,7 +90,7 @@ async fn a_subscriber_is_told_when_everything_is_dropped() {
 }
 
 #[test]
-fn a_subscriber_is_told_when_everything_is_dropped_outside_a_runtime() {
+fn a_subscriber_is_notified_when_everything_is_dropped_outside_a_runtime() {
     let graceful = graceful();
     let phases = graceful.subscribe();
     let layer = graceful.layer();
@@ -129,7 +129,7 @@ fn everything_but_time_works_outside_a_runtime() {
     assert_pending!(drain.poll());
     assert!(graceful.snapshot().time_left.is_some());
 
-    // Nobody drives, so the next call that changes something takes the steps that are due.
+    // There is no driver, so the next call that changes something takes the steps that are due.
     drop((held, connection));
     graceful.shutdown();
     assert_eq!(graceful.phase(), Phase::Stopped);
@@ -319,16 +319,16 @@ fn handle_layer_and_futures_may_be_dropped_in_any_order() {
                 assert!(open, "a part of {order:?} does not keep it alive");
                 parts[*index] = None;
             }
-            // A stop that has begun completes beside this thread.
+            // A stop that has begun is completed by another thread.
             let closed = comes(|| phases.is_closed());
             assert!(closed, "{order:?} leaks");
         }
     }
 }
 
-/// They own nothing, and need nobody who does.
+/// Services and requests own nothing, and do not need an owner.
 #[tokio::test(start_paused = true)]
-async fn a_service_and_its_requests_go_on_when_nobody_is_left_who_could_stop_them() {
+async fn a_service_and_its_requests_go_on_after_the_last_owner_of_the_lifecycle() {
     let builder = plan().max_in_flight(2).exempt("/metrics");
     let rejection = |_: &Rejection<'_>| Response::new("my own".into());
     let graceful = builder.rejection(rejection).build().unwrap();
@@ -349,7 +349,7 @@ async fn a_service_and_its_requests_go_on_when_nobody_is_left_who_could_stop_the
 
     let slow = tokio::spawn(service.call(call("/slow")));
     for _ in 0..2 {
-        // Two are in flight.
+        // Two requests are in flight.
         let refused = service.call(call("/")).await.unwrap();
         assert_eq!(refused.headers()["retry-after"], "1");
         let text = refused.into_body().collect().await.unwrap().to_bytes();
@@ -369,7 +369,7 @@ async fn a_service_and_its_requests_go_on_when_nobody_is_left_who_could_stop_the
 }
 
 #[tokio::test(start_paused = true)]
-async fn named_requests_are_served_when_nobody_is_left_to_ask_for_their_names() {
+async fn named_requests_are_served_after_the_last_owner_of_the_lifecycle() {
     let graceful = plan().name_requests(true).build().unwrap();
     let mut service = graceful
         .layer()
@@ -383,9 +383,9 @@ async fn named_requests_are_served_when_nobody_is_left_to_ask_for_their_names() 
     assert_eq!(response.status(), 200);
 }
 
-/// The service is kept by the stop that has begun, to its end.
+/// A stop that has begun keeps the service alive to its end.
 #[tokio::test(start_paused = true)]
-async fn requests_are_refused_on_after_a_stop_that_nobody_owns() {
+async fn requests_are_still_refused_after_a_stop_without_an_owner() {
     let graceful = graceful();
     let mut service = graceful
         .layer()
@@ -511,9 +511,9 @@ fn debug_of_the_handle_and_what_holds_it_shows_live_values() {
 #[test]
 fn debug_of_a_listener_shows_live_values() {
     #[derive(Debug)]
-    struct Nobody;
+    struct NoListener;
 
-    impl axum::serve::Listener for Nobody {
+    impl axum::serve::Listener for NoListener {
         type Io = tokio::io::DuplexStream;
         type Addr = ();
 
@@ -528,8 +528,8 @@ fn debug_of_a_listener_shows_live_values() {
 
     let graceful = graceful();
     let _connection = graceful.track(());
-    let listener = graceful.listener(Nobody);
-    assert_shows(&listener, &["Nobody", "connections: 1"]);
+    let listener = graceful.listener(NoListener);
+    assert_shows(&listener, &["NoListener", "connections: 1"]);
 }
 
 #[tokio::test(start_paused = true)]

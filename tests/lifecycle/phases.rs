@@ -54,7 +54,7 @@ async fn a_subscriber_sees_every_phase_in_order_and_on_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_happens_until_something_asks_for_a_stop() {
+async fn nothing_happens_before_a_trigger() {
     let graceful = graceful();
     let mut stopped = task::spawn(graceful.stopped());
     assert_pending!(stopped.poll());
@@ -208,7 +208,7 @@ async fn the_deadline_ends_a_drain_that_does_not_end_by_itself() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_ends_after_the_cut_ends_the_wait_at_once_and_the_outcome_is_still_forced() {
+async fn work_that_ends_after_the_cut_ends_the_wait_at_once_and_the_outcome_is_forced() {
     let graceful = graceful();
     let held = request(&graceful);
     let begun = Instant::now();
@@ -390,7 +390,7 @@ async fn a_shutdown_before_serving_begins_is_not_followed_by_serving() {
     assert_eq!(
         begun.elapsed(),
         Duration::ZERO,
-        "nobody is there to look away"
+        "there is no traffic to wait for"
     );
     assert_eq!(report.outcome(), Outcome::Clean);
     assert_eq!(report.trigger(), Trigger::Shutdown);
@@ -409,8 +409,8 @@ async fn a_shutdown_from_a_plain_thread_wakes_the_runtime_and_keeps_the_timetabl
     assert_eq!(thread.join().unwrap(), Phase::LameDuck);
     let report = run.await.unwrap();
     assert_eq!(report.outcome(), Outcome::Clean);
-    // A plain thread reads the real clock, which is a little ahead of the paused one, and timers
-    // go off on whole milliseconds.
+    // A plain thread reads the real clock, which is slightly ahead of the paused one, and timers
+    // fire on whole milliseconds.
     let delay = report.time_in(Phase::LameDuck);
     assert!(delay >= DELAY && delay <= DELAY + ms(2), "{delay:?}");
 }

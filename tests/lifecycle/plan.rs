@@ -217,7 +217,7 @@ async fn with_zero_everywhere_an_idle_service_stops_cleanly_and_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn with_zero_everywhere_what_is_in_flight_is_cut_at_once() {
+async fn with_zero_everywhere_requests_in_flight_are_cut_at_once() {
     let graceful = zero_everywhere().build().unwrap();
     let _held = request(&graceful);
     let run = serve(&graceful, pending::<()>()).await;
@@ -225,7 +225,7 @@ async fn with_zero_everywhere_what_is_in_flight_is_cut_at_once() {
     graceful.shutdown();
     assert_eq!(graceful.phase(), Phase::Closing);
     let report = run.await.unwrap();
-    // What was cut has a moment to end, and no more.
+    // Cut work has a short time to end.
     assert_eq!(begun.elapsed(), Duration::from_millis(50));
     assert_eq!(report.outcome(), Outcome::Forced);
     assert_eq!(report.remaining().requests, 1);
@@ -316,9 +316,9 @@ async fn a_grace_period_without_end_keeps_the_default_delay() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_does_not_close_is_given_up_within_the_grace_period() {
-    // The last request leaves so late that the time for closing would reach past the end; or not
-    // at all.
+async fn connections_that_do_not_close_are_given_up_within_the_grace_period() {
+    // The last request ends so late that the time for closing would reach beyond the end, or it
+    // does not end at all.
     for leaves_after in [ms(9660), ms(20_000)] {
         let graceful = Graceful::builder()
             .grace_period(s(10))

@@ -73,7 +73,7 @@ async fn the_report_is_the_exit_code_of_main() {
     clean.shutdown();
     let clean = clean.run(ready(())).await;
     let failed = without_delay().run(ready(Err::<(), _>("broken"))).await;
-    // `ExitCode` can be compared by what it prints alone.
+    // `ExitCode` can only be compared by its `Debug` output.
     let code = |code: ExitCode| format!("{code:?}");
     assert_eq!(code(clean.clone().into()), code(ExitCode::from(0)));
     assert_eq!(code(Termination::report(clean)), code(ExitCode::SUCCESS));
@@ -110,7 +110,7 @@ async fn a_server_that_fails_stops_the_service_and_its_error_is_reported() {
     assert_eq!(
         begun.elapsed(),
         s(3),
-        "nobody serves, so nothing is waited for"
+        "no server is left, so the delay is skipped"
     );
     assert_eq!(report.outcome(), Outcome::ServerFailed);
     assert_eq!(report.exit_code(), 4);
@@ -152,7 +152,7 @@ async fn a_server_that_ends_by_itself_is_the_trigger() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_in_flight_when_a_server_ends_by_itself_is_finished() {
+async fn requests_in_flight_when_a_server_ends_by_itself_are_finished() {
     let graceful = graceful();
     let held = request(&graceful);
     tokio::spawn(async move {
@@ -371,7 +371,7 @@ async fn a_run_that_comes_during_the_delay_drops_its_server_and_leaves_the_other
     assert_eq!(late, first.await.unwrap());
 }
 
-/// A server may also be run without `run`, as the README's smallest form is.
+/// A server may also be run without `run`, as in the smallest example of the README.
 #[tokio::test(start_paused = true)]
 async fn a_run_that_comes_during_the_delay_leaves_a_server_that_is_run_by_itself_its_delay() {
     let graceful = graceful();
@@ -527,7 +527,7 @@ async fn a_server_may_resolve_to_unit_or_to_a_result() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn run_takes_whatever_becomes_a_future() {
+async fn run_accepts_into_future() {
     struct Serve(Graceful);
 
     impl IntoFuture for Serve {

@@ -1,4 +1,4 @@
-//! What the tests have in common.
+//! Helpers shared by the tests.
 
 use std::{
     convert::Infallible,
@@ -29,7 +29,7 @@ use tower_graceful::{Completion, Drain, Graceful, GracefulBuilder, GracefulFutur
 pub(crate) const DELAY: Duration = Duration::from_secs(5);
 /// When a shutdown of [`graceful`] reaches its drain deadline, from the trigger.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(15);
-/// How long what was cut may take to end.
+/// How long work that was cut may take to end.
 pub(crate) const LET_GO: Duration = Duration::from_millis(250);
 
 pub(crate) const fn s(seconds: u64) -> Duration {
@@ -57,7 +57,7 @@ pub(crate) fn without_delay() -> Graceful {
 type Handler = future::Pending<Result<Response<Empty<Bytes>>, Infallible>>;
 pub(crate) type InFlight = GracefulFuture<Handler, Empty<Bytes>>;
 
-/// A request whose handler never answers: in flight, if it was let in, until it is dropped.
+/// A request whose handler never answers. If it was admitted, it is in flight until it is dropped.
 #[must_use = "dropping it ends the request"]
 pub(crate) fn request(graceful: &Graceful) -> InFlight {
     graceful
@@ -77,7 +77,7 @@ pub(crate) async fn quick_request(graceful: &Graceful) -> http::StatusCode {
     response.status()
 }
 
-/// A server as a shutdown sees it: a future that ends when its drain does.
+/// A server: a future that ends when its drain does.
 pub(crate) fn server(graceful: &Graceful) -> Drain {
     graceful.drain_on(pending())
 }
@@ -92,7 +92,7 @@ where
     run
 }
 
-/// A future that notes when it is polled and when it is dropped.
+/// A future that records when it is polled and when it is dropped.
 pub(crate) struct Watched<F> {
     future: Pin<Box<F>>,
     log: WatchLog,
@@ -138,14 +138,14 @@ impl<F> Drop for Watched<F> {
     }
 }
 
-/// Lets every task run that is ready to, without moving the clock.
+/// Lets all ready tasks run, without moving the clock.
 pub(crate) async fn let_others_run() {
     for _ in 0..20 {
         tokio::task::yield_now().await;
     }
 }
 
-/// Lets time pass, and everything happen that is due at its end.
+/// Lets time pass, and lets everything happen that is due at its end.
 pub(crate) async fn pass(time: Duration) {
     sleep(time).await;
     let_others_run().await;
@@ -159,7 +159,7 @@ pub(crate) fn paused_runtime() -> runtime::Runtime {
         .unwrap()
 }
 
-/// Waits until what another thread does has been done. Says whether it has.
+/// Waits until another thread has reached a condition. Returns whether it has.
 pub(crate) fn comes(condition: impl Fn() -> bool) -> bool {
     let begun = std::time::Instant::now();
     while !condition() {
@@ -171,7 +171,7 @@ pub(crate) fn comes(condition: impl Fn() -> bool) -> bool {
     true
 }
 
-/// Runs what might hang on a thread of its own, so that a hang is a failure.
+/// Runs a check that might hang on another thread, so that a hang is a failure.
 pub(crate) fn does_not_hang(test: impl FnOnce() + Send + 'static) {
     let (done, ended) = mpsc::channel();
     let thread = thread::spawn(move || {
@@ -181,7 +181,7 @@ pub(crate) fn does_not_hang(test: impl FnOnce() + Send + 'static) {
     match ended.recv_timeout(s(20)) {
         Ok(()) => thread.join().unwrap(),
         Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
-        // The test panicked: so does this.
+        // The check panicked: so does the test.
         Err(mpsc::RecvTimeoutError::Disconnected) => {
             std::panic::resume_unwind(thread.join().unwrap_err())
         }

@@ -1,4 +1,4 @@
-//! Mistakes in the set-up that the report names, and what is none.
+//! Mistakes in the setup that the report names, and setups that it does not report.
 
 use std::{convert::Infallible, future::ready};
 
@@ -15,7 +15,7 @@ const OK: &str = "HTTP/1.1 200 OK\r\n\r\n";
 const UPGRADE: &str = "GET /ws/7?a=b HTTP/1.1\r\nhost: test\r\nUpgrade: websocket\r\n\r\n";
 const SWITCHING: &str = "HTTP/1.1 101 Switching Protocols\r\n\r\n";
 
-/// A connection, both ends of it.
+/// Both ends of a connection.
 struct Connection {
     server: GracefulIo<DuplexStream>,
     client: DuplexStream,
@@ -45,7 +45,7 @@ fn get(path: &str) -> String {
     format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n")
 }
 
-/// What is left at the end of the drain is cut.
+/// Connections that are left at the end of the drain are cut.
 async fn stop(graceful: &Graceful) -> Report {
     let run = serve(graceful, server(graceful)).await;
     graceful.shutdown();
@@ -65,9 +65,9 @@ async fn passed(pieces: &[(&str, &str)]) -> Report {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_service_whose_layer_sees_no_request_is_warned_of() {
+async fn a_layer_that_sees_no_request_causes_a_warning() {
     let request = get("/orders?key=secret");
-    // As servers read it that tell HTTP/1 from HTTP/2.
+    // Two reads, as in servers that distinguish HTTP/1 from HTTP/2 first.
     let report = passed(&[(&request[..24], ""), (&request[24..], OK)]).await;
     let [Warning::NoRequestInLayer(request)] = report.warnings() else {
         panic!("{report}")
@@ -106,12 +106,12 @@ async fn requests_outside_the_layer_are_not_named_where_there_may_be_two_servers
     }
     drop(connection);
     let report = stop(&graceful).await;
-    // Connections that were tracked by hand may be of two servers, one of them without a layer.
+    // Connections passed to `track` may belong to two servers, one of them without a layer.
     assert_eq!(report.warnings(), []);
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_no_request_for_the_layer_is_not_warned_of() {
+async fn requests_that_the_layer_need_not_see_cause_no_warning() {
     let not_found = "HTTP/1.1 404 Not Found\r\n\r\n";
     let health = get("/metrics");
     let body = "POST / HTTP/1.1\r\ncontent-length: 40\r\n\r\n";
@@ -124,7 +124,7 @@ async fn what_is_no_request_for_the_layer_is_not_warned_of() {
         &[(&get("/"), not_found), (&get("/"), not_found)],
         &[(&get("/"), "HTTP/1.1 503 Service Unavailable\r\n\r\n")],
         &[("OPTIONS / HTTP/1.1\r\n\r\n", OK)],
-        // What looks like a request may be the body of one.
+        // Bytes that look like a request may be the body of one.
         &[(body, not_found), (&get("/"), OK)],
         &[
             (body, "HTTP/1.1 100 Continue\r\n\r\n"),
@@ -148,7 +148,7 @@ async fn what_is_no_request_for_the_layer_is_not_warned_of() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_the_layer_refuses_or_exempts_is_not_warned_of() {
+async fn a_request_that_the_layer_refuses_or_exempts_causes_no_warning() {
     let graceful = plan().exempt("/open").max_in_flight(1).build().unwrap();
     let mut service = tower::Layer::layer(
         &graceful.layer(),
@@ -170,7 +170,7 @@ async fn a_request_that_the_layer_refuses_or_exempts_is_not_warned_of() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn upgrades_that_nothing_holds_are_warned_of() {
+async fn upgrades_without_a_hold_cause_a_warning() {
     let graceful = without_delay();
     let mut connection = Connection::open(&graceful);
     connection.read(UPGRADE).await;
@@ -195,7 +195,7 @@ async fn upgrades_that_nothing_holds_are_warned_of() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn upgrades_that_end_in_time_are_not_warned_of() {
+async fn upgrades_that_end_in_time_cause_no_warning() {
     for held in [true, false] {
         let graceful = without_delay();
         let mut connection = Connection::open(&graceful);
@@ -206,7 +206,7 @@ async fn upgrades_that_end_in_time_are_not_warned_of() {
         let draining = graceful.draining();
         tokio::spawn(async move {
             draining.await;
-            // One that is held may take its time.
+            // An upgraded connection with a hold may stay open.
             pass(if held { s(5) } else { ms(500) }).await;
             drop(hold);
             drop(connection);
@@ -218,7 +218,7 @@ async fn upgrades_that_end_in_time_are_not_warned_of() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_upgrade_that_is_refused_is_a_connection_like_others() {
+async fn a_refused_upgrade_causes_no_warning() {
     let graceful = without_delay();
     let mut connection = Connection::open(&graceful);
     connection.read(UPGRADE).await;

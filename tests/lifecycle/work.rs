@@ -20,10 +20,10 @@ use tower_graceful::{Graceful, Report, TaskKind, TaskOutcome};
 
 use crate::support::let_others_run;
 
-/// The grace period without its margin: when a shutdown has to be over, from the trigger.
+/// The grace period without its margin: the latest end of a shutdown, from the trigger.
 const END: Duration = Duration::from_secs(29);
 
-/// Asks for a stop and waits for the report.
+/// Triggers a stop and waits for the report.
 async fn stop(graceful: &Graceful) -> Report {
     graceful.shutdown();
     report(graceful).await
@@ -57,7 +57,7 @@ fn fates(report: &Report) -> Vec<TaskOutcome> {
         .collect()
 }
 
-/// What happened when, in time since it was begun.
+/// A log of events, each with the time since the log was begun.
 #[derive(Clone)]
 struct Diary {
     begun: Instant,
@@ -83,7 +83,7 @@ impl Diary {
         assert_eq!(lines, expected);
     }
 
-    /// Notes what it is told when it is dropped.
+    /// Returns a guard that records `what` when it is dropped.
     fn at_drop(&self, what: &'static str) -> AtDrop {
         AtDrop(self.clone(), what)
     }
@@ -97,17 +97,17 @@ impl Drop for AtDrop {
     }
 }
 
-/// Panics, without a word on stderr.
+/// Panics without a message on standard error.
 async fn panics(said: impl Any + Send) {
     resume_unwind(Box::new(said));
 }
 
-/// Sleeps, from the first poll on.
+/// A sleep that begins with the first poll.
 async fn sleep_for(time: Duration) {
     tokio::time::sleep(time).await;
 }
 
-/// Waits until it is so long since the diary was begun.
+/// Waits until this time has passed since the diary was begun.
 async fn until(diary: &Diary, at: Duration) {
     tokio::time::sleep_until(diary.begun + at).await;
     let_others_run().await;

@@ -1,4 +1,4 @@
-//! What is in flight from the response's head to the end of its body.
+//! A request from the head of its response to the end of the body: when it stops being in flight.
 
 use std::{
     cell::Cell,
@@ -22,7 +22,7 @@ use tower_graceful::{Graceful, GracefulBody};
 
 use crate::support::{Script, Step, draining, get, panics, prompt, refuse, start, trailers, whole};
 
-/// The body as it comes out of the layer, its future gone.
+/// The body that the layer returns, after its future was dropped.
 fn through<B>(graceful: &Graceful, body: B) -> Spawn<GracefulBody<B>>
 where
     B: Body<Data: From<Bytes>>,
@@ -62,10 +62,10 @@ fn a_stream_is_in_flight_until_it_says_that_it_has_ended() {
 }
 
 #[test]
-fn a_stream_that_foretells_its_end_is_released_with_its_last_frame() {
+fn a_stream_that_announces_its_end_is_released_with_its_last_frame() {
     let graceful = Graceful::new();
     let steps = [Step::Data("one"), Step::Data("two")];
-    let mut body = through(&graceful, Script::foretelling(steps));
+    let mut body = through(&graceful, Script::announcing(steps));
     assert_eq!(data(&mut body), "one");
     assert_eq!(graceful.in_flight(), 1);
     assert_eq!(data(&mut body), "two");
@@ -79,25 +79,25 @@ fn text_of(size: usize) -> &'static str {
     "x".repeat(size).leak()
 }
 
-/// A body whose last frame was just taken, and whether it says that it has ended.
+/// Takes the last frame of a body. Returns whether the body then reports its end.
 fn last_frame_taken<B: Body<Data: Into<Bytes>, Error: std::fmt::Debug>>(
     graceful: &Graceful,
     body: &mut Spawn<B>,
     size: usize,
 ) -> bool {
     assert_eq!(data(body).len(), size);
-    let (_, _, ended) = told(body);
+    let (_, _, ended) = hints(body);
     assert_eq!(graceful.in_flight(), usize::from(!ended));
     ended
 }
 
-/// The server asks for more when it has room, and only then the request is over.
-fn is_over_when_asked_again<B: Body>(graceful: &Graceful, body: &mut Spawn<B>) {
-    assert_eq!(told(body), (0, Some(0), false));
+/// The server polls again when it has room, and only then the request ends.
+fn is_over_when_polled_again<B: Body>(graceful: &Graceful, body: &mut Spawn<B>) {
+    assert_eq!(hints(body), (0, Some(0), false));
     assert_eq!(graceful.in_flight(), 1);
     for _ in 0..3 {
         assert!(assert_ready!(frame(body)).is_none());
-        assert_eq!(told(body), (0, Some(0), true));
+        assert_eq!(hints(body), (0, Some(0), true));
         assert_eq!(graceful.in_flight(), 0);
     }
 }
@@ -108,7 +108,7 @@ fn a_large_last_frame_is_in_flight_until_the_server_asks_for_more() {
         let graceful = Graceful::builder().name_requests(name).build().unwrap();
         let mut body = through(&graceful, Full::<Bytes>::from(text_of(LARGE)));
         assert!(!last_frame_taken(&graceful, &mut body, LARGE));
-        is_over_when_asked_again(&graceful, &mut body);
+        is_over_when_polled_again(&graceful, &mut body);
 
         let mut body = through(&graceful, Full::<Bytes>::from(text_of(LARGE - 1)));
         assert!(last_frame_taken(&graceful, &mut body, LARGE - 1), "{name}");
@@ -130,16 +130,16 @@ fn a_large_last_frame_is_in_flight_until_the_server_drops_the_body() {
 fn it_is_the_last_frame_that_is_large_or_not() {
     let graceful = Graceful::new();
     let steps = [Step::Data(text_of(LARGE)), Step::Data("end")];
-    let mut body = through(&graceful, Script::foretelling(steps));
+    let mut body = through(&graceful, Script::announcing(steps));
     assert_eq!(data(&mut body).len(), LARGE);
     assert!(last_frame_taken(&graceful, &mut body, 3));
 
     let steps = [Step::Data("begin"), Step::Data(text_of(LARGE))];
-    let mut body = through(&graceful, Script::foretelling(steps).hint(3, 70));
+    let mut body = through(&graceful, Script::announcing(steps).hint(3, 70));
     assert_eq!(data(&mut body), "begin");
-    assert_eq!(told(&mut body), (3, Some(70), false));
+    assert_eq!(hints(&mut body), (3, Some(70), false));
     assert!(!last_frame_taken(&graceful, &mut body, LARGE));
-    is_over_when_asked_again(&graceful, &mut body);
+    is_over_when_polled_again(&graceful, &mut body);
 }
 
 #[test]
@@ -154,19 +154,19 @@ fn while_the_service_stops_the_last_frame_of_any_size_is_in_flight_until_then() 
             graceful.shutdown();
             let mut body = bodies.remove(0);
             assert_eq!(data(&mut body), "all");
-            assert_eq!(told(&mut body), (0, Some(0), false));
+            assert_eq!(hints(&mut body), (0, Some(0), false));
             assert_eq!(graceful.in_flight(), 2);
             drop(bodies);
-            is_over_when_asked_again(&graceful, &mut body);
+            is_over_when_polled_again(&graceful, &mut body);
         }
     }
 }
 
 #[test]
-fn a_body_that_is_held_is_not_polled_past_the_end_it_foretold() {
+fn a_held_body_is_not_polled_past_its_announced_end() {
     for name in [false, true] {
         let graceful = Graceful::builder().name_requests(name).build().unwrap();
-        let script = Script::foretelling([Step::Data(text_of(LARGE))]);
+        let script = Script::announcing([Step::Data(text_of(LARGE))]);
         let read = script.progress();
         let mut body = through(&graceful, script);
         assert!(!last_frame_taken(&graceful, &mut body, LARGE));
@@ -180,7 +180,7 @@ fn a_body_that_is_held_is_not_polled_past_the_end_it_foretold() {
 fn trailers_end_a_request_also_while_the_service_stops() {
     let graceful = Graceful::new();
     let steps = [Step::Data(text_of(LARGE)), Step::Trailers];
-    let mut body = through(&graceful, Script::foretelling(steps));
+    let mut body = through(&graceful, Script::announcing(steps));
     graceful.shutdown();
     assert_eq!(data(&mut body).len(), LARGE);
     assert_eq!(graceful.in_flight(), 1);
@@ -198,7 +198,7 @@ fn trailers_end_a_request_also_while_the_service_stops() {
 fn trailers_are_forwarded_and_are_the_last_frame() {
     let graceful = Graceful::new();
     let steps = [Step::Data("data"), Step::Trailers];
-    let mut body = through(&graceful, Script::foretelling(steps));
+    let mut body = through(&graceful, Script::announcing(steps));
     assert_eq!(data(&mut body), "data");
     assert_eq!(graceful.in_flight(), 1);
     let last = assert_ready!(frame(&mut body)).unwrap().unwrap();
@@ -274,8 +274,8 @@ fn responses_without_content_are_released_with_their_head() {
     }
 }
 
-/// The lower and upper bound of its size, and whether it has ended.
-fn told<B: Body>(body: &mut Spawn<B>) -> (u64, Option<u64>, bool) {
+/// The lower and upper bound of the body's size, and whether it has ended.
+fn hints<B: Body>(body: &mut Spawn<B>) -> (u64, Option<u64>, bool) {
     body.enter(|_, body| {
         let hint = body.size_hint();
         (hint.lower(), hint.upper(), body.is_end_stream())
@@ -286,20 +286,24 @@ fn told<B: Body>(body: &mut Spawn<B>) -> (u64, Option<u64>, bool) {
 fn size_hint_and_end_of_stream_are_forwarded() {
     let graceful = Graceful::new();
     let steps = [Step::Data("12345"), Step::Data("67")];
-    let mut body = through(&graceful, Script::foretelling(steps).hint(3, 70));
-    assert_eq!(told(&mut body), (3, Some(70), false));
+    let mut body = through(&graceful, Script::announcing(steps).hint(3, 70));
+    assert_eq!(hints(&mut body), (3, Some(70), false));
     data(&mut body);
-    assert_eq!(told(&mut body), (3, Some(70), false));
+    assert_eq!(hints(&mut body), (3, Some(70), false));
     data(&mut body);
-    assert_eq!(told(&mut body), (3, Some(70), true));
+    assert_eq!(hints(&mut body), (3, Some(70), true));
 
     let mut body = through(&graceful, Full::<Bytes>::from("12345"));
-    assert_eq!(told(&mut body), (5, Some(5), false));
+    assert_eq!(hints(&mut body), (5, Some(5), false));
     data(&mut body);
-    assert_eq!(told(&mut body), (0, Some(0), true));
+    assert_eq!(hints(&mut body), (0, Some(0), true));
 
     let mut body = through(&graceful, Script::new([]));
-    assert_eq!(told(&mut body), (0, None, false), "an end nobody foretold");
+    assert_eq!(
+        hints(&mut body),
+        (0, None, false),
+        "an end that was not announced"
+    );
 }
 
 #[test]
@@ -307,10 +311,10 @@ fn a_refusal_knows_its_size_and_its_end() {
     let (graceful, _busy) = draining(prompt());
     let mut refused = task::spawn(refuse(&graceful, get("/")));
     let mut body = task::spawn(assert_ready_ok!(refused.poll()).into_body());
-    let (lower, upper, ended) = told(&mut body);
+    let (lower, upper, ended) = hints(&mut body);
     assert_eq!((upper, ended), (Some(lower), false));
     assert_eq!(data(&mut body).len() as u64, lower);
-    assert_eq!(told(&mut body), (0, Some(0), true));
+    assert_eq!(hints(&mut body), (0, Some(0), true));
 }
 
 #[tokio::test]
@@ -336,8 +340,8 @@ async fn only_data<B: Body<Error: std::fmt::Debug> + Unpin>(mut body: B) -> B::D
     frame.into_data().ok().unwrap()
 }
 
-/// A body whose data, error and self stay on one thread. It says how many are in flight while it
-/// is dropped.
+/// A body whose data, error and value stay on one thread. Records how many requests are in flight
+/// while it is dropped.
 struct Local<'a> {
     graceful: &'a Graceful,
     seen: Rc<Cell<Option<usize>>>,

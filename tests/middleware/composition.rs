@@ -39,7 +39,7 @@ fn graceful() -> Graceful {
     prompt().build().unwrap()
 }
 
-/// Two frames, whose end is not foretold.
+/// Two frames. The body does not announce its end.
 async fn hello() -> Body {
     Body::new(Script::new([Step::Data("hel"), Step::Data("lo")]))
 }
@@ -239,7 +239,7 @@ async fn a_timeout_inside_or_outside_releases_the_request() {
 }
 
 #[tokio::test]
-async fn with_a_timeout_that_does_not_strike() {
+async fn with_a_timeout_that_does_not_expire() {
     let timeout =
         TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, Duration::from_secs(3));
     let graceful = graceful();
@@ -452,7 +452,7 @@ async fn handlers_get_the_handle_from_the_state_or_a_part_of_it() {
     for (app, graceful) in apps.into_iter().zip([whole, part]) {
         let response = app.oneshot(get("/")).await.unwrap();
         assert_eq!(text(response.into_body()).await, "2", "it is the same one");
-        // Nothing is in flight any more, so it may have stopped by now.
+        // Nothing is in flight any more, so the service may have stopped by now.
         assert!(graceful.phase() >= Phase::Draining);
     }
 }

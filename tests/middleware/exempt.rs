@@ -76,7 +76,7 @@ async fn outside_nest_the_full_path_is_exempt() {
 }
 
 #[test]
-fn a_request_let_pass_is_not_counted_and_its_client_is_asked_to_leave() {
+fn an_uncounted_exempt_request_asks_its_client_to_leave() {
     let (graceful, _busy) = draining(prompt().exempt("/"));
     let mut request = start(&graceful, std::future::ready(Ok(figures())));
     assert_eq!(graceful.in_flight(), 1, "the busy one alone");
@@ -85,11 +85,11 @@ fn a_request_let_pass_is_not_counted_and_its_client_is_asked_to_leave() {
     assert_eq!(connection(&response), ["close"]);
     assert_eq!(graceful.in_flight(), 1);
     drop(response);
-    assert_eq!(graceful.in_flight(), 1, "and it releases nobody else");
+    assert_eq!(graceful.in_flight(), 1, "and it releases no other request");
 }
 
 #[test]
-fn let_pass_above_the_limit_a_response_is_left_alone() {
+fn an_exempt_response_above_the_limit_is_unchanged() {
     let (graceful, _busy) = full(prompt().exempt("/"));
     let mut request = start(&graceful, std::future::ready(Ok(figures())));
     let response = assert_ready_ok!(request.poll());
@@ -98,7 +98,7 @@ fn let_pass_above_the_limit_a_response_is_left_alone() {
 }
 
 #[test]
-fn where_it_would_be_served_anyway_an_exempt_path_is_counted() {
+fn an_exempt_request_that_would_be_served_anyway_is_counted() {
     let graceful: Graceful = prompt().exempt("/").build().unwrap();
     let mut request = start(&graceful, std::future::ready(Ok(figures())));
     assert_eq!(graceful.in_flight(), 1);
@@ -144,7 +144,7 @@ mod spelled_like_a_probe {
         "/readyz/livez",
     ];
 
-    /// Routes of a user's own, and a fallback, that end as the probes' paths do.
+    /// Routes of the user, and a fallback, whose paths end like those of the probes.
     fn tenants() -> Router {
         let work = || routing::get(|| async { "work" });
         Router::new()
@@ -212,7 +212,7 @@ mod spelled_like_a_probe {
                     assert!([429, 503].contains(&status), "{place}: {path}: {status}");
                 }
             }
-            // The layer outermost of all, as it stands in front of a server.
+            // The layer outside of everything else, directly below the server.
             let app = ServiceBuilder::new()
                 .layer(layer)
                 .service(tenants().merge(probes));
@@ -254,7 +254,7 @@ mod spelled_like_a_probe {
     }
 
     #[tokio::test]
-    async fn a_probe_on_a_path_of_one_s_own_does_not_pass() {
+    async fn a_separately_routed_probe_is_refused() {
         let (graceful, _busy) = full(prompt());
         let app: Router = Router::new()
             .nest("/sys", graceful.probes())
@@ -285,7 +285,7 @@ mod spelled_like_a_probe {
             async move { status(&app, &format!("/expensive/{n}/readyz")).await }
         }));
         let (statuses, ()) = tokio::join!(all, async {
-            // While the one is inside, the probes answer.
+            // While one request is in flight, the probes answer.
             assert_eq!(status(&app, "/readyz").await, 200);
             assert_eq!(status(&app, "/livez").await, 200);
             gate.add_permits(1);

@@ -1,4 +1,4 @@
-//! What is in flight up to the response's head.
+//! A request up to the head of its response: when it is in flight.
 
 use std::{
     future::{Ready, pending, poll_fn, ready},
@@ -123,7 +123,7 @@ fn polled_after_it_is_ready_the_future_stays_pending() {
     assert_pending!(request.poll());
 }
 
-/// Notes, when it is dropped, how many were in flight just then.
+/// Records how many requests were in flight when it was dropped.
 struct Witness<'a, T> {
     graceful: &'a Graceful,
     seen: &'a mut Option<usize>,

@@ -55,7 +55,7 @@ async fn a_request_is_served_and_its_client_asked_to_leave() {
 }
 
 #[tokio::test]
-async fn while_serving_responses_are_left_alone() {
+async fn while_serving_responses_are_unchanged() {
     let graceful = Graceful::new();
     let response = Response::builder().header("connection", "keep-alive, x-hop");
     let response = served(&graceful, Version::HTTP_11, response).await;
@@ -80,7 +80,7 @@ async fn keep_alive_is_withdrawn_and_hop_by_hop_options_stay() {
 }
 
 #[tokio::test]
-async fn an_upgrade_is_left_alone() {
+async fn the_response_to_an_upgrade_is_unchanged() {
     let response = Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)
         .header("connection", "upgrade")

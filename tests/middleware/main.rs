@@ -1,5 +1,5 @@
-//! The layer and the probes as a user meets them: polled by hand, on a paused clock, inside axum
-//! and without it. No sockets.
+//! The layer and the probes as a user sees them: polled by hand, on a paused clock, with and
+//! without axum. No sockets.
 
 mod body;
 mod composition;

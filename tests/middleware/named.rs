@@ -1,4 +1,5 @@
-//! Requests by name: who is on the roll, from when to when, and that nothing else changes.
+//! Named requests: which requests are in the request table, from when to when, and that nothing
+//! else changes.
 
 use std::{
     cell::Cell,
@@ -35,7 +36,7 @@ fn named() -> GracefulBuilder {
     prompt().drain_timeout(DRAIN).name_requests(true)
 }
 
-/// Lets a request in that does what `inner` does.
+/// Admits a request that behaves as `inner`.
 fn send<F, B>(
     graceful: &Graceful,
     request: Request<Empty<Bytes>>,
@@ -50,13 +51,13 @@ where
     task::spawn(graceful.layer().layer(inner).call(request))
 }
 
-/// Lets a request in that is never answered.
+/// Admits a request that is never answered.
 fn endless(graceful: &Graceful, request: Request<Empty<Bytes>>) -> Busy {
     let inner = service_fn(|_| pending());
     graceful.layer().layer(inner).call(request)
 }
 
-/// A request whose response's head is out and whose body is this.
+/// A request whose response head has been sent, with this body.
 fn answered<B>(graceful: &Graceful, body: B) -> Spawn<GracefulBody<B>>
 where
     B: Body<Data: From<Bytes>>,
@@ -81,7 +82,7 @@ async fn stop(graceful: &Graceful) -> Report {
     graceful.run(pending::<()>()).await
 }
 
-/// Stops the service, with what is in flight being cut, and says who that was.
+/// Stops the service, cuts the requests in flight, and returns them.
 async fn cut(graceful: &Graceful) -> Vec<(String, String, Duration, bool)> {
     let in_flight = graceful.in_flight();
     let report = stop(graceful).await;
@@ -105,13 +106,13 @@ fn row(
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_cut_is_named_by_method_path_and_age_the_oldest_first() {
+async fn requests_cut_are_named_by_method_path_and_age_oldest_first() {
     let graceful = named().build().unwrap();
     let gone = endless(&graceful, get("/gone"));
     let _first = endless(&graceful, get("/export?token=secret#part"));
     sleep(SECOND).await;
     drop(gone);
-    // In the place of the one that is gone.
+    // A new request uses the key of one that has ended.
     let post = Request::post("http://example.org/orders?x=1");
     let _second = endless(&graceful, post.body(Empty::new()).unwrap());
     sleep(SECOND / 2).await;
@@ -129,7 +130,7 @@ async fn who_is_cut_is_named_by_method_path_and_age_the_oldest_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_comes_in_the_lame_duck_phase_is_named_too() {
+async fn requests_of_the_lame_duck_phase_are_named_too() {
     let builder = Graceful::builder().drain_delay(SECOND).drain_timeout(DRAIN);
     let graceful = builder.name_requests(true).build().unwrap();
     graceful.shutdown();
@@ -164,11 +165,11 @@ async fn a_request_streams_from_the_moment_its_head_is_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_no_longer_in_flight_is_struck_out() {
+async fn a_request_that_ends_is_removed_from_the_table() {
     let graceful = named().build().unwrap();
     let _rest = endless(&graceful, get("/rest"));
 
-    // Dropped before the first poll, and half way.
+    // Dropped before the first poll, and after it.
     drop(endless(&graceful, get("/dropped")));
     let mut half_way = task::spawn(endless(&graceful, get("/half-way")));
     assert_pending!(half_way.poll());
@@ -177,16 +178,16 @@ async fn who_is_no_longer_in_flight_is_struck_out() {
     let fails = ready(Err::<Response<Full<Bytes>>, _>("broken"));
     let mut fails = send(&graceful, get("/fails"), fails);
     assert_ready_err!(fails.poll());
-    // Answered without a body: with the head.
+    // Answered without a body: the request ends with the head.
     let empty = answered(&graceful, Empty::<Bytes>::new());
-    // Read to an end that was foretold, and to one that was not.
-    let mut foretold = answered(&graceful, Script::foretelling([Step::Data("all")]));
-    assert!(assert_ready!(frame(&mut foretold)).unwrap().is_ok());
-    let mut untold = answered(&graceful, Script::new([Step::Data("all")]));
-    assert!(assert_ready!(frame(&mut untold)).unwrap().is_ok());
+    // Read to an end that the body announced, and to one that it did not.
+    let mut announced = answered(&graceful, Script::announcing([Step::Data("all")]));
+    assert!(assert_ready!(frame(&mut announced)).unwrap().is_ok());
+    let mut unannounced = answered(&graceful, Script::new([Step::Data("all")]));
+    assert!(assert_ready!(frame(&mut unannounced)).unwrap().is_ok());
     assert_eq!(graceful.in_flight(), 2);
-    assert!(assert_ready!(frame(&mut untold)).is_none());
-    // Dropped half way, and broken off.
+    assert!(assert_ready!(frame(&mut unannounced)).is_none());
+    // Dropped half way, and ended by an error.
     let mut dropped = answered(&graceful, Script::new([Step::Data("one"), Step::Wait]));
     assert!(assert_ready!(frame(&mut dropped)).unwrap().is_ok());
     assert_pending!(frame(&mut dropped));
@@ -200,11 +201,11 @@ async fn who_is_no_longer_in_flight_is_struck_out() {
         [row("GET", "/rest", DRAIN, false)],
         "the bodies are still alive"
     );
-    drop((empty, foretold, untold, broken));
+    drop((empty, announced, unannounced, broken));
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_panics_is_struck_out() {
+async fn a_request_that_panics_is_removed_from_the_table() {
     let graceful = named().build().unwrap();
     let _rest = endless(&graceful, get("/rest"));
     let in_call = service_fn(
@@ -228,7 +229,7 @@ async fn who_panics_is_struck_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_names_nobody_is_named() {
+async fn without_name_requests_no_request_is_named() {
     for builder in [prompt(), prompt().name_requests(true).name_requests(false)] {
         let graceful = builder.drain_timeout(DRAIN).build().unwrap();
         let _busy = endless(&graceful, get("/secret"));
@@ -241,7 +242,7 @@ async fn without_names_nobody_is_named() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_clean_stop_names_nobody() {
+async fn a_clean_stop_names_no_request() {
     let graceful = named().build().unwrap();
     let busy = endless(&graceful, get("/"));
     graceful.shutdown();
@@ -253,7 +254,7 @@ async fn a_clean_stop_names_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_ends_after_the_cut_stays_in_the_report() {
+async fn a_request_that_ends_after_the_cut_stays_in_the_report() {
     let graceful = named().build().unwrap();
     let busy = endless(&graceful, get("/late"));
     graceful.shutdown();
@@ -265,7 +266,7 @@ async fn who_ends_after_the_cut_stays_in_the_report() {
     assert_eq!(report.duration(), DRAIN + SECOND / 10);
 }
 
-/// Sends a request that is answered at once. Says with which status, and reads the body.
+/// Sends a request that is answered at once, reads the body, and returns the status.
 async fn status(graceful: &Graceful, path: &str) -> u16 {
     let inner = service_fn(|_: Request<Empty<Bytes>>| ready(Ok::<_, Infallible>(whole("hello"))));
     let service = graceful.layer().layer(inner);
@@ -276,7 +277,7 @@ async fn status(graceful: &Graceful, path: &str) -> u16 {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_refused_or_let_pass_uncounted_is_not_named() {
+async fn refused_and_uncounted_requests_are_not_named() {
     let builder = named().max_in_flight(2).exempt("/metrics");
     let graceful = builder.build().unwrap();
     let _busy = endless(&graceful, get("/busy"));
@@ -344,7 +345,7 @@ async fn the_count_the_limit_and_the_figures_are_as_without_names() {
 #[tokio::test(start_paused = true)]
 async fn a_named_response_is_passed_on_as_it_is() {
     let graceful = named().build().unwrap();
-    let script = Script::foretelling([Step::Data("12345"), Step::Trailers]).hint(3, 70);
+    let script = Script::announcing([Step::Data("12345"), Step::Trailers]).hint(3, 70);
     let mut body = answered(&graceful, script);
     let hint = body.enter(|_, body| body.size_hint());
     assert_eq!((hint.lower(), hint.upper()), (3, Some(70)));
@@ -368,7 +369,7 @@ async fn a_named_response_is_passed_on_as_it_is() {
     assert!(debug.contains("named"), "{debug}");
 }
 
-/// Says how many are in flight while it is dropped.
+/// Records how many requests are in flight while it is dropped.
 struct AtDrop<'a> {
     graceful: &'a Graceful,
     seen: Rc<Cell<Option<usize>>>,
@@ -398,7 +399,7 @@ impl Body for AtDrop<'_> {
 }
 
 #[test]
-fn what_is_inside_is_gone_before_its_request_is() {
+fn the_inner_future_and_body_are_dropped_before_the_request_ends() {
     let graceful = named().build().unwrap();
     let seen = Rc::default();
     let inside = || AtDrop {
@@ -483,7 +484,7 @@ mod in_axum {
 
     use super::*;
 
-    /// What a request to `/api/v1/users/7` is called.
+    /// The name under which a request to `/api/v1/users/7` is recorded.
     async fn name_in(app: Router, graceful: &Graceful) -> String {
         let mut request = task::spawn(app.oneshot(get("/api/v1/users/7?all")));
         assert_pending!(request.poll());

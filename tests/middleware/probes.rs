@@ -1,4 +1,4 @@
-//! What the probes answer, and that nothing refuses them.
+//! The responses of the probes, and that probes are never refused.
 
 use axum::{Router, body::Body, routing};
 use bytes::Bytes;
@@ -28,7 +28,7 @@ fn said(status: u16, text: &str) -> (u16, String) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn readiness_says_no_from_the_first_moment_and_liveness_yes_to_the_last() {
+async fn readiness_fails_from_the_first_moment_and_liveness_succeeds_to_the_last() {
     let graceful = Graceful::new();
     let app = graceful.probes();
     let busy = hold(&graceful);
@@ -134,7 +134,7 @@ async fn a_stopping_probe_closes_http1_connections_and_no_others() {
 }
 
 #[tokio::test]
-async fn unready_status_is_readiness_s_alone() {
+async fn unready_status_does_not_apply_to_liveness() {
     let graceful = prompt()
         .unready_status(StatusCode::NOT_FOUND)
         .build()
@@ -290,7 +290,7 @@ async fn probes_are_counted_as_any_request_while_they_would_be_served_anyway() {
 }
 
 #[tokio::test]
-async fn a_probe_is_served_on_a_path_of_one_s_own() {
+async fn a_probe_is_served_on_a_custom_path() {
     let (graceful, _busy) = draining(prompt().exempt("/health"));
     let app: Router = Router::new()
         .route_service("/health", graceful.readiness())

@@ -1,4 +1,4 @@
-//! Who is refused, and with what answer.
+//! Which requests are refused, and with which response.
 
 use std::{
     future::{Ready, pending, poll_fn, ready},
@@ -55,7 +55,7 @@ async fn above_the_limit_the_answer_is_429_with_retry_after() {
 }
 
 #[tokio::test]
-async fn draining_is_said_before_overloaded() {
+async fn draining_is_reported_before_overloaded() {
     let (graceful, _busy) = full(prompt());
     graceful.shutdown();
     let response = refuse(&graceful, get("/")).await.unwrap();
@@ -151,7 +151,7 @@ async fn one_limit_for_all_routes_layers_and_clones() {
 }
 
 #[test]
-fn no_way_for_a_request_to_end_leaks_its_place() {
+fn every_way_for_a_request_to_end_frees_its_place() {
     type Answer<B> = Result<Response<B>, &'static str>;
     let graceful = prompt().max_in_flight(1).build().unwrap();
     for round in 0..200 {
@@ -369,7 +369,7 @@ async fn a_refused_head_has_the_length_of_the_answer_and_no_body() {
 
 #[tokio::test]
 async fn an_http_1_0_client_is_answered_in_its_own_version() {
-    // To a later one hyper adds `keep-alive`, and the client stays.
+    // To a response in a later version hyper adds `keep-alive`, and the client stays connected.
     let (graceful, _busy) = draining(prompt());
     let response = refuse(&graceful, over(Version::HTTP_10)).await.unwrap();
     assert_eq!(response.version(), Version::HTTP_10);

@@ -1,4 +1,4 @@
-//! Lifecycles in a given phase, and bodies that do as they are told.
+//! Lifecycles in a given phase, and bodies that follow a script.
 
 use std::{
     cell::Cell,
@@ -26,16 +26,16 @@ use tokio_test::task::{self, Spawn};
 use tower::{Layer, Service, service_fn};
 use tower_graceful::{Graceful, GracefulBuilder, GracefulFuture, Phase};
 
-/// A future that never ends, as it comes out of the layer. Holds its request in flight.
+/// The layer's future of a request that never ends. Keeps the request in flight.
 pub(crate) type Busy =
     GracefulFuture<Pending<Result<Response<Empty<Bytes>>, Infallible>>, Empty<Bytes>>;
 
-/// Drains from the first moment of a shutdown on.
+/// A lifecycle without a delay: it drains as soon as the stop is triggered.
 pub(crate) fn prompt() -> GracefulBuilder {
     Graceful::builder().drain_delay(Duration::ZERO)
 }
 
-/// A lifecycle that is draining, and the request it waits for.
+/// A draining lifecycle, and the request that it waits for.
 pub(crate) fn draining(builder: GracefulBuilder) -> (Graceful, Busy) {
     let graceful = builder.drain_delay(Duration::ZERO).build().unwrap();
     let busy = hold(&graceful);
@@ -59,7 +59,7 @@ pub(crate) fn lame_duck() -> Graceful {
     graceful
 }
 
-/// Lets a request in that stays in.
+/// Admits a request that does not end.
 pub(crate) fn hold(graceful: &Graceful) -> Busy {
     graceful
         .layer()
@@ -67,7 +67,7 @@ pub(crate) fn hold(graceful: &Graceful) -> Busy {
         .call(get("/"))
 }
 
-/// Lets a request in that does what `inner` does.
+/// Admits a request that behaves as `inner`.
 pub(crate) fn start<F, B>(graceful: &Graceful, inner: F) -> Spawn<GracefulFuture<F, Empty<Bytes>>>
 where
     F: Future<Output = Result<Response<B>, &'static str>>,
@@ -84,7 +84,7 @@ where
 
 type Never = Result<Response<Full<Bytes>>, Infallible>;
 
-/// Sends a request that must not reach the service inside.
+/// Sends a request that must not reach the inner service.
 pub(crate) fn refuse<B: Body>(
     graceful: &Graceful,
     request: Request<B>,
@@ -131,7 +131,7 @@ pub(crate) enum Step {
     Panic,
 }
 
-/// How much of a [`Script`] has been asked for.
+/// How much of a [`Script`] has been polled.
 #[derive(Clone, Default)]
 pub(crate) struct Progress {
     polls: Arc<AtomicUsize>,
@@ -149,10 +149,10 @@ impl Progress {
 }
 
 pin_project! {
-    /// A body that goes through its steps. Neither `Unpin` nor `Sync`.
+    /// A body that follows its steps. Neither `Unpin` nor `Sync`.
     pub(crate) struct Script {
         steps: VecDeque<Step>,
-        foretells_end: bool,
+        announces_end: bool,
         hint: SizeHint,
         progress: Progress,
         unsync: PhantomData<Cell<()>>,
@@ -165,7 +165,7 @@ impl Script {
     pub(crate) fn new(steps: impl IntoIterator<Item = Step>) -> Self {
         Self {
             steps: steps.into_iter().collect(),
-            foretells_end: false,
+            announces_end: false,
             hint: SizeHint::default(),
             progress: Progress::default(),
             unsync: PhantomData,
@@ -173,10 +173,10 @@ impl Script {
         }
     }
 
-    /// Says after its last step that it was the last.
-    pub(crate) fn foretelling(steps: impl IntoIterator<Item = Step>) -> Self {
+    /// Reports the end of the stream after its last step.
+    pub(crate) fn announcing(steps: impl IntoIterator<Item = Step>) -> Self {
         Self {
-            foretells_end: true,
+            announces_end: true,
             ..Self::new(steps)
         }
     }
@@ -220,7 +220,7 @@ impl Body for Script {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.foretells_end && self.steps.is_empty()
+        self.announces_end && self.steps.is_empty()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -1,4 +1,4 @@
-//! The body of a refused request: read before the answer, within bounds.
+//! The body of a refused request is read before the response, within limits.
 
 use std::{
     convert::Infallible,
@@ -37,7 +37,7 @@ fn while_draining_a_refused_body_is_read_to_its_end_before_the_answer() {
         Step::Trailers,
     ]);
     let read = body.progress();
-    // A runtime, for the clock that a wait needs.
+    // A runtime, because waiting needs its clock.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
@@ -70,7 +70,7 @@ async fn above_the_limit_the_answer_does_not_wait_for_the_body() {
     drop(busy);
 }
 
-/// As many refusals as this may read bodies at the same time.
+/// How many refusals may read bodies at the same time.
 const READERS: usize = 128;
 
 #[tokio::test(start_paused = true)]
@@ -131,9 +131,9 @@ async fn a_refusal_without_a_body_takes_no_place_from_those_that_read() {
 }
 
 #[test]
-fn a_body_that_foretells_its_end_is_not_polled_past_it() {
+fn a_body_is_not_polled_past_its_announced_end() {
     let (graceful, _busy) = draining(prompt());
-    let body = Script::foretelling([Step::Data("all")]);
+    let body = Script::announcing([Step::Data("all")]);
     let read = body.progress();
     let mut request = task::spawn(refuse(&graceful, post(body)));
     assert_ready_ok!(request.poll());
@@ -206,7 +206,7 @@ fn sixteen_mebibytes_are_read_announced_or_not() {
 }
 
 #[test]
-fn an_endless_body_is_answered_at_the_bound() {
+fn an_endless_body_is_answered_at_the_size_limit() {
     assert_eq!(
         read_of(u64::MAX, false),
         17 * MIB,
@@ -214,7 +214,7 @@ fn an_endless_body_is_answered_at_the_bound() {
     );
 }
 
-/// One byte at each tick, for ever; or none at all.
+/// One byte at each tick, forever; or no bytes at all.
 enum Slow {
     Stalled,
     Dripping(Interval),
@@ -238,7 +238,7 @@ impl Body for Slow {
     }
 }
 
-/// How long the answer takes.
+/// How long the response takes.
 async fn answered_after(body: Slow) -> Duration {
     let (graceful, _busy) = draining(prompt());
     let begun = Instant::now();
@@ -248,7 +248,7 @@ async fn answered_after(body: Slow) -> Duration {
     begun.elapsed()
 }
 
-/// A timer fires at most so much late.
+/// How late a timer may fire.
 const LATE: Duration = Duration::from_millis(5);
 
 #[tokio::test(start_paused = true)]
@@ -276,7 +276,7 @@ async fn a_body_that_pauses_is_answered_after_the_first_long_silence() {
     assert!((second..second + LATE).contains(&waited), "{waited:?}");
 }
 
-/// Frames of nothing, always ready, without end.
+/// Empty frames, always ready, without end.
 struct Empties;
 
 impl Body for Empties {
@@ -292,7 +292,7 @@ impl Body for Empties {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_of_endless_empty_frames_neither_hogs_the_thread_nor_escapes_the_bound() {
+async fn endless_empty_frames_neither_block_the_thread_nor_escape_the_time_limit() {
     let (graceful, _busy) = draining(prompt());
     let mut request = task::spawn(refuse(&graceful, post(Empties)));
     assert_pending!(request.poll());
@@ -327,7 +327,7 @@ fn a_body_that_waits_for_100_continue_is_never_polled() {
     }
 }
 
-/// What is read of the body of a refused request that says `Expect: 100-continue`.
+/// How much is read of the body of a refused request with `Expect: 100-continue`.
 fn read_although_expecting(version: Version) -> usize {
     let (graceful, _busy) = draining(prompt());
     let body = Script::new([Step::Data("data")]);
@@ -347,7 +347,7 @@ fn an_expectation_over_http10_is_ignored() {
     assert_eq!(read_although_expecting(Version::HTTP_10), 4);
 }
 
-/// No server sends a 100 there, so its client sends the body anyway.
+/// Over HTTP/2 the server sends no 100, so the client sends the body anyway.
 #[test]
 fn an_expectation_over_http2_does_not_keep_the_body_from_being_read() {
     assert_eq!(read_although_expecting(Version::HTTP_2), 4);
@@ -434,7 +434,7 @@ async fn the_answer_goes_out_soon_after_the_drain_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_upload_too_is_answered_soon_after_the_drain_is_over() {
+async fn a_silent_upload_is_answered_soon_after_the_drain_is_over() {
     let (graceful, busy) = draining(prompt());
     let _open = graceful.track(tokio::io::empty());
     let refused = tokio::spawn(refuse(&graceful, post(Slow::Stalled)));

@@ -16,10 +16,10 @@ use crate::support::{
 
 const STEP: TaskKind = TaskKind::Cleanup;
 const ZERO: Duration = Duration::ZERO;
-/// How long a step is given even where there is no time.
+/// The time that a step gets even if no time is left.
 const LEAST: Duration = Duration::from_millis(10);
 
-/// Registers a step that takes this long, and notes when it begins and when it is gone.
+/// Registers a step that takes this long. The diary records when it begins and when it is dropped.
 fn step(graceful: &Graceful, diary: &Diary, name: &'static str, bound: Duration, takes: Duration) {
     let (diary, gone) = (diary.clone(), diary.at_drop("gone"));
     let step = async move {
@@ -136,7 +136,7 @@ async fn without_steps_nothing_takes_longer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_goes_wrong_in_one_step_does_not_stop_the_next() {
+async fn a_step_that_goes_wrong_does_not_stop_the_next() {
     let graceful = without_delay();
     let diary = Diary::begin();
     let fails = async {
@@ -183,7 +183,7 @@ async fn what_goes_wrong_in_one_step_does_not_stop_the_next() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_thing_that_goes_wrong_is_a_failure_by_itself() {
+async fn each_kind_of_failed_task_makes_the_outcome_cleanup_failed() {
     let graceful = without_delay();
     graceful
         .cleanup("fails", s(1), async { Err("no") })
@@ -222,7 +222,7 @@ async fn a_failed_server_and_a_forced_stop_outweigh_a_failed_step() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_step_that_ends_just_before_its_bound_has_ended() {
+async fn a_step_that_ends_just_before_its_timeout_is_done() {
     let graceful = without_delay();
     let step = sleep_for(s(2) - ms(1));
     graceful.cleanup("step", s(2), step).unwrap();
@@ -256,7 +256,7 @@ async fn the_drain_cannot_use_up_the_share_that_is_kept_for_cleanup() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_share_that_was_asked_for_is_kept_to_the_millisecond() {
+async fn a_cleanup_share_that_was_set_is_kept_to_the_millisecond() {
     let graceful = Graceful::builder()
         .grace_period(s(60))
         .drain_delay(s(10))
@@ -275,7 +275,7 @@ async fn a_share_that_was_asked_for_is_kept_to_the_millisecond() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_share_every_step_still_has_its_turn() {
+async fn without_a_share_every_step_still_runs() {
     let graceful = Graceful::builder()
         .grace_period(s(30))
         .drain_delay(ZERO)
@@ -305,7 +305,7 @@ async fn without_a_share_every_step_still_has_its_turn() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn bounds_that_are_too_long_together_are_cut_in_proportion() {
+async fn timeouts_that_do_not_fit_together_are_reduced_in_proportion() {
     let graceful = without_delay();
     hangs(&graceful, "A", s(10));
     hangs(&graceful, "B", s(20));
@@ -316,7 +316,7 @@ async fn bounds_that_are_too_long_together_are_cut_in_proportion() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn bounds_that_fit_together_are_kept() {
+async fn timeouts_that_fit_together_are_kept() {
     let graceful = without_delay();
     hangs(&graceful, "A", s(9));
     hangs(&graceful, "B", s(20));
@@ -362,7 +362,7 @@ async fn a_step_without_a_bound_leaves_its_part_to_one_that_has_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bound_of_zero_is_a_moment() {
+async fn a_step_with_a_timeout_of_zero_is_polled() {
     let graceful = without_delay();
     let (endless, log) = watched(pending::<()>());
     graceful.cleanup("ready", ZERO, async {}).unwrap();
@@ -464,7 +464,7 @@ async fn a_step_that_waits_for_the_end_is_cut() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn calls_of_shutdown_during_cleanup_do_not_hurry_it() {
+async fn calls_of_shutdown_during_cleanup_do_not_shorten_it() {
     let graceful = without_delay();
     let diary = Diary::begin();
     step(&graceful, &diary, "step", s(5), s(3));
@@ -479,7 +479,7 @@ async fn calls_of_shutdown_during_cleanup_do_not_hurry_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_step_is_not_polled_before_its_turn() {
+async fn a_step_is_not_polled_before_the_one_before_it_has_ended() {
     let graceful = graceful();
     let (step, log) = watched(async {});
     graceful.cleanup("step", s(1), step).unwrap();
@@ -554,7 +554,7 @@ fn steps_of_a_runtime_that_is_dropped_are_given_up_and_the_stop_completes_in_the
 }
 
 #[test]
-fn what_is_registered_while_the_service_stops_is_either_refused_or_not_forgotten() {
+fn work_registered_while_the_service_stops_is_either_refused_or_run() {
     for _ in 0..2_000 {
         let graceful = without_delay();
         let start = Barrier::new(2);
@@ -567,13 +567,13 @@ fn what_is_registered_while_the_service_stops_is_either_refused_or_not_forgotten
             graceful.shutdown();
             registering.join().unwrap()
         });
-        // Nobody drives, so a step that was accepted has still to be run.
+        // There is no driver, so an accepted step has not been run.
         let stopped = graceful.phase() == Phase::Stopped;
         assert_ne!(registered, stopped);
     }
 }
 
-/// Not on the paused clock, which stands still while a thread is held.
+/// On the real clock: a paused clock stands still while a thread is blocked.
 #[tokio::test]
 async fn a_step_that_holds_the_only_thread_for_too_long_counts_as_cut() {
     let graceful = without_delay();

@@ -1,4 +1,4 @@
-//! Holds: what keeps a drain open besides requests.
+//! Holds, which keep a drain open besides requests.
 
 use std::{
     future::pending,
@@ -67,7 +67,7 @@ async fn a_hold_dropped_before_the_drain_does_not_keep_it_open() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_continues_a_request_keeps_the_drain_open_without_a_gap() {
+async fn a_hold_that_continues_a_request_keeps_the_drain_open_without_a_gap() {
     let graceful = without_delay();
     let request = request(&graceful);
     graceful.shutdown();
@@ -148,14 +148,14 @@ async fn a_hold_taken_while_closing_is_cut_at_the_drain_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_holds_beyond_the_deadline_is_named_with_its_age_the_oldest_first() {
+async fn holds_beyond_the_deadline_are_named_with_their_age_oldest_first() {
     let graceful = graceful();
     let gone = graceful.hold("gone");
     pass(s(1)).await;
     let _oldest = graceful.hold("oldest");
     pass(s(60)).await;
     drop(gone);
-    // In the place of the one that is gone.
+    // A new hold uses the key of one that has ended.
     let _middle = graceful.hold("middle");
     graceful.shutdown();
     pass(ms(500)).await;
@@ -249,7 +249,7 @@ fn a_hold_needs_no_runtime() {
     graceful.shutdown();
     assert_eq!(graceful.phase(), Phase::Draining);
     drop(hold);
-    // Nobody drives, so the next call that changes something takes the steps that are due.
+    // There is no driver, so the next call that changes something takes the steps that are due.
     graceful.shutdown();
     assert_eq!(graceful.phase(), Phase::Stopped);
 }
@@ -305,7 +305,7 @@ fn a_hold_may_be_dropped_with_its_runtime() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hold_dropped_by_a_panic_is_over() {
+async fn a_hold_dropped_by_a_panic_ends() {
     let graceful = without_delay();
     let hold = graceful.hold("panicking");
     let task = tokio::spawn(async move {
@@ -320,7 +320,7 @@ async fn a_hold_dropped_by_a_panic_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_is_told_to_close_after_the_last_hold() {
+async fn a_server_may_close_after_the_last_hold() {
     let graceful = graceful();
     let hold = graceful.hold("job");
     let run = serve(&graceful, server(&graceful)).await;
@@ -374,7 +374,7 @@ async fn the_hold_of_a_spawned_job_ends_however_the_job_does() {
     assert_eq!(graceful.in_flight(), 0);
 }
 
-/// Notes how many were in flight when it was dropped.
+/// Records how many requests and holds were in flight when it was dropped.
 struct InFlightAtDrop(Graceful, Arc<AtomicUsize>);
 
 impl Drop for InFlightAtDrop {

@@ -1,4 +1,4 @@
-//! Hooks: what runs beside the lame-duck phase.
+//! Hooks that run alongside the lame-duck phase.
 
 use std::{future::pending, io, time::Duration};
 
@@ -51,7 +51,7 @@ async fn a_hook_is_not_polled_before_a_stop_is_asked_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hook_is_cut_at_its_bound() {
+async fn a_hook_is_cut_at_its_timeout() {
     let graceful = graceful();
     let diary = Diary::begin();
     let dropped = diary.at_drop("dropped");
@@ -110,7 +110,7 @@ async fn a_hook_is_gone_when_the_service_has_stopped() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hook_that_ends_in_the_instant_of_its_bound_or_of_the_delays_end_has_ended() {
+async fn a_hook_that_ends_exactly_at_its_timeout_or_at_the_end_of_the_delay_is_done() {
     let graceful = graceful();
     graceful
         .on_lame_duck("bound", s(2), sleep_for(s(2)))
@@ -134,7 +134,7 @@ async fn a_hook_that_ends_in_the_instant_of_its_bound_or_of_the_delays_end_has_e
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bound_of_zero_is_one_poll() {
+async fn a_hook_timeout_of_zero_is_one_poll() {
     let graceful = graceful();
     graceful.on_lame_duck("ready", ZERO, async {}).unwrap();
     let (hook, log) = watched(pending::<()>());
@@ -149,7 +149,7 @@ async fn a_bound_of_zero_is_one_poll() {
     );
 }
 
-/// One hook that is ready at once, one that waits, and what becomes of them.
+/// A hook that is ready at once, and a hook that waits.
 fn two_hooks(graceful: &Graceful) -> crate::support::WatchLog {
     let hook = async { Ok::<(), io::Error>(()) };
     graceful.on_lame_duck("ready", s(1), hook).unwrap();

@@ -1,4 +1,4 @@
-//! The second moment of `Stop`: nothing is in flight any more.
+//! `Stop::idle`, the second moment of a `Stop`: nothing is in flight any more.
 
 use std::future::pending;
 
@@ -12,7 +12,7 @@ use crate::support::{
 };
 
 #[tokio::test(start_paused = true)]
-async fn a_worker_is_told_that_nothing_is_in_flight_after_the_last_request_and_hold() {
+async fn idle_resolves_after_the_last_request_and_hold() {
     let graceful = graceful();
     let diary = Diary::begin();
     let note = diary.clone();

@@ -1,4 +1,4 @@
-//! The report of it all: figures, rows, and how it reads.
+//! The report of a whole shutdown: its numbers, its rows, its text.
 
 use std::{convert::Infallible, future::pending, time::Duration};
 
@@ -54,7 +54,7 @@ async fn the_figures_of_a_clean_stop_are_exact() {
         ),
         "{report}"
     );
-    // What comes after the end is no part of it.
+    // Requests after the end are not included.
     assert_eq!(quick_request(&graceful).await, 503);
     let again = graceful.run(pending::<()>()).await;
     assert_eq!(again, report);
@@ -74,11 +74,14 @@ async fn the_figures_of_a_forced_stop_are_exact() {
     assert_eq!(report.requests(), requests(2, 2, 0, 2, 2, 2));
     assert_eq!(report.remaining().requests, 2);
     assert_eq!(report.outcome(), Outcome::Forced);
-    assert!(report.requests_cut().is_empty(), "nobody asked for names");
+    assert!(
+        report.requests_cut().is_empty(),
+        "name_requests was not set"
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_ends_after_the_cut_was_cut() {
+async fn requests_that_end_after_the_cut_count_as_cut() {
     let graceful = without_delay();
     let held = request(&graceful);
     graceful.shutdown();
@@ -88,7 +91,7 @@ async fn what_ends_after_the_cut_was_cut() {
     assert_eq!(report.requests(), requests(1, 0, 0, 0, 1, 0));
 }
 
-/// A request that fails, or that is answered with a body of so many bytes.
+/// A request that fails, or that is answered with a body of this many bytes.
 async fn answered(graceful: &Graceful, answer: Result<usize, &'static str>) {
     let answer = answer.map(|size| Response::new(Full::new(Bytes::from(vec![0; size]))));
     let handler = move |_: Request<Empty<Bytes>>| {
@@ -102,7 +105,7 @@ async fn answered(graceful: &Graceful, answer: Result<usize, &'static str>) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_dropped_before_it_is_answered_is_not_finished() {
+async fn a_request_dropped_before_its_response_is_not_finished() {
     for names in [false, true] {
         let graceful = plan().name_requests(names).build().unwrap();
         drop(request(&graceful));
@@ -126,7 +129,7 @@ async fn what_is_dropped_before_it_is_answered_is_not_finished() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_cut_drops_is_cut_and_not_dropped() {
+async fn a_request_dropped_by_the_cut_counts_as_cut() {
     let graceful = without_delay();
     let [gone, cut, also_cut] = [0; 3].map(|_| request(&graceful));
     graceful.shutdown();
@@ -139,7 +142,7 @@ async fn what_the_cut_drops_is_cut_and_not_dropped() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_response_that_its_client_leaves_half_way_is_not_dropped() {
+async fn a_response_whose_client_leaves_half_way_is_not_dropped() {
     let graceful = without_delay();
     let answer = |_: Request<Empty<Bytes>>| async {
         Ok::<_, Infallible>(Response::new(Full::new(Bytes::from("body"))))
@@ -171,7 +174,7 @@ async fn a_request_is_finished_when_its_body_is_at_its_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_request_leaves_to_a_hold_is_held_without_the_request() {
+async fn a_hold_that_continues_a_request_is_cut_without_the_request() {
     let graceful = without_delay();
     let held = request(&graceful);
     graceful.shutdown();
@@ -198,7 +201,7 @@ async fn holds_are_no_requests() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn exempt_requests_let_pass_uncounted_are_in_no_figure() {
+async fn exempt_requests_that_are_not_counted_are_in_no_figure() {
     let graceful = plan()
         .drain_delay(Duration::ZERO)
         .exempt("/metrics")
@@ -219,7 +222,7 @@ async fn exempt_requests_let_pass_uncounted_are_in_no_figure() {
     );
 }
 
-/// A stop in which everything happens that can.
+/// A stop in which everything happens that a report can contain.
 async fn eventful() -> Report {
     let name = "a name that is far too long for its column\n\u{1b}[31m".repeat(3);
     let builder = plan().name_requests(true).worker_timeout(s(1));
@@ -259,8 +262,8 @@ async fn no_line_of_a_report_is_wider_than_eighty_columns() {
         assert!(line.chars().count() <= 80, "{line}");
         assert!(!line.contains(char::is_control), "{line:?}");
     }
-    // The head, four phases, six tasks, two errors, the requests; what was given up: of the
-    // requests, the holds and the connections three each and how many more.
+    // The head, four phases, six tasks, two errors, the requests, and of the requests, holds and
+    // connections that were given up three each and the number of the others.
     assert_eq!(
         text.lines().count(),
         1 + 4 + 6 + 2 + 1 + 1 + 3 * 4,

@@ -1,4 +1,4 @@
-//! Workers: told when draining starts, and joined when nothing is in flight any more.
+//! Workers: notified when draining starts, and joined when nothing is in flight any more.
 
 use std::{
     fmt,
@@ -27,12 +27,12 @@ use crate::support::{
 const WORKER: TaskKind = TaskKind::Worker;
 const ZERO: Duration = Duration::ZERO;
 
-/// A worker that stops when it is told.
+/// A worker that stops when it is notified.
 async fn obedient(stop: Stop) {
     stop.await;
 }
 
-/// Registers a worker, and gives away how it is told.
+/// Registers a worker, and returns its `Stop`.
 async fn stop_of(graceful: &Graceful) -> Stop {
     let (give, given) = tokio::sync::oneshot::channel();
     let work = |stop: Stop| async {
@@ -44,7 +44,7 @@ async fn stop_of(graceful: &Graceful) -> Stop {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_worker_is_told_exactly_when_draining_starts() {
+async fn a_worker_is_notified_exactly_when_draining_starts() {
     let graceful = graceful();
     let stop = stop_of(&graceful).await;
     let _held = request(&graceful);
@@ -73,19 +73,19 @@ async fn a_worker_is_told_exactly_when_draining_starts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_worker_and_every_clone_is_told_at_once() {
+async fn every_worker_and_every_clone_is_notified_at_once() {
     let graceful = graceful();
     let diary = Diary::begin();
     for _ in 0..3 {
         let diary = diary.clone();
         let work = |stop: Stop| async move {
             tokio::join!(stop.clone(), stop.clone(), stop);
-            diary.note("told");
+            diary.note("notified");
         };
         graceful.worker("worker", work).unwrap();
     }
     let report = stop(&graceful).await;
-    diary.assert(&[("told", DELAY); 3]);
+    diary.assert(&[("notified", DELAY); 3]);
     assert_eq!(report.outcome(), Outcome::Clean);
     assert_eq!(report.duration(), DELAY);
     assert_eq!(
@@ -108,7 +108,7 @@ async fn a_worker_is_joined_after_the_last_request_and_hold_and_before_the_first
     let note = diary.clone();
     let work = |stop: Stop| async move {
         stop.await;
-        note.note("told");
+        note.note("notified");
         pass(s(4)).await;
         note.note("worker is done");
     };
@@ -122,7 +122,7 @@ async fn a_worker_is_joined_after_the_last_request_and_hold_and_before_the_first
     until(&diary, s(8)).await;
     assert_eq!(graceful.phase(), Phase::Closing);
     let report = report(&graceful).await;
-    diary.assert(&[("told", s(5)), ("worker is done", s(9)), ("step", s(9))]);
+    diary.assert(&[("notified", s(5)), ("worker is done", s(9)), ("step", s(9))]);
     assert_eq!(report.time_in(Phase::Draining), s(2));
     assert_eq!(report.time_in(Phase::Closing), ZERO);
     assert_eq!(report.cleanup_time(), s(3));
@@ -268,7 +268,7 @@ async fn a_worker_that_panics_is_reported_with_what_it_said() {
             panicked("in the closure"),
             panicked("at once"),
             panicked("a str"),
-            panicked("of a type that is no text"),
+            panicked("the payload is not text"),
             TaskOutcome::Done,
         ]
     );
@@ -431,7 +431,7 @@ async fn an_error_is_reported_with_its_sources_and_each_of_them_once() {
     );
 }
 
-/// An error that cannot say what it is.
+/// An error whose `Display` panics.
 #[derive(Debug)]
 struct Speechless;
 
@@ -444,7 +444,7 @@ impl fmt::Display for Speechless {
 impl std::error::Error for Speechless {}
 
 #[tokio::test(start_paused = true)]
-async fn an_error_that_panics_when_it_is_asked_what_it_is_is_a_panic() {
+async fn an_error_whose_display_panics_is_a_panic() {
     let graceful = without_delay();
     graceful
         .worker("worker", |_| async { Err(Speechless) })
@@ -502,7 +502,7 @@ async fn what_panics_when_it_is_dropped_has_panicked_and_was_not_cut() {
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
 }
 
-/// Registers a worker that never ends. The diary says when it was dropped.
+/// Registers a worker that never ends. The diary records when it was dropped.
 fn endless(graceful: &Graceful, diary: &Diary) {
     let dropped = diary.at_drop("worker is dropped");
     let work = |_| async move {
@@ -546,7 +546,7 @@ async fn a_worker_that_never_ends_is_cut_exactly_at_its_timeout() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn by_default_a_worker_has_what_the_steps_leave_and_half_in_any_case() {
+async fn by_default_workers_get_the_time_that_the_steps_leave_and_at_least_half() {
     for (bound, left) in [(s(1), s(1)), (Duration::MAX, (END - s(9)) / 2)] {
         let graceful = graceful();
         let diary = Diary::begin();
@@ -565,7 +565,7 @@ async fn by_default_a_worker_has_what_the_steps_leave_and_half_in_any_case() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn by_default_a_worker_has_all_that_is_left_where_there_is_no_step() {
+async fn by_default_workers_get_all_the_time_left_if_there_is_no_step() {
     let graceful = graceful();
     let diary = Diary::begin();
     endless(&graceful, &diary);
@@ -576,7 +576,7 @@ async fn by_default_a_worker_has_all_that_is_left_where_there_is_no_step() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_timeout_longer_than_what_the_steps_leave_is_what_they_leave() {
+async fn a_longer_timeout_than_the_steps_leave_is_reduced() {
     for timeout in [s(1000), Duration::MAX] {
         let builder = plan().worker_timeout(timeout);
         let graceful = builder.build().unwrap();
@@ -591,7 +591,7 @@ async fn a_timeout_longer_than_what_the_steps_leave_is_what_they_leave() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_timeout_of_zero_waits_for_nobody() {
+async fn a_timeout_of_zero_waits_for_no_worker() {
     let graceful = plan().worker_timeout(ZERO).build().unwrap();
     let diary = Diary::begin();
     endless(&graceful, &diary);
@@ -607,7 +607,7 @@ async fn a_timeout_of_zero_waits_for_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn several_workers_have_one_time_between_them() {
+async fn several_workers_share_one_timeout() {
     let builder = plan().drain_delay(ZERO).worker_timeout(s(2));
     let graceful = builder.build().unwrap();
     let diary = Diary::begin();
@@ -629,7 +629,7 @@ async fn several_workers_have_one_time_between_them() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_worker_that_ends_just_before_its_timeout_has_ended() {
+async fn a_worker_that_ends_just_before_its_timeout_is_done() {
     let builder = plan().drain_delay(ZERO).worker_timeout(s(2));
     let graceful = builder.build().unwrap();
     let work = |stop: Stop| async move {
@@ -869,7 +869,7 @@ fn workers_that_hold_their_threads_do_not_hold_the_stop() {
             let report = stop(&graceful).await;
             assert_eq!(report.outcome(), Outcome::Forced);
             assert_eq!(report.remaining().workers, 4);
-            // What was cut is waited for a little, together.
+            // The service waits briefly for all cut workers together.
             assert_eq!(report.cleanup_time(), s(2) + ms(50));
         });
         drop(release);
