@@ -25,7 +25,7 @@ use crate::{
 use crate::{
     config::plan::EffectivePlan,
     phase::Phase,
-    report::{CutRequest, TaskKind, TaskOutcome, Trigger, Warning},
+    report::{CutRequest, LeftEarly, TaskKind, TaskOutcome, Trigger, Warning},
     tasks::table::Task,
 };
 
@@ -217,6 +217,7 @@ pub(crate) struct Transition {
 pub(crate) enum Reason {
     Triggered(Trigger),
     DelayOver,
+    LeftEarly(LeftEarly),
     NobodyServes,
     Signal,
     Idle,
@@ -235,6 +236,7 @@ impl fmt::Display for Reason {
         match self {
             Self::Triggered(trigger) => trigger.fmt(f),
             Self::DelayOver => f.write_str("the delay is over"),
+            Self::LeftEarly(why) => why.fmt(f),
             Self::NobodyServes => f.write_str("every server has ended"),
             Self::Signal => f.write_str("a further signal"),
             Self::Idle => f.write_str("nothing is in flight"),
@@ -384,6 +386,16 @@ pub(crate) fn handshake_failed(
 #[cfg(feature = "axum")]
 pub(crate) fn handshake_panicked() {
     event!(warn, {}, "a handshake has panicked");
+}
+
+/// A call of the preStop route was refused.
+#[cfg(feature = "axum")]
+pub(crate) fn pre_stop_refused(reason: &str) {
+    event!(
+        warn,
+        { reason = reason },
+        "a call of the preStop route is refused: {reason}"
+    );
 }
 
 /// What became of the queues of such listeners.

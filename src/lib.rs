@@ -99,6 +99,8 @@ mod sync;
 mod tasks;
 mod waiting;
 
+#[cfg(feature = "axum")]
+pub use crate::middleware::pre_stop::{PreStop, PreStopFuture};
 #[cfg(all(feature = "axum", feature = "signal"))]
 pub use crate::server::Accepted;
 #[cfg(feature = "axum")]
@@ -107,6 +109,7 @@ pub use crate::server::{
 };
 pub use crate::{
     config::{
+        leave_early::LeaveEarlyError,
         plan::{ConfigError, EffectivePlan, Misfit},
         rejection::{Rejection, RejectionReason},
     },
@@ -124,8 +127,9 @@ pub use crate::{
     },
     phase::Phase,
     report::{
-        CutConnection, CutHold, CutRequest, Outcome, OutsideLayer, Remaining, Report, Requests,
-        TaskKind, TaskOutcome, TaskReport, Trigger, UnlistedWorkers, UpgradedConnection, Warning,
+        CutConnection, CutHold, CutRequest, LeftEarly, Outcome, OutsideLayer, Remaining, Report,
+        Requests, TaskKind, TaskOutcome, TaskReport, Trigger, UnlistedWorkers, UpgradedConnection,
+        Warning,
     },
     server::GracefulIo,
     tasks::table::Completion,

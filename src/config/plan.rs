@@ -16,6 +16,8 @@ use std::{fmt, time::Duration};
 
 use tokio::time::Instant;
 
+use super::leave_early::LeaveEarlyError;
+
 const GRACE_PERIOD: Duration = Duration::from_secs(30);
 const MOST_DELAY: Duration = Duration::from_secs(5);
 const MOST_CLEANUP: Duration = Duration::from_secs(5);
@@ -218,6 +220,8 @@ pub enum ConfigError {
     UnreadyStatus(http::StatusCode),
     /// An exempt path that no request can have, because it does not begin with a slash.
     ExemptPath(String),
+    /// A rule for ending the lame-duck phase early that cannot work.
+    LeaveEarly(LeaveEarlyError),
 }
 
 /// The numbers of a plan that does not fit. Part of [`ConfigError::DoesNotFit`].
@@ -319,6 +323,7 @@ impl fmt::Display for ConfigError {
                 f,
                 "exempt path {path:?} does not begin with a slash, so no request can have it"
             ),
+            Self::LeaveEarly(error) => error.fmt(f),
         }
     }
 }

@@ -4,17 +4,23 @@ use std::time::Duration;
 
 use http::StatusCode;
 
-use super::rejection::RejectionFn;
+use super::{leave_early::LeaveEarly, rejection::RejectionFn};
 
 /// The paths of the probes' router.
 pub(crate) const LIVEZ: &str = "/livez";
 pub(crate) const READYZ: &str = "/readyz";
+
+/// The path of the preStop router.
+#[cfg(feature = "axum")]
+pub(crate) const PRESTOP: &str = "/prestop";
 
 #[derive(Clone, Debug)]
 pub(crate) struct Policy {
     pub(crate) keep_listening: bool,
     /// Over how much of the lame-duck phase clients are asked to leave.
     pub(crate) close_spread: Duration,
+    /// What ends the lame-duck phase before its delay is over.
+    pub(crate) leave_early: LeaveEarly,
     /// Over how much of the drain long-lived work is told to end.
     pub(crate) drain_spread: Duration,
     pub(crate) header_read_timeout: Duration,
@@ -45,6 +51,7 @@ impl Default for Policy {
         Self {
             keep_listening: true,
             close_spread: Duration::ZERO,
+            leave_early: LeaveEarly::default(),
             drain_spread: Duration::ZERO,
             // hyper's own.
             header_read_timeout: Duration::from_secs(30),

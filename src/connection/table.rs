@@ -118,6 +118,19 @@ impl<O> ConnectionTable<O> {
         open.listeners.open > 0 || !open.lines.is_empty()
     }
 
+    /// Notes that the request on the connection with this peer may be dropped without a response.
+    #[cfg(feature = "axum")]
+    pub(crate) fn owe_nothing(&self, peer: SocketAddr) {
+        let open = lock!(self.open);
+        let renamed = |line: &ConnectionEntry<O>| {
+            line.flags.has(RENAMED) && open.renamed.get(&line.number()) == Some(&peer)
+        };
+        let mut lines = open.lines.iter();
+        if let Some(line) = lines.find(|line| line.peer == Some(peer) || renamed(line)) {
+            line.flags.set(OWES_NOTHING);
+        }
+    }
+
     /// Counts a request that was dropped because its client had closed its writing side before there
     /// was a response.
     #[cold]
@@ -377,6 +390,8 @@ pub(crate) const UPGRADED: u16 = 512;
 pub(crate) const BODILESS: u16 = 1024;
 /// Its peer is in the table of renamed peers.
 const RENAMED: u16 = 2048;
+/// What its client asked for is owed no answer: it may hang up.
+pub(crate) const OWES_NOTHING: u16 = 4096;
 
 /// So many connections are watched, and after them one in so many nanoseconds.
 const ALL_WATCHED: u64 = 8;

@@ -3,7 +3,7 @@
 use std::{
     convert::Infallible,
     pin::Pin,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, atomic::Ordering},
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -31,9 +31,9 @@ use crate::{
         sniffer::{Awaited, Sniffer},
         stagger::TURN,
         state::{Directive, RegisteredWaker, WakerSlot},
-        table::{RESPONDED, UPGRADES, WATCHED},
+        table::{OWES_NOTHING, RESPONDED, UPGRADES, WATCHED},
     },
-    middleware::connection_close,
+    middleware::{connection_close, peer::TrackedPeer},
     phase::Phase,
     shutdown::step::LINGER,
 };
@@ -259,6 +259,7 @@ impl Owner {
             && !shared.policy.half_close
             && shared.phase() > Phase::Serving
             && self.0.state.directive() < Directive::Cut
+            && !self.0.flags.has(OWES_NOTHING)
         {
             shared.connections.half_closed();
         }
@@ -357,10 +358,15 @@ where
     type Error = Infallible;
     type Future = OwnedFuture<Inner<S>>;
 
-    fn call(&self, request: http::Request<Incoming>) -> Self::Future {
+    fn call(&self, mut request: http::Request<Incoming>) -> Self::Future {
         // hyper puts there what an upgrade needs, and otherwise nothing.
         if !request.extensions().is_empty() {
             self.owner.asks_for_upgrade(&request);
+        }
+        if self.owner.0.owner.wants_peers.load(Ordering::Relaxed) {
+            if let Some(peer) = self.owner.0.peer() {
+                request.extensions_mut().insert(TrackedPeer(peer));
+            }
         }
         let watched = self.owner.0.flags.has(WATCHED);
         OwnedFuture {
