@@ -113,14 +113,18 @@ impl Shared {
     }
 
     fn settle_lame_duck(&self, shutdown: &mut Shutdown, nobody_serves: bool, now: Instant) -> Step {
-        let until = shutdown.delay_until;
-        let early = self.leaves_at().filter(|(at, _)| *at < until);
-        let (until, over) = early.map_or((until, Reason::DelayOver), |(at, why)| {
-            (at, Reason::LeftEarly(why))
+        let planned = (shutdown.last_words, shutdown.delay_until, Reason::DelayOver);
+        let early = self
+            .leaves_at()
+            .filter(|(at, _)| *at < shutdown.delay_until);
+        let (last_words, until, over) = early.map_or(planned, |(at, why)| {
+            let last_words = at.checked_sub(LAST_WORDS).unwrap_or(now);
+            (
+                last_words.min(shutdown.last_words),
+                at,
+                Reason::LeftEarly(why),
+            )
         });
-        let last_words = until
-            .checked_sub(LAST_WORDS)
-            .map_or(now, |words| words.min(shutdown.last_words));
         let reason = if std::mem::take(&mut shutdown.skip_phase) {
             Reason::Signal
         } else if let Some(reason) = shutdown.delay_over {
