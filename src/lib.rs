@@ -34,6 +34,8 @@
 //!   makes all the other parts. [`GracefulBuilder`] sets its times and limits.
 //! - [`Graceful::probes`] answers `/livez` and `/readyz`; [`Graceful::readiness`] and
 //!   [`Graceful::liveness`] are the services behind them.
+//! - [`GracefulBuilder::leave_when_quiet`] and [`GracefulBuilder::leave_when_noticed`] end the
+//!   lame-duck phase early; `Graceful::pre_stop` is the route for the `preStop` hook of Kubernetes.
 //! - [`Graceful::drain`] is the future for axum's `with_graceful_shutdown`, driven by signals.
 //! - [`Graceful::listener`] and [`Graceful::track`] count connections and cut them at the
 //!   deadline.
@@ -54,7 +56,7 @@
 //! | phase | readiness | a new request | HTTP/1 responses | ends when |
 //! |---|---|---|---|---|
 //! | [`Serving`](Phase::Serving) | yes | served | untouched | first signal, or `shutdown()` |
-//! | [`LameDuck`](Phase::LameDuck) | no | served | `Connection: close` | the delay is over, or a further SIGINT |
+//! | [`LameDuck`](Phase::LameDuck) | no | served | `Connection: close` | the delay is over, a rule for leaving early holds, or a further SIGINT |
 //! | [`Draining`](Phase::Draining) | no | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further SIGINT |
 //! | [`Closing`](Phase::Closing) | – | – | – | connections are closed, those left at the deadline cut; then workers have ended and cleanup steps are done |
 //! | [`Stopped`](Phase::Stopped) | | | | |
