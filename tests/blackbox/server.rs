@@ -141,6 +141,11 @@ fn listener_on_stdin() -> TcpListener {
     TcpListener::from_std(listener).unwrap()
 }
 
+async fn listener_on(port: Option<u64>) -> TcpListener {
+    let port = port.unwrap_or(0).try_into().unwrap();
+    TcpListener::bind(("127.0.0.1", port)).await.unwrap()
+}
+
 fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
     let mut builder = Graceful::builder()
         .drain_delay(knobs.millis("delay").unwrap_or(Duration::from_secs(1)))
@@ -211,10 +216,7 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
     let app = app(&graceful, knobs);
     let listener = match knobs.text("listener") {
         Some("stdin") => listener_on_stdin(),
-        _ => {
-            let port = knobs.number("port").unwrap_or(0).try_into().unwrap();
-            TcpListener::bind(("127.0.0.1", port)).await.unwrap()
-        }
+        _ => listener_on(knobs.number("port")).await,
     };
     let address = listener.local_addr().unwrap();
 

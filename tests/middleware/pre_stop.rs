@@ -54,7 +54,7 @@ async fn a_call_starts_the_lame_duck_phase_and_is_answered_when_it_is_over() {
         assert_eq!(graceful.phase(), Phase::LameDuck);
         assert!(!graceful.is_ready());
         assert_pending!(answer.poll());
-        sleep(DELAY - Duration::from_millis(5)).await;
+        sleep(Duration::from_millis(4995)).await;
         assert_pending!(answer.poll());
         let response = answer.await.unwrap();
         let after = began.elapsed();
@@ -236,7 +236,8 @@ async fn it_is_no_part_of_the_probes() {
 /// Wherever the router is: outside the layer, inside, nested, or below a layer round all of it.
 #[tokio::test(start_paused = true)]
 async fn the_route_is_never_refused() {
-    let routers: [(&str, fn(&Graceful) -> Router); 3] = [
+    type Build = fn(&Graceful) -> Router;
+    let routers: [(&str, Build); 3] = [
         ("/prestop", |it| {
             let app = Router::new().route("/", routing::get(|| async {}));
             app.layer(it.layer()).merge(it.pre_stop().into_router())
