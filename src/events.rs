@@ -27,7 +27,7 @@ use crate::{
 use crate::{
     config::plan::EffectivePlan,
     phase::Phase,
-    report::{CutRequest, TaskKind, TaskOutcome, Trigger, Warning},
+    report::{CutRequest, LeftEarly, TaskKind, TaskOutcome, Trigger, Warning},
     tasks::table::Task,
 };
 
@@ -220,6 +220,7 @@ pub(crate) struct Transition {
 pub(crate) enum Reason {
     Triggered(Trigger),
     DelayOver,
+    LeftEarly(LeftEarly),
     EveryServerEnded,
     Signal,
     Idle,
@@ -238,6 +239,7 @@ impl fmt::Display for Reason {
         match self {
             Self::Triggered(trigger) => trigger.fmt(f),
             Self::DelayOver => f.write_str("the delay is over"),
+            Self::LeftEarly(why) => why.fmt(f),
             Self::EveryServerEnded => f.write_str("every server has ended"),
             Self::Signal => f.write_str("a further signal"),
             Self::Idle => f.write_str("nothing is in flight"),
@@ -387,6 +389,16 @@ pub(crate) fn handshake_failed(
 #[cfg(feature = "axum")]
 pub(crate) fn handshake_panicked() {
     event!(warn, {}, "a handshake has panicked");
+}
+
+/// A call of the preStop route was refused.
+#[cfg(feature = "axum")]
+pub(crate) fn pre_stop_refused(reason: &str) {
+    event!(
+        warn,
+        { reason = reason },
+        "a call of the preStop route is refused: {reason}"
+    );
 }
 
 /// Logs how many connections were reset in such queues.

@@ -33,6 +33,8 @@
 //!   all other parts. [`GracefulBuilder`] sets durations and limits.
 //! - [`Graceful::probes`] answers `/livez` and `/readyz`. [`Graceful::readiness`] and
 //!   [`Graceful::liveness`] are the services behind them.
+//! - [`GracefulBuilder::leave_when_quiet`] and [`GracefulBuilder::leave_when_noticed`] end the
+//!   lame-duck phase early; `Graceful::pre_stop` is the route for the `preStop` hook of Kubernetes.
 //! - [`Graceful::drain`] is the signal-driven future for axum's `with_graceful_shutdown`.
 //! - [`Graceful::listener`] and [`Graceful::track`] count connections and cut them at the drain
 //!   deadline. [`HandshakeExt::handshakes`] adds TLS or another handshake to a tracked listener.
@@ -51,7 +53,7 @@
 //! | phase | readiness | a new request | HTTP/1 responses | ends when |
 //! |---|---|---|---|---|
 //! | [`Serving`](Phase::Serving) | 200 | served | unchanged | the first signal, or `shutdown()` |
-//! | [`LameDuck`](Phase::LameDuck) | 503 | served | `Connection: close` | the delay is over, or a further SIGINT |
+//! | [`LameDuck`](Phase::LameDuck) | 503 | served | `Connection: close` | the delay is over, a rule for leaving early holds, or a further SIGINT |
 //! | [`Draining`](Phase::Draining) | 503 | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further SIGINT |
 //! | [`Closing`](Phase::Closing) | – | – | – | every connection is closed or cut, workers have ended, cleanup steps are done |
 //! | [`Stopped`](Phase::Stopped) | | | | |
@@ -108,6 +110,8 @@ mod sync;
 mod tasks;
 mod waiting;
 
+#[cfg(feature = "axum")]
+pub use crate::middleware::pre_stop::{PreStop, PreStopFuture};
 #[cfg(all(feature = "axum", feature = "signal"))]
 pub use crate::server::{Accepted, Serve, ServeFuture};
 #[cfg(feature = "axum")]
@@ -116,6 +120,7 @@ pub use crate::server::{
 };
 pub use crate::{
     config::{
+        leave_early::LeaveEarlyError,
         plan::{ConfigError, EffectivePlan, Misfit},
         rejection::{Rejection, RejectionReason},
     },
@@ -133,8 +138,9 @@ pub use crate::{
     },
     phase::Phase,
     report::{
-        CutConnection, CutHold, CutRequest, Outcome, OutsideLayer, Remaining, Report, Requests,
-        TaskKind, TaskOutcome, TaskReport, Trigger, UnlistedWorkers, UpgradedConnection, Warning,
+        CutConnection, CutHold, CutRequest, LeftEarly, Outcome, OutsideLayer, Remaining, Report,
+        Requests, TaskKind, TaskOutcome, TaskReport, Trigger, UnlistedWorkers, UpgradedConnection,
+        Warning,
     },
     server::GracefulIo,
     tasks::table::Completion,

@@ -16,6 +16,8 @@ use std::{fmt, time::Duration};
 
 use tokio::time::Instant;
 
+use super::leave_early::LeaveEarlyError;
+
 const GRACE_PERIOD: Duration = Duration::from_secs(30);
 const MOST_DELAY: Duration = Duration::from_secs(5);
 const MOST_CLEANUP: Duration = Duration::from_secs(5);
@@ -206,6 +208,9 @@ pub enum ConfigError {
         /// or by what the other shares leave of the grace period.
         drain: Duration,
     },
+    /// `header_read_timeout` of zero would close every connection whose request head does not
+    /// arrive in one piece.
+    NoTimeToRead,
     /// The operating system did not start the thread of the watchdog, and said why.
     NoWatchdog(String),
     /// `max_in_flight(0)` would refuse every request.
@@ -215,6 +220,8 @@ pub enum ConfigError {
     UnreadyStatus(http::StatusCode),
     /// An exempt path that no request can have, because it does not begin with a slash.
     ExemptPath(String),
+    /// A rule for ending the lame-duck phase early that cannot work.
+    LeaveEarly(LeaveEarlyError),
 }
 
 /// The numbers of a plan that does not fit. Part of [`ConfigError::DoesNotFit`].
@@ -294,6 +301,10 @@ impl fmt::Display for ConfigError {
                  take, so the last to be told to end would be cut; shorten it, or lengthen \
                  drain_timeout"
             ),
+            Self::NoTimeToRead => f.write_str(
+                "header_read_timeout is 0, which would close every connection whose request head \
+                 does not arrive in one piece; use Duration::MAX for no limit",
+            ),
             Self::NoWatchdog(error) => write!(f, "the watchdog cannot be started: {error}"),
             Self::NothingInFlight => f.write_str(
                 "max_in_flight is 0, which would refuse every request; leave it out for no limit",
@@ -312,6 +323,7 @@ impl fmt::Display for ConfigError {
                 f,
                 "exempt path {path:?} does not begin with a slash, so no request can have it"
             ),
+            Self::LeaveEarly(error) => error.fmt(f),
         }
     }
 }

@@ -4,19 +4,29 @@ use std::time::Duration;
 
 use http::StatusCode;
 
-use super::rejection::RejectionFn;
+use super::{leave_early::LeaveEarly, rejection::RejectionFn};
 
 /// The paths of the probes' router.
 pub(crate) const LIVEZ: &str = "/livez";
 pub(crate) const READYZ: &str = "/readyz";
+
+/// The path of the preStop router.
+#[cfg(feature = "axum")]
+pub(crate) const PRESTOP: &str = "/prestop";
 
 #[derive(Clone, Debug)]
 pub(crate) struct Policy {
     pub(crate) keep_listening: bool,
     /// Over how much of the lame-duck phase clients are asked to leave.
     pub(crate) close_spread: Duration,
+    /// What ends the lame-duck phase before its delay is over.
+    pub(crate) leave_early: LeaveEarly,
     /// Over how much of the drain long-lived work is told to end.
     pub(crate) drain_spread: Duration,
+    /// How long a request head may take on a server of `serve` that sets nothing else.
+    pub(crate) header_read_timeout: Duration,
+    /// Whether such a server answers an HTTP/1 client that has closed its writing side.
+    pub(crate) half_close: bool,
     /// How long workers are waited for. `None`: as long as there is time.
     pub(crate) worker_timeout: Option<Duration>,
     pub(crate) retry_after: Duration,
@@ -42,7 +52,11 @@ impl Default for Policy {
         Self {
             keep_listening: true,
             close_spread: Duration::ZERO,
+            leave_early: LeaveEarly::default(),
             drain_spread: Duration::ZERO,
+            // hyper's own.
+            header_read_timeout: Duration::from_secs(30),
+            half_close: false,
             worker_timeout: None,
             retry_after: Duration::from_secs(1),
             unready_status: StatusCode::SERVICE_UNAVAILABLE,

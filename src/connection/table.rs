@@ -125,6 +125,19 @@ impl<O> ConnectionTable<O> {
         open.listeners.open > 0 || !open.connections.is_empty()
     }
 
+    /// Notes that the request on the connection with this peer may be dropped without a response.
+    #[cfg(feature = "axum")]
+    pub(crate) fn owe_nothing(&self, peer: SocketAddr) {
+        let open = lock!(self.open);
+        let renamed = |entry: &ConnectionEntry<O>| {
+            entry.flags.has(RENAMED) && open.renamed.get(&entry.number()) == Some(&peer)
+        };
+        let mut entries = open.connections.iter();
+        if let Some(entry) = entries.find(|entry| entry.peer == Some(peer) || renamed(entry)) {
+            entry.flags.set(OWES_NOTHING);
+        }
+    }
+
     /// Counts a request that was dropped because its client had closed its writing side before there
     /// was a response.
     #[cold]
@@ -388,6 +401,8 @@ pub(crate) const UPGRADED: u16 = 512;
 pub(crate) const BODILESS: u16 = 1024;
 /// The peer's address is in the table of renamed peers.
 const RENAMED: u16 = 2048;
+/// What its client asked for is owed no answer: it may hang up.
+pub(crate) const OWES_NOTHING: u16 = 4096;
 
 /// The number of connections that are all watched at first. After them, at most one per
 /// `WATCH_EVERY` nanoseconds is watched.

@@ -7,6 +7,7 @@ use http::{Response, StatusCode};
 
 use super::graceful::Graceful;
 use crate::config::{
+    leave_early::{WhenNoticed, WhenQuiet},
     plan::{ConfigError, Knobs},
     policy::Policy,
     rejection::{Rejection, RejectionFn},
@@ -95,6 +96,108 @@ impl GracefulBuilder {
     /// the time until the removal of an endpoint has reached every node.
     pub fn drain_delay(mut self, duration: Duration) -> Self {
         self.knobs.drain_delay = Some(duration);
+        self
+    }
+
+    /// Ends the lame-duck phase before its delay is over, once new requests have stopped. Default: no.
+    ///
+    /// `minimum` is how long the phase lasts in any case, and `quiet_for` how long no new request must
+    /// have arrived. Both must be shorter than [`drain_delay`](Self::drain_delay), which stays the
+    /// longest that the phase lasts. Use it where `drain_delay` has to be long for the slowest
+    /// balancer, and requests are frequent.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tower_graceful::{ConfigError, Graceful};
+    ///
+    /// let graceful = Graceful::builder()
+    ///     .drain_delay(Duration::from_secs(15)) // at most
+    ///     .leave_when_quiet(Duration::from_secs(2), Duration::from_secs(1))
+    ///     .build()?;
+    /// # Ok::<(), ConfigError>(())
+    /// ```
+    ///
+    /// # When it is quiet
+    ///
+    /// Silence alone is no evidence: a service that is rarely called is silent while the balancer
+    /// would still send. The phase ends early only if all of this holds:
+    ///
+    /// - `minimum` has passed since the trigger;
+    /// - at least five new requests have arrived in the phase;
+    /// - since the last of them no request has arrived, for `quiet_for`, and for eight times the
+    ///   longest pause before it in the phase, the one before the first request included.
+    ///
+    /// A service that gets fewer requests waits for the whole delay. A request counts when it reaches
+    /// the [layer](Graceful::layer), admitted or refused above
+    /// [`max_in_flight`](Self::max_in_flight). Probes and [exempt](Self::exempt) paths do not count.
+    /// While an [`on_lame_duck`](Graceful::on_lame_duck) hook runs, the phase does not end early.
+    ///
+    /// # Limits
+    ///
+    /// Requests that come in bursts look like traffic that has ended. Choose a `quiet_for` that is
+    /// longer than the pauses between bursts. Requests outside the layer are not seen.
+    ///
+    /// After SIGINT it shortens [`interrupt_delay`](Self::interrupt_delay) in the same way, and after
+    /// [`shutdown`](Graceful::shutdown) the `drain_delay`. A further SIGINT ends the phase at once.
+    /// The log and the [report](crate::Report::left_early) say that the phase ended early, and why.
+    pub fn leave_when_quiet(mut self, minimum: Duration, quiet_for: Duration) -> Self {
+        self.policy.leave_early.quiet = Some(WhenQuiet { minimum, quiet_for });
+        self
+    }
+
+    /// Ends the lame-duck phase before its delay is over, once every prober has seen readiness fail.
+    /// Default: no.
+    ///
+    /// For balancers that poll [readiness](Graceful::readiness): HAProxy, Envoy, nginx Plus, target
+    /// groups of a cloud. `failures` is how many failed checks a prober needs before it stops sending
+    /// (HAProxy `fall`, Envoy `unhealthy_threshold`). `probers` is how many probers there are at least.
+    /// [`drain_delay`](Self::drain_delay) stays the longest that the phase lasts.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tower_graceful::{ConfigError, Graceful};
+    ///
+    /// // Two balancers: option httpchk GET /readyz, inter 2s fall 3
+    /// let graceful = Graceful::builder()
+    ///     .drain_delay(Duration::from_secs(15)) // at most
+    ///     .leave_when_noticed(3, 2)
+    ///     .build()?;
+    /// # Ok::<(), ConfigError>(())
+    /// ```
+    ///
+    /// # When it is noticed
+    ///
+    /// Probers are told apart by their address, their `User-Agent` and the path and query they ask for.
+    /// The phase ends 100 ms after the last of these:
+    ///
+    /// - as many probers as `probers` have been answered "no" as often as `failures`, since the trigger;
+    /// - so has every other prober that asked before the trigger or has asked since, even if there are
+    ///   more than `probers`. A prober that has stopped asking after that many failures has noticed. One
+    ///   that had stopped before the trigger is left out: it was silent for more than four times its
+    ///   longest interval and a second, or for more than 300 s;
+    /// - the last new request has arrived, counted as in
+    ///   [`leave_when_quiet`](Self::leave_when_quiet).
+    ///
+    /// If both rules are set, the first that holds ends the phase. While an
+    /// [`on_lame_duck`](Graceful::on_lame_duck) hook runs, the phase does not end early.
+    ///
+    /// # Limits
+    ///
+    /// - Probers that share address, `User-Agent` and target are one prober to this rule: several
+    ///   HAProxy processes on one host, or balancers behind one NAT. Give each a query of its own
+    ///   (`/readyz?from=lb1`), and set `probers` to their number. Until they differ, `probers` is not
+    ///   reached, and the whole delay passes.
+    /// - The address is known on servers of [`serve`](Graceful::serve), and on others with axum's
+    ///   `into_make_service_with_connect_info::<SocketAddr>()`.
+    /// - The kubelet is a prober like others. If its readiness probe needs longer than the delay, the
+    ///   whole delay passes; have it ask for another route.
+    /// - 64 probers are remembered. If there are more, the whole delay passes.
+    /// - A prober that is set to need more failures than `failures` has not noticed. The requests it
+    ///   still sends put off the end, at the latest to the end of the delay.
+    ///
+    /// Signals and the report are as in [`leave_when_quiet`](Self::leave_when_quiet).
+    pub fn leave_when_noticed(mut self, failures: u32, probers: usize) -> Self {
+        self.policy.leave_early.noticed = Some(WhenNoticed { failures, probers });
         self
     }
 
@@ -225,6 +328,25 @@ impl GracefulBuilder {
         self
     }
 
+    /// The [`header_read_timeout`](crate::Serve::header_read_timeout) of every server that
+    /// [`serve`](Graceful::serve) makes, unless the server has its own: how long an HTTP/1 request head
+    /// may take from its first byte to its last. Default: 30 s. `Duration::MAX` means no limit.
+    ///
+    /// Other servers have their own settings; axum's server has none and waits for a head forever.
+    pub fn header_read_timeout(mut self, duration: Duration) -> Self {
+        self.policy.header_read_timeout = duration;
+        self
+    }
+
+    /// Whether servers of [`serve`](Graceful::serve) answer an HTTP/1 client that closes its writing
+    /// side before the response, unless the server has its own setting. Default: false.
+    ///
+    /// Each choice has a cost: see [`Serve::half_close`](crate::Serve::half_close).
+    pub fn half_close(mut self, answer: bool) -> Self {
+        self.policy.half_close = answer;
+        self
+    }
+
     /// Sets the `Retry-After` field of rejections ([RFC 9110
     /// §10.2.3](https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3)), rounded up to whole
     /// seconds. Default: 1 s.
@@ -319,8 +441,9 @@ impl GracefulBuilder {
     /// - the shares do not fit the grace period, or leave no time to drain;
     /// - `close_spread` is longer than `drain_delay`, or `drain_spread` is not shorter than the
     ///   longest possible drain;
-    /// - `max_in_flight` is zero;
+    /// - `max_in_flight` or `header_read_timeout` is zero;
     /// - `unready_status` is informational or 200;
+    /// - a rule for leaving early cannot work;
     /// - an exempt path does not begin with a slash;
     /// - the thread of the watchdog cannot be started.
     pub fn build(self) -> Result<Graceful, ConfigError> {
@@ -331,12 +454,16 @@ impl GracefulBuilder {
                 drain_delay: plan.drain_delay(),
             });
         }
+        self.policy.leave_early.check(plan.drain_delay())?;
         let drain = plan.drain();
         if self.policy.spreads_drain() && self.policy.drain_spread >= drain {
             return Err(ConfigError::DrainSpreadTooLong {
                 drain_spread: self.policy.drain_spread,
                 drain,
             });
+        }
+        if self.policy.header_read_timeout.is_zero() {
+            return Err(ConfigError::NoTimeToRead);
         }
         if self.max_in_flight == Some(0) {
             return Err(ConfigError::NothingInFlight);

@@ -10,11 +10,15 @@
 //! is still sending would see a broken connection instead of the answer. Above the limit it answers
 //! at once.
 
+mod arrivals;
 mod body;
 pub(crate) mod connection_close;
 mod future;
 mod layer;
 mod named;
+pub(crate) mod peer;
+#[cfg(feature = "axum")]
+pub(crate) mod pre_stop;
 pub(crate) mod probe_route;
 pub(crate) mod probes;
 mod refusal;

@@ -16,10 +16,10 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use tower_service::Service;
 
-use super::{connection_close, probe_route};
+use super::{connection_close, peer, probe_route};
 #[cfg(feature = "axum")]
 use crate::config::policy;
-use crate::{handle::graceful::Graceful, phase::Phase};
+use crate::{handle::graceful::Graceful, phase::Phase, shutdown::leave_early::ProberId};
 
 impl Graceful {
     /// A router with `GET /livez` and `GET /readyz`, the paths Kubernetes itself uses.
@@ -126,7 +126,8 @@ impl Probe {
         }
     }
 
-    fn answer(&self, method: &Method, version: http::Version) -> Response<ProbeBody> {
+    fn answer<B>(&self, request: &Request<B>) -> Response<ProbeBody> {
+        let (method, version) = (request.method(), request.version());
         let phase = self.graceful.phase();
         self.graceful.shared().outside.probed();
         let (status, text) = match self.question {
@@ -145,6 +146,9 @@ impl Probe {
             }
         };
         let known = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+        if known && matches!(self.question, Question::Ready) {
+            self.note_answer(request, status == StatusCode::OK);
+        }
         let status = if known {
             status
         } else {
@@ -182,6 +186,30 @@ impl Probe {
     }
 }
 
+impl Probe {
+    /// Notes which prober has which answer, where a rule for leaving early wants to know.
+    fn note_answer<B>(&self, request: &Request<B>, ready: bool) {
+        /// More of a header or a target tells no two probers apart that less does not.
+        const MOST: usize = 128;
+
+        let Some(rule) = self.graceful.policy().leave_early.noticed else {
+            return;
+        };
+        let user_agent = request.headers().get(header::USER_AGENT);
+        let user_agent = user_agent.map_or(&[][..], HeaderValue::as_bytes);
+        let target: String = request.uri().to_string().chars().take(MOST).collect();
+        let id = ProberId {
+            address: peer::address(request),
+            user_agent: user_agent[..user_agent.len().min(MOST)].into(),
+            target: target.into(),
+        };
+        let shared = self.graceful.shared();
+        if shared.evidence.probe_answered(id, ready, rule) {
+            shared.notify();
+        }
+    }
+}
+
 impl<B> Service<Request<B>> for Probe {
     type Response = Response<ProbeBody>;
     type Error = Infallible;
@@ -192,7 +220,7 @@ impl<B> Service<Request<B>> for Probe {
     }
 
     fn call(&mut self, request: Request<B>) -> ProbeFuture {
-        ProbeFuture(Some(self.answer(request.method(), request.version())))
+        ProbeFuture(Some(self.answer(&request)))
     }
 }
 
@@ -238,6 +266,16 @@ impl Future for ProbeFuture {
 #[derive(Clone, Debug, Default)]
 pub struct ProbeBody {
     text: Option<Bytes>,
+}
+
+impl ProbeBody {
+    /// Without the text in an answer to HEAD.
+    #[cfg(feature = "axum")]
+    pub(super) fn new(text: Bytes, head: bool) -> Self {
+        Self {
+            text: (!head).then_some(text),
+        }
+    }
 }
 
 impl Body for ProbeBody {

@@ -62,6 +62,7 @@ pub(super) fn is_exempt<B>(admission: Admission, request: &Request<B>) -> bool {
     let exempt = |path: &str| exempts.iter().any(|exempt| exempt == path);
     admission.leads_to_probe()
         || is_for_probes_inside(admission, request)
+        || is_for_pre_stop_inside(admission, request)
         || exempt(path)
         || original_path(request).is_some_and(exempt)
 }
@@ -75,6 +76,22 @@ fn is_for_probes_inside<B>(admission: Admission, request: &Request<B>) -> bool {
     original_path(request).is_none()
         && (path == policy::LIVEZ || path == policy::READYZ)
         && has_probes()
+}
+
+/// The same for the preStop route.
+#[cfg(feature = "axum")]
+fn is_for_pre_stop_inside<B>(admission: Admission, request: &Request<B>) -> bool {
+    let has_route = || {
+        admission
+            .gate()
+            .is_some_and(|it| it.pre_stop.get().is_some())
+    };
+    request.uri().path() == policy::PRESTOP && original_path(request).is_none() && has_route()
+}
+
+#[cfg(not(feature = "axum"))]
+fn is_for_pre_stop_inside<B>(_: Admission, _: &Request<B>) -> bool {
+    false
 }
 
 /// The path before axum's `nest` took its prefix off. Every router of axum notes it before it

@@ -9,10 +9,10 @@ use http_body::Body;
 use tower_service::Service;
 
 use super::{
-    body::GracefulBody, future::GracefulFuture, named::Named, probe_route, refusal,
+    arrivals, body::GracefulBody, future::GracefulFuture, named::Named, probe_route, refusal,
     slow_path::SpecialFuture,
 };
-use crate::handle::graceful::Admission;
+use crate::{admission::Refused, handle::graceful::Admission};
 
 /// The service a [`GracefulLayer`](super::GracefulLayer) makes. See there for what it does.
 ///
@@ -93,7 +93,11 @@ impl<S> GracefulService<S> {
     {
         let admission = self.admission;
         let version = request.version();
-        GracefulFuture::special(match admission.admit_slow() {
+        let admitted = admission.admit_slow();
+        if !matches!(admitted, Err(Refused::Draining)) {
+            arrivals::note(admission, &request);
+        }
+        GracefulFuture::special(match admitted {
             Ok(pass) => match Named::new(&pass, &request) {
                 None => return GracefulFuture::counted(self.inner.call(request), pass, version),
                 Some(named) => SpecialFuture::Named {

@@ -6,8 +6,8 @@ use http::Method;
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::{
-    CutConnection, CutHold, CutRequest, Outcome, Remaining, Report, Requests, TaskReport, Trigger,
-    UnlistedWorkers, Warning,
+    CutConnection, CutHold, CutRequest, LeftEarly, Outcome, Remaining, Report, Requests,
+    TaskReport, Trigger, UnlistedWorkers, Warning,
 };
 use crate::phase::Phase;
 
@@ -36,6 +36,7 @@ struct Json<'a> {
     #[serde(serialize_with = "seconds")]
     duration: Duration,
     time_in: TimeIn,
+    left_early: Option<LeftEarly>,
     #[serde(serialize_with = "seconds")]
     cleanup_time: Duration,
     requests: Requests,
@@ -71,6 +72,7 @@ impl Serialize for Report {
                 draining: self.time_in(Phase::Draining),
                 closing: self.time_in(Phase::Closing),
             },
+            left_early: self.left_early(),
             cleanup_time: self.cleanup_time(),
             requests: self.requests(),
             remaining: self.remaining(),
@@ -131,6 +133,7 @@ mod tests {
         Report {
             trigger: Trigger::Terminate,
             outcome: Outcome::Forced,
+            left_early: None,
             phases: [1000, 2000, 250].map(Duration::from_millis),
             cleanup: Duration::from_millis(62),
             requests: Requests {

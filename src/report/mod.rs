@@ -51,6 +51,8 @@ pub enum Trigger {
     /// A worker of [`Graceful::critical_worker`](crate::Graceful::critical_worker) ended before any
     /// other trigger.
     WorkerEnded,
+    /// A call of the preStop route, `Graceful::pre_stop`.
+    PreStop,
 }
 
 impl fmt::Display for Trigger {
@@ -62,6 +64,29 @@ impl fmt::Display for Trigger {
             Self::Future => "drain_on()",
             Self::ServerEnded => "server ended",
             Self::WorkerEnded => "worker ended",
+            Self::PreStop => "preStop",
+        })
+    }
+}
+
+/// Why the lame-duck phase ended before its delay was over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum LeftEarly {
+    /// New requests had stopped: [`leave_when_quiet`](crate::GracefulBuilder::leave_when_quiet).
+    Quiet,
+    /// Every prober had seen readiness fail:
+    /// [`leave_when_noticed`](crate::GracefulBuilder::leave_when_noticed).
+    Noticed,
+}
+
+impl fmt::Display for LeftEarly {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Quiet => "new requests have stopped",
+            Self::Noticed => "every prober has seen readiness fail",
         })
     }
 }
@@ -157,6 +182,7 @@ impl fmt::Display for Outcome {
 pub struct Report {
     pub(crate) trigger: Trigger,
     pub(crate) outcome: Outcome,
+    pub(crate) left_early: Option<LeftEarly>,
     /// The durations of lame duck, draining and closing.
     pub(crate) phases: [Duration; 3],
     pub(crate) cleanup: Duration,
@@ -208,6 +234,15 @@ impl Report {
             Phase::Closing => closing,
             Phase::Serving | Phase::Stopped => Duration::ZERO,
         }
+    }
+
+    /// Why the lame-duck phase ended before its delay was over, if a rule of the builder ended it:
+    /// [`leave_when_quiet`](crate::GracefulBuilder::leave_when_quiet) or
+    /// [`leave_when_noticed`](crate::GracefulBuilder::leave_when_noticed). `None` after a further
+    /// signal, and where every server had ended.
+    #[must_use]
+    pub fn left_early(&self) -> Option<LeftEarly> {
+        self.left_early
     }
 
     /// How long the service waited for workers and ran cleanup steps: the time between

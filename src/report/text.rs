@@ -28,6 +28,9 @@ impl fmt::Display for Report {
             row(f, 2, phase.as_str(), began, took, total)?;
             began += took;
             if phase == Phase::LameDuck {
+                if let Some(why) = self.left_early {
+                    line(f, 4, &format!("ended early: {why}"))?;
+                }
                 self.write_tasks(f, total, |task| task.kind == TaskKind::LameDuck)?;
             }
         }
@@ -265,6 +268,7 @@ mod tests {
         Report {
             trigger: Trigger::Terminate,
             outcome: Outcome::Clean,
+            left_early: None,
             phases: [ms(5000), ms(1250), ms(3)],
             cleanup: Duration::ZERO,
             requests: Requests::default(),

@@ -3,7 +3,7 @@
 use std::{
     convert::Infallible,
     pin::Pin,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, atomic::Ordering},
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -31,9 +31,9 @@ use crate::{
         sniffer::{Awaited, Sniffer},
         stagger::SLOT_REACHED,
         state::{Directive, RegisteredWaker, WakerSlot},
-        table::{RESPONDED, UPGRADES, WATCHED},
+        table::{OWES_NOTHING, RESPONDED, UPGRADES, WATCHED},
     },
-    middleware::connection_close,
+    middleware::{connection_close, peer::TrackedPeer},
     phase::Phase,
     shutdown::step::LINGER,
 };
@@ -276,6 +276,7 @@ impl Owner {
         if self.0.sniffer.has_ended()
             && shared.phase() > Phase::Serving
             && self.0.state.directive() < Directive::Cut
+            && !self.0.flags.has(OWES_NOTHING)
         {
             shared.connections.half_closed();
         }
@@ -376,7 +377,7 @@ where
     type Error = Infallible;
     type Future = OwnedFuture<Inner<S>>;
 
-    fn call(&self, request: http::Request<Incoming>) -> Self::Future {
+    fn call(&self, mut request: http::Request<Incoming>) -> Self::Future {
         let version = request.version();
         if self.http2_only && version < Version::HTTP_2 {
             return OwnedFuture {
@@ -391,6 +392,11 @@ where
         // hyper puts there what an upgrade needs, and otherwise nothing.
         if !request.extensions().is_empty() {
             self.owner.asks_for_upgrade(&request);
+        }
+        if self.owner.0.owner.wants_peers.load(Ordering::Relaxed) {
+            if let Some(peer) = self.owner.0.peer() {
+                request.extensions_mut().insert(TrackedPeer(peer));
+            }
         }
         let watched = self.owner.0.flags.has(WATCHED);
         OwnedFuture {

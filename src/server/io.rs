@@ -24,7 +24,9 @@ use crate::connection::descriptors::Activity;
 use crate::{
     connection::{
         state::{Directive, RegisteredWaker, WakerSlot},
-        table::{BODILESS, BUSY, HANDSHAKE, LOOKED_AT, RESPONDED, UPGRADED, UPGRADES},
+        table::{
+            BODILESS, BUSY, HANDSHAKE, LOOKED_AT, OWES_NOTHING, RESPONDED, UPGRADED, UPGRADES,
+        },
     },
     handle::graceful::Graceful,
     phase::Phase,
@@ -345,7 +347,10 @@ impl EntryGuard {
     #[cold]
     fn half_closed(&self) {
         let shared = &self.line.owner;
-        if shared.phase() > Phase::Serving && self.line.state.directive() < Directive::Cut {
+        if shared.phase() > Phase::Serving
+            && self.line.state.directive() < Directive::Cut
+            && !self.line.flags.has(OWES_NOTHING)
+        {
             shared.connections.half_closed();
         }
     }

@@ -80,7 +80,7 @@ impl Graceful {
         Serve {
             source: Source::new(self, listener),
             app,
-            settings: Settings::default(),
+            settings: Settings::new(self.policy()),
             graceful: self.clone(),
             service: PhantomData,
         }
@@ -126,7 +126,8 @@ pub struct Serve<L: Listener, M, S> {
 
 impl<L: Listener, M, S> Serve<L, M, S> {
     /// How long a request head over HTTP/1 may take to arrive, from its first byte to its last,
-    /// before the connection is closed. Default: 30 s.
+    /// before the connection is closed. Default: what the
+    /// [builder](crate::GracefulBuilder::header_read_timeout) says, 30 s.
     ///
     /// For bytes of a head that come together with the request before it, the time runs from the
     /// end of that request's response. Empty lines between requests begin no head
@@ -144,8 +145,8 @@ impl<L: Listener, M, S> Serve<L, M, S> {
 
     /// Whether to answer an HTTP/1 client that closes its writing side after a whole request and
     /// before the response, as `nc -N`, `socat` and some health checks and proxies do
-    /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). Default: false, as in
-    /// hyper and axum.
+    /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). Default: what the
+    /// [builder](crate::GracefulBuilder::half_close) says, false, as in hyper and axum.
     ///
     /// A client that closes its writing side and a client that closes its connection send the same
     /// FIN, so each choice has a cost:

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use hyper_util::{rt::TokioTimer, server::conn::auto};
 
+use crate::config::policy::Policy;
+
 /// About thirty years: the clocks of all systems can add it to the present without an overflow.
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
@@ -25,12 +27,11 @@ enum Versions {
     Http2,
 }
 
-impl Default for Settings {
-    fn default() -> Self {
+impl Settings {
+    pub(super) fn new(policy: &Policy) -> Self {
         Self {
-            // hyper's own.
-            header_read_timeout: Duration::from_secs(30),
-            half_close: false,
+            header_read_timeout: policy.header_read_timeout,
+            half_close: policy.half_close,
             versions: Versions::All,
             keep_alive_interval: Duration::MAX,
             // hyper's own.
@@ -38,9 +39,7 @@ impl Default for Settings {
             max_concurrent_streams: None,
         }
     }
-}
 
-impl Settings {
     pub(super) fn set_http1_only(&mut self) {
         self.versions = Versions::Http1;
     }

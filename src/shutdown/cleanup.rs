@@ -186,6 +186,10 @@ impl Shared {
         if let Some(task) = self.work.ended(key, outcome, before_stop) {
             self.tell_log(Event::Task(Box::new(task)));
         }
+        if self.policy.leave_early.is_on() {
+            // It may be the last hook that the lame-duck phase waited for.
+            self.notify();
+        }
     }
 
     /// All that was to be cleaned up is.

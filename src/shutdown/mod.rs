@@ -26,6 +26,7 @@
 
 mod cleanup;
 mod driver;
+pub(crate) mod leave_early;
 pub(crate) mod state;
 pub(crate) mod step;
 #[cfg(all(test, feature = "axum", feature = "signal", not(tower_graceful_loom)))]
@@ -49,6 +50,7 @@ use tokio::{
 
 use self::{
     driver::Driver,
+    leave_early::Evidence,
     state::{Clock, ClosingStage, ServerEnd, Shutdown, State},
 };
 #[cfg(feature = "signal")]
@@ -103,6 +105,9 @@ pub(crate) struct Lifecycle {
     pub(crate) request_table: RequestTable,
     pub(crate) outside: Outside,
     pub(crate) requests: Requests,
+    pub(crate) evidence: Evidence,
+    /// Set once something wants to know where requests come from.
+    pub(crate) wants_peers: AtomicBool,
     pub(crate) upgraded: Upgraded,
     /// There are connections that a user has accepted.
     pub(crate) tracks: AtomicBool,
@@ -111,6 +116,9 @@ pub(crate) struct Lifecycle {
     pub(crate) waiters: Waiters,
     /// Set once there is a router with the probes' own paths.
     pub(crate) probes: OnceLock<()>,
+    /// Set once there is a router with the preStop route's own path.
+    #[cfg(feature = "axum")]
+    pub(crate) pre_stop: OnceLock<()>,
     phases: watch::Sender<Phase>,
     closing_stages: watch::Sender<ClosingStage>,
     /// Rung at every change that has to be looked at.
@@ -149,6 +157,7 @@ enum By {
 impl Lifecycle {
     pub(crate) fn new(plan: Plan, policy: Arc<Policy>) -> Self {
         let driver_waker = Arc::new(DriverWaker::new(|id| CONTROL.notify(id)));
+        let wants_peers = policy.leave_early.noticed.is_some();
         Self {
             plan,
             policy,
@@ -158,11 +167,15 @@ impl Lifecycle {
             request_table: RequestTable::default(),
             outside: Outside::default(),
             requests: Requests::default(),
+            evidence: Evidence::default(),
+            wants_peers: AtomicBool::new(wants_peers),
             upgraded: Upgraded::default(),
             tracks: AtomicBool::new(false),
             warnings: Mutex::default(),
             waiters: Waiters::new(),
             probes: OnceLock::new(),
+            #[cfg(feature = "axum")]
+            pre_stop: OnceLock::new(),
             phases: watch::Sender::new(Phase::Serving),
             closing_stages: watch::Sender::new(ClosingStage::Open),
             idle: Waker::from(Arc::clone(&driver_waker)),
@@ -430,9 +443,13 @@ impl Shared {
             | Trigger::Shutdown
             | Trigger::Future
             | Trigger::ServerEnded
-            | Trigger::WorkerEnded => self.plan.drain_delay(),
+            | Trigger::WorkerEnded
+            | Trigger::PreStop => self.plan.drain_delay(),
         };
         state.events.extend(self.plan_event());
+        if self.policy.leave_early.is_on() {
+            self.evidence.begin(now);
+        }
         state.shutdown = Some(Shutdown::new(trigger, now, self.plan.deadlines(delay)));
         #[cfg(all(unix, feature = "signal"))]
         CONTROL.watch_until(

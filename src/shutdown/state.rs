@@ -35,7 +35,7 @@ const EXPIRY: Duration = Duration::from_secs(1);
 const BEFORE_CUT: Duration = Duration::from_millis(50);
 
 /// How long before the end of the delay peers on HTTP/2 are asked to leave that have not been.
-const LAST_WORDS: Duration = Duration::from_millis(25);
+pub(super) const LAST_WORDS: Duration = Duration::from_millis(25);
 
 /// How long before the drain deadline connections are closed on which nothing is in flight: long
 /// enough to empty a listener's queue, and to hear what is on its way.
@@ -376,6 +376,10 @@ impl Shutdown {
         Report {
             trigger: self.trigger,
             outcome,
+            left_early: match self.delay_over {
+                Some(Reason::LeftEarly(why)) => Some(why),
+                _ => None,
+            },
             phases,
             cleanup: now.saturating_duration_since(closed),
             requests: Requests {

@@ -6,13 +6,13 @@ use tokio::time::Instant;
 
 use super::{
     Shared,
-    state::{ClosingStage, Cut, Shutdown, State},
+    state::{ClosingStage, Cut, LAST_WORDS, Shutdown, State},
 };
 use crate::{
     config::plan::instant_after,
     events::{Reason, Transition},
     phase::Phase,
-    report::{GivenUp, Remaining},
+    report::{GivenUp, LeftEarly, Remaining},
     sync::lock,
 };
 
@@ -117,19 +117,31 @@ impl Shared {
     }
 
     fn settle_lame_duck(&self, shutdown: &mut Shutdown, nobody_serves: bool, now: Instant) -> Step {
+        let planned = (shutdown.last_words, shutdown.delay_until, Reason::DelayOver);
+        let early = self
+            .leaves_at()
+            .filter(|(at, _)| *at < shutdown.delay_until);
+        let (last_words, until, over) = early.map_or(planned, |(at, why)| {
+            let last_words = at.checked_sub(LAST_WORDS).unwrap_or(now);
+            (
+                last_words.min(shutdown.last_words),
+                at,
+                Reason::LeftEarly(why),
+            )
+        });
         let reason = if std::mem::take(&mut shutdown.skip_phase) {
             Reason::Signal
         } else if let Some(reason) = shutdown.delay_over {
             reason
-        } else if now >= shutdown.delay_until {
-            Reason::DelayOver
+        } else if now >= until {
+            over
         } else if nobody_serves {
             Reason::EveryServerEnded
-        } else if now < shutdown.last_words {
-            return Step::Until(shutdown.last_words);
+        } else if now < last_words {
+            return Step::Until(last_words);
         } else {
             shutdown.asks_all = true;
-            return Step::Until(shutdown.delay_until);
+            return Step::Until(until);
         };
         shutdown.delay_over = Some(reason);
         // What is in the accept queue is served, and only then is work refused.
@@ -142,6 +154,16 @@ impl Shared {
             }
         }
         Step::To(Phase::Draining, reason)
+    }
+
+    /// When the lame-duck phase may end before its delay is over, and why. Not before every hook has
+    /// ended: a hook that deregisters is how a balancer learns of the stop.
+    fn leaves_at(&self) -> Option<(Instant, LeftEarly)> {
+        let rules = self.policy.leave_early;
+        if !rules.is_on() || self.work.has_hook() {
+            return None;
+        }
+        self.evidence.leaves_at(rules)
     }
 
     fn settle_draining(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) -> Step {

@@ -667,3 +667,70 @@ async fn of_a_connection_that_its_server_has_let_go_no_piece_is_held() {
         assert_eq!(report.requests().cut, cut, "{report}");
     }
 }
+
+/// Five requests, and then silence.
+fn five_requests(stop: &Stop) {
+    for _ in 0..5 {
+        if stop.shared().evidence.request_arrived() {
+            stop.shared().notify();
+        }
+    }
+}
+
+fn when_quiet(builder: GracefulBuilder) -> GracefulBuilder {
+    builder.leave_when_quiet(ms(1000), ms(500))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rule_shortens_the_delay_after_sigint_too_and_a_further_sigint_all_of_it() {
+    let stop = Stop::new(5000, 5000, |it| when_quiet(it.interrupt_delay(ms(4000))));
+    stop.interrupt();
+    stop.at(50).await;
+    five_requests(&stop);
+    stop.at(995).await;
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    stop.at(1005).await;
+    assert!(stop.phase() > Phase::LameDuck);
+
+    let stop = Stop::new(5000, 5000, |it| when_quiet(it.interrupt_delay(ms(4000))));
+    stop.interrupt();
+    stop.at(200).await;
+    five_requests(&stop);
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    stop.interrupt();
+    assert!(stop.phase() > Phase::LameDuck);
+    stop.graceful.stopped().await;
+    let report = stop.shared().report().unwrap();
+    assert_eq!(report.left_early(), None);
+}
+
+/// `interrupt_delay` is the shorter one here, and no rule makes it longer.
+#[tokio::test(start_paused = true)]
+async fn a_rule_never_makes_a_delay_longer() {
+    let stop = Stop::new(5000, 5000, |it| when_quiet(it.interrupt_delay(ms(300))));
+    stop.interrupt();
+    five_requests(&stop);
+    stop.at(305).await;
+    assert!(stop.phase() > Phase::LameDuck);
+    stop.graceful.stopped().await;
+    let report = stop.shared().report().unwrap();
+    assert_eq!(report.left_early(), None);
+}
+
+/// As before the end of a whole delay: so that a peer on HTTP/2 is not refused before it was asked.
+#[tokio::test(start_paused = true)]
+async fn peers_are_asked_to_leave_before_a_phase_that_ends_early() {
+    let mut stop = Stop::new(5000, 5000, |it| when_quiet(it.close_spread(ms(5000))));
+    let line = stop.connect_and_read();
+    stop.terminate();
+    stop.at(50).await;
+    five_requests(&stop);
+    stop.at(970).await;
+    assert_eq!(line.state.directive(), Directive::LeaveInSlot);
+    stop.at(985).await;
+    assert_eq!(line.state.directive(), Directive::Leave);
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    stop.at(1005).await;
+    assert!(stop.phase() > Phase::LameDuck);
+    stop.leave(&line);
+}

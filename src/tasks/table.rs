@@ -278,6 +278,11 @@ impl Work {
             .is_some_and(|task| task.kind == TaskKind::Worker)
     }
 
+    /// A hook has not begun, or not come to its end.
+    pub(crate) fn has_hook(&self) -> bool {
+        lock!(self.list).has_hook()
+    }
+
     pub(crate) fn tasks(&self) -> Vec<Task> {
         lock!(self.list).tasks.values().cloned().collect()
     }

@@ -21,6 +21,8 @@ mod deadline;
 #[cfg(unix)]
 mod draining;
 #[cfg(unix)]
+mod early;
+#[cfg(unix)]
 mod edge;
 #[cfg(unix)]
 mod goaway;
@@ -83,6 +85,7 @@ fn main() -> ExitCode {
         draining::TESTS,
         connections::TESTS,
         deadline::TESTS,
+        early::TESTS,
         edge::TESTS,
         goaway::TESTS,
         half_closed::TESTS,

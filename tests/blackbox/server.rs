@@ -142,6 +142,11 @@ fn listener_on_stdin() -> TcpListener {
     TcpListener::from_std(listener).unwrap()
 }
 
+async fn listener_on(port: Option<u64>) -> TcpListener {
+    let port = port.unwrap_or(0).try_into().unwrap();
+    TcpListener::bind(("127.0.0.1", port)).await.unwrap()
+}
+
 fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
     let mut builder = Graceful::builder()
         .drain_delay(knobs.millis("delay").unwrap_or(Duration::from_secs(1)))
@@ -172,6 +177,21 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
         let status = u16::try_from(status).unwrap();
         builder = builder.unready_status(StatusCode::from_u16(status).unwrap());
     }
+    // Two numbers with a colon between them.
+    let pair = |name| {
+        let (first, second) = knobs.text(name)?.split_once(':')?;
+        Some((
+            first.parse::<u32>().unwrap(),
+            second.parse::<u32>().unwrap(),
+        ))
+    };
+    if let Some((minimum, quiet_for)) = pair("quiet") {
+        let ms = |it: u32| Duration::from_millis(it.into());
+        builder = builder.leave_when_quiet(ms(minimum), ms(quiet_for));
+    }
+    if let Some((failures, probers)) = pair("noticed") {
+        builder = builder.leave_when_noticed(failures, probers.try_into().unwrap());
+    }
     builder
 }
 
@@ -193,7 +213,7 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
     let app = app(&graceful, knobs);
     let listener = match knobs.text("listener") {
         Some("stdin") => listener_on_stdin(),
-        _ => TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        _ => listener_on(knobs.number("port")).await,
     };
     let address = listener.local_addr().unwrap();
 
@@ -227,6 +247,11 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
                 .with_graceful_shutdown(graceful.drain());
             starting.await;
             graceful.run(server).await
+        }
+        "Serve" if knobs.text("connect_info") == Some("none") => {
+            let served = graceful.serve(listener, app);
+            starting.await;
+            served.await
         }
         "Serve" => {
             let app = app.into_make_service_with_connect_info::<SocketAddr>();
@@ -459,6 +484,10 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         Some(other) => panic!("no such layer: {other}"),
     };
     // Outside the layer, so that looking does not change what is seen.
+    let behind = match knobs.text("pre_stop") {
+        Some(_) => behind.merge(graceful.pre_stop().into_router()),
+        None => behind,
+    };
     behind
         .merge(graceful.probes())
         .route("/outside/{ms}", get(sleep))

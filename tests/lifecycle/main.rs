@@ -8,6 +8,7 @@ mod connections;
 #[cfg(feature = "tracing")]
 mod events;
 mod futures;
+mod leave_early;
 mod long_lived;
 mod misuse;
 mod phases;

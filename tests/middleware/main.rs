@@ -8,6 +8,8 @@ mod future;
 mod lame_duck;
 mod named;
 #[cfg(feature = "axum")]
+mod pre_stop;
+#[cfg(feature = "axum")]
 mod probes;
 mod refusal;
 mod support;

@@ -1,0 +1,299 @@
+//! The route for the preStop hook of Kubernetes: it starts the stop, and answers when the delay is over.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use tower_service::Service;
+
+use super::{connection_close, peer, probe_route, probes::ProbeBody};
+use crate::{
+    config::policy,
+    events,
+    handle::graceful::{Graceful, PhaseReached},
+    phase::Phase,
+    report::Trigger,
+};
+
+/// Fields that a proxy adds to the requests it passes on.
+const ADDED_BY_PROXIES: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
+
+impl Graceful {
+    /// A route that stops the service and answers when the delay is over, for the `preStop` hook of
+    /// Kubernetes. Off unless you add it, and no part of [`probes`](Self::probes).
+    ///
+    /// A GET or POST from an allowed address starts the lame-duck phase, as SIGTERM would, and is
+    /// answered 200 when that phase is over. The kubelet sends SIGTERM after that, so it finds
+    /// the service draining, where SIGTERM changes nothing. Further calls join the same wait. The
+    /// [report](crate::Report::trigger) names [`Trigger::PreStop`](crate::Trigger::PreStop).
+    ///
+    /// ```
+    /// # use axum::Router;
+    /// # use tower_graceful::Graceful;
+    /// let graceful = Graceful::new();
+    /// // status.hostIP of the pod, by the downward API.
+    /// let node = std::env::var("NODE_IP").ok().and_then(|ip| ip.parse().ok());
+    /// let app: Router = Router::new()
+    ///     // your routes
+    ///     .layer(graceful.layer())
+    ///     .merge(graceful.probes())
+    ///     .merge(graceful.pre_stop().allow(node).into_router()); // /prestop
+    /// ```
+    ///
+    /// ```yaml
+    /// # a container of the pod
+    /// env:
+    ///   - name: NODE_IP
+    ///     valueFrom: { fieldRef: { fieldPath: status.hostIP } }
+    /// lifecycle:
+    ///   preStop:
+    ///     httpGet: { path: /prestop, port: 3000 }
+    /// ```
+    ///
+    /// # It must not be public
+    ///
+    /// Anybody who reaches this route can stop the service. So it refuses, with 403,
+    ///
+    /// - every peer that is neither loopback nor [allowed](PreStop::allow);
+    /// - every request with a field that proxies add: `Forwarded`, `X-Forwarded-For`, `X-Real-IP` or
+    ///   `Via`. A sidecar or a reverse proxy on the same host connects from loopback, whoever its
+    ///   client is;
+    /// - every request whose peer is not known.
+    ///
+    /// A proxy that adds none of these fields is not recognized: a layer-4 proxy, or the kernel where
+    /// it rewrites source addresses (Kubernetes Services with `externalTrafficPolicy: Cluster` make
+    /// traffic appear to come from a node). There, put the route on a port of its own that no Service
+    /// and no Ingress leads to.
+    ///
+    /// The peer is known on every server of [`serve`](Self::serve), and on others with axum's
+    /// `into_make_service_with_connect_info::<SocketAddr>()`. Which address the kubelet has depends on
+    /// the network plugin: often `status.hostIP`, with bridge plugins the pod's default gateway. A
+    /// refusal is logged at `WARN` with the address; allow that one, or a range by
+    /// [`allow_if`](PreStop::allow_if).
+    ///
+    /// # Which preStop hook to choose
+    ///
+    /// Kubernetes removes the endpoint and runs the hook at the same time, and sends SIGTERM when the
+    /// hook has ended. The hook's time counts within `terminationGracePeriodSeconds`
+    /// ([container hooks](https://kubernetes.io/docs/concepts/containers/container-lifecycle-hooks/)).
+    ///
+    /// | hook | choose it when | the grace period |
+    /// |---|---|---|
+    /// | none | in most cases: [`drain_delay`](crate::GracefulBuilder::drain_delay) serves on after SIGTERM, so that no hook is needed | equal to `terminationGracePeriodSeconds` |
+    /// | `sleep` | the service is not yours to change; readiness goes on saying yes during the sleep | shorter by the sleep, with a `drain_delay` of zero |
+    /// | `exec` | a command has to run in the container first; the image must contain it | shorter by the command's time |
+    /// | `httpGet` of this route | SIGTERM must come last, for example because other containers of the pod stop at it; or the delay ends early by [`leave_when_quiet`](crate::GracefulBuilder::leave_when_quiet) and the hook is to end with it | equal to `terminationGracePeriodSeconds`: the clock starts with the call |
+    ///
+    /// # Limits
+    ///
+    /// Merge the route outside the layer, as above. Inside, a call counts as in flight until it is
+    /// answered; it is refused in no phase, as with [`probes`](Self::probes). A caller that hangs up
+    /// changes nothing: the stop goes on. HEAD and all other methods are answered 405.
+    pub fn pre_stop(&self) -> PreStop {
+        self.shared().wants_peers.store(true, Ordering::Relaxed);
+        PreStop {
+            graceful: self.clone(),
+            allowed: Arc::default(),
+            allowed_if: None,
+            is_route: false,
+        }
+    }
+}
+
+type AllowedIf = Arc<dyn Fn(IpAddr) -> bool + Send + Sync>;
+
+/// The service of the preStop route: made by [`Graceful::pre_stop`]. See there for what it does.
+///
+/// It is a tower service for any path and router. Behind the [layer](Graceful::layer) on a path of your
+/// own it needs [`exempt`](crate::GracefulBuilder::exempt), or a call that comes while draining is
+/// refused like any request.
+///
+/// | call | answer |
+/// |---|---|
+/// | GET or POST from an allowed peer | 200 when the lame-duck phase is over; at once from draining on |
+/// | any other method | 405 |
+/// | a peer that is not allowed or not known, or a proxy | 403, with the reason as text |
+#[must_use = "a route does nothing until a router has it"]
+pub struct PreStop {
+    graceful: Graceful,
+    allowed: Arc<[IpAddr]>,
+    allowed_if: Option<AllowedIf>,
+    /// Made by [`into_router`](Self::into_router).
+    is_route: bool,
+}
+
+impl PreStop {
+    /// Lets these addresses call too, besides loopback (`127.0.0.0/8` and `::1`). May be called
+    /// repeatedly. An IPv4 address also matches the IPv6 address it is mapped to.
+    pub fn allow(mut self, addresses: impl IntoIterator<Item = IpAddr>) -> Self {
+        let addresses = addresses.into_iter().map(|it| it.to_canonical());
+        self.allowed = self.allowed.iter().copied().chain(addresses).collect();
+        self
+    }
+
+    /// Lets the addresses call too for which `allowed` returns true, for example those of a network.
+    /// It is given IPv4 addresses as such, also where the socket is one of IPv6. A second call
+    /// replaces the first.
+    pub fn allow_if(mut self, allowed: impl Fn(IpAddr) -> bool + Send + Sync + 'static) -> Self {
+        self.allowed_if = Some(Arc::new(allowed));
+        self
+    }
+
+    /// A router with this route at `/prestop`. Merge it at the root, outside the layer, or nest it.
+    pub fn into_router<S>(self) -> axum::Router<S>
+    where
+        S: Clone + Send + Sync + 'static,
+    {
+        self.graceful.shared().pre_stop.get_or_init(|| ());
+        let route = Self {
+            is_route: true,
+            ..self.clone()
+        };
+        axum::Router::new().route_service(policy::PRESTOP, route)
+    }
+
+    /// The peer that may call, or why this request is refused.
+    fn caller<B>(&self, request: &Request<B>) -> Result<SocketAddr, String> {
+        let Some(peer) = peer::socket(request) else {
+            return Err(
+                "the address of the caller is not known; serve the app with \
+                `into_make_service_with_connect_info::<SocketAddr>()`"
+                    .into(),
+            );
+        };
+        let headers = request.headers();
+        if let Some(field) = ADDED_BY_PROXIES
+            .iter()
+            .find(|it| headers.contains_key(**it))
+        {
+            return Err(format!(
+                "the call from {peer} has the field {field} of a proxy"
+            ));
+        }
+        let address = peer.ip().to_canonical();
+        let allowed = address.is_loopback()
+            || self.allowed.contains(&address)
+            || self.allowed_if.as_ref().is_some_and(|it| it(address));
+        if allowed {
+            Ok(peer)
+        } else {
+            Err(format!(
+                "the address {address} is not allowed to stop this service"
+            ))
+        }
+    }
+
+    fn call<B>(&self, request: &Request<B>) -> Waiting {
+        self.graceful.shared().outside.probed();
+        if !matches!(*request.method(), Method::GET | Method::POST) {
+            return Waiting::Answer(StatusCode::METHOD_NOT_ALLOWED, "use GET or POST\n".into());
+        }
+        match self.caller(request) {
+            Ok(peer) => {
+                let shared = self.graceful.shared();
+                // A caller that hangs up is owed nothing.
+                shared.connections.owe_nothing(peer);
+                shared.trigger(Trigger::PreStop);
+                Waiting::Delay(PhaseReached::at_once(&self.graceful, Phase::Draining))
+            }
+            Err(reason) => {
+                events::pre_stop_refused(&reason);
+                Waiting::Answer(StatusCode::FORBIDDEN, format!("{reason}\n").into())
+            }
+        }
+    }
+}
+
+impl<B> Service<Request<B>> for PreStop {
+    type Response = Response<ProbeBody>;
+    type Error = Infallible;
+    type Future = PreStopFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> PreStopFuture {
+        PreStopFuture {
+            waiting: PreStop::call(self, &request),
+            head: *request.method() == Method::HEAD,
+            version: request.version(),
+            graceful: self.graceful.clone(),
+        }
+    }
+}
+
+impl Clone for PreStop {
+    fn clone(&self) -> Self {
+        if self.is_route {
+            probe_route::note_clone(self.graceful.shared());
+        }
+        Self {
+            graceful: self.graceful.clone(),
+            allowed: Arc::clone(&self.allowed),
+            allowed_if: self.allowed_if.clone(),
+            is_route: self.is_route,
+        }
+    }
+}
+
+impl fmt::Debug for PreStop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PreStop")
+            .field("allowed", &self.allowed)
+            .field("graceful", &self.graceful)
+            .field("is_route", &self.is_route)
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+enum Waiting {
+    Delay(PhaseReached),
+    Answer(StatusCode, Bytes),
+}
+
+/// The response future of [`PreStop`]: ready when the lame-duck phase is over. Dropping it does not
+/// take the stop back.
+#[derive(Debug)]
+#[must_use = "futures do nothing unless polled"]
+pub struct PreStopFuture {
+    waiting: Waiting,
+    head: bool,
+    version: http::Version,
+    graceful: Graceful,
+}
+
+impl Future for PreStopFuture {
+    type Output = Result<Response<ProbeBody>, Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let (status, text) = match &mut self.waiting {
+            Waiting::Delay(over) => {
+                ready!(Pin::new(over).poll(cx));
+                (StatusCode::OK, Bytes::from_static(b"the delay is over\n"))
+            }
+            Waiting::Answer(status, text) => (*status, text.clone()),
+        };
+        let mut response = Response::new(ProbeBody::new(text, self.head));
+        *response.status_mut() = status;
+        if self.graceful.phase() > Phase::Serving {
+            connection_close::say_close(&mut response, self.version);
+        }
+        let headers = response.headers_mut();
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        let utf8 = HeaderValue::from_static("text/plain; charset=utf-8");
+        headers.insert(header::CONTENT_TYPE, utf8);
+        if status == StatusCode::METHOD_NOT_ALLOWED {
+            headers.insert(header::ALLOW, HeaderValue::from_static("GET, POST"));
+        }
+        Poll::Ready(Ok(response))
+    }
+}

@@ -1,0 +1,168 @@
+//! The lame-duck phase ends before its delay: by what the server sees, and by a preStop hook.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{Test, client::Connection, process::Server, server::Form};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "readiness::two_failed_checks_of_the_only_prober_end_the_phase",
+        Form::CUTTING,
+        noticed,
+    ),
+    (
+        "readiness::a_second_prober_that_has_noticed_nothing_takes_the_whole_delay",
+        Form::CUTTING,
+        not_noticed_by_all,
+    ),
+    (
+        "readiness::traffic_that_ends_ends_the_phase",
+        Form::CUTTING,
+        quiet,
+    ),
+    (
+        "signals::a_pre_stop_call_is_answered_when_draining_starts_and_sigterm_changes_nothing",
+        Form::CUTTING,
+        pre_stop,
+    ),
+    (
+        "signals::a_pre_stop_caller_that_hangs_up_changes_nothing",
+        Form::CUTTING,
+        hangs_up,
+    ),
+    (
+        "signals::a_pre_stop_call_needs_no_connect_info_on_a_server_of_serve",
+        &[Form::Serve],
+        without_connect_info,
+    ),
+    (
+        "signals::a_pre_stop_call_through_a_proxy_stops_nothing",
+        Form::CUTTING,
+        through_a_proxy,
+    ),
+];
+
+/// Long, so that an end before it is no accident.
+const DELAY: &str = "delay=8000";
+
+fn noticed(form: Form) {
+    let mut server = Server::start(form, &[DELAY, "noticed=2:1"]);
+    server.get("/readyz").assert_ok();
+    server.terminate();
+    server.wait_for_unready();
+    assert_eq!(server.get("/readyz").status, 503);
+    let exit = server.exit();
+    exit.assert_clean();
+    assert!(
+        exit.report.contains("ended early: every prober"),
+        "{exit:?}"
+    );
+}
+
+fn not_noticed_by_all(form: Form) {
+    let mut server = Server::start(form, &["delay=2000", "noticed=2:2"]);
+    server.get("/").assert_ok();
+    server.terminate();
+    let address = server.address;
+    // For as long as it answers.
+    let prober = thread::spawn(move || {
+        while let Ok(mut prober) = Connection::try_open(address) {
+            if prober.try_request("GET", "/readyz").is_err() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    });
+    let exit = server.exit();
+    prober.join().unwrap();
+    exit.assert_clean();
+    assert!(exit.after >= Duration::from_secs(2), "{exit:?}");
+    assert!(!exit.report.contains("ended early"), "{exit:?}");
+}
+
+fn quiet(form: Form) {
+    let mut server = Server::start(form, &[DELAY, "quiet=500:300"]);
+    server.get("/").assert_ok();
+    server.terminate();
+    server.wait_for_unready();
+    for _ in 0..20 {
+        server.get("/").assert_ok();
+        thread::sleep(Duration::from_millis(5));
+    }
+    let exit = server.exit();
+    exit.assert_clean();
+    assert!(
+        exit.report.contains("ended early: new requests"),
+        "{exit:?}"
+    );
+    assert!(exit.after >= Duration::from_millis(500), "{exit:?}");
+}
+
+/// As Kubernetes does it: the hook, and SIGTERM when it has ended.
+fn pre_stop(form: Form) {
+    let mut server = Server::start(form, &["delay=500", "drain=10000", "pre_stop=true"]);
+    let slow = server.get_in_background("/sleep/4000");
+    server.asked();
+    let address = server.address;
+    let hook = thread::spawn(move || {
+        let began = Instant::now();
+        let response = Connection::open(address).get("/prestop");
+        (response, began.elapsed())
+    });
+    let (response, took) = hook.join().unwrap();
+    response.assert_ok();
+    assert!(response.says_close());
+    assert!(took >= Duration::from_millis(500), "{took:?}");
+    // It drains already.
+    server.terminate();
+    slow.join().unwrap().assert_ok();
+    let exit = server.exit();
+    exit.assert_clean();
+    assert!(
+        exit.report.contains("shutdown by preStop: clean"),
+        "{exit:?}"
+    );
+    assert!(
+        exit.log.contains("a further SIGTERM changes nothing"),
+        "{exit:?}"
+    );
+}
+
+fn hangs_up(form: Form) {
+    let mut server = Server::start(form, &["delay=1000", "pre_stop=true"]);
+    server.asked();
+    let mut caller = server.connect();
+    caller.send("POST /prestop HTTP/1.1\r\nhost: test\r\ncontent-length: 0\r\n\r\n");
+    server.wait_for_unready();
+    drop(caller);
+    let exit = server.exit();
+    // The caller is owed no answer, so nothing was lost.
+    exit.assert_clean();
+    assert!(
+        exit.report.contains("shutdown by preStop: clean"),
+        "{exit:?}"
+    );
+    assert!(exit.after >= Duration::from_secs(1), "{exit:?}");
+}
+
+fn without_connect_info(form: Form) {
+    let mut server = Server::start(form, &["delay=300", "pre_stop=true", "connect_info=none"]);
+    server.asked();
+    server.connect().request("POST", "/prestop").assert_ok();
+    server.exit().assert_clean();
+}
+
+fn through_a_proxy(form: Form) {
+    let mut server = Server::start(form, &["delay=300", "pre_stop=true"]);
+    let mut proxy = server.connect();
+    proxy.send("GET /prestop HTTP/1.1\r\nhost: test\r\nx-forwarded-for: 203.0.113.7\r\n\r\n");
+    assert_eq!(proxy.response("GET").status, 403);
+    server.get("/readyz").assert_ok();
+    server.terminate();
+    let exit = server.exit();
+    exit.assert_clean();
+    assert!(exit.log.contains("x-forwarded-for of a proxy"), "{exit:?}");
+}
