@@ -20,7 +20,10 @@ use axum::{
     middleware::from_fn_with_state,
     routing::get,
 };
-use axum_server::{Handle, tls_rustls::*};
+use axum_server::{
+    Handle,
+    tls_rustls::{RustlsAcceptor, RustlsConfig},
+};
 use tower_graceful::Graceful;
 
 use tracked::{Peer, Tracked, ask_to_leave};

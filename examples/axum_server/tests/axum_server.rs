@@ -50,9 +50,21 @@ fn example() -> PathBuf {
     example
 }
 
-trait Stream: Read + Write + Send {}
+trait Stream: Read + Write + Send {
+    fn tcp(&self) -> &TcpStream;
+}
 
-impl<S: Read + Write + Send> Stream for S {}
+impl Stream for TcpStream {
+    fn tcp(&self) -> &TcpStream {
+        self
+    }
+}
+
+impl Stream for StreamOwned<ClientConnection, TcpStream> {
+    fn tcp(&self) -> &TcpStream {
+        &self.sock
+    }
+}
 
 struct Service {
     child: Child,
@@ -127,8 +139,8 @@ impl Service {
     /// The response to a request on a connection of its own, which the server closes.
     fn get(&self, path: &str) -> io::Result<String> {
         let mut stream = self.connect()?;
-        ask(&mut stream, path, "connection: close\r\n")?;
-        rest(&mut stream)
+        ask(&mut *stream, path, "connection: close\r\n")?;
+        rest(&mut *stream)
     }
 
     /// What the service says of itself contains `text`, by and by.
@@ -190,15 +202,15 @@ fn a_request_completes_and_late_ones_are_refused(tls: bool) {
     // Idle when the stop begins.
     let mut idle = service.connect().unwrap();
     let mut slow = service.connect().unwrap();
-    ask(&mut slow, "/slow/4", "").unwrap();
+    ask(&mut *slow, "/slow/4", "").unwrap();
     service.await_status("in_flight: 1");
 
     service.signal(Signal::SIGTERM);
     service.await_status("phase: LameDuck");
     assert_status(&service.get("/readyz").unwrap(), 503);
     assert_status(&service.get("/livez").unwrap(), 200);
-    ask(&mut idle, "/", "").unwrap();
-    let response = rest(&mut idle).unwrap();
+    ask(&mut *idle, "/", "").unwrap();
+    let response = rest(&mut *idle).unwrap();
     assert_status(&response, 200);
     assert!(response.contains("connection: close\r\n"), "{response}");
 
@@ -208,7 +220,7 @@ fn a_request_completes_and_late_ones_are_refused(tls: bool) {
     assert!(refused.contains("retry-after: "), "{refused}");
     assert_status(&service.get("/readyz").unwrap(), 503);
 
-    let response = rest(&mut slow).unwrap();
+    let response = rest(&mut *slow).unwrap();
     assert_status(&response, 200);
     assert!(response.contains("connection: close\r\n"), "{response}");
     assert!(response.ends_with("\r\n\r\nfinished\n"), "{response}");
@@ -233,7 +245,7 @@ fn a_request_completes_and_late_ones_are_refused_over_tls() {
 fn connections_are_counted_and_cut(tls: bool) {
     let service = Service::start(tls);
     let mut stuck = service.connect().unwrap();
-    ask(&mut stuck, "/slow/600", "").unwrap();
+    ask(&mut *stuck, "/slow/600", "").unwrap();
     let mut half = service.connect().unwrap();
     half.write_all(b"GET / HTTP/1.1\r\nhost: loc").unwrap();
     // A handshake that never ends, over TLS.
@@ -243,7 +255,7 @@ fn connections_are_counted_and_cut(tls: bool) {
 
     service.signal(Signal::SIGINT);
     service.await_status("phase: Draining");
-    let response = rest(&mut stuck);
+    let response = rest(&mut *stuck);
     assert!(
         response.as_ref().map_or(true, String::is_empty),
         "{response:?}"
@@ -251,10 +263,11 @@ fn connections_are_counted_and_cut(tls: bool) {
     let (code, report) = service.end();
     assert_eq!(code, Some(1), "{report}");
     assert!(report.starts_with("shutdown by SIGINT: forced"), "{report}");
-    assert!(
-        report.contains("given up: 1 request, 2 connections, 1 server"),
-        "{report}"
-    );
+    assert!(report.contains("given up: 1 request, "), "{report}");
+    // The other two may have closed before the deadline.
+    let peer = stuck.tcp().local_addr().unwrap();
+    let cut = format!("connection from {peer} ");
+    assert!(report.contains(&cut), "{cut}: {report}");
     drop((half, silent));
 }
 
@@ -294,9 +307,9 @@ fn idle_and_silent_connections_do_not_delay_the_stop_over_tls() {
 fn a_client_of_http_2_is_asked_to_leave_before_the_drain_ends() {
     let service = Service::start(true);
     let mut slow = service.connect().unwrap();
-    ask(&mut slow, "/slow/4", "").unwrap();
+    ask(&mut *slow, "/slow/4", "").unwrap();
     service.await_status("in_flight: 1");
-    let slow = thread::spawn(move || rest(&mut slow));
+    let slow = thread::spawn(move || rest(&mut *slow));
 
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
