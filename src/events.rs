@@ -218,6 +218,7 @@ pub(crate) enum Reason {
     Triggered(Trigger),
     DelayOver,
     NobodyServes,
+    Moved,
     Signal,
     Idle,
     Deadline,
@@ -236,6 +237,7 @@ impl fmt::Display for Reason {
             Self::Triggered(trigger) => trigger.fmt(f),
             Self::DelayOver => f.write_str("the delay is over"),
             Self::NobodyServes => f.write_str("every server has ended"),
+            Self::Moved => f.write_str("every connection has closed, and the next process accepts"),
             Self::Signal => f.write_str("a further signal"),
             Self::Idle => f.write_str("nothing is in flight"),
             Self::Deadline => f.write_str("the drain deadline has passed"),
@@ -347,6 +349,16 @@ pub(crate) fn queue_lost(error: &std::io::Error) {
         warn,
         { error = &*error.to_string() },
         "a listener is closed before its queue is empty: {error}"
+    );
+}
+
+/// The listener is closed at the start of the stop, with its queue as it is.
+#[cfg(feature = "axum")]
+pub(crate) fn listener_left() {
+    event!(
+        debug,
+        {},
+        "shutdown: a shared listening socket is left to the next process"
     );
 }
 

@@ -27,11 +27,25 @@ use crate::{
 /// More connections than an accept queue holds, where nothing stops it from being filled.
 pub(crate) const MOST: usize = 4096;
 
+/// Whether a listener's socket was passed to the process by socket activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    not(all(feature = "axum", any(target_os = "linux", target_os = "android"))),
+    allow(dead_code)
+)]
+pub(crate) enum Passed {
+    No,
+    /// It cannot be told.
+    Perhaps,
+    /// It is the same socket as a passed descriptor.
+    Yes,
+}
+
 /// A listener of the operating system, not the runtime's, whose every error is seen. Nonblocking.
 #[derive(Debug)]
 pub(crate) struct Socket {
     pub(crate) kind: SocketKind,
-    /// By socket activation: its queue outlives the process.
+    /// By socket activation, or as far as is known: its queue outlives the process.
     pub(crate) is_passed: bool,
 }
 

@@ -63,6 +63,15 @@ pub(crate) struct Listeners {
     pub(crate) open: usize,
     /// There have been so many.
     pub(crate) so_far: usize,
+    /// And so many of these are not left to the next process.
+    own: usize,
+}
+
+impl Listeners {
+    /// There has been one, and what connects to any of them is accepted by the next process.
+    pub(crate) fn are_shared(self) -> bool {
+        self.so_far > 0 && self.own == 0
+    }
 }
 
 impl<O> Default for ConnectionTable<O> {
@@ -88,9 +97,10 @@ impl<O> ConnectionTable<O> {
     }
 
     #[cfg(feature = "axum")]
-    pub(crate) fn listener_opened(&self) {
+    pub(crate) fn listener_opened(&self, is_shared: bool) {
         let mut open = lock!(self.open);
         open.listeners.open += 1;
+        open.listeners.own += usize::from(!is_shared);
         open.listeners.so_far += 1;
     }
 
@@ -193,7 +203,7 @@ impl<O> ConnectionTable<O> {
     }
 
     /// Strikes out a connection. Says whether the service may have waited for it: it was the last one,
-    /// and connections are being closed. The phase is read after the removal: point 1 of the module
+    /// and connections are being closed, or none can come while they are asked to leave. The phase is read after the removal: point 1 of the module
     /// header.
     pub(crate) fn remove(&self, line: &ConnectionEntry<O>, phase: impl FnOnce() -> Phase) -> bool {
         let mut open = lock!(self.open);
@@ -206,9 +216,14 @@ impl<O> ConnectionTable<O> {
             moved.seat.store(seat, Ordering::Relaxed);
         }
         let left = open.lines.len();
+        let listeners = open.listeners.open;
         drop(open);
         drop(line);
-        left == 0 && phase() == Phase::Closing
+        left == 0
+            && match phase() {
+                Phase::LameDuck => listeners == 0,
+                phase => phase == Phase::Closing,
+            }
     }
 
     /// The connections that are open at the cut, the oldest first. What becomes of each is known

@@ -7,8 +7,8 @@ use http::{Response, StatusCode};
 
 use super::graceful::Graceful;
 use crate::config::{
-    plan::{ConfigError, Knobs},
-    policy::Policy,
+    plan::{ConfigError, Knobs, Plan},
+    policy::{Policy, SHARED_DELAY},
     rejection::{Rejection, RejectionFn},
 };
 
@@ -173,6 +173,12 @@ impl GracefulBuilder {
         self
     }
 
+    /// SHARED DOC
+    pub fn shared_listener(mut self, shared: bool) -> Self {
+        self.policy.shared_listener = Some(shared);
+        self
+    }
+
     /// Over how much of the lame-duck phase clients are asked to leave, from its start. At first
     /// none is, at half of it half of them, and from its end on everybody, so that ten thousand
     /// clients do not connect anew in the same instant. Must not be longer than
@@ -293,6 +299,26 @@ impl GracefulBuilder {
         self
     }
 
+    /// The plan. The default of its delay depends on whose listeners are used.
+    fn plan(&mut self) -> Result<Plan, ConfigError> {
+        let policy = &mut self.policy;
+        let shorter = SHARED_DELAY.max(policy.close_spread);
+        policy.shared_delay = self.knobs.drain_delay.is_none().then_some(shorter);
+        if policy.shared_listener != Some(true) {
+            return self.knobs.plan();
+        }
+        let delay = self.knobs.drain_delay.unwrap_or_else(|| {
+            let default = self.knobs.default_drain_delay();
+            shorter.min(default)
+        });
+        let drain_delay = Some(delay);
+        Knobs {
+            drain_delay,
+            ..self.knobs
+        }
+        .plan()
+    }
+
     /// Checks the plan and makes the lifecycle.
     ///
     /// # Errors
@@ -302,8 +328,8 @@ impl GracefulBuilder {
     /// or `header_read_timeout` is zero, when `unready_status` is informational or 200, and when an
     /// exempt path does not begin with a slash. The message names the numbers. And when the thread
     /// of a watchdog cannot be started.
-    pub fn build(self) -> Result<Graceful, ConfigError> {
-        let plan = self.knobs.plan()?;
+    pub fn build(mut self) -> Result<Graceful, ConfigError> {
+        let plan = self.plan()?;
         if self.policy.close_spread > plan.drain_delay() {
             return Err(ConfigError::SpreadTooLong {
                 close_spread: self.policy.close_spread,

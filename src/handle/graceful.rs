@@ -227,7 +227,7 @@ impl Graceful {
     /// ```
     #[must_use]
     pub fn plan(&self) -> EffectivePlan {
-        self.shared.plan.effective()
+        self.shared.plan().effective()
     }
 
     /// Follows the phase.

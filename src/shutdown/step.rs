@@ -121,6 +121,8 @@ impl Shared {
             Reason::DelayOver
         } else if nobody_serves {
             Reason::NobodyServes
+        } else if self.has_moved() {
+            Reason::Moved
         } else if now < shutdown.last_words {
             return Step::Until(shutdown.last_words);
         } else {
@@ -129,12 +131,20 @@ impl Shared {
         };
         shutdown.delay_over = Some(reason);
         // What is in the accept queue is served, and only then is work refused.
-        if !self.policy.keep_listening {
+        let shared = self.shares_listeners();
+        if shared || !self.policy.keep_listening {
             if let Some(until) = self.advance_closing(shutdown, now) {
                 let begun = shutdown.closing_begun.unwrap_or(now);
                 if now < begun + STARVED_DELAY {
                     return Step::Until(until.min(begun + STARVED_DELAY));
                 }
+            }
+        }
+        if let (true, Some(since)) = (shared, shutdown.closes_since) {
+            // A request that crosses the close of an idle connection is served, too.
+            let until = shutdown.drain_until.min(since + MOST_LINGER);
+            if now < until && self.connections.len() > 0 {
+                return Step::Until(until);
             }
         }
         Step::To(Phase::Draining, reason)
@@ -281,7 +291,7 @@ impl Shared {
         shutdown.closing_stage = ClosingStage::Listeners;
         let listeners = self.connections.listeners();
         // Without a listener of ours there is no knowing what is accepted when.
-        if listeners.so_far > 0 && shutdown.cut.is_none() {
+        if listeners.so_far > 0 && shutdown.cut.is_none() && !self.has_moved() {
             let mut last_accepts = begun + LAST_ACCEPTS;
             if self.starved.is_waiting() {
                 last_accepts = last_accepts.max(shutdown.last_call);

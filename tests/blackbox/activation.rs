@@ -2,18 +2,16 @@
 
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     thread,
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::Signal;
+
 use crate::{
     Test,
-    client::Connection,
     process::{Server, wait_for},
+    restarts::{Load, RETRIED, Seen},
     server::Form,
 };
 
@@ -25,15 +23,12 @@ pub(crate) const TESTS: &[Test] = &[
         leftover_filter,
     ),
     (
-        "activation::a_restart_costs_no_client_a_second",
+        "activation::measure",
         Form::CUTTING,
-        restarts,
+        measure,
     ),
 ];
 
-/// A client whose handshake was dropped tries again after one second.
-const RETRIED: Duration = Duration::from_millis(900);
-const BOTH: [&str; 2] = ["keep_listening=true", "keep_listening=false"];
 
 fn shared_socket() -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -61,44 +56,49 @@ fn leftover_filter(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Eight clients that connect anew for each request, and three processes one after another.
-fn restarts(form: Form) {
-    for keep in BOTH {
-        let knobs = ["delay=100", keep];
-        let (shared, address) = shared_socket();
-        let mut server = Server::start_on(&shared, form, &knobs);
-        let over = Arc::new(AtomicBool::new(false));
-        let clients: Vec<_> = (0..8)
-            .map(|_| {
-                let over = Arc::clone(&over);
-                thread::spawn(move || {
-                    let mut slowest = Duration::ZERO;
-                    while !over.load(Ordering::Relaxed) {
-                        let begun = Instant::now();
-                        // Lost or refused is the subject of other tests.
-                        if let Ok(mut connection) = Connection::try_open(address) {
-                            let _ = connection.try_request("GET", "/");
-                        }
-                        slowest = slowest.max(begun.elapsed());
-                    }
-                    slowest
-                })
-            })
-            .collect();
-        for _ in 0..3 {
-            thread::sleep(Duration::from_millis(300));
-            server.terminate();
-            server.exit().assert_clean();
-            server = Server::start_on(&shared, form, &knobs);
-        }
-        // A handshake that was dropped is tried again in this time.
-        thread::sleep(Duration::from_millis(1100));
-        over.store(true, Ordering::Relaxed);
-        for client in clients {
-            let slowest = client.join().unwrap();
-            assert!(slowest < RETRIED, "{keep}: {slowest:?}");
-        }
+/// Ten processes one after another, while clients go on. Returns what those have seen.
+fn restart(form: Form, knobs: &[&str], how: How, idle: Duration, clients: usize) -> Seen {
+    let (shared, address) = shared_socket();
+    let mut server = Server::start_on(&shared, form, knobs);
+    let load = Load::begin(address, 4, clients, idle);
+    for _ in 0..10 {
+        thread::sleep(Duration::from_millis(200));
+        let next = (how == How::Beside).then(|| Server::start_on(&shared, form, knobs));
         server.terminate();
-        server.exit().assert_clean();
+        if let How::Killed(after) = how {
+            thread::sleep(after);
+            server.signal(Signal::SIGKILL);
+            server.exit();
+        } else {
+            server.exit().assert_clean();
+        }
+        server = next.unwrap_or_else(|| Server::start_on(&shared, form, knobs));
+    }
+    // A handshake that was dropped is tried again in this time.
+    thread::sleep(Duration::from_millis(1100));
+    let seen = load.end();
+    server.terminate();
+    server.exit().assert_clean();
+    seen
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum How {
+    /// The next process is started before the old one is told to stop.
+    Beside,
+    /// The next process is started when the old one has ended.
+    InTurn,
+    /// The same, and the old one is killed so long after it was told to stop.
+    Killed(Duration),
+}
+
+fn measure(form: Form) {
+    let idle: u64 = std::env::var("IDLE").unwrap().parse().unwrap();
+    let clients = std::env::var("CLIENTS").unwrap().parse().unwrap();
+    let delay = std::env::var("DELAY").unwrap();
+    for (name, how) in [("beside", How::Beside), ("in turn", How::InTurn)] {
+        let begun = Instant::now();
+        let seen = restart(form, &[&format!("delay={delay}"), "threads=2"], how, Duration::from_millis(idle), clients);
+        eprintln!("{form:?} {name} delay={delay} idle<={idle} clients={clients}: {} requests, {} again, {} moved, {} failed, connect {:?}, slowest {:?}, all {:?}, {:?}", seen.requests, seen.again, seen.moved, seen.failed.len(), seen.slowest_connect, seen.slowest, begun.elapsed(), seen.failed.first());
     }
 }
