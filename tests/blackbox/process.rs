@@ -187,12 +187,7 @@ impl Server {
 
     /// Starts a server on this socket, which is its standard input, by a shell's words, and waits until
     /// it listens.
-    pub(crate) fn start_by(
-        words: &str,
-        shared: &TcpListener,
-        form: Form,
-        knobs: &[&str],
-    ) -> Self {
+    pub(crate) fn start_by(words: &str, shared: &TcpListener, form: Form, knobs: &[&str]) -> Self {
         let mut command = Command::new("sh");
         command
             .args(["-c", words])
