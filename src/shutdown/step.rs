@@ -29,7 +29,7 @@ const MOST_LINGER: Duration = Duration::from_millis(150);
 /// them late, and each may have a request waiting. And for handshakes whose peers have begun to speak.
 const MOST_UNREAD: Duration = Duration::from_secs(1);
 
-/// How often it looks whether such handshakes still run.
+/// How often it looks whether such handshakes still run, and whether connections have closed.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// How long a listener may take to empty its accept queue.
@@ -141,10 +141,11 @@ impl Shared {
             }
         }
         if let (true, Some(since)) = (shared, shutdown.closes_since) {
-            // A request that crosses the close of an idle connection is served, too.
-            let until = shutdown.drain_until.min(since + MOST_LINGER);
-            if now < until && self.connections.len() > 0 {
-                return Step::Until(until);
+            // A request that comes before its connection knows of the close is served, too. Once every
+            // connection that is left has a request in flight, none can come.
+            let until = shutdown.drain_until.min(since + MOST_UNREAD);
+            if now < until && self.connections.len() > self.in_flight() {
+                return Step::Until(until.min(now + LOOK));
             }
         }
         Step::To(Phase::Draining, reason)
