@@ -62,9 +62,13 @@ impl Graceful {
     /// be reset. So put TLS after it as well:
     /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes).
     ///
-    /// On Linux the close uses a socket filter for some milliseconds, which drops what would begin
-    /// a new connection. Not on a socket that was passed by socket activation (`LISTEN_FDS`), since
-    /// the next process accepts from it. A `TcpListener` that accepts for the first time has any
+    /// A listener whose socket the next process has too is closed at the start of the stop, with its
+    /// queue as it is: see [`shared_listener`](crate::GracefulBuilder::shared_listener). That is the
+    /// default for a socket that was passed by socket activation (`LISTEN_FDS`).
+    ///
+    /// On Linux the close of any other listener uses a socket filter for some milliseconds, which
+    /// drops what would begin a new connection. Not on a socket that may have been passed by socket
+    /// activation, since the next process accepts from it. A `TcpListener` that accepts for the first time has any
     /// filter detached that a killed process may have left on its socket. To keep a filter of your
     /// own, lock it (`SO_LOCK_FILTER`).
     ///
