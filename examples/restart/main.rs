@@ -73,7 +73,10 @@ mod unix {
             .build()
             .map_err(Error::other)?;
         let app = Router::new()
-            .route("/", get(async || format!("hello from process {}\n", process::id())))
+            .route(
+                "/",
+                get(async || format!("hello from process {}\n", process::id())),
+            )
             .route("/echo", any(echo))
             .layer(graceful.layer())
             .merge(graceful.probes())
