@@ -1,6 +1,6 @@
 //! A service under systemd: socket activation, and the notifications that `Type=notify` waits for.
 //!
-//! READY when it serves, STOPPING at the start of the stop, and EXTEND_TIMEOUT_USEC where the stop may
+//! READY when it serves, STOPPING at the start of the stop, and `EXTEND_TIMEOUT_USEC` where the stop may
 //! take longer than systemd's default. `app.service` and `app.socket` beside this file are its units:
 //! a restart refuses no connection, because systemd keeps the socket.
 //!

@@ -52,16 +52,13 @@ impl Seen {
             self.moved += 1;
         }
         let begun = Instant::now();
-        let mut connection = match open.take() {
-            Some(connection) => {
-                self.again += 1;
-                connection
-            }
-            None => {
-                let connection = Connection::try_open(address)?;
-                self.slowest_connect = self.slowest_connect.max(begun.elapsed());
-                connection
-            }
+        let mut connection = if let Some(connection) = open.take() {
+            self.again += 1;
+            connection
+        } else {
+            let connection = Connection::try_open(address)?;
+            self.slowest_connect = self.slowest_connect.max(begun.elapsed());
+            connection
         };
         let response = connection.try_request("GET", "/")?;
         self.slowest = self.slowest.max(begun.elapsed());
