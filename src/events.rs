@@ -222,6 +222,7 @@ pub(crate) enum Reason {
     DelayOver,
     LeftEarly(LeftEarly),
     EveryServerEnded,
+    Moved,
     Signal,
     Idle,
     Deadline,
@@ -241,6 +242,7 @@ impl fmt::Display for Reason {
             Self::DelayOver => f.write_str("the delay is over"),
             Self::LeftEarly(why) => why.fmt(f),
             Self::EveryServerEnded => f.write_str("every server has ended"),
+            Self::Moved => f.write_str("every connection has closed, and the next process accepts"),
             Self::Signal => f.write_str("a further signal"),
             Self::Idle => f.write_str("nothing is in flight"),
             Self::Deadline => f.write_str("the drain deadline has passed"),
@@ -352,6 +354,16 @@ pub(crate) fn queue_lost(error: &std::io::Error) {
         warn,
         { error = &*error.to_string() },
         "a listener is closed before its queue is empty: {error}"
+    );
+}
+
+/// The listener is closed at the start of the stop, with its queue as it is.
+#[cfg(feature = "axum")]
+pub(crate) fn listener_left() {
+    event!(
+        debug,
+        {},
+        "shutdown: a shared listening socket is left to the next process"
     );
 }
 

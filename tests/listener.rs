@@ -233,3 +233,139 @@ async fn a_tracked_tcp_stream_is_reset_when_it_is_cut_and_its_peer_reported() {
     let error = client.read_to_end(&mut Vec::new()).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 }
+
+/// A lifecycle whose listeners are left to the next process.
+fn handing_over(delay: Duration) -> Graceful {
+    Graceful::builder()
+        .shared_listener(true)
+        .drain_delay(delay)
+        .build()
+        .unwrap()
+}
+
+/// A request that comes when its idle connection has been told to close already, and has not been
+/// polled since: every thread of the runtime is blocked meanwhile.
+#[tokio::test]
+async fn a_request_that_comes_before_its_connection_knows_of_the_close_is_served() {
+    use std::{
+        io::{Read, Write},
+        thread::sleep,
+    };
+
+    const MS: Duration = Duration::from_millis(1);
+
+    let (shared, address) = std_listener();
+    let ours = TcpListener::from_std(shared.try_clone().unwrap()).unwrap();
+    let graceful = handing_over(100 * MS);
+    let run = tokio::spawn(graceful.serve(ours, app(&graceful)).into_future());
+    let mut idle = connect(address).await.unwrap();
+    idle.set_read_timeout(Some(BOUND)).unwrap();
+    // A request, so that the connection is idle and not new.
+    let mut idle = tokio::task::spawn_blocking(move || {
+        idle.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            .unwrap();
+        let mut response = [0; 1024];
+        assert!(idle.read(&mut response).unwrap() > 0);
+        idle
+    })
+    .await
+    .unwrap();
+    graceful.shutdown();
+    tokio::time::sleep(50 * MS).await;
+    // The delay ends, and connections are told to close, while nothing runs here.
+    sleep(150 * MS);
+    idle.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        .unwrap();
+    sleep(200 * MS);
+    let response = tokio::task::spawn_blocking(move || {
+        let mut response = String::new();
+        idle.read_to_string(&mut response).unwrap();
+        response
+    });
+    let response = response.await.unwrap();
+    assert!(response.starts_with("HTTP/1.1 200"), "{response:?}");
+    assert_eq!(run.await.unwrap().outcome(), Outcome::Clean);
+}
+
+/// The queue of a listener of any kind is left as it is, also above and below other listeners.
+#[tokio::test]
+async fn what_connects_after_the_stop_is_left_to_the_next_process() {
+    use tower_graceful::HandshakeExt;
+
+    async fn holds<L>(listener: L, graceful: Graceful, bound: Duration, next: impl AsyncFnOnce())
+    where
+        L: Listener<Addr: std::fmt::Debug>,
+    {
+        let app = app(&graceful);
+        let run = tokio::spawn(graceful.serve(listener, app).into_future());
+        tokio::task::yield_now().await;
+        graceful.shutdown();
+        // A listener that wraps one goes on for 60 ms.
+        tokio::time::sleep(bound).await;
+        next().await;
+        assert_eq!(run.await.unwrap().outcome(), Outcome::Clean);
+    }
+
+    let delay = Duration::from_millis(300);
+    let wrapped = Duration::from_millis(100);
+    for way in 0..3 {
+        let (shared, address) = std_listener();
+        let ours = TcpListener::from_std(shared.try_clone().unwrap()).unwrap();
+        let graceful = handing_over(delay);
+        let next = async || {
+            let next = TcpListener::from_std(shared).unwrap();
+            let client = connect(address).await.unwrap();
+            let (_, peer) = timeout(BOUND, next.accept()).await.unwrap().unwrap();
+            assert_eq!(peer, client.local_addr().unwrap());
+        };
+        match way {
+            0 => holds(ours, graceful, Duration::ZERO, next).await,
+            1 => {
+                let shaking = graceful
+                    .listener(ours)
+                    .handshakes(BOUND, async |io| Ok::<_, io::Error>(io));
+                holds(shaking, graceful, Duration::ZERO, next).await;
+            }
+            _ => holds(ours.tap_io(|_| ()), graceful, wrapped, next).await,
+        }
+    }
+    let path = std::env::temp_dir().join(format!("tower-graceful-shared-{}", std::process::id()));
+    let shared = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    shared.set_nonblocking(true).unwrap();
+    let ours = UnixListener::from_std(shared.try_clone().unwrap()).unwrap();
+    let next = async || {
+        let next = UnixListener::from_std(shared).unwrap();
+        let _client = UnixStream::connect(&path).await.unwrap();
+        timeout(BOUND, next.accept()).await.unwrap().unwrap();
+    };
+    holds(ours, handing_over(delay), Duration::ZERO, next).await;
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[tokio::test]
+async fn the_default_delay_is_shorter_where_every_listener_is_shared() {
+    let half = Duration::from_millis(500);
+    let build = |grace: u64, shared: bool| {
+        let builder = Graceful::builder().grace_period(Duration::from_secs(grace));
+        builder.shared_listener(shared).build().unwrap().plan()
+    };
+    assert_eq!(build(30, true).drain_delay, half);
+    assert_eq!(build(30, true).drain_deadline, Duration::from_secs(24));
+    assert_eq!(build(30, false).drain_delay, Duration::from_secs(5));
+    // A sixth is less.
+    assert_eq!(build(2, true).drain_delay, Duration::from_secs(2) / 6);
+    let spread = Graceful::builder()
+        .shared_listener(true)
+        .close_spread(Duration::from_secs(2));
+    assert_eq!(
+        spread.build().unwrap().plan().drain_delay,
+        Duration::from_secs(2)
+    );
+    let set = handing_over(Duration::from_secs(3)).plan();
+    assert_eq!(set.drain_delay, Duration::from_secs(3));
+    // What fits only with the shorter delay fits.
+    let full = Graceful::builder()
+        .shared_listener(true)
+        .drain_timeout(Duration::from_secs(28));
+    assert_eq!(full.build().unwrap().plan().drain_delay, half);
+}

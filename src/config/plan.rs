@@ -85,11 +85,15 @@ pub(crate) struct Deadlines {
 }
 
 impl Knobs {
+    pub(crate) fn default_drain_delay(self) -> Duration {
+        MOST_DELAY.min(self.grace_period.unwrap_or(GRACE_PERIOD) / 6)
+    }
+
     pub(crate) fn plan(self) -> Result<Plan, ConfigError> {
         let grace_period = self.grace_period.unwrap_or(GRACE_PERIOD);
         let sixth = grace_period / 6;
         let margin = MOST_MARGIN.min(grace_period / 30);
-        let drain_delay = self.drain_delay.unwrap_or(MOST_DELAY.min(sixth));
+        let drain_delay = self.drain_delay.unwrap_or(self.default_drain_delay());
         let interrupt_delay = self.interrupt_delay.unwrap_or(Duration::ZERO);
         let longest_delay = drain_delay.max(interrupt_delay);
         let asked = longest_delay.saturating_add(self.drain_timeout.unwrap_or(Duration::ZERO));
@@ -132,6 +136,14 @@ impl Plan {
     #[cfg(all(unix, feature = "signal"))]
     pub(crate) fn last_moment(&self) -> Duration {
         self.grace_period.saturating_sub(self.margin / 2)
+    }
+
+    /// The same plan with another delay after SIGTERM, which must not be longer.
+    pub(crate) fn with_drain_delay(self, drain_delay: Duration) -> Self {
+        Self {
+            drain_delay,
+            ..self
+        }
     }
 
     /// As the user reads it.

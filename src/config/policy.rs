@@ -13,10 +13,21 @@ pub(crate) const READYZ: &str = "/readyz";
 /// The path of the preStop router.
 #[cfg(feature = "axum")]
 pub(crate) const PRESTOP: &str = "/prestop";
+/// The default of `drain_delay` where the next process accepts what connects. No balancer has to be
+/// waited for then. The delay is for the connections that exist: a client that uses its connection
+/// meanwhile moves with a response that says `Connection: close`, and only those that are silent for
+/// all of it are closed while idle.
+pub(crate) const SHARED_DELAY: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Debug)]
 pub(crate) struct Policy {
     pub(crate) keep_listening: bool,
+    /// The listening sockets are left to the next process at the start of the stop. `None`: those
+    /// that socket activation has passed.
+    pub(crate) shared_listener: Option<bool>,
+    /// The delay where every socket is left to the next process, if that is shorter than the plan's.
+    /// `None`: the plan's.
+    pub(crate) shared_delay: Option<Duration>,
     /// Over how much of the lame-duck phase clients are asked to leave.
     pub(crate) close_spread: Duration,
     /// What ends the lame-duck phase before its delay is over.
@@ -51,6 +62,8 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             keep_listening: true,
+            shared_listener: None,
+            shared_delay: Some(SHARED_DELAY),
             close_spread: Duration::ZERO,
             leave_early: LeaveEarly::default(),
             drain_spread: Duration::ZERO,

@@ -29,12 +29,26 @@ use crate::{
 /// settings; a bound, because clients may refill the queue.
 pub(crate) const MOST: usize = 4096;
 
+/// Whether a listener's socket was passed to the process by socket activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    not(all(feature = "axum", any(target_os = "linux", target_os = "android"))),
+    allow(dead_code)
+)]
+pub(crate) enum Passed {
+    No,
+    /// It cannot be told.
+    Perhaps,
+    /// It is the same socket as a passed descriptor.
+    Yes,
+}
+
 /// A listening socket outside of the runtime, so that every error of `accept` is visible.
 /// Nonblocking.
 #[derive(Debug)]
 pub(crate) struct Socket {
     pub(crate) kind: SocketKind,
-    /// Passed by socket activation: the queue outlives the process.
+    /// Passed by socket activation, or as far as is known: the queue outlives the process.
     pub(crate) is_passed: bool,
 }
 

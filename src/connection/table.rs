@@ -67,6 +67,15 @@ pub(crate) struct Listeners {
     pub(crate) open: usize,
     /// The number of listeners so far, including closed ones.
     pub(crate) so_far: usize,
+    /// And so many of these are not left to the next process.
+    own: usize,
+}
+
+impl Listeners {
+    /// There has been one, and what connects to any of them is accepted by the next process.
+    pub(crate) fn are_shared(self) -> bool {
+        self.so_far > 0 && self.own == 0
+    }
 }
 
 impl<O> Default for ConnectionTable<O> {
@@ -92,9 +101,10 @@ impl<O> ConnectionTable<O> {
     }
 
     #[cfg(feature = "axum")]
-    pub(crate) fn listener_opened(&self) {
+    pub(crate) fn listener_opened(&self, is_shared: bool) {
         let mut open = lock!(self.open);
         open.listeners.open += 1;
+        open.listeners.own += usize::from(!is_shared);
         open.listeners.so_far += 1;
     }
 
@@ -213,7 +223,7 @@ impl<O> ConnectionTable<O> {
     }
 
     /// Removes a connection. Returns true if the service may be waiting for it: it was the last
-    /// one, and connections are being closed. The phase is read after the removal: point 1 of the
+    /// one, and connections are being closed, or no other can come while they are asked to leave. The phase is read after the removal: point 1 of the
     /// module header.
     pub(crate) fn remove(&self, entry: &ConnectionEntry<O>, phase: impl FnOnce() -> Phase) -> bool {
         let mut open = lock!(self.open);
@@ -226,9 +236,14 @@ impl<O> ConnectionTable<O> {
             moved.index.store(index, Ordering::Relaxed);
         }
         let left = open.connections.len();
+        let listeners = open.listeners.open;
         drop(open);
         drop(entry);
-        left == 0 && phase() == Phase::Closing
+        left == 0
+            && match phase() {
+                Phase::LameDuck => listeners == 0,
+                phase => phase == Phase::Closing,
+            }
     }
 
     /// The connections that are open at the cut, oldest first. The other values of each are final

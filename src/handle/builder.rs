@@ -8,8 +8,8 @@ use http::{Response, StatusCode};
 use super::graceful::Graceful;
 use crate::config::{
     leave_early::{WhenNoticed, WhenQuiet},
-    plan::{ConfigError, Knobs},
-    policy::Policy,
+    plan::{ConfigError, Knobs, Plan},
+    policy::{Policy, SHARED_DELAY},
     rejection::{Rejection, RejectionFn},
 };
 
@@ -40,7 +40,7 @@ impl Graceful {
 ///
 /// | share | default | of 30 s |
 /// |---|---|---|
-/// | `drain_delay` | a sixth, at most 5 s | 5 s |
+/// | `drain_delay` | a sixth, at most 5 s (500 ms with a shared listener) | 5 s |
 /// | `drain_timeout` | the rest | 19 s |
 /// | `cleanup_timeout` | a sixth, at most 5 s; less if the shares that you set leave less | 5 s |
 /// | margin | a thirtieth, at most 1 s | 1 s |
@@ -91,7 +91,8 @@ impl GracefulBuilder {
     /// load balancers see the failing readiness probe and stop sending traffic. Zero starts
     /// draining at once.
     ///
-    /// Default: 5 s, or a sixth of a grace period below 30 s. Set it to the time that your load
+    /// Default: 5 s, or a sixth of a grace period below 30 s; 500 ms at most where the next process
+    /// has the listening socket ([`shared_listener`](Self::shared_listener)). Set it to the time that your load
     /// balancer needs: the interval of its probe times its failure threshold, or, in Kubernetes,
     /// the time until the removal of an endpoint has reached every node.
     pub fn drain_delay(mut self, duration: Duration) -> Self {
@@ -298,6 +299,81 @@ impl GracefulBuilder {
         self
     }
 
+    /// Whether the listening sockets outlive this process, because the next one accepts from them too.
+    /// Use it for restarts on one machine without a load balancer: systemd socket activation, a
+    /// supervisor that owns the socket, a restart in place, worker processes that share a listener.
+    ///
+    /// True: from the start of the stop, the lame-duck phase, every listener of this lifecycle stops
+    /// accepting and closes its descriptor. Nothing is changed on the socket, and its accept queue is
+    /// left as it is, so that the next process accepts what connects. The connections that exist are
+    /// served and asked to leave. When the delay is over, or every connection has closed, idle
+    /// connections are closed and draining starts, as with
+    /// [`keep_listening(false)`](Self::keep_listening).
+    ///
+    /// False: listeners accept until draining or the end of it, as
+    /// [`keep_listening`](Self::keep_listening) has it.
+    ///
+    /// Default: true for a `TcpListener` or `UnixListener` that was passed to the process by socket
+    /// activation, and false for any other (see below).
+    ///
+    /// ```
+    /// use tower_graceful::{ConfigError, Graceful};
+    ///
+    /// let graceful = Graceful::builder().shared_listener(true).build()?;
+    /// assert_eq!(graceful.plan().drain_delay.as_millis(), 500);
+    /// # Ok::<(), ConfigError>(())
+    /// ```
+    ///
+    /// | what keeps the socket | this option | what connects during the stop |
+    /// |---|---|---|
+    /// | systemd socket activation, `systemd-socket-activate`, `systemfd` | set by itself | waits in the queue until the next process has started |
+    /// | circus, or another supervisor that names the descriptor in its own way | `true` | is accepted by another worker, or waits |
+    /// | a restart in place by `ecdysis` or the like | `true` | is accepted by the new process, which runs already |
+    /// | prefork: a parent binds, its children accept | `true` | is accepted by another child |
+    /// | nothing: the process binds the port itself | leave it out | |
+    ///
+    /// With `true` where no other process has the socket, clients are refused as soon as the stop
+    /// begins.
+    ///
+    /// # The delay
+    ///
+    /// There is no balancer to wait for, so the default of [`drain_delay`](Self::drain_delay) is 500 ms
+    /// here, or [`close_spread`](Self::close_spread) if that is longer, and never more than it is
+    /// otherwise. It lets keep-alive clients move by a response with `Connection: close`. An HTTP/1
+    /// connection that is closed while idle loses a request that crosses the close
+    /// ([RFC 9112 §9.5](https://www.rfc-editor.org/rfc/rfc9112#section-9.5)). The phase ends before the
+    /// delay if every connection has closed. Where the next process is started only after this one has
+    /// ended, new connections wait for the whole stop: a shorter delay shortens that wait, and a
+    /// listen backlog that is too small for it costs clients a second.
+    ///
+    /// # Socket activation
+    ///
+    /// On Linux a listener is recognised if its socket is one of those that `LISTEN_FDS` and
+    /// `LISTEN_PID` name
+    /// ([`sd_listen_fds(3)`](https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html)),
+    /// also where a library has removed the variables or duplicated the descriptor. Set the option
+    /// where the passed descriptor was closed before the listener is given to this crate, where a
+    /// listener of another type wraps the passed one, and on other systems. Variables that name
+    /// another process, too many descriptors, or files that are not sockets make no listener a shared
+    /// one. If some listeners of a lifecycle are shared and others are not, each closes at its own
+    /// time, and the delay is that of the others.
+    ///
+    /// # Limits
+    ///
+    /// - Only listeners of [`serve`](Graceful::serve) and [`listener`](Graceful::listener) are closed
+    ///   early. A server with nothing but [`drain`](Graceful::drain) accepts until draining starts.
+    /// - A listener that wraps another one may be in the middle of a handshake, and so continues to
+    ///   accept for 60 ms. Use [`handshakes`](crate::HandshakeExt::handshakes) instead: its handshakes
+    ///   are finished, and the listener below closes at once.
+    /// - On axum's server, idle connections are closed without a last look at what has arrived. Prefer
+    ///   `serve`.
+    /// - If another process shuts the socket down (`shutdown(2)`), nothing is accepted any more. The
+    ///   listener logs the error and tries again each second; the stop works as ever.
+    pub fn shared_listener(mut self, shared: bool) -> Self {
+        self.policy.shared_listener = Some(shared);
+        self
+    }
+
     /// Asks clients to leave on a fraction of connections that rises from 0 to 100 % over this time
     /// from the start of the lame-duck phase, so that ten thousand clients do not reconnect in the
     /// same instant. Default: zero, all clients are asked with their next response.
@@ -432,6 +508,26 @@ impl GracefulBuilder {
         self
     }
 
+    /// The plan. The default of its delay depends on whose listeners are used.
+    fn plan(&mut self) -> Result<Plan, ConfigError> {
+        let policy = &mut self.policy;
+        let shorter = SHARED_DELAY.max(policy.close_spread);
+        policy.shared_delay = self.knobs.drain_delay.is_none().then_some(shorter);
+        if policy.shared_listener != Some(true) {
+            return self.knobs.plan();
+        }
+        let delay = self.knobs.drain_delay.unwrap_or_else(|| {
+            let default = self.knobs.default_drain_delay();
+            shorter.min(default)
+        });
+        let drain_delay = Some(delay);
+        Knobs {
+            drain_delay,
+            ..self.knobs
+        }
+        .plan()
+    }
+
     /// Checks the settings and makes the lifecycle.
     ///
     /// # Errors
@@ -446,8 +542,8 @@ impl GracefulBuilder {
     /// - a rule for leaving early cannot work;
     /// - an exempt path does not begin with a slash;
     /// - the thread of the watchdog cannot be started.
-    pub fn build(self) -> Result<Graceful, ConfigError> {
-        let plan = self.knobs.plan()?;
+    pub fn build(mut self) -> Result<Graceful, ConfigError> {
+        let plan = self.plan()?;
         if self.policy.close_spread > plan.drain_delay() {
             return Err(ConfigError::SpreadTooLong {
                 close_spread: self.policy.close_spread,

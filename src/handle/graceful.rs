@@ -244,7 +244,7 @@ impl Graceful {
     /// ```
     #[must_use]
     pub fn plan(&self) -> EffectivePlan {
-        self.shared.plan.effective()
+        self.shared.plan().effective()
     }
 
     /// Returns a receiver that follows the phase.

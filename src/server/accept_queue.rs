@@ -14,7 +14,7 @@ use tokio::{
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use super::activation;
-use crate::connection::descriptors::{MOST, Socket, SocketKind, is_out_of_descriptors};
+use crate::connection::descriptors::{MOST, Passed, Socket, SocketKind, is_out_of_descriptors};
 use crate::events;
 
 /// Whether it is a listener whose queue can be asked: one of tokio's.
@@ -157,14 +157,15 @@ fn tcp(listener: &dyn Any) -> Option<SockRef<'_>> {
     }
 }
 
-/// Whether the listener was passed to the process by socket activation. Only asked on Linux.
+/// Whether the listener was passed to the process by socket activation. Only asked on Linux, and
+/// only of tokio's listeners.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-pub(super) fn is_passed(listener: &dyn Any) -> bool {
+pub(super) fn passed(listener: &dyn Any) -> Passed {
     if let Some(tcp) = listener.downcast_ref::<TcpListener>() {
-        return activation::is_passed(tcp);
+        return activation::find(tcp);
     }
     let unix = listener.downcast_ref::<UnixListener>();
-    unix.is_some_and(activation::is_passed)
+    unix.map_or(Passed::No, activation::find)
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
@@ -176,8 +177,8 @@ pub(super) fn turn_away_handshakes(_: &dyn Any) -> bool {
 pub(super) fn let_in_handshakes(_: &dyn Any) {}
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn is_passed(_: &dyn Any) -> bool {
-    false
+pub(super) fn passed(_: &dyn Any) -> Passed {
+    Passed::No
 }
 
 /// The value as a `B`, if that is what it is.

@@ -7,10 +7,11 @@
 //! process. Libraries take these variables out of the environment and may duplicate the
 //! descriptors. So the initial environment is read as well, and sockets are compared by inode.
 //!
-//! The comparison errs on one side: where a passed descriptor has been closed or is no socket any
-//! more, or where nothing can be compared, any listener may be what was passed, and counts as such.
-//! A listener that is taken for a passed one by mistake does without the filter: a connection that
-//! arrives between its last `accept` and its close is reset.
+//! Where a passed descriptor has been closed or is no socket any more, or where nothing can be
+//! compared, any listener may be what was passed: [`Passed::Perhaps`]. Such a listener does without the
+//! filter, so that a connection that arrives between its last `accept` and its close is reset. It is
+//! not left to the next process at the start of the stop, because there may be none:
+//! `LISTEN_FDS` may be inherited from a process that was passed other sockets.
 
 use std::{
     env, fs,
@@ -24,12 +25,14 @@ use std::{
     process, str,
 };
 
+use crate::connection::descriptors::Passed;
+
 /// The first descriptor that is passed.
 const FIRST: RawFd = 3;
 
 /// Whether `socket` is one that the process was given when it was started. To be asked early: once
 /// a descriptor is closed, its number is given to other files.
-pub(super) fn is_passed(socket: &impl AsRawFd) -> bool {
+pub(super) fn find(socket: &impl AsRawFd) -> Passed {
     let current = ["LISTEN_FDS", "LISTEN_PID"].map(env::var_os);
     let [fds, pid] = current.each_ref().map(|value| {
         let value = value.as_ref();
@@ -38,11 +41,10 @@ pub(super) fn is_passed(socket: &impl AsRawFd) -> bool {
     let initial = fs::read("/proc/self/environ").unwrap_or_default();
     let passed = passed(fds, pid).max(passed_in(&initial));
     if passed <= 0 {
-        return false;
+        return Passed::No;
     }
     let end = FIRST.saturating_add(passed);
-    // Lazily, so that a count that is nonsense ends at the first descriptor that is not open.
-    may_be_among(
+    among(
         File::open_as(socket.as_raw_fd()),
         (FIRST..end).map(File::open_as),
     )
@@ -91,12 +93,21 @@ impl File {
     }
 }
 
-/// `None` is a descriptor of which nothing is known.
-fn may_be_among(socket: Option<File>, mut passed: impl Iterator<Item = Option<File>>) -> bool {
+/// `None` is a descriptor of which nothing is known. Looks no further than the first one that is no
+/// open socket: a count that is too high includes files of the process itself, its own listeners
+/// among them.
+fn among(socket: Option<File>, passed: impl Iterator<Item = Option<File>>) -> Passed {
     let Some(socket) = socket else {
-        return true;
+        return Passed::Perhaps;
     };
-    passed.any(|file| file.is_none_or(|file| file.is(socket) || !file.is_socket))
+    for file in passed {
+        match file {
+            Some(file) if file.is(socket) => return Passed::Yes,
+            Some(file) if file.is_socket => {}
+            _ => return Passed::Perhaps,
+        }
+    }
+    Passed::No
 }
 
 #[cfg(test)]
@@ -145,9 +156,9 @@ mod tests {
         let [first, second, third, duplicate] = [first, second, third, duplicate]
             .each_ref()
             .map(|socket| File::open_as(socket.as_raw_fd()));
-        assert!(may_be_among(duplicate, [first, second].into_iter()));
-        assert!(!may_be_among(third, [first, second].into_iter()));
-        assert!(!may_be_among(third, [].into_iter()));
+        assert_eq!(among(duplicate, [first, second].into_iter()), Passed::Yes);
+        assert_eq!(among(third, [first, second].into_iter()), Passed::No);
+        assert_eq!(among(third, [].into_iter()), Passed::No);
     }
 
     #[test]
@@ -156,13 +167,29 @@ mod tests {
         let file = fs::File::open("/proc/self/environ").unwrap();
         let [passed, ours, file] =
             [passed.as_raw_fd(), ours.as_raw_fd(), file.as_raw_fd()].map(File::open_as);
-        assert!(may_be_among(ours, [passed, None].into_iter()));
-        assert!(may_be_among(ours, [passed, file].into_iter()));
-        assert!(may_be_among(None, [passed].into_iter()));
+        for descriptors in [[passed, None], [passed, file], [file, passed]] {
+            assert_eq!(among(ours, descriptors.into_iter()), Passed::Perhaps);
+        }
+        assert_eq!(among(None, [passed].into_iter()), Passed::Perhaps);
+        // It has this number only since the passed one was closed, or never was.
+        assert_eq!(among(ours, [file, ours].into_iter()), Passed::Perhaps);
+    }
+
+    #[test]
+    fn a_count_that_is_nonsense_costs_no_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut looks = 0;
+        let passed = (FIRST..RawFd::MAX).map(|_| {
+            looks += 1;
+            None
+        });
+        let found = among(File::open_as(listener.as_raw_fd()), passed);
+        assert_eq!((found, looks), (Passed::Perhaps, 1));
     }
 
     #[test]
     fn a_socket_that_the_process_made_was_not_passed() {
-        assert!(!is_passed(&TcpListener::bind("127.0.0.1:0").unwrap()));
+        let ours = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert_eq!(find(&ours), Passed::No);
     }
 }

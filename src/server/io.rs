@@ -1,6 +1,7 @@
 use std::{
     any::Any,
-    fmt, io,
+    fmt,
+    io::{self, Read},
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
@@ -315,6 +316,26 @@ pub(super) fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
     (io as &dyn Any).downcast_ref()
 }
 
+/// Reads what the operating system has, where the runtime knows of nothing to be read.
+///
+/// The runtime asks the operating system for news only now and then, and a busy one may not have done
+/// so for milliseconds. An idle connection of HTTP/1 that is told to close is closed after this read,
+/// and a request that it misses is lost.
+fn read_now<I: 'static>(io: &I, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    let Some(tcp) = tcp(io) else {
+        return Poll::Pending;
+    };
+    let read = (&*SockRef::from(tcp)).read(buf.initialize_unfilled());
+    match read {
+        Ok(read) => {
+            buf.advance(read);
+            Poll::Ready(Ok(()))
+        }
+        // An error that lasts is found by the runtime, too.
+        Err(_) => Poll::Pending,
+    }
+}
+
 /// Has the connection reset when it is dropped, where it is one of TCP.
 fn reset<I: 'static>(io: &I) {
     if let Some(tcp) = tcp(io) {
@@ -615,7 +636,11 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             line.sniffer.hand_on(buf);
             return Poll::Ready(Ok(()));
         }
-        let result = Pin::new(present(this.io.as_mut())).poll_read(cx, buf);
+        let io = present(this.io.as_mut());
+        let mut result = Pin::new(&mut *io).poll_read(cx, buf);
+        if result.is_pending() && told >= Directive::Close {
+            result = read_now(io, buf);
+        }
         let read = &buf.filled()[before..];
         if !read.is_empty() {
             if told > Directive::Stay {

@@ -8,17 +8,19 @@ use tokio::{
 
 use super::{
     accept_queue::{
-        accept_all, into_socket, is_asked, is_passed, let_in_handshakes, queued,
-        turn_away_handshakes,
+        accept_all, into_socket, is_asked, let_in_handshakes, passed, queued, turn_away_handshakes,
     },
     io::GracefulIo,
     linger, tracked,
 };
-use crate::connection::descriptors::Socket;
 use crate::{
-    connection::state::Directive,
+    connection::{
+        descriptors::{Passed, Socket},
+        state::Directive,
+    },
     events,
     handle::graceful::Graceful,
+    phase::Phase,
     shutdown::{
         state::ClosingStage,
         step::{LAST_ACCEPTS, LINGER},
@@ -63,9 +65,13 @@ impl Graceful {
     /// be reset. So put TLS after it as well:
     /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes).
     ///
-    /// On Linux the close uses a socket filter for some milliseconds, which drops what would begin
-    /// a new connection. Not on a socket that was passed by socket activation (`LISTEN_FDS`), since
-    /// the next process accepts from it. A `TcpListener` that accepts for the first time has any
+    /// A listener whose socket the next process has too is closed at the start of the stop, with its
+    /// queue as it is: see [`shared_listener`](crate::GracefulBuilder::shared_listener). That is the
+    /// default for a socket that was passed by socket activation (`LISTEN_FDS`).
+    ///
+    /// On Linux the close of any other listener uses a socket filter for some milliseconds, which
+    /// drops what would begin a new connection. Not on a socket that may have been passed by socket
+    /// activation, since the next process accepts from it. A `TcpListener` that accepts for the first time has any
     /// filter detached that a killed process may have left on its socket. To keep a filter of your
     /// own, lock it (`SO_LOCK_FILTER`).
     ///
@@ -106,8 +112,11 @@ pub struct GracefulListener<L: Listener> {
     last: Vec<(L::Io, L::Addr)>,
     closing_stages: watch::Receiver<ClosingStage>,
     closing: Closing,
-    /// It was passed to the process by socket activation.
+    /// It was passed to the process by socket activation, as far as is known, and other processes
+    /// accept from it.
     is_passed: bool,
+    /// The next process accepts from it at the start of the stop, which is told here.
+    shared: Option<watch::Receiver<Phase>>,
     /// There was no descriptor for some of the queue. What is accepted later may be too late.
     was_starved: bool,
     graceful: Graceful,
@@ -158,8 +167,12 @@ impl<L: Listener> GracefulListener<L> {
 
     /// Its IO is wrapped again by whoever uses it.
     pub(super) fn within(graceful: Graceful, listener: L) -> Self {
+        let passed = passed(&listener);
+        let is_shared = graceful.policy().shared_listener;
+        let is_shared = is_shared.unwrap_or(passed == Passed::Yes);
         Self {
-            is_passed: is_passed(&listener),
+            is_passed: is_shared || passed != Passed::No,
+            shared: is_shared.then(|| graceful.shared().phases()),
             listener: Some(listener),
             socket: None,
             last: Vec::new(),
@@ -184,6 +197,13 @@ impl<L: Listener> GracefulListener<L> {
     /// whether it does.
     fn turn_away(&self, listener: &dyn Any) -> bool {
         !self.is_passed && turn_away_handshakes(listener)
+    }
+
+    /// Closes the listener, and leaves its queue to the next process.
+    fn leave(&mut self) {
+        self.listener = None;
+        events::listener_left();
+        self.closed();
     }
 
     /// Closes the listener. What is still queued can be accepted after that.
@@ -286,6 +306,22 @@ impl<L: Listener> GracefulListener<L> {
     }
 }
 
+/// Resolves when the listener is to be closed.
+async fn told(
+    closing_stages: &mut watch::Receiver<ClosingStage>,
+    shared: Option<&mut watch::Receiver<Phase>>,
+) {
+    // An error means that the service is gone, which the listener keeps alive.
+    match shared {
+        Some(phases) => drop(phases.wait_for(|phase| *phase > Phase::Serving).await),
+        None => drop(
+            closing_stages
+                .wait_for(|closing_stage| *closing_stage > ClosingStage::Open)
+                .await,
+        ),
+    }
+}
+
 impl<L: Listener> Drop for GracefulListener<L> {
     fn drop(&mut self) {
         if let (Some(listener), Closing::At(_)) = (&self.listener, &self.closing) {
@@ -311,7 +347,7 @@ impl<L: Listener> Listener for GracefulListener<L> {
             self.closing = Closing::No;
             let shared = self.graceful.shared();
             shared.mark_served();
-            shared.connections.listener_opened();
+            shared.connections.listener_opened(self.shared.is_some());
             if let Some(listener) = &self.listener {
                 // A process may have been killed before it could do that.
                 let_in_handshakes(listener);
@@ -348,14 +384,20 @@ impl<L: Listener> Listener for GracefulListener<L> {
                 Closing::At(instant) => time::timeout_at(instant, listener.accept()).await.ok(),
                 Closing::No | Closing::Unused | Closing::Starved | Closing::Done => {
                     let asked = is_asked(listener);
+                    if asked && self.shared.is_some() && self.graceful.phase() > Phase::Serving {
+                        self.leave();
+                        continue;
+                    }
                     let mut accept = pin!(listener.accept());
+                    let told = told(&mut self.closing_stages, self.shared.as_mut());
                     let accepted = tokio::select! {
                         accepted = &mut accept => Some(accepted),
-                        _ = self.closing_stages.wait_for(|closing_stage| *closing_stage > ClosingStage::Open) => None,
+                        () = told => None,
                     };
                     let now = Instant::now();
                     match accepted {
                         Some(accepted) => Some(accepted),
+                        None if asked && self.shared.is_some() => continue,
                         None if asked => {
                             self.closing = Closing::Until(now + LAST_ACCEPTS);
                             continue;

@@ -192,6 +192,30 @@ impl Lifecycle {
         lock!(self.state)
     }
 
+    /// The plan for the listeners that there have been so far.
+    pub(crate) fn plan(&self) -> Plan {
+        match self.policy.shared_delay {
+            Some(delay) if delay < self.plan.drain_delay() && self.shares_listeners() => {
+                self.plan.with_drain_delay(delay)
+            }
+            _ => self.plan,
+        }
+    }
+
+    /// Whether what connects during the stop is left to the next process.
+    pub(crate) fn shares_listeners(&self) -> bool {
+        let shared = self.policy.shared_listener;
+        shared.unwrap_or_else(|| self.connections.listeners().are_shared())
+    }
+
+    /// Whether every listener is closed at the start of the stop, and no connection is left: nothing
+    /// more can be asked for.
+    fn has_moved(&self) -> bool {
+        let listeners = self.connections.listeners();
+        let none_comes = listeners.so_far > 0 && listeners.open == 0;
+        none_comes && self.shares_listeners() && self.connections.len() == 0
+    }
+
     pub(crate) fn phases(&self) -> watch::Receiver<Phase> {
         self.phases.subscribe()
     }
@@ -220,7 +244,7 @@ impl Lifecycle {
     /// The plan as an event, the first time that a subscriber wants it.
     fn plan_event(&self) -> Option<Event> {
         let first = events::wants_debug() && !self.plan_logged.swap(true, Ordering::Relaxed);
-        first.then(|| Event::Plan(self.plan.effective()))
+        first.then(|| Event::Plan(self.plan().effective()))
     }
 
     /// Logs the plan, once. Not under the lock.
@@ -444,7 +468,7 @@ impl Shared {
             | Trigger::Future
             | Trigger::ServerEnded
             | Trigger::WorkerEnded
-            | Trigger::PreStop => self.plan.drain_delay(),
+            | Trigger::PreStop => self.plan().drain_delay(),
         };
         state.events.extend(self.plan_event());
         if self.policy.leave_early.is_on() {

@@ -115,6 +115,8 @@ pub(crate) struct Shutdown {
     pub(crate) closing_stage: ClosingStage,
     /// When the listeners were told to close.
     pub(crate) closing_begun: Option<Instant>,
+    /// When the connections were told to close.
+    pub(crate) closes_since: Option<Instant>,
     /// When a connection was last heard, as far as that was asked.
     pub(crate) heard: Option<Instant>,
     /// When a handshake was last seen to run, as far as that was asked.
@@ -200,6 +202,7 @@ impl Shutdown {
             trigger,
             closing_stage: ClosingStage::Open,
             closing_begun: None,
+            closes_since: None,
             heard: None,
             shook: None,
             expiry: None,
@@ -246,6 +249,7 @@ impl Shutdown {
     /// Has the servers close their connections.
     pub(crate) fn close_connections(&mut self, now: Instant) {
         self.closing_stage = ClosingStage::Connections;
+        self.closes_since = Some(now);
         self.expiry = Some(instant_after(now, EXPIRY));
     }
 

@@ -29,7 +29,7 @@ const MOST_LINGER: Duration = Duration::from_millis(150);
 /// them late, and each may have a request waiting. And for handshakes whose peers have begun to speak.
 const MOST_UNREAD: Duration = Duration::from_secs(1);
 
-/// How often it looks whether such handshakes still run.
+/// How often it looks whether such handshakes still run, and whether connections have closed.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// How long a listener may take to empty its accept queue.
@@ -137,6 +137,8 @@ impl Shared {
             over
         } else if nobody_serves {
             Reason::EveryServerEnded
+        } else if self.has_moved() {
+            Reason::Moved
         } else if now < last_words {
             return Step::Until(last_words);
         } else {
@@ -145,12 +147,21 @@ impl Shared {
         };
         shutdown.delay_over = Some(reason);
         // What is in the accept queue is served, and only then is work refused.
-        if !self.policy.keep_listening {
+        let shared = self.shares_listeners();
+        if shared || !self.policy.keep_listening {
             if let Some(until) = self.advance_closing(shutdown, now) {
                 let begun = shutdown.closing_begun.unwrap_or(now);
                 if now < begun + STARVED_DELAY {
                     return Step::Until(until.min(begun + STARVED_DELAY));
                 }
+            }
+        }
+        if let (true, Some(since)) = (shared, shutdown.closes_since) {
+            // A request that comes before its connection knows of the close is served, too. Once every
+            // connection that is left has a request in flight, none can come.
+            let until = shutdown.drain_until.min(since + MOST_UNREAD);
+            if now < until && self.connections.len() > self.in_flight() {
+                return Step::Until(until.min(now + LOOK));
             }
         }
         Step::To(Phase::Draining, reason)
@@ -319,7 +330,7 @@ impl Shared {
         shutdown.closing_stage = ClosingStage::Listeners;
         let listeners = self.connections.listeners();
         // Without a listener of ours there is no knowing what is accepted when.
-        if listeners.so_far > 0 && shutdown.cut.is_none() {
+        if listeners.so_far > 0 && shutdown.cut.is_none() && !self.has_moved() {
             let mut last_accepts = begun + LAST_ACCEPTS;
             if self.starved.is_waiting() {
                 last_accepts = last_accepts.max(shutdown.last_call);

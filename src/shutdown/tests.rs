@@ -70,7 +70,7 @@ impl Stop {
     }
 
     fn listen(&self) {
-        self.shared().connections.listener_opened();
+        self.shared().connections.listener_opened(false);
     }
 
     fn close_listener(&self) {

@@ -63,6 +63,15 @@ impl Connection {
         self.stream.get_ref()
     }
 
+    /// Whether the server has closed the connection, as a client looks before it uses it again.
+    pub(crate) fn has_ended(&self) -> bool {
+        let stream = self.stream.get_ref();
+        stream.set_nonblocking(true).unwrap();
+        let peeked = stream.peek(&mut [0]);
+        stream.set_nonblocking(false).unwrap();
+        !matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
     #[track_caller]
     pub(crate) fn send(&mut self, text: &str) {
         self.try_send(text.as_bytes())

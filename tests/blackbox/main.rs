@@ -45,6 +45,8 @@ mod readiness;
 #[cfg(unix)]
 mod refusal;
 #[cfg(unix)]
+mod restarts;
+#[cfg(unix)]
 mod server;
 #[cfg(unix)]
 mod signals;

@@ -182,9 +182,15 @@ impl Server {
     pub(crate) fn start_on(shared: &TcpListener, form: Form, knobs: &[&str]) -> Self {
         const PASS_ON: &str = r#"export LISTEN_FDS=1 LISTEN_PID=$$; exec "$0" "$@" 3<&0"#;
 
+        Self::start_by(PASS_ON, shared, form, knobs)
+    }
+
+    /// Starts a server on this socket, which is its standard input, by a shell's words, and waits until
+    /// it listens.
+    pub(crate) fn start_by(words: &str, shared: &TcpListener, form: Form, knobs: &[&str]) -> Self {
         let mut command = Command::new("sh");
         command
-            .args(["-c", PASS_ON])
+            .args(["-c", words])
             .arg(std::env::current_exe().unwrap())
             .stdin(OwnedFd::from(shared.try_clone().unwrap()));
         let knobs = [knobs, &["listener=stdin"]].concat();

@@ -148,8 +148,14 @@ async fn listener_on(port: Option<u64>) -> TcpListener {
 }
 
 fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
-    let mut builder = Graceful::builder()
-        .drain_delay(knobs.millis("delay").unwrap_or(Duration::from_secs(1)))
+    let mut builder = Graceful::builder();
+    if knobs.text("delay") != Some("default") {
+        builder = builder.drain_delay(knobs.millis("delay").unwrap_or(Duration::from_secs(1)));
+    }
+    if let Some(shared) = knobs.text("shared") {
+        builder = builder.shared_listener(shared.parse().unwrap());
+    }
+    builder = builder
         .drain_timeout(knobs.millis("drain").unwrap_or(Duration::from_secs(3)))
         .keep_listening(knobs.text("keep_listening") != Some("false"))
         .retry_after(Duration::from_secs(7))

@@ -1,0 +1,86 @@
+//! A service under systemd: socket activation, and the notifications that `Type=notify` waits for.
+//!
+//! READY when it serves, STOPPING at the start of the stop, and `EXTEND_TIMEOUT_USEC` where the stop may
+//! take longer than systemd's default. `app.service` and `app.socket` beside this file are its units:
+//! a restart refuses no connection, because systemd keeps the socket.
+//!
+//! ```sh
+//! cargo build --example systemd
+//! systemd-socket-activate --listen=127.0.0.1:3000 target/debug/examples/systemd &
+//! curl localhost:3000/                 # starts the service
+//! kill -TERM $(pgrep -x systemd-example || pgrep -f examples/systemd$)
+//! ```
+
+#[cfg(not(target_os = "linux"))]
+fn main() {
+    eprintln!("systemd runs on Linux");
+}
+
+#[cfg(target_os = "linux")]
+fn main() -> std::io::Result<std::process::ExitCode> {
+    linux::main()
+}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use std::{
+        io::{self, Error},
+        process::{self, ExitCode},
+        time::Duration,
+    };
+
+    use axum::{Router, routing::get};
+    use listenfd::ListenFd;
+    use sd_notify::NotifyState;
+    use tower_graceful::Graceful;
+
+    /// `TimeoutStopSec=` of the unit, and systemd's own default. What the stop may take beyond it has
+    /// to be asked for.
+    const TIMEOUT_STOP: Duration = Duration::from_secs(90);
+
+    #[tokio::main]
+    pub(super) async fn main() -> io::Result<ExitCode> {
+        tracing_subscriber::fmt().with_writer(io::stderr).init();
+        // 120 s: a download that has begun may take so long.
+        let graceful = Graceful::builder()
+            .grace_period(Duration::from_secs(120))
+            .build()
+            .map_err(Error::other)?;
+
+        // The socket of `app.socket`. It is recognised as one that outlives the process, so nothing has
+        // to be configured: at SIGTERM the process leaves it to the next one.
+        let listener = match ListenFd::from_env().take_tcp_listener(0)? {
+            Some(listener) => listener,
+            None => std::net::TcpListener::bind("127.0.0.1:3000")?,
+        };
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+
+        let grace_period = graceful.plan().grace_period;
+        let stopping = async move {
+            let mut states = vec![NotifyState::Stopping];
+            if grace_period > TIMEOUT_STOP {
+                let micros = u32::try_from(grace_period.as_micros()).map_err(Error::other)?;
+                states.push(NotifyState::ExtendTimeoutUsec(micros));
+            }
+            sd_notify::notify(&states)
+        };
+        graceful
+            .on_lame_duck("tell systemd", Duration::from_secs(1), stopping)
+            .map_err(Error::other)?;
+
+        let app = Router::new()
+            .route(
+                "/",
+                get(async || format!("hello from process {}\n", process::id())),
+            )
+            .layer(graceful.layer())
+            .merge(graceful.probes());
+        let served = graceful.serve(listener, app);
+        // Signals are handled from here on, and what connects waits in the socket's queue.
+        sd_notify::notify(&[NotifyState::Ready])?;
+        let report = served.await;
+        tracing::info!("{report}");
+        Ok(report.into())
+    }
+}

@@ -1,0 +1,117 @@
+//! Clients that go on while the processes behind one listening socket replace each other.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::client::Connection;
+
+/// A client whose handshake was dropped tries again after one second.
+pub(crate) const RETRIED: Duration = Duration::from_millis(900);
+
+/// Clients on threads of their own, until they are told to end.
+pub(crate) struct Load {
+    over: Arc<AtomicBool>,
+    clients: Vec<thread::JoinHandle<Seen>>,
+}
+
+/// What clients have seen.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) requests: usize,
+    /// Requests over a connection that had served others before.
+    pub(crate) again: usize,
+    /// Connections that were left because a response asked for it, or that were closed while idle.
+    pub(crate) moved: usize,
+    pub(crate) failed: Vec<String>,
+    pub(crate) slowest_connect: Duration,
+    /// From the beginning of the connect, where there is one, to the end of the response.
+    pub(crate) slowest: Duration,
+}
+
+impl Seen {
+    fn add(&mut self, other: Self) {
+        self.requests += other.requests;
+        self.again += other.again;
+        self.moved += other.moved;
+        self.failed.extend(other.failed);
+        self.slowest_connect = self.slowest_connect.max(other.slowest_connect);
+        self.slowest = self.slowest.max(other.slowest);
+    }
+
+    fn request(&mut self, address: SocketAddr, open: &mut Option<Connection>) -> io::Result<()> {
+        if open.as_ref().is_some_and(Connection::has_ended) {
+            *open = None;
+            self.moved += 1;
+        }
+        let begun = Instant::now();
+        let mut connection = if let Some(connection) = open.take() {
+            self.again += 1;
+            connection
+        } else {
+            let connection = Connection::try_open(address)?;
+            self.slowest_connect = self.slowest_connect.max(begun.elapsed());
+            connection
+        };
+        let response = connection.try_request("GET", "/")?;
+        self.slowest = self.slowest.max(begun.elapsed());
+        self.requests += 1;
+        if response.status != 200 {
+            return Err(io::Error::other(format!("status {}", response.status)));
+        }
+        if response.says_close() {
+            self.moved += 1;
+        } else {
+            *open = Some(connection);
+        }
+        Ok(())
+    }
+}
+
+impl Load {
+    /// Some clients that connect anew for each request, and some that keep their connections and are
+    /// idle between requests, for up to so long.
+    pub(crate) fn begin(address: SocketAddr, anew: usize, keep: usize, idle: Duration) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let clients = (0..anew + keep).map(|client| {
+            let over = Arc::clone(&over);
+            thread::spawn(move || {
+                let mut seen = Seen::default();
+                let mut open = None;
+                let mut random = 0x9E37_79B9_u32.wrapping_mul(u32::try_from(client).unwrap() + 1);
+                while !over.load(Ordering::Relaxed) {
+                    if let Err(error) = seen.request(address, &mut open) {
+                        seen.failed.push(error.to_string());
+                        open = None;
+                    }
+                    if client < anew {
+                        open = None;
+                        thread::sleep(Duration::from_millis(2));
+                    } else {
+                        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                        thread::sleep(idle * (random >> 16) / 0xFFFF);
+                    }
+                }
+                seen
+            })
+        });
+        let clients = clients.collect();
+        Self { over, clients }
+    }
+
+    pub(crate) fn end(self) -> Seen {
+        self.over.store(true, Ordering::Relaxed);
+        let mut seen = Seen::default();
+        for client in self.clients {
+            seen.add(client.join().unwrap());
+        }
+        seen
+    }
+}
