@@ -1,0 +1,145 @@
+//! The command line.
+
+use std::time::Duration;
+
+use crate::{
+    balancer::Check,
+    deploy::{Front, Plan},
+    instance::Problem,
+    load::Paths,
+};
+
+pub(crate) const HELP: &str = "\
+A rolling update under load, and how many requests it loses.
+
+  rolling_deploy                              this crate beside plain axum
+  rolling_deploy [OPTIONS] COMMAND [ARGS...]  your service; {port} in its arguments is replaced,
+                                              and PORT in its environment is set
+  rolling_deploy --backend graceful|plain PORT   the backend of the first form, by itself
+
+Times are in seconds. A path set to '' is not requested.
+
+  --ready PATH           readiness probe [/readyz]
+  --get PATH             what quick requests ask for [/]
+  --slow PATH            a request that takes its time [/slow]
+  --upload PATH          takes a POST of 256 KiB that lasts half a second [/upload]
+  --interval SECONDS     between two questions of the balancer [0.5; 0.25 without COMMAND]
+  --fall COUNT           failures until it sends nothing more [2]
+  --timeout SECONDS      after which a request counts as lost [15]
+  --grace SECONDS        from SIGTERM to SIGKILL [30]
+  --start-timeout SECONDS  for an instance to become ready [30]
+  --instances COUNT      [2]
+  --rounds COUNT         how often each is replaced [2]
+  --behind HOST:PORT     a balancer that runs already, in place of the built-in one
+  --ports A,B,...        where that one looks for instances, at least one more than there are
+  --settle SECONDS       for that one to notice that an instance has come or gone [1]
+";
+
+/// Reads the options. `None` is a request for help; without a command the demonstration is meant.
+pub(crate) fn parse(args: Vec<String>) -> Result<Option<Plan>, Problem> {
+    let mut plan = Plan {
+        command: Vec::new(),
+        check: Check {
+            path: "/readyz".into(),
+            interval: Duration::from_millis(500),
+            fall: 2,
+        },
+        paths: Paths {
+            quick: "/".into(),
+            slow: Some("/slow".into()),
+            upload: Some("/upload".into()),
+            timeout: Duration::from_secs(15),
+        },
+        grace: Duration::from_secs(30),
+        start_timeout: Duration::from_secs(30),
+        instances: 2,
+        rounds: 2,
+        front: Front::Own,
+    };
+    let (mut interval, mut behind, mut ports) = (None, None, Vec::new());
+    let mut settle = Duration::from_secs(1);
+    let mut args = args.into_iter();
+    while let Some(arg) = args.next() {
+        if !arg.starts_with("--") {
+            plan.command = std::iter::once(arg).chain(args.by_ref()).collect();
+            break;
+        }
+        if arg == "--help" {
+            return Ok(None);
+        }
+        let value = args.next();
+        let value = value.ok_or_else(|| Problem(format!("{arg} wants a value (--help)")))?;
+        match arg.as_str() {
+            "--ready" => plan.check.path = path(&arg, value)?,
+            "--get" => plan.paths.quick = path(&arg, value)?,
+            "--slow" => plan.paths.slow = optional(&arg, value)?,
+            "--upload" => plan.paths.upload = optional(&arg, value)?,
+            "--interval" => interval = Some(seconds(&arg, &value)?),
+            "--fall" => plan.check.fall = count(&arg, &value)?,
+            "--timeout" => plan.paths.timeout = seconds(&arg, &value)?,
+            "--grace" => plan.grace = seconds(&arg, &value)?,
+            "--start-timeout" => plan.start_timeout = seconds(&arg, &value)?,
+            "--instances" => plan.instances = count(&arg, &value)? as usize,
+            "--rounds" => plan.rounds = count(&arg, &value)? as usize,
+            "--behind" => behind = Some(value),
+            "--settle" => settle = seconds(&arg, &value)?,
+            "--ports" => {
+                let list: Result<_, _> = value.split(',').map(str::parse).collect();
+                ports = list.map_err(|_| wrong(&arg, &value, "ports with commas between them"))?;
+            }
+            _ => return Err(Problem(format!("unknown option {arg} (--help)"))),
+        }
+    }
+    // The demonstration's services stop after a delay of 1.5 s: room for a machine that is busy.
+    let default = if plan.command.is_empty() { 250 } else { 500 };
+    plan.check.interval = interval.unwrap_or(Duration::from_millis(default));
+    if let Some(address) = behind {
+        if ports.len() <= plan.instances {
+            return Err(Problem(format!(
+                "--behind wants --ports, more than the {} instances",
+                plan.instances
+            )));
+        }
+        plan.front = Front::External {
+            address,
+            ports,
+            settle,
+        };
+    }
+    Ok(Some(plan))
+}
+
+fn wrong(option: &str, value: &str, wanted: &str) -> Problem {
+    Problem(format!("{option} {value}: {wanted} is wanted (--help)"))
+}
+
+fn path(option: &str, value: String) -> Result<String, Problem> {
+    if value.starts_with('/') && value.parse::<hyper::Uri>().is_ok() {
+        Ok(value)
+    } else {
+        Err(wrong(option, &value, "a path that begins with /"))
+    }
+}
+
+fn optional(option: &str, value: String) -> Result<Option<String>, Problem> {
+    if value.is_empty() {
+        Ok(None)
+    } else {
+        path(option, value).map(Some)
+    }
+}
+
+fn seconds(option: &str, value: &str) -> Result<Duration, Problem> {
+    let seconds = value
+        .parse()
+        .ok()
+        .and_then(|value| Duration::try_from_secs_f64(value).ok());
+    seconds
+        .filter(|seconds| !seconds.is_zero())
+        .ok_or_else(|| wrong(option, value, "a number of seconds above 0"))
+}
+
+fn count(option: &str, value: &str) -> Result<u32, Problem> {
+    let count = value.parse().ok().filter(|count| (1..=100).contains(count));
+    count.ok_or_else(|| wrong(option, value, "a number from 1 to 100"))
+}
