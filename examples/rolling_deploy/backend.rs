@@ -39,17 +39,20 @@ async fn slow() -> &'static str {
     "slow\n"
 }
 
-/// Runs the backend that `args` name: `graceful PORT` or `plain PORT`, and for the first one
-/// `--delay SECONDS`, `--grace SECONDS`, `--keep-listening no` and `--unready STATUS`.
+/// Runs the backend that `args` name: `graceful PORT`, `plain PORT` or `deaf PORT`, and for the first
+/// one `--delay SECONDS`, `--grace SECONDS`, `--keep-listening no` and `--unready STATUS`.
 pub(crate) async fn run(args: &[String]) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let [kind, port, options @ ..] = args else {
-        return Err("--backend wants graceful or plain, and a port".into());
+        return Err("--backend wants graceful, plain or deaf, and a port".into());
     };
     let port: u16 = port.parse()?;
     let result = match kind.as_str() {
         "graceful" => graceful(port, options).await?,
         "plain" => plain(port).await?,
-        other => return Err(format!("--backend is graceful or plain, not {other}").into()),
+        "deaf" => deaf(port).await?,
+        other => {
+            return Err(format!("--backend is graceful, plain or deaf, and not {other}").into());
+        }
     };
     Ok(result)
 }
@@ -87,6 +90,14 @@ async fn plain(port: u16) -> Result<ExitCode, Box<dyn std::error::Error>> {
     axum::serve(listener, app)
         .with_graceful_shutdown(shutdown_signal())
         .await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A service that does nothing on SIGTERM, to see what the checker says of it.
+async fn deaf(port: u16) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let _unread = signal(SignalKind::terminate())?;
+    let app = routes().route("/readyz", get(|| async {}));
+    axum::serve(TcpListener::bind(("127.0.0.1", port)).await?, app).await?;
     Ok(ExitCode::SUCCESS)
 }
 

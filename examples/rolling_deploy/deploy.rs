@@ -203,7 +203,7 @@ async fn leave_out(instance: &Instance, paths: &mut Paths) -> Result<Vec<String>
     for (method, path) in [("GET", &mut paths.slow), ("POST", &mut paths.upload)] {
         let Some(tried) = path else { continue };
         let status = load::once(instance.port, method, tried, paths.timeout).await;
-        if matches!(status, Ok(status) if matches!(status.as_u16(), 404 | 405)) {
+        if matches!(status, Ok(status) if matches!(status.as_u16(), 404 | 405 | 501)) {
             left_out.push(format!("{method} {tried}"));
             *path = None;
         }

@@ -105,7 +105,7 @@ impl Instance {
         let begun = Instant::now();
         loop {
             let answer = load::get(self.port, path).await;
-            if answer.as_ref().is_ok_and(|status| status.is_success()) {
+            if answer.as_ref().is_ok_and(hyper::StatusCode::is_success) {
                 return Ok(());
             }
             self.must_run("before it was ready").await?;
@@ -157,12 +157,13 @@ impl Instance {
         grace: Duration,
     ) -> Result<Ended, Problem> {
         let left = grace.saturating_sub(signalled.elapsed());
-        let (status, killed) = match timeout(left, self.child.wait()).await {
-            Ok(status) => (status, false),
-            Err(_) => {
-                let _ = killpg(self.group, Signal::SIGKILL);
-                (self.child.wait().await, true)
-            }
+        let in_time = timeout(left, self.child.wait()).await;
+        let killed = in_time.is_err();
+        let status = if let Ok(status) = in_time {
+            status
+        } else {
+            let _ = killpg(self.group, Signal::SIGKILL);
+            self.child.wait().await
         };
         let exited = Instant::now();
         let status = status.map_err(|error| Problem(format!("cannot wait for it: {error}")))?;
@@ -226,8 +227,8 @@ pub(crate) fn free_port() -> u16 {
         net::TcpListener,
     };
     let random = RandomState::new();
-    (0_u32..)
-        .map(|attempt| 20_000 + (random.hash_one(attempt) % 10_000) as u16)
+    (0..10_000_u16)
+        .map(|attempt| 20_000 + u16::try_from(random.hash_one(attempt) % 10_000).unwrap_or(0))
         .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
         .expect("a port is free")
 }

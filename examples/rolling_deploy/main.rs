@@ -14,6 +14,8 @@
 //! nothing to measure, and the last line says why.
 
 #[cfg(unix)]
+mod advice;
+#[cfg(unix)]
 mod backend;
 #[cfg(unix)]
 mod balancer;
@@ -53,7 +55,7 @@ async fn main() -> ExitCode {
     let result = tokio::select! {
         result = measure(args) => result,
         // The instances are dropped with the future, and killed with that.
-        _ = tokio::signal::ctrl_c() => return ExitCode::from(130),
+        code = interrupted() => return code,
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -62,6 +64,18 @@ async fn main() -> ExitCode {
             eprintln!("rolling_deploy: {problem}");
             ExitCode::from(2)
         }
+    }
+}
+
+#[cfg(unix)]
+async fn interrupted() -> ExitCode {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => ExitCode::from(130),
+        _ = terminate.recv() => ExitCode::from(143),
     }
 }
 
@@ -79,5 +93,8 @@ async fn measure(args: Vec<String>) -> Result<bool, instance::Problem> {
     let run = deploy::run(&plan, &progress).await?;
     drop(progress);
     verdict::print(&plan, &run);
+    for line in advice::of(&plan, &run) {
+        println!("\n- {line}");
+    }
     Ok(verdict::passes(&run))
 }

@@ -15,7 +15,8 @@ A rolling update under load, and how many requests it loses.
   rolling_deploy                              this crate beside plain axum
   rolling_deploy [OPTIONS] COMMAND [ARGS...]  your service; {port} in its arguments is replaced,
                                               and PORT in its environment is set
-  rolling_deploy --backend graceful|plain PORT   the backend of the first form, by itself
+  rolling_deploy --backend KIND PORT          the backend of the first form, by itself: graceful,
+                                              plain, or deaf, which ignores SIGTERM
 
 Times are in seconds. A path set to '' is not requested.
 

@@ -40,16 +40,14 @@ impl Progress {
     }
 
     /// Shows the counts of `load` for as long as it is polled.
-    pub(crate) fn follow(&self, load: &Load) -> impl Future<Output = Infallible> {
-        async move {
-            loop {
-                let (requests, failed) = load.count();
-                if !self.bar.is_hidden() {
-                    self.bar
-                        .set_message(format!("{requests} requests, {failed} failed"));
-                }
-                sleep(Duration::from_millis(100)).await;
+    pub(crate) async fn follow(&self, load: &Load) -> Infallible {
+        loop {
+            let (requests, failed) = load.count();
+            if !self.bar.is_hidden() {
+                self.bar
+                    .set_message(format!("{requests} requests, {failed} failed"));
             }
+            sleep(Duration::from_millis(100)).await;
         }
     }
 }
