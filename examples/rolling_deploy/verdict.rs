@@ -101,6 +101,11 @@ pub(crate) fn print(plan: &Plan, run: &Run) {
     for (kind, count) in &run.tally.requests {
         println!("    {count:>7}  {kind}");
     }
+    println!(
+        "slowest GET {}: {:.3} s",
+        plan.paths.quick,
+        run.tally.slowest.as_secs_f64()
+    );
     for path in &run.left_out {
         println!("    no {path}: the service does not have it (--slow, --upload name other paths)");
     }
