@@ -6,6 +6,8 @@
 //! cargo run --example rolling_deploy
 //! # Any service of yours. {port} is replaced, and is in PORT too:
 //! cargo run --example rolling_deploy -- ./my-service --port {port}
+//! # A pod on Kubernetes whose address is removed late:
+//! cargo run --example rolling_deploy -- --kubernetes
 //! # All options:
 //! cargo run --example rolling_deploy -- --help
 //! ```
@@ -25,6 +27,8 @@ mod compare;
 mod deploy;
 #[cfg(unix)]
 mod instance;
+#[cfg(unix)]
+mod kubernetes;
 #[cfg(unix)]
 mod load;
 #[cfg(unix)]
@@ -82,13 +86,17 @@ async fn interrupted() -> ExitCode {
 /// Returns whether nothing was lost.
 #[cfg(unix)]
 async fn measure(args: Vec<String>) -> Result<bool, instance::Problem> {
-    let Some(plan) = options::parse(args)? else {
-        print!("{}", options::HELP);
-        return Ok(true);
+    let plan = match options::parse(args)? {
+        options::Task::Help => {
+            print!("{}", options::HELP);
+            return Ok(true);
+        }
+        options::Task::Compare(plan) => return compare::run(&plan).await,
+        options::Task::Kubernetes(sweep, paths) => {
+            return kubernetes::run(&sweep, &paths).await.map(|()| true);
+        }
+        options::Task::Check(plan) => plan,
     };
-    if plan.command.is_empty() {
-        return compare::run(&plan).await;
-    }
     let progress = progress::Progress::new("your service", plan.instances * plan.rounds);
     let run = deploy::run(&plan, &progress).await?;
     drop(progress);

@@ -6,6 +6,7 @@ use crate::{
     balancer::Check,
     deploy::{Front, Plan},
     instance::Problem,
+    kubernetes::Sweep,
     load::Paths,
 };
 
@@ -15,6 +16,8 @@ A rolling update under load, and how many requests it loses.
   rolling_deploy                              this crate beside plain axum
   rolling_deploy [OPTIONS] COMMAND [ARGS...]  your service; {port} in its arguments is replaced,
                                               and PORT in its environment is set
+  rolling_deploy --kubernetes                 a pod's stop, for removals of its address that arrive
+                                              more and more late; --scale and --removals only
   rolling_deploy --backend KIND PORT          the backend of the first form, by itself: graceful,
                                               plain, or deaf, which ignores SIGTERM
 
@@ -34,10 +37,21 @@ Times are in seconds. A path set to '' is not requested.
   --behind HOST:PORT     a balancer that runs already, in place of the built-in one
   --ports A,B,...        where that one looks for instances, at least one more than there are
   --settle SECONDS       for that one to notice that an instance has come or gone [1]
+  --removals A,B,...     with --kubernetes, when an address is gone [0,1,2,3,4,4.5,5,5.5,6,8,10]
+  --scale FACTOR         with --kubernetes, for all times [0.2]
 ";
 
-/// Reads the options. `None` is a request for help; without a command the demonstration is meant.
-pub(crate) fn parse(args: Vec<String>) -> Result<Option<Plan>, Problem> {
+/// What to do.
+#[derive(Debug)]
+pub(crate) enum Task {
+    Help,
+    /// Plain axum and this crate, side by side.
+    Compare(Plan),
+    Check(Plan),
+    Kubernetes(Sweep, Paths),
+}
+
+pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
     let mut plan = Plan {
         command: Vec::new(),
         check: Check {
@@ -59,6 +73,7 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Option<Plan>, Problem> {
     };
     let (mut interval, mut behind, mut ports) = (None, None, Vec::new());
     let mut settle = Duration::from_secs(1);
+    let (mut kubernetes, mut sweep) = (false, Sweep::default());
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
         if !arg.starts_with("--") {
@@ -66,7 +81,11 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Option<Plan>, Problem> {
             break;
         }
         if arg == "--help" {
-            return Ok(None);
+            return Ok(Task::Help);
+        }
+        if arg == "--kubernetes" {
+            kubernetes = true;
+            continue;
         }
         let value = args.next();
         let value = value.ok_or_else(|| Problem(format!("{arg} wants a value (--help)")))?;
@@ -88,6 +107,8 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Option<Plan>, Problem> {
                 let list: Result<_, _> = value.split(',').map(str::parse).collect();
                 ports = list.map_err(|_| wrong(&arg, &value, "ports with commas between them"))?;
             }
+            "--scale" => sweep.scale = seconds(&arg, &value)?.as_secs_f64(),
+            "--removals" => sweep.removals = list(&arg, &value)?,
             _ => return Err(Problem(format!("unknown option {arg} (--help)"))),
         }
     }
@@ -107,7 +128,20 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Option<Plan>, Problem> {
             settle,
         };
     }
-    Ok(Some(plan))
+    Ok(match (kubernetes, plan.command.is_empty()) {
+        (true, _) => Task::Kubernetes(sweep, plan.paths),
+        (false, true) => Task::Compare(plan),
+        (false, false) => Task::Check(plan),
+    })
+}
+
+fn list(option: &str, value: &str) -> Result<Vec<f64>, Problem> {
+    let numbers = value.split(',').map(|number| {
+        let number: Option<f64> = number.parse().ok();
+        number.filter(|number| (0.0..=600.0).contains(number))
+    });
+    let numbers: Option<_> = numbers.collect();
+    numbers.ok_or_else(|| wrong(option, value, "seconds with commas between them"))
 }
 
 fn wrong(option: &str, value: &str, wanted: &str) -> Problem {

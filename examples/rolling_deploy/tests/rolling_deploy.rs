@@ -203,3 +203,26 @@ fn a_command_that_cannot_be_measured_is_a_clear_error() {
         assert_eq!(code, Some(2), "{args:?}:\n{text}");
     }
 }
+
+#[test]
+fn on_kubernetes_the_delay_covers_a_removal_that_arrives_before_its_end_and_no_later_one() {
+    // At a fifth of the times: the delay is 1 s, and the removals arrive after 0.4 s and 2 s.
+    let (code, text) = run(&["--kubernetes", "--scale", "0.2", "--removals", "2,10"]);
+    assert_eq!(code, Some(0), "{text}");
+    let failed = |removal: &str| -> Vec<u64> {
+        let row = text
+            .lines()
+            .find(|line| line.starts_with(&format!("| {removal} s |")));
+        let row = row.unwrap_or_else(|| panic!("no row {removal}:\n{text}"));
+        let cells = row
+            .split('|')
+            .filter_map(|cell| cell.trim().split_once(" of "));
+        cells.map(|(failed, _)| failed.parse().unwrap()).collect()
+    };
+    let [plain, slept, graceful] = failed("2.0")[..] else {
+        panic!("{text}")
+    };
+    assert!(plain > 0, "{text}");
+    assert_eq!((slept, graceful), (0, 0), "{text}");
+    assert!(failed("10.0").iter().all(|failed| *failed > 0), "{text}");
+}
