@@ -107,7 +107,7 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
                 let list: Result<_, _> = value.split(',').map(str::parse).collect();
                 ports = list.map_err(|_| wrong(&arg, &value, "ports with commas between them"))?;
             }
-            "--scale" => sweep.scale = seconds(&arg, &value)?.as_secs_f64(),
+            "--scale" => sweep.scale = factor(&arg, &value)?,
             "--removals" => sweep.removals = list(&arg, &value)?,
             _ => return Err(Problem(format!("unknown option {arg} (--help)"))),
         }
@@ -165,13 +165,20 @@ fn optional(option: &str, value: String) -> Result<Option<String>, Problem> {
 }
 
 fn seconds(option: &str, value: &str) -> Result<Duration, Problem> {
-    let seconds = value
+    let seconds = value.parse().ok();
+    let seconds = seconds.and_then(|value| Duration::try_from_secs_f64(value).ok());
+    // A day is more than any of them needs, and small enough to calculate with.
+    seconds
+        .filter(|seconds| !seconds.is_zero() && *seconds <= Duration::from_secs(86_400))
+        .ok_or_else(|| wrong(option, value, "a number of seconds above 0"))
+}
+
+fn factor(option: &str, value: &str) -> Result<f64, Problem> {
+    let factor = value
         .parse()
         .ok()
-        .and_then(|value| Duration::try_from_secs_f64(value).ok());
-    seconds
-        .filter(|seconds| !seconds.is_zero())
-        .ok_or_else(|| wrong(option, value, "a number of seconds above 0"))
+        .filter(|factor| (0.01..=10.0).contains(factor));
+    factor.ok_or_else(|| wrong(option, value, "a factor from 0.01 to 10"))
 }
 
 fn count(option: &str, value: &str) -> Result<u32, Problem> {
