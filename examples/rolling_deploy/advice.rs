@@ -36,7 +36,7 @@ impl Loss<'_> {
     }
 
     fn answered(self) -> bool {
-        matches!(self.failure.how, How::Status(_))
+        matches!(self.failure.how, How::Status(_) | How::RetryAfter(_))
     }
 }
 

@@ -73,6 +73,8 @@ pub(crate) enum How {
     NoBackend,
     /// An answer of 500 or above.
     Status(u16),
+    /// The same with `Retry-After`, as a service says it that refuses, and as balancers do not.
+    RetryAfter(u16),
 }
 
 impl fmt::Display for How {
@@ -84,6 +86,7 @@ impl fmt::Display for How {
             Self::TimedOut => f.write_str("timed out"),
             Self::NoBackend => f.write_str("without a backend"),
             Self::Status(status) => write!(f, "answered {status}"),
+            Self::RetryAfter(status) => write!(f, "answered {status} with Retry-After"),
         }
     }
 }
@@ -243,9 +246,15 @@ async fn send(target: &str, path: &str, kind: Kind, kept: &mut Option<Sender>) -
         });
     }
     let status = response.status();
+    let retry_after = response.headers().contains_key(header::RETRY_AFTER);
     let body = response.into_body().collect().await;
     if status.is_server_error() {
-        return Err(How::Status(status.as_u16()));
+        let how = if retry_after {
+            How::RetryAfter
+        } else {
+            How::Status
+        };
+        return Err(how(status.as_u16()));
     }
     body.map_err(|_| How::Truncated)?;
     if kind != Kind::PerRequest {
