@@ -1,0 +1,68 @@
+//! A service as it is deployed to Kubernetes. `deployment.yaml` and `Dockerfile` beside it are its
+//! deployment, and `README.md` derives each number in them.
+//!
+//! ```sh
+//! cargo run --example kubernetes
+//! curl -i localhost:3000/readyz
+//! # A rolling update of it, under load:
+//! cargo build --example kubernetes
+//! cargo run --example rolling_deploy -- target/debug/examples/kubernetes
+//! ```
+
+use std::{env, error::Error, process::ExitCode, time::Duration};
+
+use axum::{
+    Router,
+    routing::{get, post},
+};
+use tokio::{net::TcpListener, time::sleep};
+
+mod plan;
+
+#[tokio::main]
+async fn main() -> Result<ExitCode, Box<dyn Error>> {
+    tracing_subscriber::fmt().init();
+    let graceful = plan::graceful()?;
+    // A SIGTERM during the start is a stop in order, and not the end of the process.
+    graceful.handle_signals()?;
+
+    let database = Database::connect().await;
+    let app = Router::new()
+        .route("/", get(|| async { "hello\n" }))
+        .route("/slow", get(report))
+        .route(
+            "/upload",
+            post(|body: String| async move { body.len().to_string() }),
+        )
+        .layer(graceful.layer())
+        .merge(graceful.probes()); // GET /livez and /readyz, outside the layer
+    graceful.cleanup("database", Duration::from_secs(4), async move {
+        database.close().await;
+    })?;
+
+    let port = env::var("PORT").map_or(Ok(plan::PORT), |port| port.parse())?;
+    let listener = TcpListener::bind(("0.0.0.0", port)).await?;
+    let report = graceful.serve(listener, app).await;
+    tracing::info!("{report}");
+    Ok(report.into()) // 0 clean, 1 forced, 2 a cleanup step failed
+}
+
+async fn report() -> &'static str {
+    sleep(Duration::from_secs(2)).await;
+    "the report of the month\n"
+}
+
+/// In place of a pool of connections.
+#[derive(Debug)]
+struct Database;
+
+impl Database {
+    async fn connect() -> Self {
+        sleep(Duration::from_millis(100)).await;
+        Self
+    }
+
+    async fn close(self) {
+        sleep(Duration::from_millis(50)).await;
+    }
+}

@@ -1,0 +1,100 @@
+//! `deployment.yaml` and `Dockerfile` agree with the service's plan.
+
+use std::time::Duration;
+
+#[path = "../plan.rs"]
+mod plan;
+
+const DEPLOYMENT: &str = include_str!("../deployment.yaml");
+const DOCKERFILE: &str = include_str!("../Dockerfile");
+
+/// The first number of the name `key` after `section`.
+fn number(section: &str, key: &str) -> u64 {
+    let after = DEPLOYMENT
+        .split_once(section)
+        .unwrap_or_else(|| panic!("no {section}"))
+        .1;
+    let value = after
+        .split_once(&format!("{key}: "))
+        .unwrap_or_else(|| panic!("no {key}"))
+        .1;
+    let value = value.split_whitespace().next().unwrap();
+    value
+        .parse()
+        .unwrap_or_else(|_| panic!("{section} {key}: {value}"))
+}
+
+fn seconds(section: &str, key: &str) -> Duration {
+    Duration::from_secs(number(section, key))
+}
+
+/// From the first failure of a probe until it counts.
+fn fails_after(probe: &str) -> Duration {
+    let failures = u32::try_from(number(probe, "failureThreshold")).unwrap();
+    seconds(probe, "periodSeconds") * failures
+}
+
+#[test]
+fn the_grace_period_is_the_pods() {
+    let plan = plan::graceful().unwrap().plan();
+    assert_eq!(
+        plan.grace_period,
+        seconds("kind: Deployment", "terminationGracePeriodSeconds")
+    );
+    // It would use up a part of the pod's.
+    assert!(!DEPLOYMENT.contains("preStop:"));
+}
+
+#[test]
+fn the_delay_covers_a_balancer_that_asks_for_readiness() {
+    let plan = plan::graceful().unwrap().plan();
+    let answer = seconds("readinessProbe", "timeoutSeconds");
+    assert!(plan.drain_delay > fails_after("readinessProbe") + answer);
+}
+
+#[test]
+fn a_new_pod_counts_only_when_every_node_routes_to_it() {
+    let plan = plan::graceful().unwrap().plan();
+    // What takes an address out takes it in, and as long.
+    assert!(seconds("kind: Deployment", "minReadySeconds") >= plan.drain_delay);
+    assert_eq!(number("rollingUpdate:", "maxUnavailable"), 0);
+    assert!(number("rollingUpdate:", "maxSurge") >= 1);
+    let started = fails_after("startupProbe") + seconds("kind: Deployment", "minReadySeconds");
+    assert!(seconds("kind: Deployment", "progressDeadlineSeconds") > started);
+}
+
+#[test]
+fn a_disruption_leaves_pods_that_serve() {
+    let replicas = number("kind: Deployment", "replicas");
+    assert!(number("kind: PodDisruptionBudget", "maxUnavailable") < replicas);
+}
+
+#[test]
+fn liveness_outlasts_a_stop() {
+    // Also if the process were too busy to answer from SIGTERM on, it would not be killed for that
+    // before its grace period is over.
+    let plan = plan::graceful().unwrap().plan();
+    assert!(fails_after("livenessProbe") >= plan.grace_period);
+}
+
+#[test]
+fn the_port_is_the_same_everywhere() {
+    assert_eq!(number("ports:", "containerPort"), u64::from(plan::PORT));
+    assert!(DOCKERFILE.contains(&format!("EXPOSE {}", plan::PORT)));
+}
+
+#[test]
+fn the_service_is_the_first_process_and_not_root() {
+    let entry = DOCKERFILE
+        .lines()
+        .find(|line| line.starts_with("ENTRYPOINT"))
+        .unwrap();
+    assert!(
+        entry.starts_with("ENTRYPOINT [\""),
+        "not the exec form: {entry}"
+    );
+    assert!(!DOCKERFILE.lines().any(|line| line.starts_with("CMD")));
+    let user = number("securityContext", "runAsUser");
+    assert_ne!(user, 0);
+    assert!(DOCKERFILE.contains(&format!("USER {user}:")));
+}

@@ -1,0 +1,120 @@
+//! The service that is deployed: once on plain axum as its own example has it, once with this crate.
+//! `--backend` starts it as a process of its own, so that a stop is a real signal to a real process.
+//!
+//! ```sh
+//! cargo run --example rolling_deploy -- --backend graceful 3000
+//! cargo run --example rolling_deploy -- --backend plain 3000
+//! ```
+
+use std::{process::ExitCode, time::Duration};
+
+use axum::{
+    Router,
+    body::Bytes,
+    http::StatusCode,
+    routing::{get, post},
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    time::sleep,
+};
+use tower_graceful::Graceful;
+
+/// How long `GET /slow` takes.
+const SLOW: Duration = Duration::from_millis(700);
+
+fn routes() -> Router {
+    Router::new()
+        .route("/", get(|| async { "hello\n" }))
+        .route("/slow", get(slow))
+        .route(
+            "/upload",
+            post(|body: Bytes| async move { body.len().to_string() }),
+        )
+}
+
+async fn slow() -> &'static str {
+    sleep(SLOW).await;
+    "slow\n"
+}
+
+/// Runs the backend that `args` name: `graceful PORT`, `plain PORT` or `deaf PORT`, and for the first
+/// one `--delay SECONDS`, `--grace SECONDS`, `--keep-listening no` and `--unready STATUS`.
+pub(crate) async fn run(args: &[String]) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let [kind, port, options @ ..] = args else {
+        return Err("--backend wants graceful, plain or deaf, and a port".into());
+    };
+    let port: u16 = port.parse()?;
+    let result = match kind.as_str() {
+        "graceful" => graceful(port, options).await?,
+        "plain" => plain(port).await?,
+        "deaf" => deaf(port).await?,
+        other => {
+            return Err(format!("--backend is graceful, plain or deaf, and not {other}").into());
+        }
+    };
+    Ok(result)
+}
+
+/// This crate, with the times that the demonstration uses: a delay of 1.5 s, three times what its
+/// balancer needs to notice.
+async fn graceful(port: u16, options: &[String]) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let mut builder = Graceful::builder()
+        .grace_period(Duration::from_secs(10))
+        .drain_delay(Duration::from_millis(1500));
+    for option in options.chunks(2) {
+        let [name, value] = option else {
+            return Err(format!("{} wants a value", option[0]).into());
+        };
+        builder = match name.as_str() {
+            "--delay" => builder.drain_delay(Duration::try_from_secs_f64(value.parse()?)?),
+            "--grace" => builder.grace_period(Duration::try_from_secs_f64(value.parse()?)?),
+            "--keep-listening" => builder.keep_listening(value != "no"),
+            "--unready" => builder.unready_status(StatusCode::from_u16(value.parse()?)?),
+            _ => return Err(format!("unknown option of the backend: {name}").into()),
+        };
+    }
+    let graceful = builder.build()?;
+    let app = routes().layer(graceful.layer()).merge(graceful.probes());
+    let listener = TcpListener::bind(("127.0.0.1", port)).await?;
+    let report = graceful.serve(listener, app).await;
+    println!("{report}");
+    Ok(report.into())
+}
+
+/// Plain axum, as its `graceful-shutdown` example has it, with a readiness route.
+async fn plain(port: u16) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let app = routes().route("/readyz", get(|| async {}));
+    let listener = TcpListener::bind(("127.0.0.1", port)).await?;
+    axum::serve(listener, app)
+        .with_graceful_shutdown(shutdown_signal())
+        .await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A service that does nothing on SIGTERM, to see what the checker says of it.
+async fn deaf(port: u16) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let _unread = signal(SignalKind::terminate())?;
+    let app = routes().route("/readyz", get(|| async {}));
+    axum::serve(TcpListener::bind(("127.0.0.1", port)).await?, app).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn shutdown_signal() {
+    let ctrl_c = async {
+        tokio::signal::ctrl_c()
+            .await
+            .expect("failed to install Ctrl+C handler");
+    };
+    let terminate = async {
+        signal(SignalKind::terminate())
+            .expect("failed to install signal handler")
+            .recv()
+            .await;
+    };
+    tokio::select! {
+        () = ctrl_c => {}
+        () = terminate => {}
+    }
+}

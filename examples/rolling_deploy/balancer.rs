@@ -1,0 +1,220 @@
+//! A small load balancer, the same for every service that is put behind it.
+//!
+//! Round robin over the backends that are up, HTTP/1.1, keep-alive connections to them. It asks
+//! each backend's readiness path once per interval; a backend is up after one success, and down
+//! after `fall` failures in a row. A request is sent once: a failure reaches the client, as it does
+//! behind kube-proxy, and Envoy in its default configuration, so that none is hidden.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use axum::body::Body;
+use hyper::{
+    Request, Response, StatusCode, Uri, body::Incoming, header, server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::{TokioExecutor, TokioIo},
+};
+use tokio::{net::TcpListener, task::JoinHandle, time::sleep};
+
+use crate::load;
+
+/// The header that says why the balancer, and not a backend, has answered.
+pub(crate) const ERROR: &str = "x-balancer-error";
+
+/// How backends are asked whether they are ready.
+#[derive(Clone, Debug)]
+pub(crate) struct Check {
+    pub(crate) path: String,
+    pub(crate) interval: Duration,
+    pub(crate) fall: u32,
+}
+
+impl Check {
+    /// The longest time from "not ready" to "down".
+    pub(crate) fn notices_within(&self) -> Duration {
+        self.interval * self.fall
+    }
+}
+
+#[derive(Debug)]
+struct Backend {
+    port: u16,
+    up: bool,
+    failures: u32,
+    down_since: Option<Instant>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Balancer {
+    check: Option<Check>,
+    address: SocketAddr,
+    backends: Mutex<Vec<Backend>>,
+    turn: AtomicUsize,
+    client: Client<HttpConnector, Incoming>,
+}
+
+/// Ends the balancer's accept loop when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) balancer: Arc<Balancer>,
+    accepts: JoinHandle<()>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.accepts.abort();
+    }
+}
+
+impl Balancer {
+    /// Starts a balancer on a free port. Without `check`, a backend is up from `add` to `remove`.
+    pub(crate) async fn start(check: Option<Check>) -> std::io::Result<Running> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let balancer = Arc::new(Self {
+            check,
+            address: listener.local_addr()?,
+            backends: Mutex::default(),
+            turn: AtomicUsize::new(0),
+            client: Client::builder(TokioExecutor::new())
+                .retry_canceled_requests(false)
+                .build(HttpConnector::new()),
+        });
+        let accepts = tokio::spawn(accept(Arc::clone(&balancer), listener));
+        Ok(Running { balancer, accepts })
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Takes a backend in: at once without a check, otherwise after its first success.
+    pub(crate) fn add(self: &Arc<Self>, port: u16) {
+        self.with(|backends| {
+            backends.push(Backend {
+                port,
+                up: self.check.is_none(),
+                failures: 0,
+                down_since: None,
+            });
+        });
+        if let Some(check) = self.check.clone() {
+            tokio::spawn(poll(Arc::clone(self), check, port));
+        }
+    }
+
+    pub(crate) fn remove(&self, port: u16) {
+        self.with(|backends| backends.retain(|backend| backend.port != port));
+    }
+
+    pub(crate) fn is_up(&self, port: u16) -> bool {
+        self.with(|backends| backends.iter().any(|one| one.port == port && one.up))
+    }
+
+    /// When the balancer has stopped sending requests to this backend.
+    pub(crate) fn down_since(&self, port: u16) -> Option<Instant> {
+        self.with(|backends| backends.iter().find(|one| one.port == port)?.down_since)
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut Vec<Backend>) -> T) -> T {
+        act(&mut self.backends.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn pick(&self) -> Option<u16> {
+        let turn = self.turn.fetch_add(1, Relaxed);
+        self.with(|backends| {
+            let up = backends.iter().filter(|backend| backend.up);
+            let count = up.clone().count();
+            up.clone().nth(turn.checked_rem(count)?).map(|one| one.port)
+        })
+    }
+
+    async fn forward(&self, mut request: Request<Incoming>) -> Response<Body> {
+        let Some(port) = self.pick() else {
+            return failure(StatusCode::SERVICE_UNAVAILABLE, "no backend");
+        };
+        let path = request
+            .uri()
+            .path_and_query()
+            .map_or("/", |path| path.as_str());
+        let Ok(uri) = format!("http://127.0.0.1:{port}{path}").parse::<Uri>() else {
+            return failure(StatusCode::BAD_REQUEST, "path");
+        };
+        *request.uri_mut() = uri;
+        request.headers_mut().remove(header::CONNECTION);
+        match self.client.request(request).await {
+            Ok(mut response) => {
+                // It is about the connection to the backend.
+                response.headers_mut().remove(header::CONNECTION);
+                response.map(Body::new)
+            }
+            Err(error) if error.is_connect() => failure(StatusCode::BAD_GATEWAY, "refused"),
+            Err(_) => failure(StatusCode::BAD_GATEWAY, "reset"),
+        }
+    }
+}
+
+fn failure(status: StatusCode, why: &'static str) -> Response<Body> {
+    let mut response = Response::new(Body::from(why));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(ERROR, header::HeaderValue::from_static(why));
+    response
+}
+
+async fn accept(balancer: Arc<Balancer>, listener: TcpListener) {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            sleep(Duration::from_millis(10)).await;
+            continue;
+        };
+        let _ = stream.set_nodelay(true);
+        let balancer = Arc::clone(&balancer);
+        tokio::spawn(async move {
+            let forward = service_fn(|request| async {
+                Ok::<_, std::convert::Infallible>(balancer.forward(request).await)
+            });
+            // A client that has gone is no failure of the balancer.
+            let _ = http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), forward)
+                .await;
+        });
+    }
+}
+
+/// Asks one backend for as long as it is in the list.
+async fn poll(balancer: Arc<Balancer>, check: Check, port: u16) {
+    loop {
+        let begun = Instant::now();
+        let ready = load::get(port, &check.path)
+            .await
+            .is_ok_and(|status| status.is_success());
+        let listed = balancer.with(|backends| {
+            let Some(backend) = backends.iter_mut().find(|one| one.port == port) else {
+                return false;
+            };
+            backend.failures = if ready { 0 } else { backend.failures + 1 };
+            if ready {
+                backend.up = true;
+                backend.down_since = None;
+            } else if backend.up && backend.failures >= check.fall {
+                backend.up = false;
+                backend.down_since = Some(Instant::now());
+            }
+            true
+        });
+        if !listed {
+            return;
+        }
+        sleep(check.interval.saturating_sub(begun.elapsed())).await;
+    }
+}

@@ -1,0 +1,212 @@
+//! A rolling update under load, as a deployment does it: start a new instance, wait until it is
+//! ready and the balancer sends to it, SIGTERM the old one, wait for its end, and so on.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::time::sleep;
+
+use crate::{
+    balancer::{Balancer, Check, Running},
+    instance::{Ended, Instance, Problem, free_port},
+    load::{self, Load, Paths, Tally},
+    progress::Progress,
+};
+
+/// Load before the first signal and after the last stop.
+const AROUND: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) command: Vec<String>,
+    pub(crate) check: Check,
+    pub(crate) paths: Paths,
+    /// From SIGTERM to SIGKILL.
+    pub(crate) grace: Duration,
+    /// For an instance to become ready.
+    pub(crate) start_timeout: Duration,
+    pub(crate) instances: usize,
+    /// How often every instance is replaced.
+    pub(crate) rounds: usize,
+    pub(crate) front: Front,
+}
+
+/// What stands before the instances.
+#[derive(Clone, Debug)]
+pub(crate) enum Front {
+    /// The balancer of this example.
+    Own,
+    /// A balancer that runs already at `address` and knows `ports`, of which two sets are needed:
+    /// a new instance never has the port of a living one. It has `settle` to notice that an
+    /// instance is ready, or gone.
+    External {
+        address: String,
+        ports: Vec<u16>,
+        settle: Duration,
+    },
+}
+
+#[derive(Debug)]
+pub(crate) struct Stop {
+    pub(crate) ended: Ended,
+    /// When the balancer stopped sending, where it is known.
+    pub(crate) noticed: Option<Instant>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) tally: Tally,
+    pub(crate) stops: Vec<Stop>,
+    /// Paths of the load that the service does not have.
+    pub(crate) left_out: Vec<String>,
+}
+
+pub(crate) async fn run(plan: &Plan, progress: &Progress) -> Result<Run, Problem> {
+    let mut paths = plan.paths.clone();
+    let own = start_balancer(plan).await?;
+    let balancer = own.as_ref().map(|own| &own.balancer);
+    let target = match (&plan.front, balancer) {
+        (Front::External { address, .. }, _) => address.clone(),
+        (Front::Own, balancer) => balancer.expect("started").address().to_string(),
+    };
+
+    let mut living = Vec::new();
+    for number in 1..=plan.instances {
+        progress.say(&format!("starting instance {number}"));
+        living.push(start(plan, &living, balancer).await?);
+    }
+    let left_out = leave_out(&living[0], &mut paths).await?;
+    let load = Load::start(target, paths);
+    let watch = progress.follow(&load);
+    let mut stops = Vec::new();
+    let result: Result<(), Problem> = tokio::select! {
+        result = replace_all(plan, balancer, &mut living, &mut stops, progress) => result,
+        never = watch => match never {},
+    };
+    result?;
+    let tally = load.stop().await;
+    Ok(Run {
+        tally,
+        stops,
+        left_out,
+    })
+}
+
+async fn start_balancer(plan: &Plan) -> Result<Option<Running>, Problem> {
+    if !matches!(plan.front, Front::Own) {
+        return Ok(None);
+    }
+    let own = Balancer::start(Some(plan.check.clone())).await;
+    own.map(Some)
+        .map_err(|error| Problem(format!("the balancer does not start: {error}")))
+}
+
+async fn replace_all(
+    plan: &Plan,
+    balancer: Option<&Arc<Balancer>>,
+    living: &mut Vec<Instance>,
+    stops: &mut Vec<Stop>,
+    progress: &Progress,
+) -> Result<(), Problem> {
+    sleep(AROUND).await;
+    let all = plan.instances * plan.rounds;
+    for number in 1..=all {
+        progress.say(&format!("replacing an instance, {number} of {all}"));
+        let new = start(plan, living, balancer).await?;
+        living.push(new);
+        let mut old = living.remove(0);
+        old.must_run("before it was told to").await?;
+        stops.push(stop(plan, &mut old, balancer).await?);
+        progress.step();
+    }
+    sleep(AROUND).await;
+    for instance in living {
+        instance.must_run("before it was told to").await?;
+    }
+    Ok(())
+}
+
+/// Starts an instance. Returns when the balancer sends requests to it.
+async fn start(
+    plan: &Plan,
+    living: &[Instance],
+    balancer: Option<&Arc<Balancer>>,
+) -> Result<Instance, Problem> {
+    let port = match &plan.front {
+        Front::Own => free_port(),
+        Front::External { ports, .. } => *ports
+            .iter()
+            .find(|port| living.iter().all(|other| other.port != **port))
+            .expect("checked with the options"),
+    };
+    let mut instance = Instance::start(&plan.command, port)?;
+    instance.ready(&plan.check.path, plan.start_timeout).await?;
+    if let Some(balancer) = balancer {
+        balancer.add(port);
+        let begun = Instant::now();
+        while !balancer.is_up(port) {
+            instance.must_run("before the balancer sent to it").await?;
+            if begun.elapsed() > plan.start_timeout {
+                return Err(Problem(format!(
+                    "port {port} was ready, and is not for the balancer: GET {} is no lasting success",
+                    plan.check.path
+                )));
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+    } else if let Front::External { settle, .. } = plan.front {
+        sleep(settle).await;
+    }
+    Ok(instance)
+}
+
+async fn stop(
+    plan: &Plan,
+    old: &mut Instance,
+    balancer: Option<&Arc<Balancer>>,
+) -> Result<Stop, Problem> {
+    let signalled = old.terminate();
+    let ended = old.ended(signalled, plan.grace).await?;
+    let mut noticed = None;
+    if let Some(balancer) = balancer {
+        // Its address stays in the balancer's list until the balancer has found out by itself.
+        while balancer.is_up(old.port) {
+            sleep(Duration::from_millis(10)).await;
+        }
+        noticed = balancer.down_since(old.port);
+        balancer.remove(old.port);
+    } else if let Front::External { settle, .. } = plan.front {
+        sleep(settle).await;
+    }
+    Ok(Stop { ended, noticed })
+}
+
+/// Tries each path once, directly. Drops those that the service does not have.
+async fn leave_out(instance: &Instance, paths: &mut Paths) -> Result<Vec<String>, Problem> {
+    let mut left_out = Vec::new();
+    let quick = load::once(instance.port, "GET", &paths.quick, paths.timeout).await;
+    match quick {
+        Ok(status) if !status.is_server_error() => {}
+        other => {
+            let answer = other.map_or_else(
+                |how| how.to_string(),
+                |status| format!("answered with {status}"),
+            );
+            return Err(Problem(format!(
+                "GET {} is {answer} although nothing was stopped. --get names another path",
+                paths.quick
+            )));
+        }
+    }
+    for (method, path) in [("GET", &mut paths.slow), ("POST", &mut paths.upload)] {
+        let Some(tried) = path else { continue };
+        let status = load::once(instance.port, method, tried, paths.timeout).await;
+        if matches!(status, Ok(status) if matches!(status.as_u16(), 404 | 405 | 501)) {
+            left_out.push(format!("{method} {tried}"));
+            *path = None;
+        }
+    }
+    Ok(left_out)
+}

@@ -1,0 +1,320 @@
+//! A steady load on one address: keep-alive clients, clients with a connection per request, slow
+//! requests and uploads. Every request that is not answered is kept, with what happened and when.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use futures_util::stream;
+use http_body_util::{BodyExt, Empty, StreamBody, combinators::BoxBody};
+use hyper::{
+    Request, StatusCode,
+    body::{Bytes, Frame},
+    client::conn::http1::{SendRequest, handshake},
+    header,
+};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    net::TcpStream,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+use crate::balancer::ERROR;
+
+/// An upload is this many pieces of this size, one every so often: half a second.
+const PIECES: usize = 16;
+const PIECE: usize = 16 * 1024;
+const BETWEEN_PIECES: Duration = Duration::from_millis(30);
+
+type Sender = SendRequest<BoxBody<Bytes, Infallible>>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    KeepAlive,
+    PerRequest,
+    Slow,
+    Upload,
+}
+
+impl Kind {
+    fn clients(self) -> usize {
+        if self == Self::KeepAlive { 4 } else { 2 }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::KeepAlive => "keep-alive",
+            Self::PerRequest => "a connection per request",
+            Self::Slow => "slow request",
+            Self::Upload => "upload",
+        })
+    }
+}
+
+/// How a request was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum How {
+    Refused,
+    Reset,
+    /// The response began and did not end.
+    Truncated,
+    TimedOut,
+    /// The balancer had nowhere to send it.
+    NoBackend,
+    /// An answer of 500 or above.
+    Status(u16),
+    /// The same with `Retry-After`, as a service says it that refuses, and as balancers do not.
+    RetryAfter(u16),
+}
+
+impl fmt::Display for How {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused => f.write_str("refused"),
+            Self::Reset => f.write_str("reset"),
+            Self::Truncated => f.write_str("truncated"),
+            Self::TimedOut => f.write_str("timed out"),
+            Self::NoBackend => f.write_str("without a backend"),
+            Self::Status(status) => write!(f, "answered {status}"),
+            Self::RetryAfter(status) => write!(f, "answered {status} with Retry-After"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Failure {
+    pub(crate) kind: Kind,
+    pub(crate) how: How,
+    pub(crate) begun: Instant,
+    pub(crate) failed: Instant,
+}
+
+/// What to request. A path that is `None` is not requested.
+#[derive(Clone, Debug)]
+pub(crate) struct Paths {
+    pub(crate) quick: String,
+    pub(crate) slow: Option<String>,
+    pub(crate) upload: Option<String>,
+    /// After this time a request counts as lost.
+    pub(crate) timeout: Duration,
+}
+
+impl Paths {
+    fn of(&self, kind: Kind) -> Option<&str> {
+        match kind {
+            Kind::KeepAlive | Kind::PerRequest => Some(&self.quick),
+            Kind::Slow => self.slow.as_deref(),
+            Kind::Upload => self.upload.as_deref(),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) requests: BTreeMap<Kind, u64>,
+    /// Of the requests on `Paths::quick` that were answered.
+    pub(crate) slowest: Duration,
+    pub(crate) failures: Vec<Failure>,
+}
+
+impl Tally {
+    pub(crate) fn total(&self) -> u64 {
+        self.requests.values().sum()
+    }
+}
+
+/// The clients. They end when it is dropped, or in order with `stop`.
+#[derive(Debug)]
+pub(crate) struct Load {
+    shared: Arc<Shared>,
+    clients: JoinSet<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// `HOST:PORT`
+    target: String,
+    paths: Paths,
+    over: AtomicBool,
+    tally: Mutex<Tally>,
+}
+
+impl Load {
+    pub(crate) fn start(target: String, paths: Paths) -> Self {
+        let shared = Arc::new(Shared {
+            target,
+            paths,
+            over: AtomicBool::new(false),
+            tally: Mutex::default(),
+        });
+        let mut clients = JoinSet::new();
+        for kind in [Kind::KeepAlive, Kind::PerRequest, Kind::Slow, Kind::Upload] {
+            if shared.paths.of(kind).is_some() {
+                for _ in 0..kind.clients() {
+                    clients.spawn(client(Arc::clone(&shared), kind));
+                }
+            }
+        }
+        Self { shared, clients }
+    }
+
+    /// Requests so far, and how many of them failed.
+    pub(crate) fn count(&self) -> (u64, usize) {
+        let tally = self.shared.tally();
+        (tally.total(), tally.failures.len())
+    }
+
+    /// Begins no further request, and waits for those that are under way.
+    pub(crate) async fn stop(mut self) -> Tally {
+        self.shared.over.store(true, Relaxed);
+        while self.clients.join_next().await.is_some() {}
+        self.shared.tally().clone()
+    }
+}
+
+impl Shared {
+    fn tally(&self) -> MutexGuard<'_, Tally> {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn client(shared: Arc<Shared>, kind: Kind) {
+    let path = shared.paths.of(kind).unwrap_or("/").to_owned();
+    let mut kept = None;
+    while !shared.over.load(Relaxed) {
+        let begun = Instant::now();
+        let request = send(&shared.target, &path, kind, &mut kept);
+        let result = timeout(shared.paths.timeout, request).await;
+        let failed = Instant::now();
+        {
+            let mut tally = shared.tally();
+            *tally.requests.entry(kind).or_default() += 1;
+            match result.unwrap_or(Err(How::TimedOut)) {
+                Ok(()) if matches!(kind, Kind::Slow | Kind::Upload) => {}
+                Ok(()) => tally.slowest = tally.slowest.max(failed - begun),
+                Err(how) => tally.failures.push(Failure {
+                    kind,
+                    how,
+                    begun,
+                    failed,
+                }),
+            }
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// One request. Keeps the connection in `kept` where its kind and the server allow that.
+async fn send(target: &str, path: &str, kind: Kind, kept: &mut Option<Sender>) -> Result<(), How> {
+    let mut sender = match kept.take() {
+        Some(sender) => sender,
+        None => connect(target).await?,
+    };
+    // Nothing is sent on a connection that its server has closed.
+    if sender.ready().await.is_err() {
+        sender = connect(target).await?;
+    }
+    let mut request = Request::builder().uri(path).header(header::HOST, target);
+    if kind == Kind::PerRequest {
+        request = request.header(header::CONNECTION, "close");
+    }
+    let request = if kind == Kind::Upload {
+        request
+            .method("POST")
+            .header(header::CONTENT_LENGTH, PIECES * PIECE)
+            .body(upload())
+    } else {
+        request.body(Empty::new().boxed())
+    };
+    let request = request.expect("the path was tried before");
+    let response = sender.send_request(request).await.map_err(|_| How::Reset)?;
+    if let Some(reason) = response.headers().get(ERROR) {
+        return Err(match reason.as_bytes() {
+            b"refused" => How::Refused,
+            b"reset" => How::Reset,
+            _ => How::NoBackend,
+        });
+    }
+    let status = response.status();
+    let retry_after = response.headers().contains_key(header::RETRY_AFTER);
+    let body = response.into_body().collect().await;
+    if status.is_server_error() {
+        let how = if retry_after {
+            How::RetryAfter
+        } else {
+            How::Status
+        };
+        return Err(how(status.as_u16()));
+    }
+    body.map_err(|_| How::Truncated)?;
+    if kind != Kind::PerRequest {
+        *kept = Some(sender);
+    }
+    Ok(())
+}
+
+async fn connect(target: &str) -> Result<Sender, How> {
+    let stream = TcpStream::connect(target).await.map_err(|error| {
+        if error.kind() == std::io::ErrorKind::ConnectionRefused {
+            How::Refused
+        } else {
+            How::Reset
+        }
+    })?;
+    let _ = stream.set_nodelay(true);
+    let (sender, connection) = handshake(TokioIo::new(stream))
+        .await
+        .map_err(|_| How::Reset)?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+fn upload() -> BoxBody<Bytes, Infallible> {
+    let pieces = stream::unfold(0, |sent| async move {
+        if sent == PIECES {
+            return None;
+        }
+        sleep(BETWEEN_PIECES).await;
+        let piece = Bytes::from_static(&[b'x'; PIECE]);
+        Some((Ok(Frame::data(piece)), sent + 1))
+    });
+    StreamBody::new(pieces).boxed()
+}
+
+/// What one `GET` on a connection of its own is answered with, within a second.
+pub(crate) async fn get(port: u16, path: &str) -> Result<StatusCode, How> {
+    once(port, "GET", path, Duration::from_secs(1)).await
+}
+
+/// The status of one request without a body, on a connection of its own.
+pub(crate) async fn once(
+    port: u16,
+    method: &str,
+    path: &str,
+    bound: Duration,
+) -> Result<StatusCode, How> {
+    let target = format!("127.0.0.1:{port}");
+    let exchange = async {
+        let mut sender = connect(&target).await?;
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, &target)
+            .header(header::CONNECTION, "close")
+            .body(Empty::new().boxed())
+            .map_err(|_| How::Reset)?;
+        let response = sender.send_request(request).await.map_err(|_| How::Reset)?;
+        Ok(response.status())
+    };
+    timeout(bound, exchange).await.unwrap_or(Err(How::TimedOut))
+}

@@ -1,0 +1,155 @@
+//! What a run says about a service: what was lost, when and how, and how the stops went.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Write},
+    os::unix::process::ExitStatusExt,
+    time::Duration,
+};
+
+use crate::{
+    deploy::{Plan, Run, Stop},
+    load::{Failure, How, Kind},
+};
+
+/// When a request was lost, on the clock of the stop before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum When {
+    /// Before the first SIGTERM: the stop has nothing to do with it.
+    BeforeSignal,
+    /// Between SIGTERM and the end, and the balancer was still sending.
+    Delay,
+    /// Between SIGTERM and the end, behind a balancer that does not say when it has noticed.
+    Stopping,
+    /// Between SIGTERM and the end, and the balancer had stopped sending.
+    Draining,
+    AfterExit,
+}
+
+impl fmt::Display for When {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BeforeSignal => "before the first SIGTERM",
+            Self::Delay => "in the delay (SIGTERM was sent, the balancer had not noticed)",
+            Self::Stopping => "between SIGTERM and exit",
+            Self::Draining => "while draining (the balancer had noticed)",
+            Self::AfterExit => "after exit",
+        })
+    }
+}
+
+/// The stop that a failure belongs to, which is the one before it, and when in it it happened.
+pub(crate) fn when<'a>(failure: &Failure, stops: &'a [Stop]) -> (When, Option<&'a Stop>) {
+    let before = |stop: &&Stop| stop.ended.signalled <= failure.failed;
+    let Some(stop) = stops.iter().rev().find(before) else {
+        return (When::BeforeSignal, None);
+    };
+    let when = if failure.failed >= stop.ended.exited {
+        When::AfterExit
+    } else {
+        match stop.noticed {
+            None => When::Stopping,
+            Some(noticed) if noticed <= failure.failed => When::Draining,
+            Some(_) => When::Delay,
+        }
+    };
+    (when, Some(stop))
+}
+
+/// Failures of one sort.
+#[derive(Debug)]
+struct Group {
+    count: usize,
+    kinds: BTreeSet<Kind>,
+    /// After SIGTERM.
+    first: Duration,
+    last: Duration,
+    /// So many had begun before the SIGTERM.
+    begun_before: usize,
+}
+
+fn groups(run: &Run) -> BTreeMap<(When, How), Group> {
+    let mut groups = BTreeMap::new();
+    for failure in &run.tally.failures {
+        let (when, stop) = when(failure, &run.stops);
+        let after = stop.map_or(Duration::ZERO, |stop| failure.failed - stop.ended.signalled);
+        let group = groups.entry((when, failure.how)).or_insert(Group {
+            count: 0,
+            kinds: BTreeSet::new(),
+            first: after,
+            last: after,
+            begun_before: 0,
+        });
+        group.count += 1;
+        group.kinds.insert(failure.kind);
+        group.first = group.first.min(after);
+        group.last = group.last.max(after);
+        group.begun_before +=
+            usize::from(stop.is_some_and(|stop| failure.begun < stop.ended.signalled));
+    }
+    groups
+}
+
+/// Whether the service loses nothing and ends by itself.
+pub(crate) fn passes(run: &Run) -> bool {
+    run.tally.failures.is_empty() && run.stops.iter().all(|stop| !stop.ended.killed)
+}
+
+pub(crate) fn print(plan: &Plan, run: &Run) {
+    let (total, lost) = (run.tally.total(), run.tally.failures.len());
+    println!("{total} requests, {lost} lost");
+    for (kind, count) in &run.tally.requests {
+        println!("    {count:>7}  {kind}");
+    }
+    println!(
+        "slowest GET {}: {:.3} s",
+        plan.paths.quick,
+        run.tally.slowest.as_secs_f64()
+    );
+    for path in &run.left_out {
+        println!("    no {path}: the service does not have it (--slow, --upload name other paths)");
+    }
+    let groups = groups(run);
+    for ((when, how), group) in &groups {
+        let kinds: Vec<_> = group.kinds.iter().map(ToString::to_string).collect();
+        println!("\n{} lost {when}: {how}", group.count);
+        println!("    of: {}", kinds.join(", "));
+        if *when != When::BeforeSignal {
+            let (from, to) = (group.first.as_millis(), group.last.as_millis());
+            println!(
+                "    {from} to {to} ms after SIGTERM; {} had begun before it",
+                group.begun_before
+            );
+        }
+    }
+    println!();
+    for (number, stop) in (1..).zip(&run.stops) {
+        println!("stop {number}: {}", describe(stop, plan));
+    }
+    if passes(run) {
+        println!("\nNothing was lost.");
+    }
+}
+
+fn describe(stop: &Stop, plan: &Plan) -> String {
+    let ended = &stop.ended;
+    let took = ended.exited - ended.signalled;
+    let mut text = if ended.killed {
+        format!(
+            "had not ended {:.1} s after SIGTERM (--grace), and was killed",
+            plan.grace.as_secs_f64()
+        )
+    } else if let Some(code) = ended.status.code() {
+        format!("exit code {code} after {:.3} s", took.as_secs_f64())
+    } else {
+        let signal = ended.status.signal().unwrap_or_default();
+        format!("ended by signal {signal} after {:.3} s", took.as_secs_f64())
+    };
+    if let Some(noticed) = stop.noticed {
+        let after = noticed
+            .saturating_duration_since(ended.signalled)
+            .as_secs_f64();
+        let _ = write!(text, "; the balancer noticed after {after:.3} s");
+    }
+    text
+}
