@@ -164,20 +164,20 @@ async fn a_sigint_ends_the_delay_once_the_listener_has_closed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_listener_that_does_not_close_is_waited_for_a_tenth_of_a_second() {
-    let mut stop = Stop::new(0, 1000, as_it_is);
+async fn a_listener_that_does_not_close_is_waited_for_a_second() {
+    let mut stop = Stop::new(0, 3000, as_it_is);
     stop.listen();
     stop.terminate();
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(50).await;
     // However often it is looked at.
     stop.shared().notify();
-    stop.at(98).await;
+    stop.at(998).await;
     assert_eq!(
         (stop.phase(), stop.closing_stage()),
         (Phase::Closing, ClosingStage::Listeners)
     );
-    stop.at(102).await;
+    stop.at(1002).await;
     assert_eq!(stop.phase(), Phase::Stopped);
     assert_eq!(stop.closing_stage(), ClosingStage::Servers);
 }
@@ -199,7 +199,7 @@ async fn a_listener_is_not_waited_for_beyond_the_drain_deadline() {
         (stop.phase(), stop.closing_stage()),
         (Phase::Closing, ClosingStage::Listeners)
     );
-    stop.at(962).await;
+    stop.at(1002).await;
     assert_eq!(stop.phase(), Phase::Stopped);
 
     let mut stop = Stop::new(0, 1000, as_it_is);
