@@ -170,7 +170,13 @@ fn seconds(option: &str, value: &str) -> Result<Duration, Problem> {
     // A day is more than any of them needs, and small enough to calculate with.
     seconds
         .filter(|seconds| !seconds.is_zero() && *seconds <= Duration::from_secs(86_400))
-        .ok_or_else(|| wrong(option, value, "a number of seconds, above 0 and at most a day,"))
+        .ok_or_else(|| {
+            wrong(
+                option,
+                value,
+                "a number of seconds, above 0 and at most a day,",
+            )
+        })
 }
 
 fn factor(option: &str, value: &str) -> Result<f64, Problem> {
