@@ -1,13 +1,16 @@
-//! So many requests in one way, for a tool that counts instructions. `.ci/instructions` runs it
-//! under callgrind and compares.
+//! Performs a number of requests in one way, for a tool that counts instructions. `.ci/instructions`
+//! runs it under callgrind and compares the counts.
 //!
-//! `instructions STYLE MODE REQUESTS`. A style is how the service is driven: `again`, one service
-//! called again and again; `clone`, a clone of it for each request; `boxed`, a clone for each, with the
-//! future and the body behind pointers on both sides of the layer, as they are in a server, so that
-//! the compiler sees through nothing; `router`, through an axum router, of which hyper clones one
-//! for each request too. A mode is what is around the handler:
-//! `none`, `tower-http`, `bare`, which only counts, `graceful`, or `limited`, which is `graceful` with
-//! a limit.
+//! Usage: `instructions STYLE MODE REQUESTS`. The style is how the service is driven:
+//!
+//! - `again`: one service, called again and again;
+//! - `clone`: a clone of the service for each request;
+//! - `boxed`: a clone for each request, with the future and the body behind pointers on both sides of
+//!   the layer, as in a server, so that the compiler cannot inline across them;
+//! - `router`: a clone of an axum router for each request, as hyper makes one.
+//!
+//! The mode is the layer around the handler: `none`; `tower-http`; `bare`, which only counts;
+//! `graceful`; or `limited`, which is `graceful` with a limit.
 
 use std::hint::black_box;
 
@@ -33,7 +36,7 @@ fn main() {
         run(style, mode, requests.parse().expect("a number of requests"));
         return;
     }
-    // Of `cargo bench` and `cargo test`: it runs, and that is all they can know.
+    // `cargo bench` and `cargo test` pass no style: check that everything runs.
     for style in STYLES {
         for mode in MODES {
             run(style, mode, 10);
@@ -45,7 +48,7 @@ fn main() {
 fn run(style: &str, mode: &str, requests: u32) {
     let app = Router::new().route("/", get(|| async { "hello" }));
     match mode {
-        // A layer that does nothing, because axum's router boxes whatever is in one.
+        // A layer that does nothing, because axum's router boxes the service of every layer.
         "none" => {
             let app = app.layer(Identity::new());
             drive(style, &Identity::new(), &app, requests);
@@ -86,7 +89,7 @@ where
             (0..requests).for_each(|_| request_behind_pointers(&peer));
         }
         "router" => {
-            // As `axum::serve` does it for each connection, so that no request has to.
+            // `axum::serve` does this once for each connection, and so no request pays for it.
             let app = app.clone().with_state(());
             (0..requests).for_each(|_| request::<_, Body, _>(&mut app.clone()));
         }

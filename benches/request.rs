@@ -1,9 +1,10 @@
-//! What it costs to know what is in flight: the gate alone; a request through layer, guard and
-//! body; and a connection. Beside others, and beside nothing at all. `cargo bench --bench request`
+//! The time to count what is in flight: the gate alone, a request through layer, guard and body, and a
+//! connection. Each is beside peers, and beside no counting at all. Run it with
+//! `cargo bench --bench request`.
 //!
-//! All in one run, so that ratios mean something where times do not.
+//! All of them are measured in one run: compare their ratios, since times depend on the machine.
 
-#![allow(missing_docs)] // of what the macros make
+#![allow(missing_docs)] // criterion's macros make undocumented items
 
 use std::{
     io,
@@ -29,8 +30,8 @@ use self::peers::{
 
 mod peers;
 
-// The gate is private. These are its sources, and all that they need; warnings are for where they
-// belong.
+// The gate is private, so the bench includes its sources and what they use. Warnings about them are
+// reported when the crate itself is built.
 #[allow(warnings, clippy::pedantic)]
 #[path = "../src/admission/mod.rs"]
 mod admission;
@@ -41,7 +42,7 @@ mod phase;
 #[path = "../src/sync.rs"]
 mod sync;
 
-/// Has each of so many threads do it so many times.
+/// The time in which each of `threads` threads calls `once` `times` times.
 fn by_threads(threads: usize, times: u64, once: impl Fn() + Sync) -> Duration {
     let start = Instant::now();
     std::thread::scope(|scope| {
@@ -70,8 +71,8 @@ fn gate(criterion: &mut Criterion) {
         ("limit", limited.admission()),
     ] {
         add(criterion, "gate", name, || {
-            let ticket = admission.admit();
-            assert!(ticket.is_some());
+            let permit = admission.admit();
+            assert!(permit.is_some());
         });
     }
 }
@@ -99,7 +100,7 @@ fn requests(criterion: &mut Criterion) {
     );
 }
 
-/// A peer that says nothing and reads nothing.
+/// An IO object whose peer sends nothing and reads nothing.
 struct Silent;
 
 impl AsyncRead for Silent {
@@ -134,7 +135,7 @@ where
     http1::Builder::new().serve_connection(TokioIo::new(io), service)
 }
 
-/// A connection is made, waits for its first request, and goes.
+/// Makes a connection, polls it once, and drops it.
 fn connections(criterion: &mut Criterion) {
     fn once(connection: impl Future) {
         let mut cx = Context::from_waker(Waker::noop());

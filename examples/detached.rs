@@ -1,10 +1,10 @@
-//! A job that outlives its request: the request is answered at once, and the job is done before
-//! the process ends, and before what it needs is closed.
+//! A job that outlives its request. The request is answered at once. The job completes before the
+//! database that it uses is closed, and before the process ends.
 //!
 //! ```sh
 //! cargo run --example detached
 //! curl localhost:3000/orders -d 'a bicycle'      # answered at once
-//! kill -TERM $(pgrep -x detached)                # paid, then closed
+//! kill -TERM $(pgrep -x detached)                # the payment completes, then the database closes
 //! ```
 
 use std::{env, process::ExitCode, time::Duration};
@@ -17,7 +17,7 @@ async fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
     tracing_subscriber::fmt().init();
 
     let graceful = Graceful::new();
-    // Runs when nothing is in flight any more.
+    // Runs after the last request and the last hold have ended.
     graceful.cleanup("database", Duration::from_secs(2), async {
         tracing::info!("the database is closed");
     })?;
@@ -37,9 +37,9 @@ async fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
 }
 
 async fn order(State(graceful): State<Graceful>, what: String) -> (StatusCode, &'static str) {
-    let hold = graceful.hold("payment"); // taken before the request is over
+    let hold = graceful.hold("payment"); // taken before the response is sent
     tokio::spawn(async move {
-        tokio::time::sleep(Duration::from_secs(8)).await; // whatever paying is
+        tokio::time::sleep(Duration::from_secs(8)).await; // stands for the payment
         tracing::info!("{what} is paid");
         drop(hold);
     });

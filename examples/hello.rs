@@ -5,9 +5,9 @@
 //! curl -i localhost:3000/              # hello
 //! curl -i localhost:3000/slow &        # in flight for ten seconds
 //! kill -TERM $(pgrep -x hello)
-//! curl -i localhost:3000/readyz        # 503: the balancer looks away
-//! curl -i localhost:3000/              # still 200 for five seconds, then 503
-//! wait                                 # and /slow got its answer
+//! curl -i localhost:3000/readyz        # 503: the load balancer stops sending traffic
+//! curl -i localhost:3000/              # 200 for five more seconds, then 503
+//! wait                                 # /slow is answered, then the process ends
 //! ```
 
 use std::{process::ExitCode, time::Duration};

@@ -1,9 +1,9 @@
-//! Server-sent events that say goodbye, and tell clients when to come back.
+//! Server-sent events whose last event tells clients when to reconnect.
 //!
 //! ```sh
 //! cargo run --example sse
 //! curl -N localhost:3000/events      # or a browser at http://localhost:3000/
-//! kill -TERM $(pgrep -x sse)         # goes on for five seconds; Ctrl-C: at once
+//! kill -TERM $(pgrep -x sse)         # continues for five seconds; with Ctrl-C it ends at once
 //! ```
 
 use std::{convert::Infallible, env, process::ExitCode, time::Duration};
@@ -51,8 +51,9 @@ async fn events(
             number + 1,
         ))
     });
-    // Comes back when this process is gone: to an `EventSource` a 503 is the end.
-    let goodbye = Event::default()
+    // The client reconnects when this process has ended. If it reconnected earlier and received a
+    // 503, an `EventSource` would not reconnect again.
+    let last = Event::default()
         .event("goodbye")
         .retry(Duration::from_secs(5))
         .data("deploy");

@@ -4,11 +4,11 @@
 //! ```sh
 //! cargo run --example tls                                # or: -- 127.0.0.1:3443 FOLDER
 //! curl -i --cacert ca.pem https://localhost:3443/        # hello, over HTTP/2
-//! kill -HUP $(pgrep -x tls)                              # new connections see another certificate
+//! kill -HUP $(pgrep -x tls)                              # new connections get a new certificate
 //! curl --cacert ca.pem --cert client.pem https://localhost:3443/whoami |
 //!     xxd -r -p | openssl x509 -inform der -noout -subject    # CN = ada
 //! kill -TERM $(pgrep -x tls)
-//! curl -i --http1.1 --cacert ca.pem https://localhost:3443/   # Connection: close, for five seconds
+//! curl -i --http1.1 --cacert ca.pem https://localhost:3443/   # for five seconds: Connection: close
 //! ```
 
 use std::{
@@ -63,7 +63,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     let (acceptors, acceptor) = watch::channel(new_acceptor(&authority)?);
 
     let graceful = Graceful::new();
-    // Where yours would read the files that have been renewed.
+    // A real service would read the renewed files here.
     #[cfg(unix)]
     graceful.worker("certificate", |stop| async move {
         use tokio::signal::unix::{SignalKind, signal};
@@ -101,7 +101,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     Ok(report.into())
 }
 
-/// What a handler can know of the client.
+/// The connect info of handlers: the address and the certificate of the client.
 #[derive(Clone)]
 struct Peer {
     address: SocketAddr,
@@ -138,7 +138,7 @@ async fn slow() -> &'static str {
     "finished, although the service was told to stop meanwhile\n"
 }
 
-/// Makes an authority and a certificate for a client, and writes down what clients need.
+/// Makes an authority and a client certificate, and writes the files that clients need.
 fn authority(folder: &Path) -> Result<Authority, Box<dyn Error + Send + Sync>> {
     let mut params = CertificateParams::default();
     params
@@ -158,7 +158,7 @@ fn authority(folder: &Path) -> Result<Authority, Box<dyn Error + Send + Sync>> {
     Ok(authority)
 }
 
-/// TLS with a new certificate.
+/// Makes an acceptor with a new certificate.
 fn new_acceptor(authority: &Authority) -> Result<TlsAcceptor, Box<dyn Error + Send + Sync>> {
     let key = KeyPair::generate()?;
     let names = ["localhost".into(), "127.0.0.1".into()];

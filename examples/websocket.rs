@@ -1,9 +1,10 @@
-//! WebSockets that say goodbye: 1001, "going away", and the process ends when they have answered.
+//! WebSockets that are closed with a close frame: 1001, "going away". The process ends when the clients
+//! have answered it.
 //!
 //! ```sh
 //! cargo run --example websocket
 //! npx wscat -c ws://localhost:3000/echo      # or a browser at http://localhost:3000/
-//! kill -TERM $(pgrep -x websocket)           # goes on for five seconds; Ctrl-C: at once
+//! kill -TERM $(pgrep -x websocket)           # echoes for five more seconds; with Ctrl-C it closes at once
 //! ```
 
 use std::{env, process::ExitCode, time::Duration};
@@ -39,12 +40,12 @@ async fn main() -> std::io::Result<ExitCode> {
 }
 
 async fn echo(upgrade: WebSocketUpgrade, State(graceful): State<Graceful>) -> Response {
-    let hold = graceful.hold("echo"); // the drain waits
+    let hold = graceful.hold("echo"); // the drain waits for this handler
     upgrade.on_upgrade(move |mut socket| async move {
         let mut draining = graceful.draining();
         loop {
             tokio::select! {
-                () = &mut draining => break, // the handler is told
+                () = &mut draining => break, // draining has started
                 message = socket.recv() => match message {
                     Some(Ok(message)) => drop(socket.send(message).await),
                     _ => return,

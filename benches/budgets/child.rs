@@ -1,4 +1,4 @@
-//! The server that is measured, from outside.
+//! Starts the measured server as a child process, and asks it for figures.
 
 use std::{
     env, fs,
@@ -9,28 +9,28 @@ use std::{
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// What this program is told to be the server.
+/// The argument that makes this program the server.
 pub(crate) const ROLE: &str = "--server";
 
-/// Who serves.
+/// The kind of server. [`name`](Form::name) is how the rows call it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// axum, and nothing of ours.
+    /// Plain axum.
     Plain,
-    /// axum with a layer that does nothing: what any layer costs.
+    /// axum with a layer that does nothing: the cost of any layer.
     Passed,
-    /// axum with a layer that wraps the body and does nothing: what any layer costs that follows a
-    /// response to its end.
+    /// axum with a layer that wraps the body and does nothing else: the cost of any layer that
+    /// follows a response to its end.
     Wrapped,
     /// axum with tower-http's counter.
     Counted,
-    /// axum with the layer.
+    /// axum with `GracefulLayer`.
     Layer,
-    /// axum with the listener and the drain, and no layer.
+    /// axum with the tracked listener and the drain, without the layer.
     Tracked,
-    /// axum with the layer, the listener and the drain.
+    /// axum with the layer, the tracked listener and the drain.
     Listener,
-    /// Our own server, with the layer.
+    /// `Graceful::serve`, with the layer.
     Serve,
 }
 
@@ -65,7 +65,7 @@ impl Form {
     }
 }
 
-/// A server that ends with this.
+/// The child process. Dropping this kills it.
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     child: Child,
@@ -83,7 +83,7 @@ impl Server {
             .expect("a server");
         let questions = child.stdin.take();
         let mut answers = BufReader::new(child.stdout.take().expect("its output"));
-        let address = line(&mut answers).parse().expect("its address");
+        let address = read_line(&mut answers).parse().expect("its address");
         Self {
             address,
             child,
@@ -92,18 +92,18 @@ impl Server {
         }
     }
 
-    /// A figure that only the server knows.
+    /// Asks the server a question of `server::answer`, and returns its answer.
     pub(crate) fn ask(&mut self, question: &str) -> u32 {
         let questions = self.questions.as_mut().expect("its input");
         writeln!(questions, "{question}").expect("a server that listens");
-        line(&mut self.answers).parse().expect("a figure")
+        read_line(&mut self.answers).parse().expect("a figure")
     }
 
-    /// For how long, in nanoseconds, its main thread has run so far.
+    /// Nanoseconds of CPU time that the main thread of the server has used.
     pub(crate) fn cpu_time(&self) -> f64 {
-        // Its statistics are in hundredths of a second, and these are exact.
+        // `stat` counts in hundredths of a second, `schedstat` in nanoseconds.
         let path = format!("/proc/{}/schedstat", self.child.id());
-        let text = fs::read_to_string(path).expect("what it has run");
+        let text = fs::read_to_string(path).expect("the schedstat of the server");
         let time = text.split(' ').next().expect("a figure");
         time.parse().expect("a figure")
     }
@@ -117,13 +117,13 @@ impl Drop for Server {
     }
 }
 
-fn line(from: &mut impl BufRead) -> String {
+fn read_line(from: &mut impl BufRead) -> String {
     let mut line = String::new();
     from.read_line(&mut line).expect("a line");
     line.trim_end().to_owned()
 }
 
-/// A figure of `/proc/self/status`.
+/// The value of a field of `/proc/self/status`.
 pub(crate) fn status(field: &str) -> u32 {
     let status = fs::read_to_string("/proc/self/status").expect("a status");
     let value = status.lines().find_map(|line| line.strip_prefix(field));
@@ -131,7 +131,7 @@ pub(crate) fn status(field: &str) -> u32 {
     figure.expect("the field").parse().expect("a figure")
 }
 
-/// Has this process open as many files as it may. Says how many.
+/// Raises the limit of open files of this process as far as allowed, and returns the limit.
 pub(crate) fn allow_files() -> u64 {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
     let files = most.min(1_000_000);

@@ -1,5 +1,5 @@
-//! Ten thousand connections: what they hold while they are idle, and how fast they are gone when
-//! none of them ends by itself.
+//! Ten thousand connections: their memory while they are idle, and the time to cut them if none of
+//! them ends by itself.
 
 use std::{
     io::{Read, Write},
@@ -17,7 +17,7 @@ use super::{
 };
 
 const MANY: usize = 10_000;
-/// What is open besides.
+/// Files that are open besides the connections.
 const OTHER_FILES: u64 = 200;
 const ROUNDS: usize = 3;
 
@@ -25,7 +25,7 @@ fn many() -> usize {
     let files = allow_files().saturating_sub(OTHER_FILES);
     let many = MANY.min(usize::try_from(files).expect("a number of files"));
     if many < MANY {
-        println!("(only {many} connections: more files may not be open)");
+        println!("(only {many} connections: the limit of open files is too low)");
     }
     many
 }
@@ -33,27 +33,28 @@ fn many() -> usize {
 fn connect(address: SocketAddr, sends: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(address).expect("a connection");
     stream.write_all(sends).expect("a server that reads");
-    // Leaves no port behind that would have to wait.
+    // Closes by RST, so that no port stays in TIME_WAIT.
     let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
     stream
 }
 
-/// A connection that has made one request, and waits.
+/// A connection that has made one request, and is idle.
 fn idle(address: SocketAddr) -> TcpStream {
     let mut stream = connect(address, b"GET / HTTP/1.1\r\nhost: test\r\n\r\n");
     let mut response = Vec::new();
     while !response.ends_with(b"hello") {
         let mut piece = [0; 1024];
         let length = stream.read(&mut piece).expect("a response");
-        assert!(length > 0, "the server hung up");
+        assert!(length > 0, "the server closed the connection");
         response.extend_from_slice(&piece[..length]);
     }
     stream
 }
 
-/// Resident bytes for each connection.
+/// Resident bytes of the server for each connection.
 fn resident(form: Form, count: usize) -> f64 {
-    /// Until all that there is one of has been made.
+    /// Connections before the first reading, so that the server has allocated everything that
+    /// connections share.
     const WARM: usize = 100;
 
     let mut server = Server::start(form, 0);
@@ -87,7 +88,9 @@ pub(crate) fn measure_memory(rows: &mut Rows) {
         Budget::None,
     );
     for (form, with) in Form::ALL[2..].iter().zip(others) {
-        // What a connection adds where it is tracked. A layer adds to routes, which axum copies.
+        // The budget is for the memory of a tracked connection. A layer makes routes larger, and axum
+        // copies the routes for each connection: rows with a layer have their budget over one that
+        // does nothing.
         let (over_plain, over_passed) = match form {
             Form::Tracked => (Budget::AtMost(1.0), None),
             Form::Listener => (Budget::None, Some(Budget::AtMost(1.0))),
@@ -103,8 +106,9 @@ pub(crate) fn measure_memory(rows: &mut Rows) {
     }
 }
 
-/// In equal parts: half a head, a handler that never resolves, a stream that never goes on, half an
-/// upload, and a mute peer that speaks HTTP/2.
+/// What the stuck connections send, in equal parts: half a request head, a request whose handler never
+/// resolves, a request whose response body never continues, half an upload, and the preface of an
+/// HTTP/2 client that then stays silent.
 const STUCK: [&[u8]; 5] = [
     b"GET / HTTP/1.1\r\nx-half: ",
     b"GET /never HTTP/1.1\r\nhost: test\r\n\r\n",
@@ -112,15 +116,16 @@ const STUCK: [&[u8]; 5] = [
     b"POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 8\r\n\r\nhalf",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
 ];
+/// The middle three of them are in flight.
 const IN_FLIGHT: usize = 3;
 
-/// Milliseconds from the deadline until all are closed.
+/// Milliseconds from the drain deadline until all connections are closed.
 fn cut(form: Form, count: usize) -> f64 {
     let mut server = Server::start(form, 2);
     let mut stuck = Vec::new();
     for sends in STUCK.iter().cycle().take(count) {
         stuck.push(connect(server.address, sends));
-        // The queue of the listener is not to run over.
+        // Waits for the server, so that the accept queue does not overflow.
         if stuck.len() % 500 == 0 {
             wait_for(&mut server, "connections", stuck.len());
         }

@@ -1,4 +1,4 @@
-//! Figures from many rounds: their median, and how far they are apart.
+//! The figures of many rounds: their median and their percentiles.
 
 /// Sorted, and not empty.
 #[derive(Clone, Debug)]
@@ -11,7 +11,7 @@ impl Figures {
         Self(figures)
     }
 
-    /// So many of a hundred are below it.
+    /// The figure that `percent` of a hundred figures are below.
     pub(crate) fn percentile(&self, percent: usize) -> f64 {
         self.0[(self.0.len() * percent / 100).min(self.0.len() - 1)]
     }
@@ -20,14 +20,14 @@ impl Figures {
         self.percentile(50)
     }
 
-    /// The median and the quartiles around it.
+    /// The median, and the quartiles in parentheses.
     pub(crate) fn text(&self) -> String {
         let [low, median, high] = [25, 50, 75].map(|percent| self.percentile(percent));
         format!("{median:.1} ({low:.1}–{high:.1})")
     }
 }
 
-/// What each round says of one against another.
+/// Compares two series round by round with `of`.
 pub(crate) fn pairs(a: &[f64], b: &[f64], of: impl Fn(f64, f64) -> f64) -> Figures {
     Figures::new(a.iter().zip(b).map(|(a, b)| of(*a, *b)).collect())
 }

@@ -1,5 +1,5 @@
-//! Clients that always want something: on each of their connections a request follows the response
-//! before.
+//! Clients without pauses: on each connection the next request follows as soon as a response has
+//! arrived.
 
 use std::{
     net::SocketAddr,
@@ -23,12 +23,12 @@ pub(crate) enum Version {
     Http2,
 }
 
-/// At once, on as many connections over HTTP/1 and on two over HTTP/2.
+/// Requests at a time: on 32 connections over HTTP/1, on two over HTTP/2.
 const REQUESTS: usize = 32;
 
 /// The clients of one server. Their connections stay open.
 pub(crate) enum Load {
-    /// With the length of a response, which is always the same.
+    /// The connections, and the length of a response, which is always the same.
     Http1(Vec<TcpStream>, usize),
     Http2(Vec<SendRequest<Empty<Bytes>>>),
 }
@@ -47,7 +47,7 @@ impl Load {
                     let mut response = Vec::new();
                     while !response.ends_with(b"hello") {
                         let read = stream.read_buf(&mut response).await;
-                        assert!(read.expect("a response") > 0, "the server hung up");
+                        assert!(read.expect("a response") > 0, "the server closed the connection");
                     }
                     length = response.len();
                     streams.push(stream);
@@ -59,8 +59,8 @@ impl Load {
                 for _ in 0..2 {
                     let stream = TcpStream::connect(address).await.expect("a connection");
                     let _ = stream.set_nodelay(true);
-                    let shaken = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
-                    let (peer, connection) = shaken.await.expect("a server of HTTP/2");
+                    let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+                    let (peer, connection) = handshake.await.expect("a server of HTTP/2");
                     tokio::spawn(connection);
                     peers.extend(vec![peer; REQUESTS / 2]);
                 }
@@ -69,7 +69,7 @@ impl Load {
         }
     }
 
-    /// How many requests are answered in so long, for each second.
+    /// Sends requests for `time`, and returns the number of responses per second.
     pub(crate) async fn run(&mut self, time: Duration) -> f64 {
         let start = Instant::now();
         let end = start + time;

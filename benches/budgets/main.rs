@@ -1,9 +1,9 @@
-//! The budgets: what the crate may cost, measured beside what it would cost without it or with
-//! another, in one run on one machine.
+//! The budgets: the cost of the crate, beside the cost of the same server without it or with another
+//! crate, in one run on one machine.
 //!
-//! `cargo bench --bench budgets` measures all of them, `cargo bench --bench budgets -- wake cut`
-//! some, and with `--write` it writes what it has found into `BENCHMARKS.md` and `benches/plot.svg`.
-//! It exits with 1 if a budget is not met. `BENCHMARKS.md` says what is measured and how.
+//! `cargo bench --bench budgets` runs all measurements, and `cargo bench --bench budgets -- wake cut`
+//! only those named. `--write` writes the results into `BENCHMARKS.md` and `benches/plot.svg`. The exit
+//! code is 1 if a budget is not met. `BENCHMARKS.md` describes each measurement.
 
 #[cfg(target_os = "linux")]
 mod child;
@@ -33,7 +33,7 @@ mod wake;
 
 #[cfg(not(target_os = "linux"))]
 fn main() {
-    println!("budgets: they are measured by what Linux tells of a process");
+    println!("budgets: measured on Linux only, because the figures come from /proc");
 }
 
 #[cfg(target_os = "linux")]
@@ -48,7 +48,7 @@ fn main() -> std::process::ExitCode {
         ("reads", reads::measure),
         ("throughput", throughput::measure),
         ("wake", wake::measure),
-        ("told", wake::measure_told),
+        ("notify", wake::measure_notify),
         ("cut", connections::measure_cut),
         ("memory", connections::measure_memory),
     ];
@@ -60,7 +60,8 @@ fn main() -> std::process::ExitCode {
             return ExitCode::SUCCESS;
         }
     }
-    // Of cargo. Without `--bench` it is `cargo test`, which wants to know whether it runs.
+    // cargo passes these. Without `--bench` the caller is `cargo test`, which only checks that the
+    // program starts.
     let bench = args.iter().any(|arg| arg == "--bench");
     let test = args.iter().any(|arg| arg == "--test") || !bench;
     if test {
@@ -73,11 +74,11 @@ fn main() -> std::process::ExitCode {
         .iter()
         .find(|arg| !ALL.iter().any(|(name, _)| name == arg))
     {
-        eprintln!("budgets: no such row: {unknown}");
+        eprintln!("budgets: no such measurement: {unknown}");
         return ExitCode::from(2);
     }
     if write && !args.is_empty() {
-        eprintln!("budgets: what is written is of one run, of all of them");
+        eprintln!("budgets: --write needs all measurements, so that the page shows one run");
         return ExitCode::from(2);
     }
     let mut rows = Rows::default();

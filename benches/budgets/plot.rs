@@ -1,8 +1,8 @@
-//! One plot: bars, by hand.
+//! The bar chart `benches/plot.svg`.
 
 use std::fmt::Write as _;
 
-/// What each peer adds to a request, by one thread and by two.
+/// The nanoseconds that each peer adds to a request, on one thread and on two.
 pub(crate) struct Plot(Vec<(&'static str, [f64; 2])>);
 
 impl Plot {
@@ -11,7 +11,7 @@ impl Plot {
     }
 
     pub(crate) fn svg(&self) -> String {
-        /// Where bars begin, and how long the longest is.
+        /// The x coordinate at which bars begin, and the length of the longest bar.
         const LEFT: f64 = 240.0;
         const LONGEST: f64 = 420.0;
         const COLOURS: [&str; 2] = ["#4c78a8", "#f58518"];

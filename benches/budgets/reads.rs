@@ -1,5 +1,5 @@
-//! A read on a tracked connection, by phase: while the service stops it is noted that something was
-//! read.
+//! The time of a read on a tracked connection, in the lame-duck phase and while serving. In the
+//! lame-duck phase the connection also records that something was read.
 
 use std::{
     hint::black_box,
@@ -25,7 +25,7 @@ const ROUNDS: usize = 41;
 pub(crate) fn measure(rows: &mut Rows) {
     for threads in [1, 2] {
         let (mut serving, mut stopping) = (Vec::new(), Vec::new());
-        // In turn, so that both are measured on the same machine.
+        // Alternately, so that other programs on the machine disturb both alike.
         for _ in 0..ROUNDS {
             serving.push(round(threads, Phase::Serving));
             stopping.push(round(threads, Phase::LameDuck));
@@ -42,7 +42,7 @@ pub(crate) fn measure(rows: &mut Rows) {
     }
 }
 
-/// Nanoseconds that a read takes, on connections of one lifecycle, one for each thread.
+/// Nanoseconds of a read. Each thread reads on a connection of its own, all of one `Graceful`.
 fn round(threads: usize, phase: Phase) -> f64 {
     let builder = Graceful::builder().drain_delay(Duration::from_secs(20));
     let graceful = builder.build().expect("a plan that fits");
@@ -78,7 +78,7 @@ fn read(io: &mut GracefulIo<Ready>) -> f64 {
     begun.elapsed().as_secs_f64() * 1e9 / f64::from(READS)
 }
 
-/// A byte is always there.
+/// An IO object from which one byte can always be read.
 struct Ready;
 
 impl AsyncRead for Ready {

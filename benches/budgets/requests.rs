@@ -1,5 +1,5 @@
-//! The time a request adds, by one thread and by two on one layer: rounds of all peers in turn, so
-//! that whatever else the machine does is shared among them.
+//! The time that each peer adds to a request, on one thread and on two threads that share a layer.
+//! All peers take their turn in each round, so that other programs on the machine disturb all alike.
 
 use std::{
     fmt::Write as _,
@@ -17,19 +17,20 @@ use super::{
 };
 
 const ROUNDS: usize = 51;
-const TURN: Duration = Duration::from_millis(10);
+const SLOT: Duration = Duration::from_millis(10);
 const THREADS: [usize; 2] = [1, 2];
 
-/// Nanoseconds that one takes, in each of so many threads at a time.
+/// Nanoseconds of one call of `once`, which `threads` threads call at the same time.
 fn time(threads: usize, once: impl Fn(usize) + Sync) -> f64 {
-    /// Between looks at the clock.
+    /// Calls between two readings of the clock.
     const TIMES: u32 = 200;
 
-    let here = AtomicUsize::new(0);
+    let started = AtomicUsize::new(0);
     let measure = |thread| {
-        // Not asleep: who is woken is often put where the waker runs, and they would share a core.
-        here.fetch_add(1, Ordering::Relaxed);
-        while here.load(Ordering::Relaxed) < threads {
+        // The threads spin and do not sleep: the kernel often wakes a thread on the core of the
+        // thread that woke it, and then both would share that core.
+        started.fetch_add(1, Ordering::Relaxed);
+        while started.load(Ordering::Relaxed) < threads {
             hint::spin_loop();
         }
         let start = Instant::now();
@@ -38,7 +39,7 @@ fn time(threads: usize, once: impl Fn(usize) + Sync) -> f64 {
             (0..TIMES).for_each(|_| once(thread));
             done += TIMES;
             let elapsed = start.elapsed();
-            if elapsed >= TURN {
+            if elapsed >= SLOT {
                 return elapsed.as_secs_f64() * 1e9 / f64::from(done);
             }
         }
@@ -50,12 +51,12 @@ fn time(threads: usize, once: impl Fn(usize) + Sync) -> f64 {
             .collect();
         all.into_iter().map(|thread| thread.join().unwrap()).sum()
     });
-    #[expect(clippy::cast_precision_loss)] // of one or two
+    #[expect(clippy::cast_precision_loss)] // the number is 1 or 2
     let threads = threads as f64;
     total / threads
 }
 
-/// A peer, and the times of its rounds by one thread and by two.
+/// A peer, and the times of its rounds on one thread and on two.
 struct Timed {
     name: &'static str,
     time: Box<dyn Fn(usize) -> f64>,
@@ -74,7 +75,7 @@ const NONE: usize = 0;
 const PEER: usize = 1;
 const OURS: usize = 2;
 
-/// All peers around a handler, each driven in the same way.
+/// All peers around `$handler`, each driven by `$request`.
 macro_rules! all {
     ($handler:expr, $request:path) => {
         [
@@ -107,29 +108,29 @@ macro_rules! all {
 
 pub(crate) fn measure(rows: &mut Rows) {
     let mut served = all!(Boxed, request_behind_pointers);
-    let mut seen_through = all!(Handler, request_of_a_clone);
-    for all in [&mut served, &mut seen_through] {
+    let mut inlined = all!(Handler, request_of_a_clone);
+    for all in [&mut served, &mut inlined] {
         run(all);
     }
     compare(rows, "requests", &served, 0.6);
-    compare(rows, "requests seen through", &seen_through, 0.6);
+    compare(rows, "inlined requests", &inlined, 0.6);
 
     let (table, bars) = tabulate(&served);
-    let title = "Nanoseconds for a request without a layer, and what each adds, for each thread:";
+    let title = "Nanoseconds for a request without a layer, and nanoseconds that each layer adds:";
     rows.table(title, table);
     rows.plot(Plot::new(bars));
-    let (table, _) = tabulate(&seen_through);
-    let title = "The same where the compiler sees through handler and layer:";
+    let (table, _) = tabulate(&inlined);
+    let title = "The same if the compiler inlines handler and layer:";
     rows.table(title, table);
-    lines(rows);
+    cache_lines(rows);
 }
 
 fn run(all: &mut [Timed]) {
     for round in 0..ROUNDS {
         for (i, threads) in THREADS.into_iter().enumerate() {
-            // Nobody always comes after the same one.
-            for turn in 0..all.len() {
-                let next = (turn + round) % all.len();
+            // Each round begins with another peer.
+            for i_peer in 0..all.len() {
+                let next = (i_peer + round) % all.len();
                 let time = (all[next].time)(threads);
                 all[next].times[i].push(time);
             }
@@ -137,61 +138,63 @@ fn run(all: &mut [Timed]) {
     }
 }
 
-/// What a peer adds to each request.
+/// The nanoseconds that a peer adds to a request, for each round.
 fn added(all: &[Timed], peer: usize, i: usize) -> Figures {
     pairs(&all[peer].times[i], &all[NONE].times[i], |with, without| {
         with - without
     })
 }
 
-/// `most_by_two`: what two threads may take of what the peer does.
+/// Adds the rows of `all`. `most_by_two` is the budget on two threads, as a ratio to tower-http.
 fn compare(rows: &mut Rows, name: &str, all: &[Timed], most_by_two: f64) {
     let ns = |figures: &Figures| format!("{} ns", figures.text());
     for (i, (threads, budget)) in [("1 thread", 1.0), ("2 threads", most_by_two)]
         .into_iter()
         .enumerate()
     {
-        let [ours, peer] = [OURS, PEER].map(|who| added(all, who, i));
+        let [ours, peer] = [OURS, PEER].map(|peer| added(all, peer, i));
         let row = format!("{name}, {threads}");
         let ratio = ours.median() / peer.median();
         rows.add(&row, &ns(&ours), &ns(&peer), ratio, Budget::AtMost(budget));
     }
-    // Two threads slow each other down also where they share nothing, on some machines by half.
+    // Two threads slow each other down even without shared data, on some machines by half. So the
+    // ratio is divided by that of the bare handler.
     let [alone, both] = [0, 1].map(|i| Figures::new(all[NONE].times[i].clone()).median());
-    for (who, budget) in [(OURS, Budget::AtMost(1.25)), (PEER, Budget::None)] {
-        let [one, two] = [0, 1].map(|i| added(all, who, i).median());
+    for (index, budget) in [(OURS, Budget::AtMost(1.25)), (PEER, Budget::None)] {
+        let [one, two] = [0, 1].map(|i| added(all, index, i).median());
         let ours = format!("+{two:.1} ns on {both:.1} by 2 threads");
         let peer = format!("+{one:.1} ns on {alone:.1} by 1");
-        let row = format!("contention, {name}, {}", all[who].name);
+        let row = format!("contention, {name}, {}", all[index].name);
         rows.add(&row, &ours, &peer, two / one / (both / alone), budget);
     }
 }
 
-/// A table of what each adds, and its bars.
+/// The table of the times that each peer adds, and the bars of the plot.
 fn tabulate(all: &[Timed]) -> (String, Vec<(&'static str, [f64; 2])>) {
     let mut table = String::from("| | 1 thread | 2 threads |\n|---|---|---|\n");
     let mut bars = Vec::new();
-    for (who, peer) in all.iter().enumerate() {
-        let figures = if who == NONE {
+    for (index, peer) in all.iter().enumerate() {
+        let figures = if index == NONE {
             peer.times.clone().map(Figures::new)
         } else {
-            let added = [0, 1].map(|i| added(all, who, i));
+            let added = [0, 1].map(|i| added(all, index, i));
             bars.push((peer.name, added.clone().map(|added| added.median())));
             added
         };
-        let plus = if who == NONE { "" } else { "+" };
+        let plus = if index == NONE { "" } else { "+" };
         let [one, two] = figures.map(|figures| figures.text());
         let _ = writeln!(table, "| {} | {plus}{one} | {plus}{two} |", peer.name);
     }
     (table, bars)
 }
 
-/// On lines of their own, however many of them the processor fetches at a time.
+/// A word on a cache line of its own. The alignment is larger than a line, because processors may fetch
+/// several neighbouring lines at a time.
 #[repr(align(256))]
 struct Line(AtomicU64);
 
-/// What it costs that a cache line is somewhere else.
-fn lines(rows: &mut Rows) {
+/// Measures an addition on a cache line that is shared or not, and the transfer of a line.
+fn cache_lines(rows: &mut Rows) {
     let lines = [const { Line(AtomicU64::new(0)) }; 2];
     let add = |line: usize| {
         black_box(&lines[line].0).fetch_add(1, Ordering::Relaxed);
@@ -201,37 +204,37 @@ fn lines(rows: &mut Rows) {
     let shared = rounds(&|| time(2, |_| add(0)));
     let handed = rounds(&hand_over);
     let table = format!(
-        "| | ns |\n|---|---|\n| two threads, each on a line of its own | {} |\n\
-         | two threads on one line | {} |\n| a line handed from one to the other | {} |\n",
+        "| | ns |\n|---|---|\n| two threads, each on its own cache line | {} |\n\
+         | two threads on one cache line | {} |\n| a cache line handed from one thread to the other | {} |\n",
         own.text(),
         shared.text(),
         handed.text()
     );
     rows.table(
-        "An atomic addition, and the transfer of a cache line:",
+        "Nanoseconds for an atomic addition, and for the transfer of a cache line:",
         table,
     );
-    // Whatever else the machine does only adds to it.
+    // The lower quartile, because other programs on the machine only make it longer.
     let transfer = handed.percentile(25) / 1e3;
     rows.table(
-        "**A model, not a measurement:** microseconds a request adds where each core's next request \
-         takes 10 µs besides, by how many transfers of a cache line it needs:",
+        "**A model, not a measurement:** microseconds that the layer adds to a request of 10 µs, by \
+         the number of cores and of cache-line transfers per request:",
         model(transfer),
     );
 }
 
-/// `BENCHMARKS.md` says where the formula is from.
+/// The table of the model. `BENCHMARKS.md` derives the formula.
 fn model(transfer: f64) -> String {
-    const BESIDES: f64 = 10.0;
+    const REST_OF_REQUEST: f64 = 10.0;
 
     let mut table = String::from("| transfers | 1 core | 8 | 32 | 64 |\n|---|---|---|---|---|\n");
     for transfers in [1.0, 2.0, 4.0] {
         let _ = write!(table, "| {transfers} ");
         let demand = transfers * transfer;
         for cores in [1.0, 8.0, 32.0, 64.0] {
-            // On one core nothing is ever elsewhere.
+            // With one core, the line never moves.
             let added = if cores > 1.0 {
-                demand.max(cores * demand - BESIDES)
+                demand.max(cores * demand - REST_OF_REQUEST)
             } else {
                 0.0
             };
@@ -242,15 +245,15 @@ fn model(transfer: f64) -> String {
     table
 }
 
-/// Nanoseconds until a core sees what another has written, there and back halved.
+/// Nanoseconds until a core sees what another core has written: half of a round trip.
 fn hand_over() -> f64 {
     const TIMES: u32 = 10_000;
 
     let line = AtomicU32::new(0);
-    let await_turn = |turn: u32| {
-        // Where there is but one core for both, the other must come to run.
+    let wait_until = |value: u32| {
+        // If both threads share a core, the other one has to run.
         let mut spins = 0_u32;
-        while line.load(Ordering::Acquire) != turn {
+        while line.load(Ordering::Acquire) != value {
             spins += 1;
             if spins % 100_000 == 0 {
                 thread::yield_now();
@@ -260,15 +263,15 @@ fn hand_over() -> f64 {
     };
     thread::scope(|scope| {
         scope.spawn(|| {
-            for turn in 0..TIMES {
-                await_turn(2 * turn + 1);
-                line.store(2 * turn + 2, Ordering::Release);
+            for round in 0..TIMES {
+                wait_until(2 * round + 1);
+                line.store(2 * round + 2, Ordering::Release);
             }
         });
         let start = Instant::now();
-        for turn in 0..TIMES {
-            line.store(2 * turn + 1, Ordering::Release);
-            await_turn(2 * turn + 2);
+        for round in 0..TIMES {
+            line.store(2 * round + 1, Ordering::Release);
+            wait_until(2 * round + 2);
         }
         start.elapsed().as_secs_f64() * 1e9 / f64::from(2 * TIMES)
     })

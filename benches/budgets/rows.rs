@@ -1,15 +1,15 @@
-//! What was measured, what it may be, and where it is written down.
+//! The measured rows and their budgets. [`Rows::write`] puts them into `BENCHMARKS.md`.
 
 use std::{fmt::Write as _, fs, path::Path};
 
 use super::plot::Plot;
 
-/// What a ratio may be.
+/// The bound of a ratio.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Budget {
     AtMost(f64),
     AtLeast(f64),
-    /// For comparison.
+    /// The row is for comparison.
     None,
 }
 
@@ -22,7 +22,7 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    /// Notes and prints a row.
+    /// Records and prints a row.
     pub(crate) fn add(&mut self, row: &str, ours: &str, peer: &str, ratio: f64, budget: Budget) {
         let (bound, met) = match budget {
             Budget::AtMost(most) => (format!("≤ {most}"), ratio <= most),
@@ -41,7 +41,7 @@ impl Rows {
             .push([row, ours, peer, format!("{ratio:.3}"), bound, met]);
     }
 
-    /// A table of its own, in Markdown.
+    /// Records and prints a further table, in Markdown.
     pub(crate) fn table(&mut self, title: &'static str, table: String) {
         println!("\n{title}\n\n{table}");
         self.tables.push((title, table));
@@ -55,7 +55,7 @@ impl Rows {
         !self.missed
     }
 
-    /// Puts what there is between the marks of `BENCHMARKS.md`, and draws the plot.
+    /// Writes the tables between the markers in `BENCHMARKS.md`, and the plot.
     pub(crate) fn write(&self) {
         const BEGIN: &str = "<!-- written by cargo bench --bench budgets -- --write -->\n";
         const END: &str = "<!-- to here -->";
@@ -65,7 +65,7 @@ impl Rows {
         let text = fs::read_to_string(&path).expect("BENCHMARKS.md");
         let (before, rest) = text.split_once(BEGIN).expect("where the tables begin");
         let (_, after) = rest.split_once(END).expect("where the tables end");
-        let mut tables = String::from("\n| what | ours | peer | ratio | budget | |\n");
+        let mut tables = String::from("\n| measurement | ours | peer | ratio | budget | |\n");
         tables.push_str("|---|---|---|---|---|---|\n");
         for row in &self.measured {
             let _ = writeln!(tables, "| {} |", row.join(" | "));

@@ -1,4 +1,5 @@
-//! The server that is measured: this executable again, so that what it uses is its own.
+//! The measured server. It is this program as a child process, so that its memory and CPU time contain
+//! nothing of the clients.
 
 use std::{
     convert::identity,
@@ -23,7 +24,7 @@ use tower_http::metrics::InFlightRequestsLayer;
 
 use super::child::{Form, allow_files, status};
 
-/// Room for the connections to be made before they are cut, and for all of it in the grace period.
+/// The drain timeout of the server: the time from the start of the stop until connections are cut.
 const DRAIN: Duration = Duration::from_millis(800);
 
 fn app() -> Router {
@@ -44,7 +45,7 @@ async fn never(_request: Request) -> &'static str {
     std::future::pending().await
 }
 
-/// `--server FORM WORKERS`. Without workers all of it is in this thread.
+/// Runs `--server FORM WORKERS`. With 0 workers everything runs on this thread.
 pub(crate) fn run(args: &[String]) {
     let [form, workers] = args else {
         panic!("a form and a number of workers")
@@ -103,16 +104,16 @@ async fn serve(form: Form) {
             drop(graceful.run(server).await);
         }
         Form::Serve => {
-            // Half heads are to be there still when all are, on a slow machine too.
+            // The incomplete heads must outlast the test, so the head timeout must not close them.
             let server = graceful.serve(listener, layered);
             drop(server.header_read_timeout(Duration::from_secs(3600)).await);
         }
     }
-    // It is the other thread that ends the process.
+    // The thread that answers questions ends the process.
     std::future::pending::<()>().await;
 }
 
-/// Answers the parent, line for line, and ends with it.
+/// Answers each line of the parent process, and exits when the parent closes the pipe.
 fn answer(graceful: &Graceful) {
     for line in stdin().lock().lines() {
         match &*line.expect("a line") {

@@ -1,5 +1,6 @@
-//! Requests for each second, and what a request costs the server: axum alone, axum with one thing
-//! more, and our own server, each a process with one thread, in rounds of all of them in turn.
+//! Requests per second, and the CPU time of the server for a request: plain axum, axum with one
+//! addition, and `Graceful::serve`. Each server is a process with one thread, and all of them take
+//! their turn in each round.
 
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use super::{
     rows::{Budget, Rows},
 };
 
-/// Each with what it is compared with, and by how much it may be slower.
+/// A form, the form it is compared with, and the budget of the ratio.
 const ROWS: [(Form, Form, Budget); 9] = [
     (Form::Wrapped, Form::Plain, Budget::None),
     (Form::Counted, Form::Plain, Budget::None),
@@ -35,15 +36,15 @@ const FORMS: [Form; 7] = [
     Form::Serve,
 ];
 const ROUNDS: usize = 21;
-const TURN: Duration = Duration::from_millis(250);
+const SLOT: Duration = Duration::from_millis(250);
 
-/// A server, its clients, and what they have found.
+/// A server, its clients, and the figures of each round.
 struct Measured {
     server: Server,
     load: Load,
-    /// For each second.
+    /// Requests per second.
     requests: Vec<f64>,
-    /// Microseconds for each request.
+    /// Microseconds of CPU time for a request.
     cpu: Vec<f64>,
 }
 
@@ -60,10 +61,10 @@ impl Measured {
 
     async fn round(&mut self) {
         let before = self.server.cpu_time();
-        let requests = self.load.run(TURN).await;
+        let requests = self.load.run(SLOT).await;
         let cpu = self.server.cpu_time() - before;
         self.requests.push(requests);
-        self.cpu.push(cpu / 1e3 / (requests * TURN.as_secs_f64()));
+        self.cpu.push(cpu / 1e3 / (requests * SLOT.as_secs_f64()));
     }
 }
 
@@ -87,8 +88,8 @@ async fn measure_version(rows: &mut Rows, name: &str, version: Version) {
         measured.cpu.clear();
     }
     for round in 0..ROUNDS {
-        for turn in 0..all.len() {
-            let next = (round + turn) % all.len();
+        for index in 0..all.len() {
+            let next = (round + index) % all.len();
             all[next].round().await;
         }
     }
@@ -112,7 +113,8 @@ async fn measure_version(rows: &mut Rows, name: &str, version: Version) {
             &per_second(&ours.requests),
             &per_second(&peer.requests),
             ratio.median(),
-            // Where they are nearly alike, how the requests fall decides.
+            // The budget over tower-http is for CPU time alone: two servers that cost nearly the same
+            // differ in requests per second by chance.
             match peer_form {
                 Form::Plain => budget,
                 _ => Budget::None,
@@ -122,7 +124,7 @@ async fn measure_version(rows: &mut Rows, name: &str, version: Version) {
             let median = Figures::new(figures.to_vec()).median();
             format!("{median:.2} µs")
         };
-        // As a share of what it could do with the same time.
+        // Inverted, so that more is better, as above.
         let ratio = pairs(&ours.cpu, &peer.cpu, |ours, peer| peer / ours);
         rows.add(
             &row("throughput by CPU time"),

@@ -1,4 +1,5 @@
-//! From the end of the last response to the drain's.
+//! The time from the end of the last response until the drain resolves, and the time to notify ten
+//! thousand tasks.
 
 use std::{
     future::pending,
@@ -44,9 +45,9 @@ pub(crate) fn measure(rows: &mut Rows) {
     }
 }
 
-/// Ten thousand tasks are told that draining has started, or that a token is cancelled: until the
-/// last of them runs.
-pub(crate) fn measure_told(rows: &mut Rows) {
+/// The time until the last of ten thousand tasks runs, after draining has started or a token was
+/// cancelled.
+pub(crate) fn measure_notify(rows: &mut Rows) {
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -56,26 +57,26 @@ pub(crate) fn measure_told(rows: &mut Rows) {
     for _ in 0..21 {
         let builder = Graceful::builder().drain_delay(Duration::ZERO);
         let graceful = builder.build().expect("a plan that fits");
-        let hold = graceful.hold("until all are told");
-        let told = told(|| graceful.draining(), || graceful.shutdown());
-        ours.push(runtime.block_on(told));
+        let hold = graceful.hold("until all tasks are notified");
+        let time = notify(|| graceful.draining(), || graceful.shutdown());
+        ours.push(runtime.block_on(time));
         drop(hold);
         let token = CancellationToken::new();
-        let told = self::told(|| token.clone().cancelled_owned(), || token.cancel());
-        tokens.push(runtime.block_on(told));
+        let time = notify(|| token.clone().cancelled_owned(), || token.cancel());
+        tokens.push(runtime.block_on(time));
     }
     let [ours, tokens] = [ours, tokens].map(|times| Figures::new(times).percentile(50));
-    let [told, cancelled] = [ours, tokens].map(|time| format!("{time:.1} ms"));
+    let [notified, cancelled] = [ours, tokens].map(|time| format!("{time:.1} ms"));
     rows.add(
-        "told, 10,000 against CancellationToken",
-        &told,
+        "notify 10,000 tasks, beside CancellationToken",
+        &notified,
         &cancelled,
         ours / tokens,
         Budget::None,
     );
 }
 
-async fn told<F>(wait: impl Fn() -> F, tell: impl FnOnce()) -> f64
+async fn notify<F>(wait: impl Fn() -> F, notify: impl FnOnce()) -> f64
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -87,10 +88,10 @@ where
             Instant::now()
         });
     }
-    // Until everybody waits.
+    // Gives all tasks time to begin waiting.
     time::sleep(Duration::from_millis(50)).await;
     let begun = Instant::now();
-    tell();
+    notify();
     let last = tasks.join_all().await.into_iter().max();
     last.map_or(0.0, |last| (last - begun).as_secs_f64() * 1e3)
 }
@@ -107,7 +108,7 @@ async fn once() -> Duration {
         drain.await;
         let _ = resolved.send(Instant::now());
     });
-    // Until everybody waits.
+    // Gives the task time to begin waiting.
     time::sleep(Duration::from_millis(1)).await;
     graceful.shutdown();
     time::sleep(Duration::from_millis(1)).await;

@@ -1,7 +1,8 @@
-//! What is measured: a handler that costs as little as one can, and what people put around one to
-//! know what is in flight. Shared by the benches, so that all of them measure the same.
+//! The measured services: a handler that costs as little as possible, and the layers and types that
+//! applications put around a handler to count in-flight requests. All benches share them, so that all
+//! of them measure the same.
 
-#![allow(dead_code)] // no bench uses all of it
+#![allow(dead_code)] // no bench uses every peer
 
 use std::{
     convert::Infallible,
@@ -44,7 +45,7 @@ impl<R> Service<Request<R>> for Handler {
     }
 }
 
-/// A handler with a boxed future, ready when it is polled again.
+/// A handler with a boxed future that is ready at its second poll.
 #[derive(Clone)]
 pub(crate) struct Boxed;
 
@@ -76,15 +77,16 @@ impl<R: Send + 'static> Service<Request<R>> for Boxed {
 
 type BoxBody = Pin<Box<dyn Body<Data = Bytes, Error = Infallible> + Send>>;
 
-/// As a server does it: a clone of the service for each request, its future and its body behind
-/// pointers, and the body asked for its size and whether it has ended.
+/// Performs one request as a server does: it clones the service, puts the future and the body behind
+/// pointers, and asks the body for its size and for its end.
 pub(crate) fn request_behind_pointers<S: Peer>(service: &S) {
     let mut cx = Context::from_waker(Waker::noop());
     let mut service = service.clone();
     let Poll::Ready(Ok(())) = service.poll_ready(&mut cx) else {
         unreachable!("there is room")
     };
-    // As if it came from a connection: no service is compiled together with a parser.
+    // The black box keeps the compiler from inlining the request into the service. In a server the
+    // request comes from a parser, which is not inlined either.
     let called = service.call(black_box(Request::new(Full::default())));
     drop(service);
     let mut future: Pin<Box<dyn Future<Output = Response<BoxBody>> + Send>> =
@@ -106,7 +108,7 @@ pub(crate) fn request_behind_pointers<S: Peer>(service: &S) {
     }
 }
 
-/// One request, and the body of its response to the end.
+/// Performs one request, and reads the body of its response to the end.
 pub(crate) fn request<S, R, B>(service: &mut S)
 where
     S: Service<Request<R>, Response = Response<B>, Error = Infallible>,
@@ -127,7 +129,7 @@ where
     }
 }
 
-/// As axum does it: a clone of the service for each request.
+/// Performs one request on a clone of the service, as axum does.
 pub(crate) fn request_of_a_clone<S, B>(service: &S)
 where
     S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Infallible> + Clone,
@@ -136,7 +138,7 @@ where
     request(&mut service.clone());
 }
 
-/// What peers are put around.
+/// A handler that peers can be put around.
 pub(crate) trait Inner: Peer<Body = Full<Bytes>, Future: Unpin> {}
 
 impl<S: Peer<Body = Full<Bytes>, Future: Unpin>> Inner for S {}
@@ -145,25 +147,25 @@ pub(crate) fn graceful(inner: impl Inner) -> impl Peer {
     Graceful::new().layer().layer(inner)
 }
 
-/// With a limit on requests in flight.
+/// [`graceful`] with a limit of in-flight requests.
 pub(crate) fn graceful_limited(inner: impl Inner) -> impl Peer {
     let graceful = Graceful::builder().max_in_flight(1_000).build().unwrap();
     graceful.layer().layer(inner)
 }
 
-/// Counts, and does nothing else.
+/// tower-http's counter, which does nothing else.
 pub(crate) fn tower_http<S: Inner>(inner: S) -> InFlightRequests<S> {
     let (layer, _counter) = InFlightRequestsLayer::pair();
     layer.layer(inner)
 }
 
-/// Limits, and counts only until the head of the response.
+/// tower's limit. It holds a permit only until the head of the response.
 pub(crate) fn concurrency_limit(inner: impl Inner) -> impl Peer {
     ConcurrencyLimitLayer::new(1_000).layer(inner)
 }
 
-/// Counts in one place that is never freed, refuses nobody, and counts until the body is dropped:
-/// what there is to a layer before it is of any use.
+/// A counter in a static variable that refuses no request and counts until the body is dropped: the
+/// least that a layer can do if it follows a response to its end.
 #[derive(Clone)]
 pub(crate) struct Bare;
 
@@ -194,7 +196,7 @@ impl Drop for BareGuard {
     }
 }
 
-/// A token of one tracker for each request.
+/// Each request holds a token of one tracker.
 pub(crate) fn task_tracker(inner: impl Inner) -> impl Peer {
     let tracker = TaskTracker::new();
     Guarded {
@@ -203,7 +205,7 @@ pub(crate) fn task_tracker(inner: impl Inner) -> impl Peer {
     }
 }
 
-/// A child of one token for each request.
+/// Each request holds a child of one token.
 pub(crate) fn cancellation_token(inner: impl Inner) -> impl Peer {
     let token = CancellationToken::new();
     Guarded {
@@ -233,7 +235,7 @@ where
     type Body = B;
 }
 
-/// What gives a guard to each request.
+/// Makes the guard of each request.
 pub(crate) trait Guards {
     type Guard;
 
@@ -248,8 +250,8 @@ impl<F: Fn() -> G, G> Guards for F {
     }
 }
 
-/// A service that takes a guard for each request and keeps it to the end of the response's body, as
-/// one writes it around what is not a layer.
+/// A service that takes a guard for each request and holds it until the response body is dropped. This
+/// is what an application writes around a type that is not a layer.
 #[derive(Clone)]
 pub(crate) struct Guarded<S, M> {
     inner: S,

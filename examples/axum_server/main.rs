@@ -6,7 +6,7 @@
 //! openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key.pem -out cert.pem \
 //!     -addext subjectAltName=DNS:localhost -addext basicConstraints=critical,CA:FALSE
 //! cargo run --example axum_server -- 127.0.0.1:3000 cert.pem key.pem                      # HTTPS
-//! curl -i --cacert cert.pem https://localhost:3000/slow/3 &       # completes, in spite of the stop
+//! curl -i --cacert cert.pem https://localhost:3000/slow/3 &       # completes during the stop
 //! kill -TERM $(pgrep -x axum_server); curl -i --cacert cert.pem https://localhost:3000/readyz # 503
 //! ```
 
@@ -50,13 +50,13 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let handle = Handle::new();
     let server =
         axum_server::bind(Tracked::new(&graceful, address.parse()?)).handle(handle.clone());
-    let drain = graceful.drain(); // from here on SIGTERM starts the timeline
+    let drain = graceful.drain(); // from here on SIGTERM starts the stop
     tokio::spawn(async move {
         if let Some(bound) = handle.listening().await {
             println!("listening on {}", bound.address());
         }
         drain.await;
-        handle.graceful_shutdown(None); // `graceful` has the deadline
+        handle.graceful_shutdown(None); // no timeout: `graceful` cuts at its deadline
     });
     let report = if let [_, certificate, key] = &args[..] {
         let config = RustlsConfig::from_pem_file(certificate, key).await?;

@@ -1,5 +1,5 @@
-//! An address of `axum_server` whose listener tracks what it accepts, and what else `axum_server` needs
-//! for the drain.
+//! An address for `axum_server` whose listener tracks the connections it accepts, and middleware that
+//! asks HTTP/2 clients to leave.
 
 use std::{io, net::SocketAddr};
 
@@ -46,7 +46,7 @@ impl Address for Tracked {
 pub(crate) struct TrackedListener {
     graceful: Graceful,
     address: SocketAddr,
-    /// `axum_server` accepts from one task, so nothing waits for the lock.
+    /// `axum_server` accepts in one task, so the lock is never contended.
     listener: Mutex<GracefulListener<TcpListener>>,
 }
 
@@ -80,8 +80,8 @@ impl Connected<Tracked> for Peer {
     }
 }
 
-/// Sends GOAWAY on a connection of HTTP/2 with the first response after the stop has begun. Over
-/// HTTP/1 the layer sends `Connection: close`.
+/// Sends GOAWAY on an HTTP/2 connection with the first response after the stop has begun. Over HTTP/1
+/// the layer sends `Connection: close`.
 pub(crate) async fn ask_to_leave(
     State(graceful): State<Graceful>,
     Extension(connection): Extension<ConnectionShutdown>,

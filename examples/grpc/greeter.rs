@@ -1,5 +1,5 @@
-// Made from greeter.proto by tonic-prost-build 0.14.5 with protox 0.9, then formatted; not to be
-// edited. To make it anew, outside of this crate:
+// Generated from greeter.proto by tonic-prost-build 0.14.5 with protox 0.9, then formatted. Do not edit.
+// To generate it again, outside this crate:
 //
 //     let files = protox::compile(["greeter.proto"], ["."])?;
 //     tonic_prost_build::configure().out_dir(".").compile_fds(files)?;
@@ -125,7 +125,7 @@ pub mod greeter_client {
                 .insert(GrpcMethod::new("greeter.Greeter", "Hello"));
             self.inner.unary(req, path, codec).await
         }
-        /// Goes on until the client leaves or the service drains.
+        /// Continues until the client disconnects or draining starts.
         pub async fn ticks(
             &mut self,
             request: impl tonic::IntoRequest<super::TicksRequest>,
@@ -165,7 +165,7 @@ pub mod greeter_server {
                 Item = std::result::Result<super::Tick, tonic::Status>,
             > + std::marker::Send
             + 'static;
-        /// Goes on until the client leaves or the service drains.
+        /// Continues until the client disconnects or draining starts.
         async fn ticks(
             &self,
             request: tonic::Request<super::TicksRequest>,

@@ -1,5 +1,5 @@
-//! tonic's health service, whose `Watch` streams end when draining starts. By themselves they never
-//! do, and a stream that does not end is cut at the drain deadline.
+//! tonic's health service, with `Watch` streams that end when draining starts. Without this wrapper they
+//! never end, and the drain deadline cuts every stream that does not end.
 
 use tonic::{Request, Response, Status};
 use tonic_health::{
@@ -14,7 +14,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// Tells what `reporter` is told.
+    /// Reports the health that is set on `reporter`.
     pub fn new(reporter: &HealthReporter, graceful: &Graceful) -> Self {
         Self {
             service: HealthService::from_health_reporter(reporter.clone()),

@@ -2,17 +2,19 @@
 //!
 //! ```sh
 //! cargo run --example grpc                                  # or: -- 127.0.0.1:50051
-//! pip install grpcio-tools                                  # any client will do
+//! pip install grpcio-tools                                  # or any other client
 //! cd examples/grpc
 //! python3 <<'END' &
 //! import grpc, grpc.experimental
 //! messages, calls = grpc.protos_and_services("greeter.proto")
-//! name, here = messages.HelloRequest(name="Ada"), "localhost:50051"
-//! print(calls.Greeter.Hello(name, here, insecure=True))
-//! for tick in calls.Greeter.Ticks(messages.TicksRequest(), here, insecure=True): print(tick)
+//! name, address = messages.HelloRequest(name="Ada"), "localhost:50051"
+//! print(calls.Greeter.Hello(name, address, insecure=True))
+//! for tick in calls.Greeter.Ticks(messages.TicksRequest(), address, insecure=True): print(tick)
 //! END
-//! kill -TERM $(pgrep -x grpc)                               # for five seconds more, and then
-//! ```                                                       # UNAVAILABLE: shutting down
+//! kill -TERM $(pgrep -x grpc)                               # ticks for five more seconds, then ends
+//! ```
+//!
+//! New calls are then refused with `UNAVAILABLE: shutting down`.
 
 use std::{env, error::Error, pin::Pin, process::ExitCode, time::Duration};
 
@@ -41,7 +43,8 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let address = address.unwrap_or_else(|| "127.0.0.1:50051".into());
     let graceful = Graceful::new();
 
-    // Who asks for the health of the whole, or of the one service, is told at lame duck.
+    // Health becomes NOT_SERVING in the lame-duck phase: for the server as a whole (an empty name) and
+    // for the one service.
     let reporter = HealthReporter::new();
     reporter.set_serving::<GreeterServer<Service>>().await;
     let health = HealthServer::new(Health::new(&reporter, &graceful));
@@ -58,7 +61,8 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let greeter = Routes::new(greeter)
         .into_axum_router()
         .layer(graceful.layer());
-    // Added after the layer, because health is told to the end, and is not in flight.
+    // Added after the layer, so that health checks are answered to the end of the drain, and do not
+    // count as in flight.
     let app = Routes::from(greeter).add_service(health).into_axum_router();
 
     let listener = TcpListener::bind(address).await?;
@@ -86,7 +90,7 @@ impl Greeter for Service {
             time::sleep(Duration::from_secs(1)).await;
             Ok(Tick { count })
         });
-        // A stream that is not told would be waited for, and cut at the drain deadline.
+        // Without this the drain would wait for the stream, and cut it at the drain deadline.
         let ticks = self.graceful.until_draining(ticks);
         let last = Err(Status::unavailable("shutting down"));
         Ok(Response::new(Box::pin(ticks.and_last(last))))

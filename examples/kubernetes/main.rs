@@ -1,10 +1,10 @@
-//! A service as it is deployed to Kubernetes. `deployment.yaml` and `Dockerfile` beside it are its
-//! deployment, and `README.md` derives each number in them.
+//! A service for Kubernetes. `deployment.yaml` and `Dockerfile` in this folder deploy it, and `README.md`
+//! derives each number in them.
 //!
 //! ```sh
 //! cargo run --example kubernetes
 //! curl -i localhost:3000/readyz
-//! # A rolling update of it, under load:
+//! # A rolling update of this service under load:
 //! cargo build --example kubernetes
 //! cargo run --example rolling_deploy -- target/debug/examples/kubernetes
 //! ```
@@ -23,7 +23,7 @@ mod plan;
 async fn main() -> Result<ExitCode, Box<dyn Error>> {
     tracing_subscriber::fmt().init();
     let graceful = plan::graceful()?;
-    // A SIGTERM during the start is a stop in order, and not the end of the process.
+    // From here on a SIGTERM during start-up is an orderly stop, and does not kill the process.
     graceful.handle_signals()?;
 
     let database = Database::connect().await;
@@ -52,7 +52,7 @@ async fn report() -> &'static str {
     "the report of the month\n"
 }
 
-/// In place of a pool of connections.
+/// Stands for a connection pool.
 #[derive(Debug)]
 struct Database;
 

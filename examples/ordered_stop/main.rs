@@ -1,10 +1,10 @@
 //! A service that stops in order: HTTP first, then the workers with their queue, then the database,
-//! then the logs. Every job it has accepted is in the database when the process ends.
+//! then the logs. Every accepted job is in the database when the process ends.
 //!
 //! ```sh
 //! cargo run --example ordered_stop                      # or: -- 127.0.0.1:3000 jobs.db
 //! curl -i localhost:3000/jobs -d 'write to Ada'         # 202: accepted
-//! kill -TERM $(pgrep -x ordered_stop)                   # Ctrl-C does it without the delay
+//! kill -TERM $(pgrep -x ordered_stop)                   # or Ctrl-C, without the delay
 //! cat /tmp/ordered_stop.*.log                           # ends with the report
 //! ```
 
@@ -28,7 +28,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         .next()
         .map_or_else(|| env::temp_dir().join("jobs.db"), PathBuf::from);
 
-    // First of all, so that a signal while the database opens is an orderly stop.
+    // Before everything else, so that a signal while the database opens is an orderly stop.
     let graceful = Graceful::builder()
         .grace_period(Duration::from_secs(30)) // terminationGracePeriodSeconds
         .drain_timeout(Duration::from_secs(12))
@@ -38,7 +38,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         .build()?;
     graceful.handle_signals()?;
 
-    // Logs go through a buffer, which is written by a thread of its own.
+    // Logs go through a buffer, which a separate thread writes to the file.
     let name = format!("ordered_stop.{}.log", std::process::id());
     let file = tracing_appender::rolling::never(env::temp_dir(), name);
     let (file, flushed_when_dropped) = tracing_appender::non_blocking(file);
@@ -50,7 +50,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let options = SqliteConnectOptions::new()
         .filename(database)
         .create_if_missing(true)
-        // Survives whatever becomes of the process.
+        // The database stays consistent even if the process is killed.
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Normal)
         .busy_timeout(Duration::from_secs(1));
@@ -59,19 +59,19 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         .execute(&pool)
         .await?;
 
-    // Two workers share the queue. It ends when the last one who could put a job into it is gone:
-    // the router, which goes when HTTP has drained. Only then are the workers waited for.
+    // Two workers share the queue. The queue ends when its last sender is dropped. The router holds
+    // the senders, and is dropped when HTTP has drained. The stop waits for the workers after that.
     let (jobs, queue) = mpsc::channel(100);
     let queue = Arc::new(Mutex::new(queue));
     for name in ["writer 1", "writer 2"] {
         let (queue, pool) = (Arc::clone(&queue), pool.clone());
         graceful.worker(name, |_stop| write(queue, pool))?;
     }
-    // One that has no queue is told to stop.
+    // This worker has no queue. Its `Stop` tells it when to end.
     let counted = pool.clone();
     graceful.worker("counter", |stop| count(stop, counted))?;
 
-    // In this order, when the workers are done.
+    // Cleanup steps run in this order, after the workers have ended.
     graceful.cleanup("database", Duration::from_secs(5), async move {
         pool.close().await;
     })?;
@@ -87,11 +87,11 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
 
     tracing::info!("{report}");
     println!("{report}");
-    drop(flushed_when_dropped); // last of all, because everything before may log
+    drop(flushed_when_dropped); // the last step, because all other code may log
     Ok(report.into())
 }
 
-/// Accepts a job: from the 202 on it is ours.
+/// Accepts a job. After the 202 the service is responsible for it.
 async fn accept(State(jobs): State<Jobs>, job: String) -> StatusCode {
     match jobs.send(job).await {
         Ok(()) => StatusCode::ACCEPTED,
@@ -99,7 +99,8 @@ async fn accept(State(jobs): State<Jobs>, job: String) -> StatusCode {
     }
 }
 
-/// Stores jobs until the queue has ended. One that cannot be stored is tried again: it was accepted.
+/// Stores jobs until the queue has ended. Tries again if a job cannot be stored, because the job was
+/// accepted.
 async fn write(queue: Arc<Mutex<mpsc::Receiver<String>>>, pool: SqlitePool) {
     loop {
         let job = queue.lock().await.recv().await;
@@ -112,7 +113,7 @@ async fn write(queue: Arc<Mutex<mpsc::Receiver<String>>>, pool: SqlitePool) {
     }
 }
 
-/// Logs how many jobs there are, from time to time.
+/// Logs the number of jobs at intervals.
 async fn count(mut stop: Stop, pool: SqlitePool) -> Result<(), sqlx::Error> {
     let mut often = tokio::time::interval(Duration::from_secs(10));
     loop {

@@ -1,9 +1,9 @@
-//! A restart in place: SIGHUP starts the program again on the same listening socket, and the old
-//! process finishes what it has and exits. No connection is refused or reset, and no supervisor or
-//! balancer is needed. Put a new binary in the place of the old one first, and this is a deploy.
+//! A restart in place. SIGHUP starts the program again on the same listening socket, and the old process
+//! completes its requests and exits. No connection is refused or reset, and neither a supervisor nor a
+//! load balancer is needed. If you replace the binary first, this is a deploy.
 //!
-//! `ecdysis` starts the new process, gives it the socket, and waits until it has come up. This crate stops
-//! the old one. `.ci/restart` does it twenty times under load.
+//! `ecdysis` starts the new process, passes it the socket, and waits until it is ready. This crate stops
+//! the old process. `.ci/restart` does this twenty times under load.
 //!
 //! ```sh
 //! cargo build -p tower-graceful-example-restart --example restart
@@ -55,19 +55,19 @@ mod unix {
         let ecdysis = TokioEcdysisBuilder::new(SignalKind::hangup())?;
         let address = env::args().nth(1).unwrap_or("127.0.0.1:3000".into());
         let address: SocketAddr = address.parse().map_err(Error::other)?;
-        // The new process gets the socket that the old one has bound to this address.
+        // A new process receives the socket that the old process has bound to this address.
         let listener = ecdysis
             .std_ecdysis()
             .build_listen_tcp(address, |socket, address| {
                 socket.set_reuse_address(true)?;
                 socket.bind(&address.into())?;
-                socket.listen(4096)?; // connections wait here while nobody accepts
+                socket.listen(4096)?; // length of the accept queue
                 Ok(socket.into())
             })?;
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
 
-        // The next process accepts what connects from the start of the stop on.
+        // From the start of the stop, the next process accepts new connections.
         let graceful = Graceful::builder()
             .shared_listener(true)
             .build()
@@ -83,11 +83,11 @@ mod unix {
             .with_state(graceful.clone());
         let served = graceful.serve(listener, app);
 
-        // Tells the old process, if there is one, that this one has come up.
+        // Tells the old process, if there is one, that this process is ready.
         let (_ecdysis, replaced) = ecdysis.ready()?;
         writeln!(io::stdout(), "process {} serves", process::id())?;
         tokio::spawn(async move {
-            // A new process that fails does not resolve this: the old one goes on.
+            // This does not resolve if the new process fails to start. The old process then continues.
             match replaced.await {
                 Ok(_) => graceful.shutdown(),
                 Err(error) => tracing::error!("no more restarts in place: {error}"),
@@ -98,7 +98,8 @@ mod unix {
         Ok(report.into())
     }
 
-    /// Asks its client to connect again, when the process is replaced.
+    /// Echoes messages. When the process is replaced, it closes the socket and asks the client to
+    /// reconnect.
     async fn echo(upgrade: WebSocketUpgrade, State(graceful): State<Graceful>) -> Response {
         let hold = graceful.hold("echo");
         upgrade.on_upgrade(move |mut socket| async move {

@@ -1,4 +1,4 @@
-//! What to change in a service or in its deployment, from what a run has lost.
+//! Derives from the lost requests what to change in the service or in its deployment.
 
 use std::{fmt::Display, os::unix::process::ExitStatusExt, time::Duration};
 
@@ -17,7 +17,7 @@ struct Loss<'a> {
 }
 
 impl Loss<'_> {
-    /// It had been in flight, and not refused.
+    /// The request was in flight, and was not refused.
     fn cut(self) -> bool {
         match self.failure.how {
             How::Truncated => true,
@@ -29,7 +29,7 @@ impl Loss<'_> {
         }
     }
 
-    /// There was nothing to answer it.
+    /// No process accepted or answered the request.
     fn gone(self) -> bool {
         let how = self.failure.how;
         matches!(how, How::Refused | How::Reset | How::NoBackend) && !self.cut()
@@ -40,7 +40,7 @@ impl Loss<'_> {
     }
 }
 
-/// The most urgent first.
+/// Returns the advice, the most urgent first.
 pub(crate) fn of(plan: &Plan, run: &Run) -> Vec<String> {
     let mut lines = Vec::new();
     let killed = run.stops.iter().filter(|stop| stop.ended.killed).count();
@@ -131,7 +131,7 @@ fn from_losses(plan: &Plan, losses: &[Loss<'_>]) -> Vec<String> {
     lines
 }
 
-/// How many there are of a sort, and when the last was lost, in milliseconds after SIGTERM.
+/// Counts the `wanted` losses, and returns when the last one was lost, in milliseconds after SIGTERM.
 fn count<'a>(losses: &[Loss<'a>], wanted: impl Fn(Loss<'a>) -> bool) -> (usize, u128) {
     let mut last = Duration::ZERO;
     let mut count = 0;

@@ -1,5 +1,5 @@
-//! The service that is deployed: once on plain axum as its own example has it, once with this crate.
-//! `--backend` starts it as a process of its own, so that a stop is a real signal to a real process.
+//! The deployed service, on plain axum as in axum's own example, or with this crate. `--backend` runs it as
+//! a separate process, so that a stop is a real signal to a real process.
 //!
 //! ```sh
 //! cargo run --example rolling_deploy -- --backend graceful 3000
@@ -21,7 +21,7 @@ use tokio::{
 };
 use tower_graceful::Graceful;
 
-/// How long `GET /slow` takes.
+/// The duration of `GET /slow`.
 const SLOW: Duration = Duration::from_millis(700);
 
 fn routes() -> Router {
@@ -39,8 +39,8 @@ async fn slow() -> &'static str {
     "slow\n"
 }
 
-/// Runs the backend that `args` name: `graceful PORT`, `plain PORT` or `deaf PORT`, and for the first
-/// one `--delay SECONDS`, `--grace SECONDS`, `--keep-listening no` and `--unready STATUS`.
+/// Runs the backend that `args` name: `graceful PORT`, `plain PORT` or `deaf PORT`. Options of the first
+/// are `--delay SECONDS`, `--grace SECONDS`, `--keep-listening no` and `--unready STATUS`.
 pub(crate) async fn run(args: &[String]) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let [kind, port, options @ ..] = args else {
         return Err("--backend wants graceful, plain or deaf, and a port".into());
@@ -57,8 +57,8 @@ pub(crate) async fn run(args: &[String]) -> Result<ExitCode, Box<dyn std::error:
     Ok(result)
 }
 
-/// This crate, with the times that the demonstration uses: a delay of 1.5 s, three times what its
-/// balancer needs to notice.
+/// This crate, by default with a delay of 1.5 s. This is three times as long as the balancer of the
+/// comparison needs to notice.
 async fn graceful(port: u16, options: &[String]) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut builder = Graceful::builder()
         .grace_period(Duration::from_secs(10))
@@ -83,7 +83,7 @@ async fn graceful(port: u16, options: &[String]) -> Result<ExitCode, Box<dyn std
     Ok(report.into())
 }
 
-/// Plain axum, as its `graceful-shutdown` example has it, with a readiness route.
+/// Plain axum, as in its `graceful-shutdown` example, with a readiness route.
 async fn plain(port: u16) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let app = routes().route("/readyz", get(|| async {}));
     let listener = TcpListener::bind(("127.0.0.1", port)).await?;
@@ -93,7 +93,7 @@ async fn plain(port: u16) -> Result<ExitCode, Box<dyn std::error::Error>> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A service that does nothing on SIGTERM, to see what the checker says of it.
+/// A service that ignores SIGTERM, to show the advice for such a service.
 async fn deaf(port: u16) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let _unread = signal(SignalKind::terminate())?;
     let app = routes().route("/readyz", get(|| async {}));

@@ -1,9 +1,9 @@
-//! A small load balancer, the same for every service that is put behind it.
+//! A small load balancer.
 //!
-//! Round robin over the backends that are up, HTTP/1.1, keep-alive connections to them. It asks
-//! each backend's readiness path once per interval; a backend is up after one success, and down
-//! after `fall` failures in a row. A request is sent once: a failure reaches the client, as it does
-//! behind kube-proxy, and Envoy in its default configuration, so that none is hidden.
+//! It distributes requests over the backends that are up, in turn, on keep-alive HTTP/1.1 connections. It
+//! requests each backend's readiness path once per interval. A backend is up after one success, and
+//! down after `fall` failures in a row. The balancer does not retry, so that every failure reaches the
+//! client. kube-proxy, and Envoy in its default configuration, do not retry either.
 
 use std::{
     net::SocketAddr,
@@ -27,10 +27,10 @@ use tokio::{net::TcpListener, task::JoinHandle, time::sleep};
 
 use crate::load;
 
-/// The header that says why the balancer, and not a backend, has answered.
+/// The header of responses that the balancer itself makes. Its value is the reason.
 pub(crate) const ERROR: &str = "x-balancer-error";
 
-/// How backends are asked whether they are ready.
+/// The settings of the readiness checks.
 #[derive(Clone, Debug)]
 pub(crate) struct Check {
     pub(crate) path: String,
@@ -39,7 +39,7 @@ pub(crate) struct Check {
 }
 
 impl Check {
-    /// The longest time from "not ready" to "down".
+    /// The longest time from the first failing probe until a backend is down.
     pub(crate) fn notices_within(&self) -> Duration {
         self.interval * self.fall
     }
@@ -96,7 +96,7 @@ impl Balancer {
         self.address
     }
 
-    /// Takes a backend in: at once without a check, otherwise after its first success.
+    /// Adds a backend. It is up at once without a check, otherwise after its first success.
     pub(crate) fn add(self: &Arc<Self>, port: u16) {
         self.with(|backends| {
             backends.push(Backend {
@@ -119,7 +119,7 @@ impl Balancer {
         self.with(|backends| backends.iter().any(|one| one.port == port && one.up))
     }
 
-    /// When the balancer has stopped sending requests to this backend.
+    /// When the balancer stopped sending requests to this backend.
     pub(crate) fn down_since(&self, port: u16) -> Option<Instant> {
         self.with(|backends| backends.iter().find(|one| one.port == port)?.down_since)
     }
@@ -152,7 +152,7 @@ impl Balancer {
         request.headers_mut().remove(header::CONNECTION);
         match self.client.request(request).await {
             Ok(mut response) => {
-                // It is about the connection to the backend.
+                // This header concerns the connection to the backend only.
                 response.headers_mut().remove(header::CONNECTION);
                 response.map(Body::new)
             }
@@ -183,7 +183,7 @@ async fn accept(balancer: Arc<Balancer>, listener: TcpListener) {
             let forward = service_fn(|request| async {
                 Ok::<_, std::convert::Infallible>(balancer.forward(request).await)
             });
-            // A client that has gone is no failure of the balancer.
+            // An error means that the client has disconnected, which is not a failure of the balancer.
             let _ = http1::Builder::new()
                 .serve_connection(TokioIo::new(stream), forward)
                 .await;
@@ -191,7 +191,7 @@ async fn accept(balancer: Arc<Balancer>, listener: TcpListener) {
     }
 }
 
-/// Asks one backend for as long as it is in the list.
+/// Probes one backend while it is in the list.
 async fn poll(balancer: Arc<Balancer>, check: Check, port: u16) {
     loop {
         let begun = Instant::now();

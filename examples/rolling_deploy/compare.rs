@@ -1,4 +1,4 @@
-//! The demonstration: the same rolling update of the same service, on plain axum and with this crate.
+//! The comparison: the same rolling update of the same service, on plain axum and with this crate.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -9,8 +9,8 @@ use crate::{
     verdict,
 };
 
-/// Runs both, prints the two rows and one stop's timeline. Returns whether this crate's row has no
-/// failure.
+/// Runs both, and prints a row for each and the timeline of one stop. Returns whether this crate lost no
+/// request.
 pub(crate) async fn run(plan: &Plan) -> Result<bool, Problem> {
     let program = std::env::current_exe()
         .map_err(|error| Problem(format!("cannot find this program's file: {error}")))?

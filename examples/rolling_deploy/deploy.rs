@@ -1,5 +1,5 @@
-//! A rolling update under load, as a deployment does it: start a new instance, wait until it is
-//! ready and the balancer sends to it, SIGTERM the old one, wait for its end, and so on.
+//! A rolling update under load. For each instance: start a new instance, wait until it is ready and the
+//! balancer sends to it, send SIGTERM to the old instance, and wait until it has ended.
 
 use std::{
     sync::Arc,
@@ -15,7 +15,7 @@ use crate::{
     progress::Progress,
 };
 
-/// Load before the first signal and after the last stop.
+/// The time of load before the first signal, and after the last stop.
 const AROUND: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Debug)]
@@ -23,24 +23,24 @@ pub(crate) struct Plan {
     pub(crate) command: Vec<String>,
     pub(crate) check: Check,
     pub(crate) paths: Paths,
-    /// From SIGTERM to SIGKILL.
+    /// The time from SIGTERM to SIGKILL.
     pub(crate) grace: Duration,
-    /// For an instance to become ready.
+    /// The time in which an instance must become ready.
     pub(crate) start_timeout: Duration,
     pub(crate) instances: usize,
-    /// How often every instance is replaced.
+    /// How often each instance is replaced.
     pub(crate) rounds: usize,
     pub(crate) front: Front,
 }
 
-/// What stands before the instances.
+/// The balancer in front of the instances.
 #[derive(Clone, Debug)]
 pub(crate) enum Front {
     /// The balancer of this example.
     Own,
-    /// A balancer that runs already at `address` and knows `ports`, of which two sets are needed:
-    /// a new instance never has the port of a living one. It has `settle` to notice that an
-    /// instance is ready, or gone.
+    /// A balancer that is already running at `address` and sends to `ports`. There must be more ports
+    /// than instances, because a new instance starts before the old one stops. The balancer has the
+    /// time `settle` to notice that an instance is ready or has ended.
     External {
         address: String,
         ports: Vec<u16>,
@@ -51,7 +51,7 @@ pub(crate) enum Front {
 #[derive(Debug)]
 pub(crate) struct Stop {
     pub(crate) ended: Ended,
-    /// When the balancer stopped sending, where it is known.
+    /// When the balancer stopped sending, if known.
     pub(crate) noticed: Option<Instant>,
 }
 
@@ -171,7 +171,7 @@ async fn stop(
     let ended = old.ended(signalled, plan.grace).await?;
     let mut noticed = None;
     if let Some(balancer) = balancer {
-        // Its address stays in the balancer's list until the balancer has found out by itself.
+        // The address stays in the balancer's list until the balancer's own checks have failed.
         while balancer.is_up(old.port) {
             sleep(Duration::from_millis(10)).await;
         }
@@ -183,7 +183,7 @@ async fn stop(
     Ok(Stop { ended, noticed })
 }
 
-/// Tries each path once, directly. Drops those that the service does not have.
+/// Tries each path once, without the balancer. Removes the paths that the service does not have.
 async fn leave_out(instance: &Instance, paths: &mut Paths) -> Result<Vec<String>, Problem> {
     let mut left_out = Vec::new();
     let quick = load::once(instance.port, "GET", &paths.quick, paths.timeout).await;

@@ -1,6 +1,5 @@
-//! One process of the service under test: started, awaited, signalled, and killed if it must be.
-//! It is the leader of a process group of its own, and what is left of that group is killed when the
-//! instance is dropped.
+//! One process of the service under test. It leads a process group of its own. When the instance is
+//! dropped, all remaining processes of the group are killed.
 
 use std::{
     fmt,
@@ -22,10 +21,10 @@ use tokio::{
 
 use crate::load::{self, How};
 
-/// Of a service's output, at most so many bytes are kept, the last ones.
+/// The number of bytes of a service's output that are kept, the last ones.
 const KEPT_OUTPUT: usize = 64 * 1024;
 
-/// Why there is nothing to measure. Its text is for the person who has given the command.
+/// Why there is nothing to measure. `Display` is the message for the user.
 #[derive(Debug)]
 pub(crate) struct Problem(pub(crate) String);
 
@@ -53,7 +52,7 @@ pub(crate) struct Ended {
     pub(crate) signalled: Instant,
     pub(crate) exited: Instant,
     pub(crate) status: ExitStatus,
-    /// It had not ended when the grace period was over.
+    /// Whether the process was killed because the grace period was over.
     pub(crate) killed: bool,
     pub(crate) output: String,
 }
@@ -100,7 +99,7 @@ impl Instance {
         })
     }
 
-    /// Waits until `path` is answered with a success.
+    /// Waits until `path` answers with a success status.
     pub(crate) async fn ready(&mut self, path: &str, bound: Duration) -> Result<(), Problem> {
         let begun = Instant::now();
         loop {
@@ -131,7 +130,7 @@ impl Instance {
         }
     }
 
-    /// An error if the process has ended.
+    /// Returns an error if the process has ended.
     pub(crate) async fn must_run(&mut self, when: &str) -> Result<(), Problem> {
         if let Ok(Some(status)) = self.child.try_wait() {
             let output = self.output().await;
@@ -145,12 +144,12 @@ impl Instance {
 
     /// Sends SIGTERM.
     pub(crate) fn terminate(&self) -> Instant {
-        // The group's leader alone, as a container's runtime does.
+        // Only to the leader of the group, as container runtimes do.
         let _ = kill(self.group, Signal::SIGTERM);
         Instant::now()
     }
 
-    /// Waits for its end. Kills it when `grace` has passed since `signalled`.
+    /// Waits until the process has ended. Kills it when `grace` has passed since `signalled`.
     pub(crate) async fn ended(
         &mut self,
         signalled: Instant,
@@ -168,7 +167,7 @@ impl Instance {
         let exited = Instant::now();
         let status = status.map_err(|error| Problem(format!("cannot wait for it: {error}")))?;
         for reader in self.readers.drain(..) {
-            // What it has started may live on, and keep the pipe open.
+            // Processes that the service has started may still run and keep the pipe open.
             let _ = timeout(Duration::from_millis(500), reader).await;
         }
         let output = String::from_utf8_lossy(&self.kept()).into_owned();
@@ -181,9 +180,9 @@ impl Instance {
         })
     }
 
-    /// What it has written, as the end of an error message.
+    /// The output of the process, as the end of an error message.
     async fn output(&self) -> String {
-        // The readers may be a moment behind the process.
+        // Gives the reader tasks time to read the last output.
         sleep(Duration::from_millis(50)).await;
         let kept = self.kept();
         let text = String::from_utf8_lossy(&kept);
@@ -219,8 +218,8 @@ async fn keep(mut pipe: impl AsyncRead + Unpin, output: Arc<Mutex<Vec<u8>>>) {
     }
 }
 
-/// A port that nothing uses, below those that the system gives to clients: a client of the load could
-/// otherwise have it before the service does.
+/// An unused port below the range that the system gives to clients. In that range, a client of the load
+/// could take the port before the service binds it.
 pub(crate) fn free_port() -> u16 {
     use std::{
         hash::{BuildHasher, RandomState},

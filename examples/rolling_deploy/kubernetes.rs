@@ -1,5 +1,5 @@
-//! A pod's life, as the kubelet and the endpoint controller drive it, without a cluster: how late may
-//! the removal of an address arrive before a stop loses requests?
+//! Simulates how the kubelet and the endpoint controller replace a pod, without a cluster. It shows how
+//! late the removal of an address may arrive until a stop loses requests.
 //!
 //! ```sh
 //! cargo run --example rolling_deploy -- --kubernetes            # times scaled to a fifth
@@ -7,12 +7,13 @@
 //! cargo run --example rolling_deploy -- --kubernetes --removals 0,3,8
 //! ```
 //!
-//! A pod is deleted at one moment. From then on its address is being removed, which reaches the
-//! balancer (here: kube-proxy, which has no checks and no retries) after the removal delay. The
-//! preStop sleep passes, SIGTERM is sent, and SIGKILL follows when the grace period, counted from the
-//! deletion, is over. A new pod becomes ready at a probe, and its address arrives as late.
+//! The deletion of a pod starts two things. The removal of its address reaches the balancer after the
+//! removal delay. The balancer is like kube-proxy, without checks and retries. At the same time the
+//! preStop sleep begins, and SIGTERM follows. SIGKILL follows when the grace period is over, counted from
+//! the deletion. A new pod becomes ready when a probe succeeds, and its address arrives at the balancer
+//! after the same delay.
 //!
-//! The readiness probe does not hasten the removal: the deletion has begun it before.
+//! The readiness probe does not speed up the removal, because the deletion has already started it.
 
 use std::{
     sync::Arc,
@@ -27,20 +28,20 @@ use crate::{
     load::{self, Load, Paths, Tally},
 };
 
-/// In seconds: the defaults of this crate and of Kubernetes.
+/// In seconds. These are the defaults of this crate and of Kubernetes.
 const DRAIN_DELAY: f64 = 5.0;
 const GRACE_PERIOD: f64 = 30.0;
 /// `periodSeconds` of the readiness probe, and `minReadySeconds`.
 const PROBE_PERIOD: f64 = 2.0;
 const MIN_READY: f64 = 5.0;
-/// Load after the stop.
+/// Seconds of load after the stop.
 const AFTER: f64 = 2.0;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Sweep {
-    /// After how many seconds the removal of an address arrives.
+    /// The removal delays in seconds.
     pub(crate) removals: Vec<f64>,
-    /// What all times are multiplied by, the plan of the service included.
+    /// The factor for all times, also those of the service.
     pub(crate) scale: f64,
 }
 
@@ -63,7 +64,7 @@ impl Sweep {
     }
 }
 
-/// Prints a row for each removal delay: requests that failed, of how many.
+/// Prints a row for each removal delay: failed requests of all requests.
 pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<(), Problem> {
     let program = std::env::current_exe()
         .map_err(|error| Problem(format!("cannot find this program's file: {error}")))?
@@ -83,7 +84,7 @@ pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<(), Problem> {
     );
     println!("|---|---|---|---|");
     for removal in &sweep.removals {
-        // Side by side: each has its own pods, balancer and load.
+        // All three run at the same time, each with its own pods, balancer and load.
         let (plain, slept, graceful) = tokio::try_join!(
             delete_one(sweep, paths, &plain, *removal, 0.0),
             delete_one(sweep, paths, &plain, *removal, DRAIN_DELAY),
@@ -96,7 +97,7 @@ pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<(), Problem> {
     Ok(())
 }
 
-/// Replaces one pod of two under load.
+/// Replaces one of two pods under load.
 async fn delete_one(
     sweep: &Sweep,
     paths: &Paths,
@@ -116,7 +117,7 @@ async fn delete_one(
     };
     let load = Load::start(balancer.address().to_string(), paths.clone());
 
-    // maxSurge 1, maxUnavailable 0: the new pod first.
+    // maxSurge 1, maxUnavailable 0: the new pod starts first.
     let new = start(sweep, command).await?;
     sleep(sweep.time(removal)).await;
     balancer.add(new.port);
@@ -140,7 +141,7 @@ async fn remove(balancer: Arc<Balancer>, port: u16, after: Duration) {
     balancer.remove(port);
 }
 
-/// Starts a pod. Returns when its readiness probe has succeeded once.
+/// Starts a pod, and returns when its readiness probe has succeeded once.
 async fn start(sweep: &Sweep, command: &[String]) -> Result<Instance, Problem> {
     let mut pod = Instance::start(command, free_port())?;
     let begun = Instant::now();

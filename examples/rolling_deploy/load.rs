@@ -1,5 +1,5 @@
 //! A steady load on one address: keep-alive clients, clients with a connection per request, slow
-//! requests and uploads. Every request that is not answered is kept, with what happened and when.
+//! requests and uploads. Every request that fails is recorded, with its error and its time.
 
 use std::{
     collections::BTreeMap,
@@ -29,7 +29,7 @@ use tokio::{
 
 use crate::balancer::ERROR;
 
-/// An upload is this many pieces of this size, one every so often: half a second.
+/// The pieces of an upload, their size, and the pause between two: half a second in total.
 const PIECES: usize = 16;
 const PIECE: usize = 16 * 1024;
 const BETWEEN_PIECES: Duration = Duration::from_millis(30);
@@ -61,19 +61,19 @@ impl fmt::Display for Kind {
     }
 }
 
-/// How a request was lost.
+/// How a request failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum How {
     Refused,
     Reset,
-    /// The response began and did not end.
+    /// The response began but did not end.
     Truncated,
     TimedOut,
-    /// The balancer had nowhere to send it.
+    /// The balancer had no backend for the request.
     NoBackend,
-    /// An answer of 500 or above.
+    /// A response with a status of 500 or above.
     Status(u16),
-    /// The same with `Retry-After`, as a service says it that refuses, and as balancers do not.
+    /// The same with `Retry-After`: a service sends this header with a refusal, and balancers do not.
     RetryAfter(u16),
 }
 
@@ -99,13 +99,13 @@ pub(crate) struct Failure {
     pub(crate) failed: Instant,
 }
 
-/// What to request. A path that is `None` is not requested.
+/// The paths to request. A path that is `None` is not requested.
 #[derive(Clone, Debug)]
 pub(crate) struct Paths {
     pub(crate) quick: String,
     pub(crate) slow: Option<String>,
     pub(crate) upload: Option<String>,
-    /// After this time a request counts as lost.
+    /// The time after which a request counts as lost.
     pub(crate) timeout: Duration,
 }
 
@@ -122,7 +122,7 @@ impl Paths {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) requests: BTreeMap<Kind, u64>,
-    /// Of the requests on `Paths::quick` that were answered.
+    /// The longest time of an answered request on `Paths::quick`.
     pub(crate) slowest: Duration,
     pub(crate) failures: Vec<Failure>,
 }
@@ -133,7 +133,7 @@ impl Tally {
     }
 }
 
-/// The clients. They end when it is dropped, or in order with `stop`.
+/// The clients. They end when this is dropped. `stop` lets their requests complete first.
 #[derive(Debug)]
 pub(crate) struct Load {
     shared: Arc<Shared>,
@@ -168,13 +168,13 @@ impl Load {
         Self { shared, clients }
     }
 
-    /// Requests so far, and how many of them failed.
+    /// The number of requests so far, and the number of failures.
     pub(crate) fn count(&self) -> (u64, usize) {
         let tally = self.shared.tally();
         (tally.total(), tally.failures.len())
     }
 
-    /// Begins no further request, and waits for those that are under way.
+    /// Begins no further request, and waits for those in flight.
     pub(crate) async fn stop(mut self) -> Tally {
         self.shared.over.store(true, Relaxed);
         while self.clients.join_next().await.is_some() {}
@@ -214,13 +214,13 @@ async fn client(shared: Arc<Shared>, kind: Kind) {
     }
 }
 
-/// One request. Keeps the connection in `kept` where its kind and the server allow that.
+/// Sends one request. Keeps the connection in `kept` if the kind of client and the server allow it.
 async fn send(target: &str, path: &str, kind: Kind, kept: &mut Option<Sender>) -> Result<(), How> {
     let mut sender = match kept.take() {
         Some(sender) => sender,
         None => connect(target).await?,
     };
-    // Nothing is sent on a connection that its server has closed.
+    // Sends nothing on a connection that the server has closed.
     if sender.ready().await.is_err() {
         sender = connect(target).await?;
     }
@@ -291,12 +291,12 @@ fn upload() -> BoxBody<Bytes, Infallible> {
     StreamBody::new(pieces).boxed()
 }
 
-/// What one `GET` on a connection of its own is answered with, within a second.
+/// Sends one `GET` on a new connection, with a timeout of one second, and returns the status.
 pub(crate) async fn get(port: u16, path: &str) -> Result<StatusCode, How> {
     once(port, "GET", path, Duration::from_secs(1)).await
 }
 
-/// The status of one request without a body, on a connection of its own.
+/// Sends one request without a body on a new connection, and returns the status.
 pub(crate) async fn once(
     port: u16,
     method: &str,

@@ -1,10 +1,10 @@
-//! What a deploy looks like from outside: a rolling update under load, and how many requests it loses.
-//! Nothing to install; unix only, because a stop is a SIGTERM to a process.
+//! Performs a rolling update under load, and counts the requests that are lost. It needs no other
+//! program. It runs on Unix only, because a stop is a SIGTERM to a process.
 //!
 //! ```sh
 //! # This crate beside plain axum, half a minute:
 //! cargo run --example rolling_deploy
-//! # Any service of yours. {port} is replaced, and is in PORT too:
+//! # Your own service. {port} is replaced, and PORT is set in the environment:
 //! cargo run --example rolling_deploy -- ./my-service --port {port}
 //! # A pod on Kubernetes whose address is removed late:
 //! cargo run --example rolling_deploy -- --kubernetes
@@ -58,7 +58,7 @@ async fn main() -> ExitCode {
     }
     let result = tokio::select! {
         result = measure(args) => result,
-        // The instances are dropped with the future, and killed with that.
+        // Dropping the future drops the instances, which kills their processes.
         code = interrupted() => return code,
     };
     match result {

@@ -1,4 +1,4 @@
-//! The command line.
+//! Parses the command line.
 
 use std::time::Duration;
 
@@ -17,31 +17,31 @@ A rolling update under load, and how many requests it loses.
   rolling_deploy [OPTIONS] COMMAND [ARGS...]  your service; {port} in its arguments is replaced,
                                               and PORT in its environment is set
   rolling_deploy --kubernetes                 a pod's stop, for removals of its address that arrive
-                                              more and more late; --scale and --removals only
-  rolling_deploy --backend KIND PORT          the backend of the first form, by itself: graceful,
+                                              later and later; --scale and --removals only
+  rolling_deploy --backend KIND PORT          only the backend of the first form: graceful,
                                               plain, or deaf, which ignores SIGTERM
 
 Times are in seconds. A path set to '' is not requested.
 
   --ready PATH           readiness probe [/readyz]
   --get PATH             what quick requests ask for [/]
-  --slow PATH            a request that takes its time [/slow]
+  --slow PATH            a slow request [/slow]
   --upload PATH          takes a POST of 256 KiB that lasts half a second [/upload]
-  --interval SECONDS     between two questions of the balancer [0.5; 0.25 without COMMAND]
-  --fall COUNT           failures until it sends nothing more [2]
+  --interval SECONDS     between two probes of the balancer [0.5; 0.25 without COMMAND]
+  --fall COUNT           failed probes until the balancer stops sending [2]
   --timeout SECONDS      after which a request counts as lost [15]
   --grace SECONDS        from SIGTERM to SIGKILL [30]
   --start-timeout SECONDS  for an instance to become ready [30]
-  --instances COUNT      [2]
-  --rounds COUNT         how often each is replaced [2]
-  --behind HOST:PORT     a balancer that runs already, in place of the built-in one
-  --ports A,B,...        where that one looks for instances, at least one more than there are
-  --settle SECONDS       for that one to notice that an instance has come or gone [1]
-  --removals A,B,...     with --kubernetes, when an address is gone [0,1,2,3,4,4.5,5,5.5,6,8,10]
+  --instances COUNT      instances of the service [2]
+  --rounds COUNT         how often each instance is replaced [2]
+  --behind HOST:PORT     a running balancer, in place of the built-in one
+  --ports A,B,...        the ports it sends to, at least one more than instances
+  --settle SECONDS       for it to notice that an instance is ready or has ended [1]
+  --removals A,B,...     with --kubernetes, after which an address is removed [0,1,2,3,4,4.5,5,5.5,6,8,10]
   --scale FACTOR         with --kubernetes, for all times [0.2]
 ";
 
-/// What to do.
+/// The form of the command line.
 #[derive(Debug)]
 pub(crate) enum Task {
     Help,
@@ -112,7 +112,8 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
             _ => return Err(Problem(format!("unknown option {arg} (--help)"))),
         }
     }
-    // The demonstration's services stop after a delay of 1.5 s: room for a machine that is busy.
+    // The backends of the comparison have a delay of 1.5 s, and 0.25 s × 2 leaves room for a busy
+    // machine.
     let default = if plan.command.is_empty() { 250 } else { 500 };
     plan.check.interval = interval.unwrap_or(Duration::from_millis(default));
     if let Some(address) = behind {
@@ -167,7 +168,7 @@ fn optional(option: &str, value: String) -> Result<Option<String>, Problem> {
 fn seconds(option: &str, value: &str) -> Result<Duration, Problem> {
     let seconds = value.parse().ok();
     let seconds = seconds.and_then(|value| Duration::try_from_secs_f64(value).ok());
-    // A day is more than any of them needs, and small enough to calculate with.
+    // At most one day, so that no calculation with durations overflows.
     seconds
         .filter(|seconds| !seconds.is_zero() && *seconds <= Duration::from_secs(86_400))
         .ok_or_else(|| {

@@ -1,4 +1,4 @@
-//! What is going on, for the person who waits: a bar on a terminal, lines elsewhere.
+//! Shows the progress of a run: a bar on a terminal, lines elsewhere.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -14,7 +14,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// For so many stops.
+    /// Progress of a run with this number of stops.
     pub(crate) fn new(name: &str, stops: usize) -> Self {
         let bar = ProgressBar::new(stops as u64);
         let style = ProgressStyle::with_template("{prefix:16} [{bar:24}] {pos}/{len} stops  {msg}");
@@ -26,7 +26,7 @@ impl Progress {
         }
     }
 
-    /// Says what comes next.
+    /// Shows the next step.
     pub(crate) fn say(&self, text: &str) {
         if self.bar.is_hidden() {
             eprintln!("{}: {text}", self.name);
@@ -39,7 +39,7 @@ impl Progress {
         self.bar.inc(1);
     }
 
-    /// Shows the counts of `load` for as long as it is polled.
+    /// Shows the counts of `load` while the future is polled.
     pub(crate) async fn follow(&self, load: &Load) -> Infallible {
         loop {
             let (requests, failed) = load.count();

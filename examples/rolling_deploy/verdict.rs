@@ -1,4 +1,4 @@
-//! What a run says about a service: what was lost, when and how, and how the stops went.
+//! The result of a run: which requests were lost, when and how, and how each stop went.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,16 +12,17 @@ use crate::{
     load::{Failure, How, Kind},
 };
 
-/// When a request was lost, on the clock of the stop before it.
+/// When a request was lost, relative to the stop before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum When {
-    /// Before the first SIGTERM: the stop has nothing to do with it.
+    /// Before the first SIGTERM, so that no stop can be the cause.
     BeforeSignal,
-    /// Between SIGTERM and the end, and the balancer was still sending.
+    /// Between SIGTERM and the end of the process, while the balancer was still sending.
     Delay,
-    /// Between SIGTERM and the end, behind a balancer that does not say when it has noticed.
+    /// Between SIGTERM and the end of the process, behind a balancer that does not tell when it
+    /// stopped sending.
     Stopping,
-    /// Between SIGTERM and the end, and the balancer had stopped sending.
+    /// Between SIGTERM and the end of the process, after the balancer had stopped sending.
     Draining,
     AfterExit,
 }
@@ -38,7 +39,7 @@ impl fmt::Display for When {
     }
 }
 
-/// The stop that a failure belongs to, which is the one before it, and when in it it happened.
+/// Returns the last stop that began before the failure, and when during that stop the failure happened.
 pub(crate) fn when<'a>(failure: &Failure, stops: &'a [Stop]) -> (When, Option<&'a Stop>) {
     let before = |stop: &&Stop| stop.ended.signalled <= failure.failed;
     let Some(stop) = stops.iter().rev().find(before) else {
@@ -56,15 +57,15 @@ pub(crate) fn when<'a>(failure: &Failure, stops: &'a [Stop]) -> (When, Option<&'
     (when, Some(stop))
 }
 
-/// Failures of one sort.
+/// Failures of one kind.
 #[derive(Debug)]
 struct Group {
     count: usize,
     kinds: BTreeSet<Kind>,
-    /// After SIGTERM.
+    /// Time of the first failure after SIGTERM.
     first: Duration,
     last: Duration,
-    /// So many had begun before the SIGTERM.
+    /// The number of these requests that began before SIGTERM.
     begun_before: usize,
 }
 
@@ -90,7 +91,7 @@ fn groups(run: &Run) -> BTreeMap<(When, How), Group> {
     groups
 }
 
-/// Whether the service loses nothing and ends by itself.
+/// Whether no request was lost, and every instance ended without SIGKILL.
 pub(crate) fn passes(run: &Run) -> bool {
     run.tally.failures.is_empty() && run.stops.iter().all(|stop| !stop.ended.killed)
 }

@@ -1,8 +1,8 @@
-//! A service under systemd: socket activation, and the notifications that `Type=notify` waits for.
+//! A service under systemd, with socket activation and the notifications of `Type=notify`.
 //!
-//! READY when it serves, STOPPING at the start of the stop, and `EXTEND_TIMEOUT_USEC` where the stop may
-//! take longer than systemd's default. `app.service` and `app.socket` beside this file are its units:
-//! a restart refuses no connection, because systemd keeps the socket.
+//! It sends `READY` when it serves, `STOPPING` at the start of the stop, and `EXTEND_TIMEOUT_USEC` if the
+//! stop may take longer than systemd's default. Its units are `app.service` and `app.socket` in this
+//! folder. A restart refuses no connection, because systemd keeps the socket open.
 //!
 //! ```sh
 //! cargo build --example systemd
@@ -34,21 +34,21 @@ mod linux {
     use sd_notify::NotifyState;
     use tower_graceful::Graceful;
 
-    /// `TimeoutStopSec=` of the unit, and systemd's own default. What the stop may take beyond it has
-    /// to be asked for.
+    /// `TimeoutStopSec=` of the unit, which is also systemd's default. For a longer stop, the service
+    /// has to ask for the additional time.
     const TIMEOUT_STOP: Duration = Duration::from_secs(90);
 
     #[tokio::main]
     pub(super) async fn main() -> io::Result<ExitCode> {
         tracing_subscriber::fmt().with_writer(io::stderr).init();
-        // 120 s: a download that has begun may take so long.
+        // 120 s, because a download may take so long.
         let graceful = Graceful::builder()
             .grace_period(Duration::from_secs(120))
             .build()
             .map_err(Error::other)?;
 
-        // The socket of `app.socket`. It is recognised as one that outlives the process, so nothing has
-        // to be configured: at SIGTERM the process leaves it to the next one.
+        // The socket of `app.socket`. The crate recognises from `LISTEN_FDS` that the socket outlives
+        // the process. So at SIGTERM this process stops accepting, and leaves the queue to the next.
         let listener = match ListenFd::from_env().take_tcp_listener(0)? {
             Some(listener) => listener,
             None => std::net::TcpListener::bind("127.0.0.1:3000")?,
@@ -77,7 +77,8 @@ mod linux {
             .layer(graceful.layer())
             .merge(graceful.probes());
         let served = graceful.serve(listener, app);
-        // Signals are handled from here on, and what connects waits in the socket's queue.
+        // Signals are handled from here on. New connections wait in the socket's queue until `serve`
+        // accepts them.
         sd_notify::notify(&[NotifyState::Ready])?;
         let report = served.await;
         tracing::info!("{report}");
