@@ -235,7 +235,7 @@ impl Owner {
 
     /// When this connection's turn to leave comes.
     fn turn(&self) -> time::Instant {
-        self.0.owner.turn(self.0.place)
+        self.0.owner.slot_time(self.0.place)
     }
 
     fn poll_turn(&self, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
