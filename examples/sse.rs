@@ -57,7 +57,7 @@ async fn events(
         .event("goodbye")
         .retry(Duration::from_secs(5))
         .data("deploy");
-    Sse::new(graceful.until_draining(ticks).and_last(Ok(goodbye)))
+    Sse::new(graceful.until_draining(ticks).and_last(Ok(last)))
 }
 
 const PAGE: &str = "<!doctype html><title>Events</title><pre></pre><script>

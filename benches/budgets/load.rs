@@ -47,7 +47,10 @@ impl Load {
                     let mut response = Vec::new();
                     while !response.ends_with(b"hello") {
                         let read = stream.read_buf(&mut response).await;
-                        assert!(read.expect("a response") > 0, "the server closed the connection");
+                        assert!(
+                            read.expect("a response") > 0,
+                            "the server closed the connection"
+                        );
                     }
                     length = response.len();
                     streams.push(stream);

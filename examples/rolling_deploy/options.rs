@@ -171,7 +171,13 @@ fn seconds(option: &str, value: &str) -> Result<Duration, Problem> {
     // At most one day, so that no calculation with durations overflows.
     seconds
         .filter(|seconds| !seconds.is_zero() && *seconds <= Duration::from_secs(86_400))
-        .ok_or_else(|| wrong(option, value, "a number of seconds, above 0 and at most a day,"))
+        .ok_or_else(|| {
+            wrong(
+                option,
+                value,
+                "a number of seconds, above 0 and at most a day,",
+            )
+        })
 }
 
 fn factor(option: &str, value: &str) -> Result<f64, Problem> {
