@@ -23,6 +23,9 @@ pub mod streams {}
 #[doc = include_str!("../docs/tls.md")]
 pub mod tls {}
 
+#[doc = include_str!("../docs/one_machine.md")]
+pub mod one_machine {}
+
 #[doc = include_str!("../docs/observability.md")]
 pub mod observability {}
 
@@ -37,6 +40,9 @@ pub mod other_servers {}
 
 #[doc = include_str!("../docs/limits.md")]
 pub mod limits {}
+
+#[doc = include_str!("../docs/comparison.md")]
+pub mod comparison {}
 
 #[doc = include_str!("../docs/migration.md")]
 pub mod migration {}

@@ -1,69 +1,73 @@
-//! When the lame-duck phase may end before its delay is over. Plain data.
+//! The rules by which the lame-duck phase may end before its delay is over. Plain data.
 
 use std::{fmt, time::Duration};
 
 use super::plan::ConfigError;
 
-/// What the builder was told about ending the lame-duck phase early. Off by default.
+/// The rules that were set in the builder. None by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LeaveEarly {
     pub(crate) quiet: Option<WhenQuiet>,
     pub(crate) noticed: Option<WhenNoticed>,
 }
 
-/// New requests have stopped.
+/// The phase ends when new requests have stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WhenQuiet {
-    /// How long the phase lasts in any case.
+    /// The shortest duration of the phase.
     pub(crate) minimum: Duration,
-    /// How long no new request must have arrived.
+    /// How long no new request may have arrived.
     pub(crate) quiet_for: Duration,
 }
 
-/// Every prober has seen readiness fail.
+/// The phase ends when every known prober has seen readiness fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WhenNoticed {
-    /// How many failures a prober needs.
+    /// How many failed answers each prober must have received.
     pub(crate) failures: u32,
-    /// How many probers there are at least.
+    /// How many probers must be known at least.
     pub(crate) probers: usize,
 }
 
-/// Why a rule for ending the lame-duck phase early was refused. Part of [`ConfigError::LeaveEarly`].
+/// Why a rule for ending the lame-duck phase early was rejected. Part of
+/// [`ConfigError::LeaveEarly`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LeaveEarlyError {
-    /// `leave_when_quiet` with a `quiet_for` of zero, which every moment satisfies.
+    /// `quiet_for` is zero in `leave_when_quiet`, so every pause between two requests would end the
+    /// phase.
     NoSilence,
-    /// `leave_when_quiet` could not end the phase before `drain_delay` does.
+    /// `minimum` or `quiet_for` is not shorter than `drain_delay`, so `leave_when_quiet` could not
+    /// end the phase early.
     NeverQuiet {
         /// The first argument of [`leave_when_quiet`](crate::GracefulBuilder::leave_when_quiet).
         minimum: Duration,
-        /// The second argument.
+        /// The second argument of `leave_when_quiet`.
         quiet_for: Duration,
-        /// The delay, by default or by [`drain_delay`](crate::GracefulBuilder::drain_delay).
+        /// The delay: the default, or the value of
+        /// [`drain_delay`](crate::GracefulBuilder::drain_delay).
         drain_delay: Duration,
     },
-    /// `leave_when_noticed` with zero failures or zero probers.
+    /// `leave_when_noticed` has zero failures or zero probers.
     NothingToNotice {
         /// The first argument of [`leave_when_noticed`](crate::GracefulBuilder::leave_when_noticed).
         failures: u32,
-        /// The second argument.
+        /// The second argument of `leave_when_noticed`.
         probers: usize,
     },
-    /// `leave_when_noticed` waits for more probers than are remembered.
+    /// `leave_when_noticed` waits for more probers than the service remembers.
     TooManyProbers {
         /// The second argument of [`leave_when_noticed`](crate::GracefulBuilder::leave_when_noticed).
         probers: usize,
-        /// How many probers are remembered.
+        /// How many probers the service remembers.
         most: usize,
     },
-    /// `leave_when_noticed` with a `drain_delay` of zero, which leaves nothing to end early.
+    /// `drain_delay` is zero, so `leave_when_noticed` has no delay to shorten.
     NoDelay,
 }
 
-/// How many probers are remembered. A service has a handful; the bound keeps a readiness route that
-/// strangers can reach from filling the memory.
+/// How many probers the service remembers. A service usually has a handful. The limit bounds the
+/// memory if strangers can reach the readiness route.
 pub(crate) const MOST_PROBERS: usize = 64;
 
 impl LeaveEarly {
@@ -71,7 +75,7 @@ impl LeaveEarly {
         self.quiet.is_some() || self.noticed.is_some()
     }
 
-    /// Checks the rules against the delay that they are to shorten.
+    /// Checks the rules against the delay that they shorten.
     pub(crate) fn check(&self, drain_delay: Duration) -> Result<(), ConfigError> {
         let error = match (self.quiet, self.noticed) {
             (Some(WhenQuiet { quiet_for, .. }), _) if quiet_for.is_zero() => {
@@ -106,8 +110,8 @@ impl fmt::Display for LeaveEarlyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoSilence => f.write_str(
-                "leave_when_quiet has a quiet_for of 0, so the pause between two requests would end \
-                 the lame-duck phase; use a second or more",
+                "leave_when_quiet has a quiet_for of 0, so every pause between two requests would \
+                 end the lame-duck phase; use a second or more",
             ),
             Self::NeverQuiet {
                 minimum,
@@ -115,9 +119,8 @@ impl fmt::Display for LeaveEarlyError {
                 drain_delay,
             } => write!(
                 f,
-                "leave_when_quiet with minimum {minimum:?} and quiet_for {quiet_for:?} can end \
-                 nothing early, because drain_delay is {drain_delay:?}; both must be shorter than \
-                 drain_delay"
+                "leave_when_quiet with minimum {minimum:?} and quiet_for {quiet_for:?} has no effect, \
+                 because drain_delay is {drain_delay:?}; both must be shorter than drain_delay"
             ),
             Self::NothingToNotice { failures, probers } => write!(
                 f,
@@ -126,8 +129,8 @@ impl fmt::Display for LeaveEarlyError {
             ),
             Self::TooManyProbers { probers, most } => write!(
                 f,
-                "leave_when_noticed waits for {probers} probers, and {most} are remembered; use \
-                 {most} or fewer"
+                "leave_when_noticed waits for {probers} probers, but the service remembers {most}; \
+                 use {most} or fewer"
             ),
             Self::NoDelay => f.write_str(
                 "leave_when_noticed has no effect, because drain_delay is 0; set drain_delay to \

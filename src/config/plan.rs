@@ -1,16 +1,18 @@
-//! The budget: how one grace period is shared between delay, drain and cleanup. Pure.
+//! The time budget of a stop: how the grace period is divided between delay, drain and cleanup.
+//! Pure arithmetic.
 //!
-//! All shares are laid end to end from the trigger, so each ends at an absolute instant, and a
-//! phase that ends early leaves its time to the next. What nobody set is derived:
+//! The shares follow one another from the trigger on, so each ends at a fixed instant. A phase that
+//! ends early leaves its time to the next one. A share that was not set gets a default:
 //!
-//! | share | when it is not set |
+//! | share | default |
 //! |---|---|
-//! | `drain_delay` | 5 s, or a sixth of the grace period where that is less |
-//! | `cleanup_timeout` | 5 s, or a sixth of the grace period, or what the shares that were set leave, whichever is least |
-//! | `drain_timeout` | all the rest |
+//! | `drain_delay` | 5 s, or a sixth of the grace period if that is less |
+//! | `cleanup_timeout` | the least of 5 s, a sixth of the grace period, and the time that the margin, the delay and a set `drain_timeout` leave |
+//! | `drain_timeout` | the rest |
 //!
-//! The last second of the grace period (a thirtieth, where that is less) is the *margin*: every
-//! deadline falls before it, so that the process has time to report and exit before it is killed.
+//! The last second of the grace period (or a thirtieth of it, if that is less) is the *margin*.
+//! Every deadline falls before it, so that the process has time to report and exit before it is
+//! killed.
 
 use std::{fmt, time::Duration};
 
@@ -23,7 +25,7 @@ const MOST_DELAY: Duration = Duration::from_secs(5);
 const MOST_CLEANUP: Duration = Duration::from_secs(5);
 const MOST_MARGIN: Duration = Duration::from_secs(1);
 
-/// What the builder was told about time.
+/// The durations that were set in the builder. `None`: not set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Knobs {
     pub(crate) grace_period: Option<Duration>,
@@ -33,44 +35,47 @@ pub(crate) struct Knobs {
     pub(crate) cleanup_timeout: Option<Duration>,
 }
 
-/// A plan that fits.
+/// A plan that fits into its grace period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
     grace_period: Duration,
     margin: Duration,
     drain_delay: Duration,
     interrupt_delay: Duration,
-    /// `None`: all that delay, cleanup and margin leave.
+    /// `None`: the time that delay, cleanup and margin leave.
     drain_timeout: Option<Duration>,
     cleanup_timeout: Duration,
 }
 
-/// The effective plan of a lifecycle: what was set in the [builder](crate::Graceful::builder), and what was
-/// derived for the rest. Made by [`Graceful::plan`](crate::Graceful::plan).
+/// The effective plan of a lifecycle: the durations that were set in the
+/// [builder](crate::Graceful::builder), and the defaults for the others. Returned by
+/// [`Graceful::plan`](crate::Graceful::plan).
 ///
-/// [`grace_period`](Self::grace_period) and [`drain_deadline`](Self::drain_deadline) are counted from
-/// the trigger. Each value is a duration; its `Debug` prints the unit.
+/// [`grace_period`](Self::grace_period) and [`drain_deadline`](Self::drain_deadline) are measured
+/// from the trigger. Each value is a [`Duration`]; its `Debug` form prints the unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EffectivePlan {
-    /// From the trigger to the moment the process would be killed.
+    /// The time from the trigger to the moment when the process would be killed.
     pub grace_period: Duration,
-    /// How long the lame-duck phase lasts after SIGTERM or [`shutdown`](crate::Graceful::shutdown), at most.
+    /// The longest duration of the lame-duck phase after SIGTERM or
+    /// [`shutdown`](crate::Graceful::shutdown).
     pub drain_delay: Duration,
-    /// How long the lame-duck phase lasts after SIGINT, at most.
+    /// The longest duration of the lame-duck phase after SIGINT.
     pub interrupt_delay: Duration,
-    /// From the trigger to the moment at which what is in flight is cut, after SIGTERM or
-    /// [`shutdown`](crate::Graceful::shutdown). After SIGINT the moment may be another one, because the delay is.
+    /// The time from the trigger to the moment when requests in flight are cut, after SIGTERM or
+    /// [`shutdown`](crate::Graceful::shutdown). After SIGINT the time may differ, because the delay
+    /// differs.
     pub drain_deadline: Duration,
-    /// The share of the grace period that is kept for workers and cleanup steps.
+    /// The share of the grace period that is reserved for workers and cleanup steps.
     pub cleanup_timeout: Duration,
-    /// The last part of the grace period, into which no deadline falls, so that the process can report
+    /// The last part of the grace period. No deadline falls into it, so that the process can report
     /// and exit.
     pub margin: Duration,
 }
 
-/// When each phase ends at the latest, in time since the trigger. Never decreasing, and never
-/// later than the grace period.
+/// When each phase ends at the latest, as time since the trigger. The values never decrease, and
+/// none is later than the grace period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Deadlines {
     /// The end of the lame-duck phase.
@@ -80,7 +85,7 @@ pub(crate) struct Deadlines {
     /// The end of cleanup.
     #[cfg(test)]
     pub(crate) cleanup: Duration,
-    /// The end of everything, where the margin begins.
+    /// The end of the plan, where the margin begins.
     pub(crate) end: Duration,
 }
 
@@ -96,11 +101,13 @@ impl Knobs {
         let drain_delay = self.drain_delay.unwrap_or(self.default_drain_delay());
         let interrupt_delay = self.interrupt_delay.unwrap_or(Duration::ZERO);
         let longest_delay = drain_delay.max(interrupt_delay);
-        let asked = longest_delay.saturating_add(self.drain_timeout.unwrap_or(Duration::ZERO));
+        let requested = longest_delay.saturating_add(self.drain_timeout.unwrap_or(Duration::ZERO));
         let cleanup_timeout = self.cleanup_timeout.unwrap_or_else(|| {
-            MOST_CLEANUP
-                .min(sixth)
-                .min(grace_period.saturating_sub(margin).saturating_sub(asked))
+            MOST_CLEANUP.min(sixth).min(
+                grace_period
+                    .saturating_sub(margin)
+                    .saturating_sub(requested),
+            )
         });
         let plan = Plan {
             grace_period,
@@ -110,8 +117,9 @@ impl Knobs {
             drain_timeout: self.drain_timeout,
             cleanup_timeout,
         };
-        // Sums past Duration::MAX saturate: they fit a grace period without end, and no other.
-        let fits = asked.saturating_add(cleanup_timeout) <= grace_period;
+        // A sum past Duration::MAX saturates. Such a sum fits only if the grace period is
+        // Duration::MAX.
+        let fits = requested.saturating_add(cleanup_timeout) <= grace_period;
         let drains = self.drain_timeout.is_some()
             || plan.deadlines(longest_delay).drain > longest_delay
             || grace_period.is_zero();
@@ -132,13 +140,14 @@ impl Plan {
         self.interrupt_delay
     }
 
-    /// When the watchdog bites: after the plan is over, and before the process is killed.
+    /// When the watchdog ends the process: after the end of the plan, and before the process is
+    /// killed.
     #[cfg(all(unix, feature = "signal"))]
     pub(crate) fn last_moment(&self) -> Duration {
         self.grace_period.saturating_sub(self.margin / 2)
     }
 
-    /// The same plan with another delay after SIGTERM, which must not be longer.
+    /// The same plan with another delay after SIGTERM. It must not be longer than the present one.
     pub(crate) fn with_drain_delay(self, drain_delay: Duration) -> Self {
         Self {
             drain_delay,
@@ -146,7 +155,7 @@ impl Plan {
         }
     }
 
-    /// As the user reads it.
+    /// The plan in its public form.
     pub(crate) fn effective(&self) -> EffectivePlan {
         EffectivePlan {
             grace_period: self.grace_period,
@@ -158,14 +167,14 @@ impl Plan {
         }
     }
 
-    /// How long a drain may take, after the longer of the two delays.
+    /// How long a drain may take after the longer of the two delays.
     pub(crate) fn drain(&self) -> Duration {
         let longest = self.drain_delay.max(self.interrupt_delay);
         let Deadlines { delay, drain, .. } = self.deadlines(longest);
         drain.saturating_sub(delay)
     }
 
-    /// The deadlines of a shutdown that begins with this `delay`.
+    /// The deadlines of a stop whose lame-duck phase lasts for `delay`.
     pub(crate) fn deadlines(&self, delay: Duration) -> Deadlines {
         let end = self.grace_period.saturating_sub(self.margin);
         let delay = delay.min(end);
@@ -183,10 +192,9 @@ impl Plan {
     }
 }
 
-/// `start` plus `after`, or thirty years on where that is more than an `Instant` can hold.
+/// `start` plus `after`, or `start` plus thirty years if the sum is later than that.
 ///
-/// Thirty years is what tokio itself takes for "never": later instants overflow its timer on some
-/// platforms.
+/// tokio uses thirty years as "never" too: later instants overflow its timer on some platforms.
 pub(crate) fn instant_after(start: Instant, after: Duration) -> Instant {
     const NEVER: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
     start
@@ -194,51 +202,55 @@ pub(crate) fn instant_after(start: Instant, after: Duration) -> Instant {
         .unwrap_or_else(|| start + NEVER)
 }
 
-/// A configuration that cannot work, refused by
+/// A configuration that cannot work. Returned by
 /// [`GracefulBuilder::build`](crate::GracefulBuilder::build).
 ///
-/// Its `Display` names the numbers and says what to change. Its `Debug` prints the same text, because
-/// a `main` that returns `Result<_, Box<dyn Error>>` prints an error by its `Debug`.
+/// Its `Display` form contains the numbers and says what to change. Its `Debug` form is the same
+/// text, because a `main` that returns `Result<_, Box<dyn Error>>` prints an error by its `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ConfigError {
     /// Delay, drain and cleanup together are longer than the grace period, or leave no time to
     /// drain.
     DoesNotFit(Misfit),
-    /// The lame-duck phase would be over before every client had been asked to leave.
+    /// `close_spread` is longer than `drain_delay`: the lame-duck phase would be over before every
+    /// client had been asked to leave.
     SpreadTooLong {
-        /// What was asked for.
+        /// The value that was set.
         close_spread: Duration,
-        /// What there is, by default or by [`drain_delay`](crate::GracefulBuilder::drain_delay).
+        /// The delay: the default, or the value of
+        /// [`drain_delay`](crate::GracefulBuilder::drain_delay).
         drain_delay: Duration,
     },
-    /// The drain would be over before all long-lived work had been told to end.
+    /// `drain_spread` is too long: the drain would be over before all long-lived work had been told
+    /// to end.
     DrainSpreadTooLong {
-        /// What was asked for.
+        /// The value that was set.
         drain_spread: Duration,
-        /// How long a drain may take, by [`drain_timeout`](crate::GracefulBuilder::drain_timeout)
-        /// or by what the other shares leave of the grace period.
+        /// How long a drain may take: the value of
+        /// [`drain_timeout`](crate::GracefulBuilder::drain_timeout), or the time that the other
+        /// shares leave.
         drain: Duration,
     },
-    /// `header_read_timeout` of zero would close every connection whose request head does not
-    /// arrive in one piece.
+    /// `header_read_timeout` is zero, which would close every connection whose request head does
+    /// not arrive in one piece.
     NoTimeToRead,
-    /// The operating system did not start the thread of the watchdog, and said why.
+    /// The operating system could not start the watchdog's thread. Contains its error message.
     NoWatchdog(String),
-    /// `max_in_flight(0)` would refuse every request.
+    /// `max_in_flight` is zero, which would reject every request.
     NothingInFlight,
-    /// A status with which readiness cannot say no, because it is informational (1xx), or is the
-    /// 200 with which it says yes.
+    /// `unready_status` does not mean "not ready": it is informational (1xx), or it is 200, the
+    /// status of a ready service.
     UnreadyStatus(http::StatusCode),
-    /// An exempt path that no request can have, because it does not begin with a slash.
+    /// An exempt path does not begin with a slash, so no request can have it.
     ExemptPath(String),
-    /// A rule for ending the lame-duck phase early that cannot work.
+    /// A rule for ending the lame-duck phase early cannot work.
     LeaveEarly(LeaveEarlyError),
 }
 
 /// The numbers of a plan that does not fit. Part of [`ConfigError::DoesNotFit`].
 ///
-/// Its `Display` is their sum, with what was not set marked as a default.
+/// Its `Display` form is the sum of the shares, with defaults marked as such.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Misfit(Box<(Knobs, Plan)>);
 
@@ -260,7 +272,7 @@ impl fmt::Display for Misfit {
         if let Some(timeout) = plan.drain_timeout {
             write!(f, " + drain_timeout {timeout:?}")?;
         }
-        // What derives to nothing takes no part.
+        // A default of zero is left out.
         if knobs.cleanup_timeout.is_some() || !plan.cleanup_timeout.is_zero() {
             write!(
                 f,
@@ -301,8 +313,8 @@ impl fmt::Display for ConfigError {
             } => write!(
                 f,
                 "close_spread {close_spread:?} is longer than drain_delay {drain_delay:?}, so the \
-                 last clients would not be asked to leave before they are refused; shorten it, or \
-                 lengthen drain_delay"
+                 last clients would not be asked to leave before their requests are rejected; \
+                 shorten close_spread, or lengthen drain_delay"
             ),
             Self::DrainSpreadTooLong {
                 drain_spread,
@@ -310,8 +322,8 @@ impl fmt::Display for ConfigError {
             } => write!(
                 f,
                 "drain_spread {drain_spread:?} leaves nothing of the {drain:?} that a drain may \
-                 take, so the last to be told to end would be cut; shorten it, or lengthen \
-                 drain_timeout"
+                 take, so the last tasks to be told to end would be cut; shorten drain_spread, or \
+                 lengthen drain_timeout"
             ),
             Self::NoTimeToRead => f.write_str(
                 "header_read_timeout is 0, which would close every connection whose request head \
@@ -319,16 +331,16 @@ impl fmt::Display for ConfigError {
             ),
             Self::NoWatchdog(error) => write!(f, "the watchdog cannot be started: {error}"),
             Self::NothingInFlight => f.write_str(
-                "max_in_flight is 0, which would refuse every request; leave it out for no limit",
+                "max_in_flight is 0, which would reject every request; leave it out for no limit",
             ),
             Self::UnreadyStatus(status) => write!(
                 f,
                 "unready_status is {}, which {}",
                 status.as_u16(),
                 if status.is_informational() {
-                    "is informational and so no final answer"
+                    "is informational (1xx), so it is not a final response"
                 } else {
-                    "is how readiness says yes"
+                    "is the status of a ready service"
                 }
             ),
             Self::ExemptPath(path) => write!(
@@ -340,7 +352,7 @@ impl fmt::Display for ConfigError {
     }
 }
 
-/// The text of `Display`: what a `main` that returns an error prints.
+/// The text of `Display`, because a `main` that returns an error prints its `Debug` form.
 impl fmt::Debug for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -378,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shorter_grace_period_scales_what_nobody_set() {
+    fn a_shorter_grace_period_scales_the_defaults() {
         let plan = Knobs {
             grace_period: Some(s(6)),
             ..Knobs::default()
@@ -392,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_delay_the_drain_has_its_time() {
+    fn without_a_delay_the_drain_keeps_its_timeout() {
         let plan = Knobs::default().plan().unwrap();
         assert_eq!(plan.deadlines(Duration::ZERO).drain, s(24));
         let plan = Knobs {
@@ -422,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_that_does_not_fit_is_refused_with_its_numbers() {
+    fn a_plan_that_does_not_fit_is_rejected_with_its_numbers() {
         let message = refusal(Knobs {
             drain_delay: Some(s(10)),
             drain_timeout: Some(s(25)),
@@ -439,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_without_time_to_drain_is_refused() {
+    fn a_plan_without_time_to_drain_is_rejected() {
         let message = refusal(Knobs {
             grace_period: Some(s(10)),
             drain_delay: Some(s(6)),
@@ -534,7 +546,7 @@ mod tests {
                     prop_assert!(deadlines.delay <= deadlines.drain);
                     prop_assert!(deadlines.drain <= deadlines.cleanup);
                     prop_assert!(deadlines.cleanup <= grace.saturating_sub(plan.margin));
-                    // Whatever was asked for is given, but for the margin.
+                    // Each share that was set is granted in full, except for the margin.
                     prop_assert!(deadlines.delay >= delay.min(grace.saturating_sub(plan.margin)));
                     if let Some(timeout) = knobs.drain_timeout {
                         let asked = delay.saturating_add(timeout);
@@ -551,7 +563,7 @@ mod tests {
         }
 
         #[test]
-        fn what_was_set_and_fits_is_never_refused(
+        fn durations_that_fit_are_never_rejected(
             delay in 0..10_000_u64, drain in 0..10_000_u64, cleanup in 0..10_000_u64,
         ) {
             let ms = Duration::from_millis;

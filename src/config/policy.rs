@@ -1,4 +1,4 @@
-//! How a service answers while it stops. Plain data, fixed once the service is built.
+//! How a service behaves while it stops. Plain data, fixed when the lifecycle is built.
 
 use std::time::Duration;
 
@@ -6,39 +6,44 @@ use http::StatusCode;
 
 use super::{leave_early::LeaveEarly, rejection::RejectionFn};
 
-/// The paths of the probes' router.
+/// The default paths of the probes.
 pub(crate) const LIVEZ: &str = "/livez";
 pub(crate) const READYZ: &str = "/readyz";
 
-/// The path of the preStop router.
+/// The default path of the preStop route.
 #[cfg(feature = "axum")]
 pub(crate) const PRESTOP: &str = "/prestop";
-/// The default of `drain_delay` where the next process accepts what connects. No balancer has to be
-/// waited for then. The delay is for the connections that exist: a client that uses its connection
-/// meanwhile moves with a response that says `Connection: close`, and only those that are silent for
-/// all of it are closed while idle.
+
+/// The default of `drain_delay` if every listener is shared with the next process, which accepts
+/// new connections. No load balancer has to stop sending traffic then. The delay is for existing
+/// connections: a client that sends a request during the delay receives `Connection: close` and
+/// reconnects to the next process. Only connections that are silent for the whole delay are closed
+/// while idle.
 pub(crate) const SHARED_DELAY: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Debug)]
 pub(crate) struct Policy {
     pub(crate) keep_listening: bool,
-    /// The listening sockets are left to the next process at the start of the stop. `None`: those
-    /// that socket activation has passed.
+    /// Whether the next process accepts from the listening sockets at the start of the stop.
+    /// `None`: only if socket activation has passed them.
     pub(crate) shared_listener: Option<bool>,
-    /// The delay where every socket is left to the next process, if that is shorter than the plan's.
-    /// `None`: the plan's.
+    /// The delay if every listening socket is left to the next process and this delay is shorter
+    /// than the plan's. `None`: the plan's delay.
     pub(crate) shared_delay: Option<Duration>,
-    /// Over how much of the lame-duck phase clients are asked to leave.
+    /// How long, from the start of the lame-duck phase, clients are asked to leave one after
+    /// another. Zero: all at once.
     pub(crate) close_spread: Duration,
-    /// What ends the lame-duck phase before its delay is over.
+    /// The rules that end the lame-duck phase before its delay is over.
     pub(crate) leave_early: LeaveEarly,
-    /// Over how much of the drain long-lived work is told to end.
+    /// How long, from the start of the drain, long-lived work is told to end one task after
+    /// another. Zero: all at once.
     pub(crate) drain_spread: Duration,
-    /// How long a request head may take on a server of `serve` that sets nothing else.
+    /// How long a client may take to send a request head. Default for servers of `serve` that set
+    /// nothing else.
     pub(crate) header_read_timeout: Duration,
-    /// Whether such a server answers an HTTP/1 client that has closed its writing side.
+    /// Whether a server of `serve` answers an HTTP/1 client that has closed its writing side.
     pub(crate) half_close: bool,
-    /// How long workers are waited for. `None`: as long as there is time.
+    /// How long the cleanup waits for workers. `None`: as long as there is time.
     pub(crate) worker_timeout: Option<Duration>,
     pub(crate) retry_after: Duration,
     pub(crate) unready_status: StatusCode,
@@ -47,12 +52,12 @@ pub(crate) struct Policy {
 }
 
 impl Policy {
-    /// Clients are asked to leave one after another.
+    /// Whether clients are asked to leave one after another.
     pub(crate) fn is_spread(&self) -> bool {
         !self.close_spread.is_zero()
     }
 
-    /// Long-lived work is told to end by and by.
+    /// Whether long-lived work is told to end one task after another.
     pub(crate) fn spreads_drain(&self) -> bool {
         !self.drain_spread.is_zero()
     }
@@ -67,7 +72,7 @@ impl Default for Policy {
             close_spread: Duration::ZERO,
             leave_early: LeaveEarly::default(),
             drain_spread: Duration::ZERO,
-            // hyper's own.
+            // hyper's default.
             header_read_timeout: Duration::from_secs(30),
             half_close: false,
             worker_timeout: None,

@@ -1,4 +1,4 @@
-//! What a refused request is told. Plain data and its HTTP form.
+//! The answer to a rejected request: plain data, and its HTTP form.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -7,25 +7,24 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, V
 
 use crate::admission::Refused;
 
-/// Why a request was refused.
+/// Why a request was rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RejectionReason {
-    /// The service is draining: it finishes what it began and begins nothing new. The answer goes out
-    /// when the request's body has been read, within limits: see
+    /// The service is draining: it completes the requests in flight and accepts no new ones. The
+    /// answer is sent after the request's body has been read, within limits: see
     /// [`GracefulLayer`](crate::GracefulLayer).
     Draining,
-    /// As many requests as
-    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) allows are in flight. The answer goes
-    /// out at once.
+    /// The limit set by [`max_in_flight`](crate::GracefulBuilder::max_in_flight) is reached. The
+    /// answer is sent at once.
     Overloaded,
 }
 
-/// A refused request and why it was refused, as the function given to
-/// [`GracefulBuilder::rejection`](crate::GracefulBuilder::rejection) sees them.
+/// A rejected request and the reason: the argument of the function given to
+/// [`GracefulBuilder::rejection`](crate::GracefulBuilder::rejection).
 ///
-/// It borrows the head of the request, so a request that is admitted pays nothing for it. The body
-/// is not there: it has not been read.
+/// It gives access to the head of the request. The body is not available, because it has not been
+/// read. A `Rejection` only borrows the head, so admitted requests have no extra cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rejection<'a> {
     reason: RejectionReason,
@@ -58,13 +57,14 @@ impl<'a> Rejection<'a> {
         self.method
     }
 
-    /// The URI of the request, as the layer sees it: inside axum's `nest` without the prefix.
+    /// The URI of the request as the layer sees it. Inside axum's `nest` this is the URI without
+    /// the prefix.
     #[must_use]
     pub fn uri(&self) -> &'a Uri {
         self.uri
     }
 
-    /// The version of HTTP.
+    /// The HTTP version of the request.
     #[must_use]
     pub fn version(&self) -> Version {
         self.version
@@ -76,15 +76,15 @@ impl<'a> Rejection<'a> {
         self.headers
     }
 
-    /// Why the request was refused.
+    /// The reason for the rejection.
     #[must_use]
     pub fn reason(&self) -> RejectionReason {
         self.reason
     }
 
-    /// The default status: 503 while draining
-    /// ([RFC 9110 §15.6.4](https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4)), 429 above the
-    /// limit ([RFC 6585 §4](https://www.rfc-editor.org/rfc/rfc6585#section-4)).
+    /// The default status: 503 while draining ([RFC 9110
+    /// §15.6.4](https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4)), and 429 above the limit
+    /// ([RFC 6585 §4](https://www.rfc-editor.org/rfc/rfc6585#section-4)).
     #[must_use]
     pub fn status(&self) -> StatusCode {
         match self.reason {
@@ -93,7 +93,8 @@ impl<'a> Rejection<'a> {
         }
     }
 
-    /// After what time the client may try again. The header carries whole seconds, rounded up.
+    /// How long the client should wait before it tries again. The `Retry-After` header has whole
+    /// seconds, so it is rounded up.
     #[must_use]
     pub fn retry_after(&self) -> Duration {
         self.retry_after
@@ -106,7 +107,7 @@ impl<'a> Rejection<'a> {
         }
     }
 
-    /// The plain answer: status and a line of text.
+    /// The default answer: a status and one line of text.
     pub(crate) fn text(&self) -> Response<Bytes> {
         let mut response = Response::new(Bytes::from(format!("{}\n", self.message())));
         *response.status_mut() = self.status();
@@ -117,8 +118,8 @@ impl<'a> Rejection<'a> {
         response
     }
 
-    /// The answer a gRPC client understands: `UNAVAILABLE` as headers alone ("Trailers-Only"), on
-    /// HTTP status 200.
+    /// The answer for gRPC clients: `UNAVAILABLE` as headers alone ("Trailers-Only"), with HTTP
+    /// status 200.
     ///
     /// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#responses>
     pub(crate) fn grpc(&self) -> Response<Bytes> {
@@ -135,13 +136,14 @@ impl<'a> Rejection<'a> {
 
     pub(crate) fn retry_after_value(&self) -> HeaderValue {
         let seconds = self.retry_after.as_secs();
-        let part = u64::from(self.retry_after.subsec_nanos() > 0);
-        HeaderValue::from(seconds.saturating_add(part))
+        let fraction = u64::from(self.retry_after.subsec_nanos() > 0);
+        HeaderValue::from(seconds.saturating_add(fraction))
     }
 }
 
-/// Whether a request with these headers is a gRPC call: `application/grpc`, alone or with a
-/// `+codec` or parameters. gRPC-Web is not; its clients read HTTP statuses.
+/// Whether a request with these headers is a gRPC call: its content type is `application/grpc`,
+/// alone or followed by `+codec` or parameters. gRPC-Web is not included, because its clients read
+/// HTTP statuses.
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     const GRPC: &[u8] = b"application/grpc";
     headers.get(header::CONTENT_TYPE).is_some_and(|value| {
@@ -150,7 +152,7 @@ pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     })
 }
 
-/// The user's own answer to a refused request.
+/// The user's function that makes the answer to a rejected request.
 #[derive(Clone)]
 pub(crate) struct RejectionFn(Arc<Respond>);
 
@@ -194,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn grpc_is_told_by_its_content_type() {
+    fn a_grpc_call_is_recognized_by_its_content_type() {
         for (value, grpc) in [
             ("application/grpc", true),
             ("application/grpc+proto", true),

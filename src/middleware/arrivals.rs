@@ -1,12 +1,12 @@
-//! New requests in the lame-duck phase, where a rule for leaving early wants to know of them.
+//! Records new requests in the lame-duck phase, if a rule for ending the phase early is set.
 
 use http::Request;
 
 use super::refusal;
 use crate::{handle::graceful::Admission, phase::Phase};
 
-/// Notes a request that a balancer has sent to this service, although it is stopping: let in, or
-/// refused above the limit. Probes and exempt paths are none.
+/// Records a request that was sent to this service although the service is stopping. It was either
+/// admitted, or rejected above the limit. Requests for probes and exempt paths are not recorded.
 pub(super) fn note<B>(admission: Admission, request: &Request<B>) {
     if !admission.rules().leave_early.is_on()
         || admission.phase() != Phase::LameDuck

@@ -1,30 +1,31 @@
-//! The response body, and when its request is over.
+//! The response body, and the end of its request.
 //!
-//! A request is over when its body has ended, has failed or is dropped. Most bodies foretell their
-//! end: after the last frame `is_end_stream` is true, and a server does not poll again. That the
-//! server has the frame does not mean that it has sent it. hyper takes a body of 50 MB in one frame,
-//! and would hold all of it after the request was over and the connection of a stopping service
-//! could be closed.
+//! A request ends when its body has ended, has failed, or is dropped. Most bodies announce their
+//! end: after the last frame `is_end_stream` is true, and a server does not poll again. But at that
+//! time the server may not have sent the frame. hyper takes a body of 50 MB in one frame, for
+//! example. The request would end while the server still held most of the data, and a stopping
+//! service could close the connection.
 //!
-//! So where it matters the body does not report its end together with the last data frame:
+//! So in two cases the body does not announce its end with the last data frame: if that frame has
+//! [`LARGE`] bytes or more, or if the service is stopping. Then:
 //!
-//! - That frame is [`LARGE`] or larger, or the service is stopping.
-//! - The inner body is dropped at once, and its request stays in flight. `is_end_stream` is false
-//!   and the size hint is zero.
-//! - The request is over when the server polls again, which answers `None`, or drops the body.
+//! - The inner body is dropped at once, unless the request is named, and the request stays in
+//!   flight. `is_end_stream` is false and the size hint is zero.
+//! - The request ends when the server polls again, which returns `None`, or when it drops the body.
 //!
-//! hyper polls again when it has room. Over HTTP/1 its write buffer is below some 400 KiB then; where
-//! the length is known it drops the body instead, at that same point. Over HTTP/2 the stream has had
-//! window for at least a part of the frame, and the end of the stream is a frame of its own. What it
-//! has no window for stays in the server. So such frames are also counted until their data is dropped
-//! ([`Piece`]): while there are any, a connection of HTTP/2 may owe something although nothing is in
-//! flight and its peer is silent.
+//! hyper polls again when it has room. Over HTTP/1 its write buffer has less than about 400 KiB
+//! then; if the length of the body is known, hyper drops the body at the same point instead. Over
+//! HTTP/2 the stream has had window for at least a part of the frame, and the end of the stream is
+//! a frame of its own. The part of the frame that does not fit into the window stays in the server.
+//! So such a frame is also counted until the server drops its data ([`Piece`]). While there are
+//! pieces, an HTTP/2 connection may have data to send although no request is in flight and its peer
+//! is silent.
 //!
-//! A small last frame while the service serves ends its request at once, because to ask a body once
-//! more costs every request, and what a server holds of it then fits any socket's buffer. Trailers
-//! end it too: a server drops the body when it has them.
+//! A small last frame ends its request at once while the service is serving. Another poll would
+//! cost every request, and a frame of that size fits into any socket's send buffer. Trailers end
+//! the request too, because a server drops the body after them.
 
-// What is always inlined here costs less than the call of it, which would move a frame once more.
+// Functions with `inline(always)` cost less than a call, which would move each frame once more.
 #![expect(clippy::inline_always)]
 
 use std::{
@@ -40,18 +41,18 @@ use pin_project_lite::pin_project;
 use super::named::Named;
 use crate::handle::graceful::{Permit, Piece};
 
-/// How many bytes the last frame has from which on its request outlives it.
+/// The size in bytes from which on a last frame does not end its request.
 const LARGE: usize = 16 * 1024;
 
 pin_project! {
-    /// The response body of [`GracefulService`](super::GracefulService): the inner service's, or
-    /// the text of a refusal.
+    /// The response body of [`GracefulService`](super::GracefulService): the inner service's body,
+    /// or the text of a rejection.
     ///
-    /// Its request is in flight until it ends or is dropped. Data, trailers and size hint are passed
-    /// on as they are. So is the end of the stream, with one exception: after a last data frame of
-    /// 16 KiB or more, and after any while the service stops, `is_end_stream` stays false until the
-    /// server polls once more. A server does so when it has room for more, so the request stays in
-    /// flight while the server holds much of the frame.
+    /// The request is in flight until this body ends or is dropped. Data, trailers and the size
+    /// hint are passed on unchanged, and so is the end of the stream, with one exception. After a
+    /// last data frame of 16 KiB or more, and after any last data frame while the service stops,
+    /// `is_end_stream` stays false until the server polls once more. A server polls when it has
+    /// room for more data, so the request stays in flight while the server holds much of the frame.
     pub struct GracefulBody<B> {
         #[pin]
         kind: Kind<B>,
@@ -64,58 +65,59 @@ pin_project! {
         Inner {
             #[pin]
             body: B,
-            // After the body, so that it is dropped while its request is still in flight.
-            pass: Option<Permit>,
+            // Declared after the body, so that the body is dropped while its request is still in
+            // flight.
+            permit: Option<Permit>,
         },
         /// Boxed, because it is rare.
-        Special {
-            special: Pin<Box<Special<B>>>,
+        Slow {
+            slow: Pin<Box<SlowBody<B>>>,
         },
     }
 }
 
 pin_project! {
-    #[project = SpecialProj]
-    enum Special<B> {
+    #[project = SlowProj]
+    enum SlowBody<B> {
         Named {
             #[pin]
             body: B,
-            // In flight and on the roll, struck out first.
+            // In flight and in the request table. The entry is dropped first.
             held: Option<(Named, Permit)>,
         },
-        /// The server has the last frame, and has not asked for more.
-        HandedOver { pass: Option<Permit> },
-        /// Of a refusal.
+        /// The server has the last frame, and has not polled again.
+        HandedOver { permit: Option<Permit> },
+        /// The text of a rejection.
         Text { text: Bytes },
     }
 }
 
 impl<B> GracefulBody<B> {
     #[inline]
-    pub(super) fn inner(body: B, pass: Option<Permit>) -> Self {
+    pub(super) fn inner(body: B, permit: Option<Permit>) -> Self {
         Self {
-            kind: Kind::Inner { body, pass },
+            kind: Kind::Inner { body, permit },
         }
     }
 
-    fn special(special: Special<B>) -> Self {
-        let special = Box::pin(special);
+    fn slow(slow: SlowBody<B>) -> Self {
+        let slow = Box::pin(slow);
         Self {
-            kind: Kind::Special { special },
+            kind: Kind::Slow { slow },
         }
     }
 
     pub(super) fn text(text: Bytes) -> Self {
-        Self::special(Special::Text { text })
+        Self::slow(SlowBody::Text { text })
     }
 
-    /// For a request that was let pass uncounted.
+    /// The body for a request that is not counted.
     pub(super) fn uncounted(body: B) -> Self {
         Self::inner(body, None)
     }
 }
 
-/// An empty body that no request is counted for, as other middleware makes to answer by itself.
+/// An empty body without a counted request. Other middleware uses it for its own responses.
 impl<B: Default> Default for GracefulBody<B> {
     fn default() -> Self {
         Self::uncounted(B::default())
@@ -123,10 +125,10 @@ impl<B: Default> Default for GracefulBody<B> {
 }
 
 impl<B: Body> GracefulBody<B> {
-    /// For a request that is known by name.
-    pub(super) fn named(body: B, named: Named, pass: Permit) -> Self {
-        let held = (!body.is_end_stream()).then_some((named, pass));
-        Self::special(Special::Named { body, held })
+    /// The body for a named request.
+    pub(super) fn named(body: B, named: Named, permit: Permit) -> Self {
+        let held = (!body.is_end_stream()).then_some((named, permit));
+        Self::slow(SlowBody::Named { body, held })
     }
 }
 
@@ -147,8 +149,8 @@ where
             is: false,
         };
         match outliving.kind.as_mut().project() {
-            KindProj::Inner { body, pass } => poll_inner(body, pass, &mut outliving.is, cx),
-            KindProj::Special { special } => special.as_mut().poll_frame(cx),
+            KindProj::Inner { body, permit } => poll_inner(body, permit, &mut outliving.is, cx),
+            KindProj::Slow { slow } => slow.as_mut().poll_frame(cx),
         }
     }
 
@@ -156,7 +158,7 @@ where
     fn is_end_stream(&self) -> bool {
         match &self.kind {
             Kind::Inner { body, .. } => body.is_end_stream(),
-            Kind::Special { special } => special.is_end_stream(),
+            Kind::Slow { slow } => slow.is_end_stream(),
         }
     }
 
@@ -164,32 +166,33 @@ where
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             Kind::Inner { body, .. } => body.size_hint(),
-            Kind::Special { special } => special.size_hint(),
+            Kind::Slow { slow } => slow.size_hint(),
         }
     }
 }
 
 type Polled<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>>;
 
-/// Polls a body, and releases its request once the body has ended, unless the request outlives it.
+/// Polls a body, and releases its permit when the body has ended, unless the request outlives its
+/// body.
 #[inline(always)]
 fn poll_inner<B: Body<Data: From<Bytes>>>(
     mut body: Pin<&mut B>,
-    pass: &mut Option<Permit>,
+    permit: &mut Option<Permit>,
     outlives: &mut bool,
     cx: &mut Context<'_>,
 ) -> Polled<B> {
     let mut end = End {
-        pass,
+        permit,
         state: BodyState::Failed,
     };
     match body.as_mut().poll_frame(cx) {
         Poll::Ready(Some(Ok(frame))) => {
             let over = body.is_end_stream();
-            if let Some(pass) = outliving(end.pass.as_ref(), &frame) {
+            if let Some(permit) = outliving(end.permit.as_ref(), &frame) {
                 end.state = BodyState::Open;
                 *outlives = over;
-                return Poll::Ready(Some(Ok(counted(pass, frame))));
+                return Poll::Ready(Some(Ok(counted(permit, frame))));
             }
             end.state = if over {
                 BodyState::Ended
@@ -198,7 +201,7 @@ fn poll_inner<B: Body<Data: From<Bytes>>>(
             };
             Poll::Ready(Some(Ok(frame)))
         }
-        // An arm for each: to pass on two of them as one would move the frames of all once more.
+        // Separate arms: one arm for both would move every frame once more.
         Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error))),
         Poll::Ready(None) => {
             end.state = BodyState::Ended;
@@ -211,21 +214,21 @@ fn poll_inner<B: Body<Data: From<Bytes>>>(
     }
 }
 
-/// The pass of a request that is in flight beyond this frame, also if it is the last of its body.
+/// The permit, if the request stays in flight after this frame even if the frame is the last one.
 #[inline(always)]
-fn outliving<'a, D: Buf>(pass: Option<&'a Permit>, frame: &Frame<D>) -> Option<&'a Permit> {
-    let pass = pass?;
+fn outliving<'a, D: Buf>(permit: Option<&'a Permit>, frame: &Frame<D>) -> Option<&'a Permit> {
+    let permit = permit?;
     let data = frame.data_ref()?;
-    (data.remaining() >= LARGE || pass.word().is_stopping()).then_some(pass)
+    (data.remaining() >= LARGE || permit.word().is_stopping()).then_some(permit)
 }
 
-/// The frame, counted until the server drops its data.
+/// Returns the frame, counted as a piece until the server drops its data.
 #[cold]
 #[inline(never)]
-fn counted<D: Buf + From<Bytes>>(pass: &Permit, frame: Frame<D>) -> Frame<D> {
+fn counted<D: Buf + From<Bytes>>(permit: &Permit, frame: Frame<D>) -> Frame<D> {
     frame.map_data(|mut data| {
         let data = data.copy_to_bytes(data.remaining());
-        let piece = pass.piece();
+        let piece = permit.piece();
         Bytes::from_owner(Counted {
             data,
             _piece: piece,
@@ -249,14 +252,14 @@ impl AsRef<[u8]> for Counted {
 enum BodyState {
     Open,
     Ended,
-    /// It returned an error, or it panicked.
+    /// The body returned an error, or it panicked.
     Failed,
 }
 
-/// Releases the request in its own drop: a frame is long, and by then it is where it is returned. A
-/// panic drops it too.
+/// Releases the permit when it is dropped. A frame is large, and at that time it has already been
+/// moved into the return value. A panic drops this guard too.
 struct End<'a> {
-    pass: &'a mut Option<Permit>,
+    permit: &'a mut Option<Permit>,
     state: BodyState,
 }
 
@@ -265,17 +268,17 @@ impl Drop for End<'_> {
     fn drop(&mut self) {
         match self.state {
             BodyState::Open => {}
-            BodyState::Ended => *self.pass = None,
+            BodyState::Ended => *self.permit = None,
             BodyState::Failed => {
-                if let Some(pass) = self.pass.take() {
-                    pass.fail();
+                if let Some(permit) = self.permit.take() {
+                    permit.fail();
                 }
             }
         }
     }
 }
 
-/// As [`End`], for a request that is known by name.
+/// As [`End`], for a named request.
 struct NamedEnd<'a> {
     held: &'a mut Option<(Named, Permit)>,
     state: BodyState,
@@ -286,18 +289,18 @@ impl Drop for NamedEnd<'_> {
         if self.state == BodyState::Open {
             return;
         }
-        if let Some((named, pass)) = self.held.take() {
-            // Removed from the table while it is in flight.
+        if let Some((named, permit)) = self.held.take() {
+            // Remove the entry while the request is in flight.
             drop(named);
             match self.state {
-                BodyState::Failed => pass.fail(),
-                BodyState::Open | BodyState::Ended => drop(pass),
+                BodyState::Failed => permit.fail(),
+                BodyState::Open | BodyState::Ended => drop(permit),
             }
         }
     }
 }
 
-/// In its own drop too, replaces a body whose request outlives it.
+/// When it is dropped with `is` set, replaces a body that its request outlives.
 struct Outliving<'a, B> {
     kind: Pin<&'a mut Kind<B>>,
     is: bool,
@@ -315,22 +318,22 @@ impl<B> Drop for Outliving<'_, B> {
 #[cold]
 #[inline(never)]
 fn hand_over<B>(mut kind: Pin<&mut Kind<B>>) {
-    let pass = match kind.as_mut().project() {
-        KindProj::Inner { pass, .. } => pass.take(),
-        KindProj::Special { .. } => return,
+    let permit = match kind.as_mut().project() {
+        KindProj::Inner { permit, .. } => permit.take(),
+        KindProj::Slow { .. } => return,
     };
-    let special = Box::pin(Special::HandedOver { pass });
-    // Drops the inner body, while its request is still in flight.
-    kind.set(Kind::Special { special });
+    let slow = Box::pin(SlowBody::HandedOver { permit });
+    // Drops the inner body while its request is still in flight.
+    kind.set(Kind::Slow { slow });
 }
 
-impl<B: Body<Data: From<Bytes>>> Special<B> {
+impl<B: Body<Data: From<Bytes>>> SlowBody<B> {
     #[cold]
     #[inline(never)]
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<B> {
         match self.project() {
-            SpecialProj::Named { mut body, held } => {
-                // The server has the last frame, and asks for more.
+            SlowProj::Named { mut body, held } => {
+                // The server has the last frame and polls again.
                 if held.is_some() && body.is_end_stream() {
                     *held = None;
                     return Poll::Ready(None);
@@ -349,20 +352,20 @@ impl<B: Body<Data: From<Bytes>>> Special<B> {
                 let Poll::Ready(Some(Ok(frame))) = polled else {
                     return polled;
                 };
-                let pass = end.held.as_ref().map(|(_, pass)| pass);
-                let Some(pass) = outliving(pass, &frame) else {
+                let permit = end.held.as_ref().map(|(_, permit)| permit);
+                let Some(permit) = outliving(permit, &frame) else {
                     return Poll::Ready(Some(Ok(frame)));
                 };
-                let frame = counted(pass, frame);
+                let frame = counted(permit, frame);
                 end.state = BodyState::Open;
                 Poll::Ready(Some(Ok(frame)))
             }
-            SpecialProj::HandedOver { pass } => {
-                *pass = None;
+            SlowProj::HandedOver { permit } => {
+                *permit = None;
                 Poll::Ready(None)
             }
-            // Once.
-            SpecialProj::Text { text } => {
+            // The text is returned once.
+            SlowProj::Text { text } => {
                 let text = std::mem::take(text);
                 Poll::Ready((!text.is_empty()).then(|| Ok(Frame::data(text.into()))))
             }
@@ -374,7 +377,7 @@ impl<B: Body<Data: From<Bytes>>> Special<B> {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Named { body, held } => held.is_none() && body.is_end_stream(),
-            Self::HandedOver { pass } => pass.is_none(),
+            Self::HandedOver { permit } => permit.is_none(),
             Self::Text { text } => text.is_empty(),
         }
     }
@@ -396,11 +399,11 @@ impl<B: Body<Data: From<Bytes>>> Special<B> {
 impl<B> fmt::Debug for GracefulBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (kind, in_flight) = match &self.kind {
-            Kind::Inner { pass, .. } => ("inner", pass.is_some()),
-            Kind::Special { special } => match &**special {
-                Special::Named { held, .. } => ("named", held.is_some()),
-                Special::HandedOver { pass } => ("handed over", pass.is_some()),
-                Special::Text { .. } => ("text", false),
+            Kind::Inner { permit, .. } => ("inner", permit.is_some()),
+            Kind::Slow { slow } => match &**slow {
+                SlowBody::Named { held, .. } => ("named", held.is_some()),
+                SlowBody::HandedOver { permit } => ("handed over", permit.is_some()),
+                SlowBody::Text { .. } => ("text", false),
             },
         };
         f.debug_struct("GracefulBody")

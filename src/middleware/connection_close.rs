@@ -1,15 +1,17 @@
-//! Asking an HTTP/1 client to leave.
+//! Asks an HTTP/1 client to close its connection, by `Connection: close`. The middleware, the
+//! probes and the server call it.
 
 use http::{
     HeaderValue, Response, StatusCode, Version,
     header::{CONNECTION, Entry},
 };
 
-/// Adds `Connection: close` ([RFC 9112 §9.6]) to a response to a request of this version, and
-/// withdraws `keep-alive`. Other options of the field stay.
+/// Adds `Connection: close` ([RFC 9112 §9.6]) to the response to a request of this version, and
+/// removes `keep-alive`. Other options of the field stay.
 ///
-/// HTTP/2 has no such field ([RFC 9113 §8.2.2]). A `101 Switching Protocols` needs its own
-/// `Connection: upgrade`, and what follows it is no longer HTTP/1.
+/// Leaves two kinds of responses unchanged. HTTP/2 has no such field ([RFC 9113 §8.2.2]). A `101
+/// Switching Protocols` needs its own `Connection: upgrade`, and the connection is no longer HTTP/1
+/// after it.
 ///
 /// [RFC 9112 §9.6]: https://www.rfc-editor.org/rfc/rfc9112#section-9.6
 /// [RFC 9113 §8.2.2]: https://www.rfc-editor.org/rfc/rfc9113#section-8.2.2
@@ -20,7 +22,7 @@ pub(crate) fn say_close<B>(response: &mut Response<B>, version: Version) {
         return;
     }
     if version == Version::HTTP_10 {
-        // To a response that claims to be of a later version hyper adds `keep-alive` again.
+        // hyper adds `keep-alive` again to a response of a later version.
         *response.version_mut() = version;
     }
     let close = HeaderValue::from_static("close");
@@ -39,7 +41,7 @@ pub(crate) fn say_close<B>(response: &mut Response<B>, version: Version) {
     }
 }
 
-/// The options that are neither `close` nor `keep-alive`, as one list.
+/// The options other than `close` and `keep-alive`, as one list.
 fn other_options<'a>(values: impl Iterator<Item = &'a HeaderValue>) -> String {
     let mut kept = Vec::new();
     for value in values.filter_map(|value| value.to_str().ok()) {
@@ -73,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn close_is_said_once_and_other_options_stay() {
+    fn close_is_added_once_and_other_options_stay() {
         let ok = StatusCode::OK;
         assert_eq!(closed(Version::HTTP_11, ok, &[]), ["close"]);
         assert_eq!(closed(Version::HTTP_10, ok, &[]), ["close"]);
@@ -86,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn http2_and_upgrades_are_left_alone() {
+    fn http2_and_upgrades_are_unchanged() {
         assert!(closed(Version::HTTP_2, StatusCode::OK, &[]).is_empty());
         assert!(closed(Version::HTTP_3, StatusCode::OK, &[]).is_empty());
         let upgrade = closed(

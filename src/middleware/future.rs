@@ -11,16 +11,17 @@ use pin_project_lite::pin_project;
 
 use super::{
     body::GracefulBody,
-    slow_path::{SpecialFuture, ask_to_leave},
+    slow_path::{SlowFuture, ask_to_leave},
 };
 use crate::handle::graceful::Unanswered;
 
 pin_project! {
     /// The response future of [`GracefulService`](super::GracefulService).
     ///
-    /// Its request is in flight until it resolves, and then until the response's body ends.
-    /// Dropping it releases the request, which then counts as
-    /// [dropped](crate::Requests::dropped) if the service stops. Polled again after it is ready, it stays pending.
+    /// The request is in flight until this future resolves, and then until the response body ends.
+    /// Dropping the future releases the request; while the service stops, the request then counts
+    /// as [dropped](crate::Requests::dropped). Polls after the future has resolved return
+    /// `Pending`.
     #[must_use = "futures do nothing unless polled"]
     pub struct GracefulFuture<F, B> {
         #[pin]
@@ -35,32 +36,33 @@ pin_project! {
         Counted {
             #[pin]
             inner: F,
-            // After the future, so that it is dropped while its request is still in flight.
-            pass: Unanswered,
+            // Declared after the future, so that the future is dropped while its request is still
+            // in flight.
+            permit: Unanswered,
             version: Version,
         },
         // Boxed, because it is rare.
-        Special { special: Pin<Box<SpecialFuture<F, B>>> },
+        Slow { slow: Pin<Box<SlowFuture<F, B>>> },
         Over,
     }
 }
 
 impl<F, B> GracefulFuture<F, B> {
     #[inline]
-    pub(super) fn counted(inner: F, pass: Unanswered, version: Version) -> Self {
+    pub(super) fn counted(inner: F, permit: Unanswered, version: Version) -> Self {
         Self {
             state: State::Counted {
                 inner,
-                pass,
+                permit,
                 version,
             },
         }
     }
 
-    pub(super) fn special(future: SpecialFuture<F, B>) -> Self {
-        let special = Box::pin(future);
+    pub(super) fn slow(future: SlowFuture<F, B>) -> Self {
+        let slow = Box::pin(future);
         Self {
-            state: State::Special { special },
+            state: State::Slow { slow },
         }
     }
 }
@@ -78,46 +80,46 @@ where
         match self.as_mut().project().state.project() {
             StateProj::Counted {
                 inner,
-                pass,
+                permit,
                 version,
             } => {
-                // What is polled stays where it is, and is moved once, into what is returned.
+                // The result stays in place here, and is moved only once, into the return value.
                 let mut polled = inner.poll(cx);
                 let ends = match &mut polled {
                     Poll::Pending => return Poll::Pending,
                     Poll::Ready(Ok(response)) => {
-                        if pass.word().is_slow() {
-                            ask_to_leave(response, pass, *version);
+                        if permit.word().is_slow() {
+                            ask_to_leave(response, permit, *version);
                         }
                         response.body().is_end_stream()
                     }
                     Poll::Ready(Err(_)) => true,
                 };
-                // The future, and then its request, unless the body has it.
-                let pass = match self.project().state.project_replace(State::Over) {
-                    StateOwn::Counted { pass, .. } => Some(pass.answered()).filter(|_| !ends),
+                // Drops the future, and then the permit, unless the body gets it.
+                let permit = match self.project().state.project_replace(State::Over) {
+                    StateOwn::Counted { permit, .. } => Some(permit.answered()).filter(|_| !ends),
                     _ => None,
                 };
-                polled.map_ok(|it| it.map(|body| GracefulBody::inner(body, pass)))
+                polled.map_ok(|it| it.map(|body| GracefulBody::inner(body, permit)))
             }
-            StateProj::Special { special } => poll_special(special.as_mut(), cx).map(|it| *it),
+            StateProj::Slow { slow } => poll_slow(slow.as_mut(), cx).map(|it| *it),
             StateProj::Over => Poll::Pending,
         }
     }
 }
 
-/// On the heap, so that what is rare needs no room beside the response of every request.
+/// The output is boxed, so that the rare case takes no stack space in the poll of every request.
 #[cold]
 #[inline(never)]
-fn poll_special<F: Future>(special: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<Box<F::Output>> {
-    special.poll(cx).map(Box::new)
+fn poll_slow<F: Future>(slow: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<Box<F::Output>> {
+    slow.poll(cx).map(Box::new)
 }
 
 impl<F, B> fmt::Debug for GracefulFuture<F, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match &self.state {
             State::Counted { .. } => "admitted",
-            State::Special { special } => special.state(),
+            State::Slow { slow } => slow.state(),
             State::Over => "done",
         };
         f.debug_struct("GracefulFuture")

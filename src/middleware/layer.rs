@@ -3,35 +3,39 @@ use tower_layer::Layer;
 use super::service::GracefulService;
 use crate::handle::graceful::Graceful;
 
-/// Counts requests in flight and refuses new ones once draining has begun.
+/// A tower layer that counts requests in flight, and rejects new requests once draining has begun.
 ///
-/// Cheap to clone; every service it makes shares one lifecycle, one count and one limit, however
-/// many routes, clones and connections there are. [`handle`](Self::handle) gives the [`Graceful`]
-/// through which that lifecycle is observed and stopped.
+/// Add it to a router or service with [`Graceful::layer`], as below. The layer is cheap to clone.
+/// All services that it makes share one lifecycle, one count and one limit, however many routes,
+/// clones and connections there are. [`handle`](Self::handle) returns the [`Graceful`] that
+/// observes and stops this lifecycle.
 ///
 /// # What it does
 ///
 /// | phase | a request | its response |
 /// |---|---|---|
-/// | serving | is served | is left alone |
-/// | lame duck | is served | HTTP/1: `Connection: close` |
-/// | draining and later | is refused: 503, `Retry-After`, HTTP/1: `Connection: close` | begun earlier: HTTP/1: `Connection: close` |
-/// | any, above [`max_in_flight`](crate::GracefulBuilder::max_in_flight) | is refused: 429, likewise | |
+/// | serving | is served | is not changed |
+/// | lame duck | is served | HTTP/1: `Connection: close`; with [`close_spread`](crate::GracefulBuilder::close_spread) on a growing fraction of connections |
+/// | draining and later | is rejected: 503, `Retry-After`, HTTP/1: `Connection: close` | to an earlier request: HTTP/1: `Connection: close` |
+/// | any, above [`max_in_flight`](crate::GracefulBuilder::max_in_flight) | is rejected: 429, `Retry-After`, HTTP/1: `Connection: close` | |
 ///
-/// A request is in flight from the call to the end of its response *body*: a stream counts to its
-/// last frame, and a large last frame counts until the server has room for more. A panic, a timeout or a client that goes away releases it at once.
+/// A request is in flight from the call to the end of its response *body*. A stream counts until
+/// its last frame, and a large last frame counts until the server has room for more. A panic, a
+/// timeout or a client that goes away releases the request at once.
 ///
-/// While draining, the request's body is read before a refusal, so that a client still sending sees
-/// the answer and not a broken connection: up to 16 MiB, for up to five seconds, and through no
-/// silence longer than one second; less when the drain is over or its deadline is near. 128 refusals
-/// may read at the same time, and further ones answer at once. The body of a client that waits for
-/// `100 Continue`, over HTTP/1.1, is not read. Above the limit every refusal answers at once. gRPC
-/// calls are refused with `UNAVAILABLE` as headers alone.
+/// While draining, the request's body is read before the rejection is sent, so that a client that
+/// is still sending receives the answer and not a broken connection. At most 16 MiB are read, for
+/// at most five seconds, and a silence may last one second (50 ms for a gRPC call). The time is
+/// shorter when the drain is over or its deadline is near. At most 128 rejections read at the same
+/// time; further ones are sent at once. Over HTTP/1.1 the body of a client that waits for `100
+/// Continue` is not read. Above the in-flight limit every rejection is sent at once. gRPC calls are
+/// rejected with `UNAVAILABLE` as headers alone.
 ///
 /// # Layer order
 ///
-/// Outside of everything that does work for a request, and inside of what has to see refused
-/// requests too. In axum each `.layer(…)` is outside of the ones before it, so it is one of the last:
+/// Put the layer outside of everything that does work for a request, and inside of everything that
+/// must see rejected requests too. In axum each `.layer(…)` is outside of the ones before it, so
+/// the layer is one of the last:
 ///
 /// ```
 /// use std::time::Duration;
@@ -70,30 +74,31 @@ use crate::handle::graceful::Graceful;
 ///
 /// | outside | because |
 /// |---|---|
-/// | CORS | without `Access-Control-Allow-Origin` a browser hides the refusal from the page, which sees a network error ([Fetch, CORS check](https://fetch.spec.whatwg.org/#cors-check)). `Retry-After` can be read by the page if it is exposed |
-/// | trace, metrics | a refused request is logged and counted |
-/// | request ids | a refusal has an id, in its log line and in its response |
+/// | CORS | without `Access-Control-Allow-Origin` a browser hides the rejection from the page, which sees a network error ([Fetch, CORS check](https://fetch.spec.whatwg.org/#cors-check)). The page can read `Retry-After` if the field is exposed |
+/// | trace, metrics | rejected requests are logged and counted |
+/// | request ids | a rejection has an id, in its log line and in its response |
 ///
-/// Everything else is inside. What it does for a request is then counted as in flight, until the end
-/// of the response body, and a refusal costs none of it: no token is verified, nothing is compressed,
-/// buffered or decoded.
+/// Everything else is inside. Its work for a request then counts as in flight until the end of the
+/// response body, and a rejection costs none of that work: no token is verified, and nothing is
+/// compressed, buffered or decoded.
 ///
-/// A preflight (`OPTIONS`, with `Access-Control-Request-Method`) is answered by the CORS layer and
-/// does not reach this one. So it passes in every phase, is not counted, and prolongs no drain. The
-/// request that follows is refused, in a way that the page can read.
+/// The CORS layer answers a preflight (`OPTIONS` with `Access-Control-Request-Method`), so the
+/// preflight does not reach this layer. It succeeds in every phase, is not counted, and does not
+/// prolong a drain. The request that follows is rejected with a response that the page can read.
 ///
 /// The layer works with and without axum, with any request body, and with any response body whose
-/// data can be made from [`Bytes`](bytes::Bytes). In tower's `ServiceBuilder` the first `.layer(…)` is
-/// the outermost, so there the order of the calls is the reverse.
+/// data can be made from [`Bytes`](bytes::Bytes). In tower's `ServiceBuilder` the first `.layer(…)`
+/// is the outermost, so the order of the calls is reversed there.
 ///
-/// The layer is ready when the service inside is. So in a plain tower stack, or in one
-/// `ServiceBuilder`, a request that waits until an inner `ConcurrencyLimit`, `Buffer` or `RateLimit` is
-/// ready has not reached this layer: it is neither counted nor refused. In an axum router give such a
-/// layer a `.layer(…)` of its own; then the wait is part of the call, and counted. Or use
-/// [`max_in_flight`](crate::GracefulBuilder::max_in_flight).
+/// The layer is ready when the inner service is. So in a plain tower stack, or in one
+/// `ServiceBuilder`, a request that waits for an inner `ConcurrencyLimit`, `Buffer` or `RateLimit`
+/// to become ready has not reached this layer: it is neither counted nor rejected. In an axum
+/// router, give such a layer a `.layer(…)` of its own: the wait is then part of the call and is
+/// counted. Or use [`max_in_flight`](crate::GracefulBuilder::max_in_flight) instead.
 ///
-/// Applied twice, it counts each request twice, halves the limit, and may refuse at the inner
-/// place what the outer one has let in just before draining began. Apply it once.
+/// Apply the layer once. If it is applied twice, it counts each request twice and halves the limit.
+/// The inner layer may then reject a request that the outer one admitted just before draining
+/// began.
 ///
 /// # Example
 ///
@@ -114,13 +119,13 @@ pub struct GracefulLayer {
 }
 
 impl GracefulLayer {
-    /// A layer with a lifecycle of its own, [`Graceful::new`].
+    /// Makes a layer with a new lifecycle, [`Graceful::new`].
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The lifecycle this layer belongs to.
+    /// Returns the handle of this layer's lifecycle.
     #[must_use]
     pub fn handle(&self) -> Graceful {
         self.graceful.clone()
@@ -137,7 +142,7 @@ impl<S> Layer<S> for GracefulLayer {
 }
 
 impl Graceful {
-    /// The layer of this lifecycle. All layers of one lifecycle are the same.
+    /// Returns the layer of this lifecycle. All layers of one lifecycle are equivalent.
     #[must_use]
     pub fn layer(&self) -> GracefulLayer {
         GracefulLayer {

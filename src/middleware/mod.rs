@@ -1,14 +1,18 @@
-//! The middleware: a request is in flight from the call to the end of its response body.
+//! The middleware: it admits or rejects requests, and counts a request as in flight from the call to
+//! the end of its response body. The probes and the preStop route are here too.
 //!
-//! A request takes its ticket in `call` and keeps it through the response future and then the
-//! response body. It gives it up when the body has ended (a last frame, unless that is large or the
-//! service stops; the end of the stream; or an error) or when whichever of the two holds it is dropped: a panic, a timeout, a client that
-//! went away. A body that is empty from the start gives it up with the response's head.
+//! A request gets its permit in `call`. The permit moves from the response future into the response
+//! body, and is released when the body ends or fails, or when the future or body is dropped (a
+//! panic, a timeout, a client that went away). `body` defines the end of a body: a large last frame
+//! counts longer, and an empty body releases the permit with the response's head.
 //!
-//! When draining has begun, or the limit is reached, `call` does not reach the inner service.
-//! While draining, the refusal first reads the request's body, within limits, because a client that
-//! is still sending would see a broken connection instead of the answer. Above the limit it answers
-//! at once.
+//! From draining on, and above the limit, `call` does not reach the inner service, except for
+//! probes and exempt paths: `refusal` answers. `admission` decides and counts, `config` has the
+//! rules, and `server` uses `connection_close`.
+//!
+//! The permit is declared after the inner future or body, so that they are dropped first. The fast
+//! path (`admit`, `GracefulFuture`, `GracefulBody`) is measured in instructions: change its inlining
+//! only with a benchmark.
 
 mod arrivals;
 mod body;

@@ -1,23 +1,23 @@
-//! The address that a request came from, as far as it is known.
+//! The address of the peer that sent a request, if it is known.
 
 use std::net::IpAddr;
 
 use http::Request;
 
-/// The peer of a tracked connection, as an extension of its requests. Set by `serve` where something
-/// asks for it.
+/// The peer of a connection that `serve` accepted, as an extension of its requests. `serve` sets it
+/// if a rule or a route needs the address (`wants_peers`).
 #[cfg(all(feature = "axum", feature = "signal"))]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TrackedPeer(pub(crate) std::net::SocketAddr);
 
-/// The address and port of the peer, with an IPv4 address mapped into IPv6 as the IPv4 address.
+/// The address and port of the peer. An IPv4 address that is mapped to IPv6 is not converted here.
 #[cfg(feature = "axum")]
 pub(super) fn socket<B>(request: &Request<B>) -> Option<std::net::SocketAddr> {
     use std::net::SocketAddr;
 
     use axum::extract::ConnectInfo;
 
-    // First, because behind the PROXY protocol it is the client.
+    // First, because behind the PROXY protocol this extension has the address of the client.
     #[cfg(feature = "signal")]
     if let Some(TrackedPeer(peer)) = request.extensions().get() {
         return Some(*peer);
@@ -26,6 +26,7 @@ pub(super) fn socket<B>(request: &Request<B>) -> Option<std::net::SocketAddr> {
     Some(info.0)
 }
 
+/// The address of the peer. An IPv4 address that is mapped to IPv6 is returned as IPv4.
 #[cfg(feature = "axum")]
 pub(super) fn address<B>(request: &Request<B>) -> Option<IpAddr> {
     socket(request).map(|peer| peer.ip().to_canonical())

@@ -1,4 +1,5 @@
-//! The route for the preStop hook of Kubernetes: it starts the stop, and answers when the delay is over.
+//! The route for the preStop hook of Kubernetes. A call starts the stop, and is answered when the
+//! lame-duck phase is over.
 
 use std::{
     convert::Infallible,
@@ -22,17 +23,19 @@ use crate::{
     report::Trigger,
 };
 
-/// Fields that a proxy adds to the requests it passes on.
+/// Header fields that proxies add to the requests that they forward.
 const ADDED_BY_PROXIES: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
 
 impl Graceful {
-    /// A route that stops the service and answers when the delay is over, for the `preStop` hook of
-    /// Kubernetes. Off unless you add it, and no part of [`probes`](Self::probes).
+    /// A route for the `preStop` hook of Kubernetes: it starts the stop, and answers when the
+    /// lame-duck phase is over. It is off unless you add it, and is not part of
+    /// [`probes`](Self::probes).
     ///
-    /// A GET or POST from an allowed address starts the lame-duck phase, as SIGTERM would, and is
-    /// answered 200 when that phase is over. The kubelet sends SIGTERM after that, so it finds
-    /// the service draining, where SIGTERM changes nothing. Further calls join the same wait. The
-    /// [report](crate::Report::trigger) names [`Trigger::PreStop`](crate::Trigger::PreStop).
+    /// A GET or POST from an allowed address starts the lame-duck phase, as SIGTERM would. The
+    /// answer is 200, and is sent when the phase is over. The kubelet sends SIGTERM after that; the
+    /// service is already draining then, and the signal changes nothing. Further calls wait for the
+    /// same moment. The [report](crate::Report::trigger) contains
+    /// [`Trigger::PreStop`](crate::Trigger::PreStop).
     ///
     /// ```
     /// # use axum::Router;
@@ -57,45 +60,47 @@ impl Graceful {
     ///     httpGet: { path: /prestop, port: 3000 }
     /// ```
     ///
-    /// # It must not be public
+    /// # Keep the route private
     ///
-    /// Anybody who reaches this route can stop the service. So it refuses, with 403,
+    /// Every client that reaches this route can stop the service. So the route answers 403 to
     ///
     /// - every peer that is neither loopback nor [allowed](PreStop::allow);
-    /// - every request with a field that proxies add: `Forwarded`, `X-Forwarded-For`, `X-Real-IP` or
-    ///   `Via`. A sidecar or a reverse proxy on the same host connects from loopback, whoever its
-    ///   client is;
-    /// - every request whose peer is not known.
+    /// - every request with a header field that proxies add: `Forwarded`, `X-Forwarded-For`,
+    ///   `X-Real-IP` or `Via`. A sidecar or reverse proxy on the same host connects from loopback,
+    ///   for any client;
+    /// - every request whose peer address is unknown.
     ///
-    /// A proxy that adds none of these fields is not recognized: a layer-4 proxy, or the kernel where
-    /// it rewrites source addresses (Kubernetes Services with `externalTrafficPolicy: Cluster` make
-    /// traffic appear to come from a node). There, put the route on a port of its own that no Service
-    /// and no Ingress leads to.
+    /// A proxy that adds none of these fields is not recognized. Examples are a layer-4 proxy, and
+    /// a kernel that rewrites source addresses (Kubernetes Services with `externalTrafficPolicy:
+    /// Cluster` make traffic appear to come from a node). In such a network, put the route on a
+    /// separate port that no Service and no Ingress exposes.
     ///
-    /// The peer is known on every server of [`serve`](Self::serve), and on others with axum's
-    /// `into_make_service_with_connect_info::<SocketAddr>()`. Which address the kubelet has depends on
-    /// the network plugin: often `status.hostIP`, with bridge plugins the pod's default gateway. A
-    /// refusal is logged at `WARN` with the address; allow that one, or a range by
-    /// [`allow_if`](PreStop::allow_if).
+    /// The peer address is known on every server of [`serve`](Self::serve), and on other servers
+    /// with axum's `into_make_service_with_connect_info::<SocketAddr>()`. The address of the
+    /// kubelet depends on the network plugin: it is often `status.hostIP`, and with bridge plugins
+    /// the pod's default gateway. A 403 is logged at `WARN` with the address. Allow that address,
+    /// or a range with [`allow_if`](PreStop::allow_if).
     ///
     /// # Which preStop hook to choose
     ///
-    /// Kubernetes removes the endpoint and runs the hook at the same time, and sends SIGTERM when the
-    /// hook has ended. The hook's time counts within `terminationGracePeriodSeconds`
-    /// ([container hooks](https://kubernetes.io/docs/concepts/containers/container-lifecycle-hooks/)).
+    /// Kubernetes removes the endpoint and runs the hook at the same time, and sends SIGTERM when
+    /// the hook has ended. The time of the hook counts towards `terminationGracePeriodSeconds`
+    /// ([container
+    /// hooks](https://kubernetes.io/docs/concepts/containers/container-lifecycle-hooks/)).
     ///
     /// | hook | choose it when | the grace period |
     /// |---|---|---|
-    /// | none | in most cases: [`drain_delay`](crate::GracefulBuilder::drain_delay) serves on after SIGTERM, so that no hook is needed | equal to `terminationGracePeriodSeconds` |
-    /// | `sleep` | the service is not yours to change; readiness goes on saying yes during the sleep | shorter by the sleep, with a `drain_delay` of zero |
+    /// | none | in most cases: [`drain_delay`](crate::GracefulBuilder::drain_delay) keeps serving after SIGTERM, so no hook is needed | equal to `terminationGracePeriodSeconds` |
+    /// | `sleep` | you cannot change the service; readiness still succeeds during the sleep | shorter by the sleep, with a `drain_delay` of zero |
     /// | `exec` | a command has to run in the container first; the image must contain it | shorter by the command's time |
-    /// | `httpGet` of this route | SIGTERM must come last, for example because other containers of the pod stop at it; or the delay ends early by [`leave_when_quiet`](crate::GracefulBuilder::leave_when_quiet) and the hook is to end with it | equal to `terminationGracePeriodSeconds`: the clock starts with the call |
+    /// | `httpGet` of this route | SIGTERM must come last, for example because other containers of the pod stop at it; or the hook should end early together with the delay, by [`leave_when_quiet`](crate::GracefulBuilder::leave_when_quiet) | equal to `terminationGracePeriodSeconds`: the clock starts with the call |
     ///
     /// # Limits
     ///
-    /// Merge the route outside the layer, as above. Inside, a call counts as in flight until it is
-    /// answered; it is refused in no phase, as with [`probes`](Self::probes). A caller that hangs up
-    /// changes nothing: the stop goes on. HEAD and all other methods are answered 405.
+    /// Merge the route outside the layer, as above. Inside the layer, a call counts as in flight
+    /// until it is answered, and is never rejected, as with [`probes`](Self::probes). If the caller
+    /// disconnects, the stop continues. HEAD and all methods other than GET and POST are answered
+    /// with 405.
     pub fn pre_stop(&self) -> PreStop {
         self.shared().wants_peers.store(true, Ordering::Relaxed);
         PreStop {
@@ -109,11 +114,11 @@ impl Graceful {
 
 type AllowedIf = Arc<dyn Fn(IpAddr) -> bool + Send + Sync>;
 
-/// The service of the preStop route: made by [`Graceful::pre_stop`]. See there for what it does.
+/// The service of the preStop route, made by [`Graceful::pre_stop`]. That page describes it.
 ///
-/// It is a tower service for any path and router. Behind the [layer](Graceful::layer) on a path of your
-/// own it needs [`exempt`](crate::GracefulBuilder::exempt), or a call that comes while draining is
-/// refused like any request.
+/// It is a tower service for any path and any router. Behind the [layer](Graceful::layer), on a
+/// path of your own, it needs [`exempt`](crate::GracefulBuilder::exempt). Otherwise the layer
+/// rejects a call while draining like any other request.
 ///
 /// | call | answer |
 /// |---|---|
@@ -125,28 +130,29 @@ pub struct PreStop {
     graceful: Graceful,
     allowed: Arc<[IpAddr]>,
     allowed_if: Option<AllowedIf>,
-    /// Made by [`into_router`](Self::into_router).
+    /// Whether [`into_router`](Self::into_router) made this service.
     is_route: bool,
 }
 
 impl PreStop {
-    /// Lets these addresses call too, besides loopback (`127.0.0.0/8` and `::1`). May be called
-    /// repeatedly. An IPv4 address also matches the IPv6 address it is mapped to.
+    /// Allows these addresses, in addition to loopback (`127.0.0.0/8` and `::1`). Each call adds
+    /// addresses. An IPv4 address also matches the IPv6 address that it is mapped to.
     pub fn allow(mut self, addresses: impl IntoIterator<Item = IpAddr>) -> Self {
         let addresses = addresses.into_iter().map(|it| it.to_canonical());
         self.allowed = self.allowed.iter().copied().chain(addresses).collect();
         self
     }
 
-    /// Lets the addresses call too for which `allowed` returns true, for example those of a network.
-    /// It is given IPv4 addresses as such, also where the socket is one of IPv6. A second call
+    /// Allows every address for which `allowed` returns true, for example the addresses of a
+    /// network. The function gets IPv4 addresses as IPv4, even on an IPv6 socket. A second call
     /// replaces the first.
     pub fn allow_if(mut self, allowed: impl Fn(IpAddr) -> bool + Send + Sync + 'static) -> Self {
         self.allowed_if = Some(Arc::new(allowed));
         self
     }
 
-    /// A router with this route at `/prestop`. Merge it at the root, outside the layer, or nest it.
+    /// Returns a router with this route at `/prestop`. Merge it at the root, outside the layer, or
+    /// nest it.
     pub fn into_router<S>(self) -> axum::Router<S>
     where
         S: Clone + Send + Sync + 'static,
@@ -159,7 +165,7 @@ impl PreStop {
         axum::Router::new().route_service(policy::PRESTOP, route)
     }
 
-    /// The peer that may call, or why this request is refused.
+    /// Returns the peer if it is allowed, and otherwise the reason for the 403.
     fn caller<B>(&self, request: &Request<B>) -> Result<SocketAddr, String> {
         let Some(peer) = peer::socket(request) else {
             return Err(
@@ -198,7 +204,7 @@ impl PreStop {
         match self.caller(request) {
             Ok(peer) => {
                 let shared = self.graceful.shared();
-                // A caller that hangs up is owed nothing.
+                // If this caller disconnects, its missing answer does not count as lost.
                 shared.connections.owe_nothing(peer);
                 shared.trigger(Trigger::PreStop);
                 Waiting::Delay(PhaseReached::at_once(&self.graceful, Phase::Draining))
@@ -260,8 +266,8 @@ enum Waiting {
     Answer(StatusCode, Bytes),
 }
 
-/// The response future of [`PreStop`]: ready when the lame-duck phase is over. Dropping it does not
-/// take the stop back.
+/// The response future of [`PreStop`]. It is ready when the lame-duck phase is over. Dropping it
+/// does not cancel the stop.
 #[derive(Debug)]
 #[must_use = "futures do nothing unless polled"]
 pub struct PreStopFuture {

@@ -1,8 +1,8 @@
-//! What balancers and orchestrators ask.
+//! The probes: liveness and readiness, for load balancers and orchestrators.
 //!
-//! Readiness says whether to send more requests, liveness whether to restart the process. While a
-//! service stops, readiness says no from the first moment and liveness yes to the last, because a
-//! process that is draining must not be restarted for it.
+//! Readiness tells whether to send more requests, and liveness whether to restart the process. From
+//! the start of a stop readiness fails, and liveness succeeds until the process exits: a process
+//! that is draining must not be restarted.
 
 use std::{
     convert::Infallible,
@@ -22,20 +22,20 @@ use crate::config::policy;
 use crate::{handle::graceful::Graceful, phase::Phase, shutdown::leave_early::ProberId};
 
 impl Graceful {
-    /// A router with `GET /livez` and `GET /readyz`, the paths Kubernetes itself uses.
+    /// A router with `GET /livez` and `GET /readyz`, the paths that Kubernetes itself uses.
     ///
-    /// Merge it or nest it under any prefix, inside or outside the [layer](Self::layer): these two
-    /// routes are never refused by the layer, and no other route is taken for one of them, whatever
-    /// its path. Outside (merged after `.layer(…)`) they are not counted either. What axum answers
-    /// by default to paths without a route, 404, is outside then too; a fallback of your own is where
-    /// you put it.
+    /// Merge it, or nest it under any prefix, inside or outside the [layer](Self::layer). The layer
+    /// never rejects requests to these two routes, and recognizes no other route as a probe,
+    /// whatever its path. Outside the layer (merged after `.layer(…)`) the requests are not counted
+    /// either. Then axum's default 404 for unknown paths is outside the layer too. A fallback of
+    /// your own is inside or outside, depending on where you add it.
     ///
-    /// Where the layer is around a whole router, as in
-    /// `ServiceBuilder::new().layer(graceful.layer()).service(app)`, it cannot see routes. There it
-    /// refuses no request for exactly `/livez` or `/readyz`, so merge the router at the root. With
-    /// `nest_service` or as a fallback, and below middleware that does not clone the service inside
-    /// such as tower's `Buffer`, the routes are not recognized; give their paths to
-    /// [`exempt`](crate::GracefulBuilder::exempt).
+    /// If the layer wraps a whole router, as in
+    /// `ServiceBuilder::new().layer(graceful.layer()).service(app)`, it cannot see routes. It then
+    /// admits every request for exactly `/livez` or `/readyz`, so merge the probes at the root. The
+    /// routes are not recognized with `nest_service`, as a fallback, or below middleware that does
+    /// not clone the inner service (such as tower's `Buffer`). Pass their paths to
+    /// [`exempt`](crate::GracefulBuilder::exempt) there.
     ///
     /// ```
     /// # use axum::Router;
@@ -57,13 +57,15 @@ impl Graceful {
             .route_service(policy::READYZ, self.readiness().marked())
     }
 
-    /// The readiness probe as a plain service, for any path and any router: 200 while the service
-    /// is ready, and [`unready_status`](crate::GracefulBuilder::unready_status) otherwise.
+    /// The readiness probe as a tower service, for any path and any router. It answers 200 while
+    /// the service is ready, and [`unready_status`](crate::GracefulBuilder::unready_status)
+    /// otherwise.
     ///
-    /// Behind the [layer](Self::layer) on a path of your own it needs
-    /// [`exempt`](crate::GracefulBuilder::exempt), or the layer refuses it like any request.
+    /// Behind the [layer](Self::layer), on a path of your own, it needs
+    /// [`exempt`](crate::GracefulBuilder::exempt). Otherwise the layer rejects its requests like
+    /// any others.
     ///
-    /// See [`Probe`] for what it answers.
+    /// See [`Probe`] for the answers.
     #[must_use]
     pub fn readiness(&self) -> Probe {
         Probe {
@@ -73,9 +75,9 @@ impl Graceful {
         }
     }
 
-    /// The liveness probe as a plain service: 200 as long as anything answers.
+    /// The liveness probe as a tower service. It answers 200 in every phase.
     ///
-    /// See [`Probe`] for what it answers.
+    /// See [`Probe`] for the answers.
     #[must_use]
     pub fn liveness(&self) -> Probe {
         Probe {
@@ -86,15 +88,15 @@ impl Graceful {
     }
 }
 
-/// A probe: made by [`Graceful::readiness`] and [`Graceful::liveness`].
+/// A probe, made by [`Graceful::readiness`] and [`Graceful::liveness`].
 ///
-/// Answers GET, HEAD and OPTIONS with the same status, over every version of HTTP, because
-/// HAProxy's `option httpchk` asks with `OPTIONS` over HTTP/1.0; other methods are answered 405.
-/// A CORS layer round it would answer OPTIONS itself, and the prober would never see a "no".
-/// The body is one line that names the phase. Nothing may be cached. Once the service is stopping,
-/// HTTP/1 answers say `Connection: close`.
+/// Answers GET, HEAD and OPTIONS with the same status, over every HTTP version. (HAProxy's `option
+/// httpchk` sends `OPTIONS` over HTTP/1.0.) Other methods are answered with 405. The body is one
+/// line that names the phase. Every answer carries `Cache-Control: no-store`. Once the service is
+/// stopping, HTTP/1 answers carry `Connection: close`. A CORS layer around the probe would answer
+/// OPTIONS itself, so that the prober would never see a failure.
 ///
-/// | asked | answer | body |
+/// | probe and state | status | body |
 /// |---|---|---|
 /// | liveness | 200 | the phase |
 /// | readiness, serving | 200 | `serving` |
@@ -102,11 +104,11 @@ impl Graceful {
 /// | readiness, from lame duck on | `unready_status` | the phase |
 ///
 /// [Kubernetes](https://kubernetes.io/docs/concepts/configuration/liveness-readiness-startup-probes/)
-/// takes 200 to 399 as success, and goes on asking for readiness while a pod terminates.
+/// treats 200 to 399 as success, and keeps probing readiness while a pod terminates.
 pub struct Probe {
     graceful: Graceful,
     question: Question,
-    /// Made by [`Graceful::probes`].
+    /// Whether [`Graceful::probes`] made this probe.
     is_route: bool,
 }
 
@@ -117,7 +119,7 @@ enum Question {
 }
 
 impl Probe {
-    /// Recognized by services that clone it.
+    /// Marks the probe as a route, which [`probe_route`] recognizes.
     #[cfg(feature = "axum")]
     fn marked(self) -> Self {
         Self {
@@ -165,7 +167,7 @@ impl Probe {
             let allowed = HeaderValue::from_static("GET, HEAD, OPTIONS");
             headers.insert(header::ALLOW, allowed);
         }
-        // RFC 9110 §6.4.1: these have no content, not even a length.
+        // RFC 9110 §6.4.1: responses with these statuses have no content, and no length either.
         let bodiless = [
             StatusCode::NO_CONTENT,
             StatusCode::RESET_CONTENT,
@@ -177,7 +179,7 @@ impl Probe {
         let text = Bytes::from(format!("{text}\n"));
         let utf8 = HeaderValue::from_static("text/plain; charset=utf-8");
         headers.insert(header::CONTENT_TYPE, utf8);
-        // Said here because the answer to HEAD has the length of the answer to GET, and no body.
+        // Set here because the answer to HEAD has the length of the answer to GET, and no body.
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(text.len()));
         if *method != Method::HEAD {
             response.body_mut().text = Some(text);
@@ -187,9 +189,11 @@ impl Probe {
 }
 
 impl Probe {
-    /// Notes which prober has which answer, where a rule for leaving early wants to know.
+    /// Records the answer that a prober received, if the rule for ending the lame-duck phase early
+    /// needs it.
     fn note_answer<B>(&self, request: &Request<B>, ready: bool) {
-        /// More of a header or a target tells no two probers apart that less does not.
+        /// The part of the header or target, in bytes or characters, that distinguishes probers. It
+        /// is enough for the probers in use, and bounds the memory.
         const MOST: usize = 128;
 
         let Some(rule) = self.graceful.policy().leave_early.noticed else {
@@ -247,7 +251,8 @@ impl fmt::Debug for Probe {
     }
 }
 
-/// The response future of a [`Probe`]: ready at once. Polled again after that, it stays pending.
+/// The response future of a [`Probe`]. It is ready at once. Polls after it has resolved return
+/// `Pending`.
 #[derive(Debug)]
 #[must_use = "futures do nothing unless polled"]
 pub struct ProbeFuture(Option<Response<ProbeBody>>);
@@ -269,7 +274,7 @@ pub struct ProbeBody {
 }
 
 impl ProbeBody {
-    /// Without the text in an answer to HEAD.
+    /// Makes the body of an answer. An answer to HEAD has no text.
     #[cfg(feature = "axum")]
     pub(super) fn new(text: Bytes, head: bool) -> Self {
         Self {

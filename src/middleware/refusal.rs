@@ -1,12 +1,12 @@
-//! The answer to a refused request.
+//! The answer to a rejected request.
 //!
-//! While the service drains, the request's body is read before the answer goes out. Where a server
-//! answers at once and closes, the client's next write fails, and many clients report that failure
-//! and never read the answer. The reading has bounds: in bytes, in time, and in how many refusals
-//! read at once.
+//! While the service drains, the request's body is read before the answer is sent. If a server
+//! answered at once and closed the connection, the client's next write would fail, and many clients
+//! report that failure without reading the answer. The reading is limited in bytes, in time, and in
+//! the number of rejections that read at the same time.
 //!
-//! Above the limit the answer goes out at once. An overloaded service that read the uploads it
-//! refuses would spend on them what the limit is there to save.
+//! Above the in-flight limit the answer is sent at once. An overloaded service that read the
+//! uploads it rejects would spend the resources that the limit protects.
 
 use std::{
     pin::Pin,
@@ -36,26 +36,28 @@ use crate::{
     waiting::watch_until::WatchUntil,
 };
 
-/// How much of a refused request's body is read, for how long, and through how long a silence,
-/// before the answer goes out regardless.
+/// How many bytes of a rejected request's body are read, for how long, and how long a silence may
+/// last. After that the answer is sent anyway.
 const MOST_BYTES: u64 = 16 * 1024 * 1024;
 const MOST_TIME: Duration = Duration::from_secs(5);
 const MOST_SILENCE: Duration = Duration::from_secs(1);
 
-/// The silence of a gRPC call, whose stream of messages may stay open for as long as it lasts.
+/// The longest silence for a gRPC call: its stream of messages may stay open without an end.
 const GRPC_SILENCE: Duration = Duration::from_millis(50);
 
-/// How long before the drain deadline the answer goes out at the latest.
+/// The answer is sent at the latest this long before the drain deadline.
 const BEFORE_DEADLINE: Duration = Duration::from_millis(250);
 
-/// How long after the last request in flight has left, and how long before connections are cut.
+/// The limits once the drain is over: the answer is sent at the latest this long after that, and
+/// this long before the connections are cut.
 const AFTER_DRAIN: Duration = Duration::from_millis(500);
 const BEFORE_CUT: Duration = Duration::from_millis(150);
 
-/// How many frames are read before other tasks have their turn.
+/// How many frames one poll reads before it yields to other tasks.
 const FRAMES_AT_ONCE: usize = 64;
 
-/// Whether a request is never refused: to a route of a probe, or to an exempt path.
+/// Whether a request is never rejected, because it is for a probe, the preStop route or an exempt
+/// path.
 pub(super) fn is_exempt<B>(admission: Admission, request: &Request<B>) -> bool {
     let path = request.uri().path();
     let exempts = &admission.rules().exempt;
@@ -67,10 +69,11 @@ pub(super) fn is_exempt<B>(admission: Admission, request: &Request<B>) -> bool {
         || original_path(request).is_some_and(exempt)
 }
 
-/// Whether a request that no router has seen is for a probe: the path is one of those that the
-/// probes have at the root, and there is a router with the probes.
+/// Whether a request is for a probe in a router that the layer wraps as a whole. There the layer
+/// cannot see routes, so the path decides: no router has seen the request, its path is a default
+/// path of the probes, and a router with the probes exists.
 fn is_for_probes_inside<B>(admission: Admission, request: &Request<B>) -> bool {
-    // Probes keep what is behind the entrance alive.
+    // A probe keeps the lifecycle alive, so a missing gate means that there are no probes.
     let has_probes = || admission.gate().is_some_and(|it| it.probes.get().is_some());
     let path = request.uri().path();
     original_path(request).is_none()
@@ -78,7 +81,7 @@ fn is_for_probes_inside<B>(admission: Admission, request: &Request<B>) -> bool {
         && has_probes()
 }
 
-/// The same for the preStop route.
+/// The same check for the preStop route.
 #[cfg(feature = "axum")]
 fn is_for_pre_stop_inside<B>(admission: Admission, request: &Request<B>) -> bool {
     let has_route = || {
@@ -94,7 +97,7 @@ fn is_for_pre_stop_inside<B>(_: Admission, _: &Request<B>) -> bool {
     false
 }
 
-/// The path before axum's `nest` took its prefix off. Every router of axum notes it before it
+/// The path before axum's `nest` removed its prefix. Every router of axum records it before it
 /// chooses a route.
 #[cfg(feature = "axum")]
 pub(super) fn original_path<B>(request: &Request<B>) -> Option<&str> {
@@ -118,7 +121,8 @@ pub(super) fn refuse<B>(admission: Admission, request: Request<B>, refused: Refu
         None => rejection.text(),
     };
     if request.method() == Method::HEAD {
-        // Servers drop it themselves, but not every one on HTTP/2.
+        // Servers drop the body of an answer to HEAD themselves, but not every server does over
+        // HTTP/2.
         let length = std::mem::take(response.body_mut()).len();
         let headers = response.headers_mut();
         headers
@@ -149,20 +153,20 @@ pub(super) fn refuse<B>(admission: Admission, request: Request<B>, refused: Refu
 }
 
 pin_project! {
-    /// Reads the request's body within bounds, then resolves to the answer.
+    /// Reads the request's body within the limits, and then resolves to the answer.
     pub(super) struct Refusal<B> {
         admission: Admission,
         least_phase: Phase,
-        // Nobody's any more, if there is none: then nothing ends the reading early.
+        // `None`: the lifecycle has no owner any more, and nothing ends the reading early.
         shared: Option<Shared>,
         response: Option<Response<Bytes>>,
         #[pin]
         body: Option<B>,
-        // From the first poll of the body on.
+        // Set at the first poll of the body.
         reader: Option<Reading>,
         bytes_left: u64,
         silence: Duration,
-        // When the answer goes out at the latest. Known from the first poll.
+        // When the answer is sent at the latest. Set at the first poll.
         last: Option<Instant>,
         silent_since: Option<Instant>,
         closing: WatchUntil<Phase>,
@@ -184,13 +188,13 @@ impl<B: Body> Future for Refusal<B> {
 }
 
 impl<B: Body> Refusal<B> {
-    /// Ready when the body has ended or a bound has been reached.
+    /// Ready when the body has ended or a limit has been reached.
     fn poll_body(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let now = Instant::now();
         let phase = this.admission.phase().max(*this.least_phase);
         let shared = this.shared.as_ref();
-        let bound = match shared.and_then(|shared| shared.time_left(phase)) {
+        let limit = match shared.and_then(|shared| shared.time_left(phase)) {
             left if phase >= Phase::Closing => {
                 AFTER_DRAIN.min(left.unwrap_or_default().saturating_sub(BEFORE_CUT))
             }
@@ -199,13 +203,13 @@ impl<B: Body> Refusal<B> {
             }
             _ => MOST_TIME,
         };
-        let last = this.last.map_or(now + bound, |last| last.min(now + bound));
+        let last = this.last.map_or(now + limit, |last| last.min(now + limit));
         *this.last = Some(last);
         for _ in 0..FRAMES_AT_ONCE {
             let Some(body) = this.body.as_mut().as_pin_mut() else {
                 return Poll::Ready(());
             };
-            // What cannot be read to its end need not be read at all.
+            // A body that is too large to be read to its end is not read at all.
             if now >= last || body.is_end_stream() || body.size_hint().lower() > *this.bytes_left {
                 return Poll::Ready(());
             }
@@ -225,7 +229,7 @@ impl<B: Body> Refusal<B> {
                     }
                 }
                 Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
-                // Without a clock there is no bound on the wait, so there is no wait.
+                // Without a runtime there is no timer to limit the wait, so there is no wait.
                 Poll::Pending if runtime::Handle::try_current().is_err() => return Poll::Ready(()),
                 Poll::Pending => {
                     let silent_since = *this.silent_since.get_or_insert(now);
@@ -233,7 +237,7 @@ impl<B: Body> Refusal<B> {
                     if now >= until {
                         return Poll::Ready(());
                     }
-                    // The bounds are others once the drain is over.
+                    // The end of the drain changes the limits, so it must wake this task.
                     if let Some(shared) = shared {
                         let _ = this.closing.poll(cx, || shared.phases());
                     }
@@ -247,27 +251,27 @@ impl<B: Body> Refusal<B> {
                 }
             }
         }
-        // Others want their turn.
+        // Yields to other tasks.
         cx.waker().wake_by_ref();
         Poll::Pending
     }
 }
 
-/// Whether the body of a refused request is read before the answer.
+/// Whether the body of a rejected request is read before the answer is sent.
 fn reads_body<B>(refused: Refused, request: &Request<B>) -> bool {
     match refused {
         Refused::Full => false,
-        // To read it would send the 100 that this answer takes the place of.
+        // Reading the body would make the server send `100 Continue`, which this answer replaces.
         Refused::Draining => !expects_continue(request.version(), request.headers()),
     }
 }
 
 /// Whether the client waits for `100 Continue` before it sends the body, and the server sends one
-/// as soon as the body is read
-/// ([RFC 9110 §10.1.1](https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)).
+/// as soon as the body is read ([RFC 9110
+/// §10.1.1](https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)).
 ///
-/// Over HTTP/1.0 the expectation is ignored. Over HTTP/2 hyper sends no 100, so its clients send the
-/// body without one, after a time of their own.
+/// Over HTTP/1.0 the expectation is ignored. Over HTTP/2 hyper sends no 100, so the client sends
+/// the body without one, after a timeout of its own.
 fn expects_continue(version: Version, headers: &HeaderMap) -> bool {
     version == Version::HTTP_11
         && headers.get_all(header::EXPECT).iter().any(|value| {

@@ -10,13 +10,14 @@ use tower_service::Service;
 
 use super::{
     arrivals, body::GracefulBody, future::GracefulFuture, named::Named, probe_route, refusal,
-    slow_path::SpecialFuture,
+    slow_path::SlowFuture,
 };
 use crate::{admission::Refused, handle::graceful::Admission};
 
-/// The service a [`GracefulLayer`](super::GracefulLayer) makes. See there for what it does.
+/// The service that a [`GracefulLayer`](super::GracefulLayer) makes. The layer's page describes
+/// what it does.
 ///
-/// To clone it is to clone the service inside and to copy a pointer. It does not keep the lifecycle
+/// A clone clones the inner service and copies a pointer. The service does not keep the lifecycle
 /// alive: see [`Graceful`](crate::Graceful).
 pub struct GracefulService<S> {
     inner: S,
@@ -36,17 +37,17 @@ impl<S> GracefulService<S> {
         Self { inner, admission }
     }
 
-    /// The service inside.
+    /// Returns the inner service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
 
-    /// The service inside. What is called on it directly is not counted.
+    /// Returns the inner service. Requests passed to it directly are not counted.
     pub fn get_mut(&mut self) -> &mut S {
         &mut self.inner
     }
 
-    /// Takes the service inside out.
+    /// Unwraps the inner service.
     pub fn into_inner(self) -> S {
         self.inner
     }
@@ -66,25 +67,25 @@ where
         self.inner.poll_ready(cx)
     }
 
-    // The call of it would move the request once more.
+    // `inline(always)`, because a function call would move the request once more.
     #[expect(clippy::inline_always)]
     #[inline(always)]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         match self.admission.admit() {
-            Some(pass) => {
+            Some(permit) => {
                 let version = request.version();
-                GracefulFuture::counted(self.inner.call(request), pass, version)
+                GracefulFuture::counted(self.inner.call(request), permit, version)
             }
-            None => self.call_specially(request),
+            None => self.call_slow(request),
         }
     }
 }
 
 impl<S> GracefulService<S> {
-    /// A call that is more than a count: while the service stops, above its limit, or with names.
+    /// The slow path: while the service stops, at the limit, and with named requests.
     #[cold]
     #[inline(never)]
-    fn call_specially<ReqBody>(
+    fn call_slow<ReqBody>(
         &mut self,
         request: Request<ReqBody>,
     ) -> GracefulFuture<S::Future, ReqBody>
@@ -97,23 +98,23 @@ impl<S> GracefulService<S> {
         if !matches!(admitted, Err(Refused::Draining)) {
             arrivals::note(admission, &request);
         }
-        GracefulFuture::special(match admitted {
-            Ok(pass) => match Named::new(&pass, &request) {
-                None => return GracefulFuture::counted(self.inner.call(request), pass, version),
-                Some(named) => SpecialFuture::Named {
+        GracefulFuture::slow(match admitted {
+            Ok(permit) => match Named::new(&permit, &request) {
+                None => return GracefulFuture::counted(self.inner.call(request), permit, version),
+                Some(named) => SlowFuture::Named {
                     inner: self.inner.call(request),
                     named,
-                    pass,
+                    permit,
                     version,
                 },
             },
-            Err(refused) if refusal::is_exempt(admission, &request) => SpecialFuture::Exempt {
+            Err(refused) if refusal::is_exempt(admission, &request) => SlowFuture::Exempt {
                 inner: self.inner.call(request),
                 admission,
                 least_phase: refused.least_phase(),
                 version,
             },
-            Err(refused) => SpecialFuture::Refused {
+            Err(refused) => SlowFuture::Refused {
                 refusal: refusal::refuse(admission, request, refused),
             },
         })

@@ -1,5 +1,5 @@
-//! The response to a request that is more than a count: known by name, let pass uncounted, or
-//! refused.
+//! The response future of a request that takes the slow path: a named request, an exempt request
+//! that is not counted, or a rejected request.
 
 use std::{
     pin::Pin,
@@ -20,18 +20,19 @@ use crate::{
 };
 
 pin_project! {
-    #[project = SpecialProj]
-    #[project_replace = SpecialOwn]
-    pub(super) enum SpecialFuture<F, B> {
-        /// In flight and on the roll, struck out first.
+    #[project = SlowProj]
+    #[project_replace = SlowOwn]
+    pub(super) enum SlowFuture<F, B> {
+        /// In flight and in the request table. The entry is removed before the permit is released.
         Named {
             #[pin]
             inner: F,
             named: Named,
-            pass: Unanswered,
+            permit: Unanswered,
             version: Version,
         },
-        /// Let pass without being counted, where it would have been refused.
+        /// Passed to the inner service without being counted, at a time when requests for other
+        /// paths are rejected.
         Exempt {
             #[pin]
             inner: F,
@@ -47,7 +48,7 @@ pin_project! {
     }
 }
 
-impl<F, B> SpecialFuture<F, B> {
+impl<F, B> SlowFuture<F, B> {
     pub(super) fn state(&self) -> &'static str {
         match self {
             Self::Named { .. } => "named",
@@ -58,7 +59,7 @@ impl<F, B> SpecialFuture<F, B> {
     }
 }
 
-impl<F, E, ReqBody, ResBody> Future for SpecialFuture<F, ReqBody>
+impl<F, E, ReqBody, ResBody> Future for SlowFuture<F, ReqBody>
 where
     F: Future<Output = Result<Response<ResBody>, E>>,
     ReqBody: Body,
@@ -70,62 +71,62 @@ where
     #[inline(never)]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut result = match self.as_mut().project() {
-            SpecialProj::Named { inner, .. } | SpecialProj::Exempt { inner, .. } => {
+            SlowProj::Named { inner, .. } | SlowProj::Exempt { inner, .. } => {
                 ready!(inner.poll(cx))
             }
-            SpecialProj::Refused { refusal } => {
+            SlowProj::Refused { refusal } => {
                 let response = ready!(refusal.poll(cx));
                 return Poll::Ready(Ok(response.map(GracefulBody::text)));
             }
-            SpecialProj::Over => return Poll::Pending,
+            SlowProj::Over => return Poll::Pending,
         };
-        // Drops the future inside, before its request is released.
+        // Drops the inner future while its request is still in flight.
         let own = self.project_replace(Self::Over);
         Poll::Ready(match own {
-            SpecialOwn::Named {
+            SlowOwn::Named {
                 named,
-                pass,
+                permit,
                 version,
                 ..
             } => {
                 if let Ok(response) = &mut result {
-                    ask_to_leave(response, &pass, version);
+                    ask_to_leave(response, &permit, version);
                     named.streams();
                 }
-                let pass = pass.answered();
-                result.map(|it| it.map(|body| GracefulBody::named(body, named, pass)))
+                let permit = permit.answered();
+                result.map(|it| it.map(|body| GracefulBody::named(body, named, permit)))
             }
-            SpecialOwn::Exempt {
+            SlowOwn::Exempt {
                 admission,
                 least_phase,
                 version,
                 ..
             } => {
                 if let Ok(response) = &mut result {
-                    if leaves(admission.phase().max(least_phase), || admission.gate()) {
+                    if asks_to_leave(admission.phase().max(least_phase), || admission.gate()) {
                         connection_close::say_close(response, version);
                     }
                 }
                 result.map(|it| it.map(GracefulBody::uncounted))
             }
-            SpecialOwn::Refused { .. } | SpecialOwn::Over => {
+            SlowOwn::Refused { .. } | SlowOwn::Over => {
                 result.map(|it| it.map(GracefulBody::uncounted))
             }
         })
     }
 }
 
-/// Has a response ask its client to leave, if the service stops.
+/// Adds `Connection: close` to a response if its client is to leave.
 #[cold]
 #[inline(never)]
-pub(super) fn ask_to_leave<B>(response: &mut Response<B>, pass: &Unanswered, version: Version) {
-    if leaves(pass.word().phase(), || pass.gate()) {
+pub(super) fn ask_to_leave<B>(response: &mut Response<B>, permit: &Unanswered, version: Version) {
+    if asks_to_leave(permit.word().phase(), || permit.gate()) {
         connection_close::say_close(response, version);
     }
 }
 
-/// Whether a response that goes out now asks its client to leave.
-fn leaves(phase: Phase, gate: impl FnOnce() -> Option<Shared>) -> bool {
+/// Whether a response that is sent now asks its client to leave.
+fn asks_to_leave(phase: Phase, gate: impl FnOnce() -> Option<Shared>) -> bool {
     match phase {
         Phase::Serving => false,
         Phase::LameDuck => gate().is_none_or(|shared| shared.asks_to_leave()),

@@ -11,7 +11,7 @@ use std::{
 use axum::{body::Body, extract::Request, response::Response};
 use bytes::{Buf, Bytes};
 use http::{HeaderValue, Method, StatusCode, Version, header};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use hyper::{
     body::Incoming,
     rt::{Executor, Sleep, Timer},
@@ -235,7 +235,7 @@ impl Owner {
 
     /// When this connection's turn to leave comes.
     fn turn(&self) -> time::Instant {
-        self.0.owner.turn(self.0.place)
+        self.0.owner.slot_time(self.0.place)
     }
 
     fn poll_turn(&self, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
@@ -515,6 +515,10 @@ fn is_upgrade(response: &Response, connect: bool) -> bool {
 
 fn is_event_stream(response: &Response) -> bool {
     const EVENTS: &[u8] = b"text/event-stream";
+    // Most bodies have a known length, and events have none. That is cheaper to ask than the header.
+    if response.body().size_hint().exact().is_some() {
+        return false;
+    }
     let kind = response.headers().get(header::CONTENT_TYPE);
     let kind = kind.and_then(|kind| kind.as_bytes().get(..EVENTS.len()));
     kind.is_some_and(|kind| kind.eq_ignore_ascii_case(EVENTS))

@@ -21,11 +21,11 @@ use crate::{
     events,
     handle::graceful::Graceful,
     phase::Phase,
-    shutdown::{
-        state::ClosingStage,
-        step::{LAST_ACCEPTS, LINGER},
-    },
+    shutdown::{state::ClosingStage, step::LINGER},
 };
+
+/// How long a listener may take to empty its accept queue, from the moment its task runs.
+const LAST_ACCEPTS: Duration = Duration::from_millis(100);
 
 /// How long handshakes that had begun are given to be completed: a few round trips between the
 /// machines of one site.

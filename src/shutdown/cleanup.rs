@@ -1,5 +1,5 @@
-//! What runs besides the requests while the service stops: hooks in the lame-duck phase; and when
-//! nothing is in flight any more, the joining of the workers and the cleanup steps.
+//! Runs the tasks of a stop: hooks in the lame-duck phase, and after nothing is in flight any more,
+//! the joining of the workers and the cleanup steps.
 
 use std::time::Duration;
 
@@ -16,25 +16,24 @@ use crate::{
     report::{TaskKind, TaskOutcome},
 };
 
-/// How long a task that was cut is given to be gone, before what comes after it begins.
-const GONE: Duration = Duration::from_millis(50);
+/// How long an aborted task has to end before the next one begins.
+const ABORT_TIME: Duration = Duration::from_millis(50);
 
-/// How long a step is given even where no time is left, so that every one has its turn.
-const LEAST_BOUND: Duration = Duration::from_millis(10);
+/// The shortest timeout of a step. Every step runs, even if no time is left.
+const LEAST_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// How long after the end of the plan the last step is over at the latest, whatever the steps do, where
-/// the runtime runs: see `clean_up`.
+/// How long after the end of the plan the last step ends at the latest, whatever the steps do, as
+/// long as the runtime is not blocked: see `clean_up`.
 pub(super) fn most_overtime(steps: usize) -> Duration {
     let waits = u32::try_from(steps).unwrap_or(u32::MAX).saturating_add(3);
-    (LEAST_BOUND + GONE).saturating_mul(waits)
+    (LEAST_TIMEOUT + ABORT_TIME).saturating_mul(waits)
 }
 
-/// A task that is aborted when it is no longer wanted.
+/// A task that is aborted when this handle is dropped.
 struct Job(JoinHandle<()>);
 
 impl Job {
-    /// Waits for the end of the task, until the deadline. Says whether it has ended; otherwise it
-    /// has been cut.
+    /// Waits for the task until the deadline, and aborts it then. Returns whether it has ended.
     async fn ends_by(&mut self, deadline: Instant) -> bool {
         let ended = time::timeout_at(deadline, &mut self.0).await.is_ok();
         if !ended {
@@ -43,8 +42,9 @@ impl Job {
         ended
     }
 
-    /// Waits for what was cut to be gone, unless it holds its thread and cannot be.
-    async fn is_gone_by(&mut self, deadline: Instant) {
+    /// Waits until the aborted task has ended. A task that blocks its thread does not end, so the
+    /// wait has a deadline.
+    async fn has_aborted_by(&mut self, deadline: Instant) {
         let _: Result<Result<(), JoinError>, _> = time::timeout_at(deadline, &mut self.0).await;
     }
 }
@@ -56,7 +56,7 @@ impl Drop for Job {
 }
 
 impl Shared {
-    /// Starts the hooks of the lame-duck phase. They run beside it, and not longer.
+    /// Starts the hooks of the lame-duck phase. They run during the phase and are cut at its end.
     pub(super) fn start_hooks(&self) {
         for hook in self.work.take(TaskKind::LameDuck) {
             let shared = self.clone();
@@ -76,18 +76,18 @@ impl Shared {
         }
     }
 
-    /// Waits for hooks whose delay was over before they had their one poll, or that have still to
-    /// notice that it is.
+    /// Waits for hooks that have not yet noticed the end of the delay. A hook that has never been
+    /// polled gets its first poll here.
     async fn join_hooks(&self) {
-        let gone = gone();
+        let abort_deadline = abort_deadline();
         for (key, handle) in self.work.running_hooks() {
-            if !Job(handle).ends_by(gone).await {
+            if !Job(handle).ends_by(abort_deadline).await {
                 self.task_ended(key, TaskOutcome::Cut);
             }
         }
     }
 
-    /// When cleaning up has to be done, if it has begun.
+    /// When the cleanup has to be finished, if it has begun.
     pub(super) fn cleanup_deadline(&self) -> Option<Instant> {
         let state = self.state();
         let shutdown = state.shutdown.as_ref()?;
@@ -97,13 +97,14 @@ impl Shared {
         shutdown.cleanup.as_ref().map(|_| shutdown.end)
     }
 
-    /// Joins the workers, and then runs the steps one after another. Dropping the future gives up
-    /// what is running and what has not begun.
+    /// Joins the workers, and then runs the steps one after another. If this future is dropped, the
+    /// running task is aborted and the remaining ones do not run.
     pub(super) async fn clean_up(self, deadline: Instant) {
         self.join_hooks().await;
         self.join_workers(deadline).await;
         let mut steps = self.work.take(TaskKind::Cleanup);
-        // No timeout is more than all there is, so that one without an end leaves the others a share.
+        // No timeout is longer than the time that is left, so that a step with an infinite timeout
+        // leaves the other steps their shares.
         let most = deadline.saturating_duration_since(Instant::now());
         for step in &mut steps {
             step.timeout = step.timeout.min(most);
@@ -120,10 +121,10 @@ impl Shared {
             }));
             let until = instant_after(Instant::now(), timeout);
             if !job.ends_by(until).await {
-                job.is_gone_by(gone()).await;
+                job.has_aborted_by(abort_deadline()).await;
                 self.task_ended(step.key, TaskOutcome::Cut);
             }
-            self.was_it_late(step.key, until);
+            self.record_if_late(step.key, until);
         }
     }
 
@@ -133,7 +134,8 @@ impl Shared {
             return;
         }
         let until = instant_after(Instant::now(), self.workers_share(deadline));
-        // All at once, so that whoever is not reached is aborted when this is dropped.
+        // All handles are wrapped before the first wait, so that every worker is aborted if this
+        // future is dropped.
         let workers: Vec<_> = workers
             .into_iter()
             .map(|(key, handle)| (key, Job(handle)))
@@ -141,32 +143,33 @@ impl Shared {
         let mut cut = Vec::new();
         for (key, mut job) in workers {
             if job.ends_by(until).await {
-                self.was_it_late(key, until);
+                self.record_if_late(key, until);
             } else {
                 cut.push((key, job));
             }
         }
-        let gone = gone();
+        let abort_deadline = abort_deadline();
         for (key, mut job) in cut {
-            job.is_gone_by(gone).await;
+            job.has_aborted_by(abort_deadline).await;
             self.task_ended(key, TaskOutcome::Cut);
         }
     }
 
-    /// What holds its thread cannot be cut, and may end in good order long after its time.
-    fn was_it_late(&self, key: usize, until: Instant) {
-        self.work.was_late(key, instant_after(until, GONE));
+    /// A task that blocks its thread cannot be aborted, and may complete long after its timeout.
+    /// Such a task is recorded as cut.
+    fn record_if_late(&self, key: usize, until: Instant) {
+        self.work.was_late(key, instant_after(until, ABORT_TIME));
     }
 
-    /// How long workers are waited for: not into the time that the steps have asked for, as far as
-    /// that is no more than half of what there is.
+    /// How long the cleanup waits for workers. The steps keep the time that they have asked for,
+    /// but at most half of the time that is left.
     fn workers_share(&self, deadline: Instant) -> Duration {
         let left = deadline.saturating_duration_since(Instant::now());
         let most = left.saturating_sub(self.work.asked_by_steps().min(left / 2));
         self.policy.worker_timeout.unwrap_or(most).min(most)
     }
 
-    /// Ends what is still there when the service has stopped without cleaning up.
+    /// Aborts what is left when the service has stopped without a cleanup.
     pub(super) fn give_up_work(&self) {
         for (_, worker) in self.work.dismiss() {
             worker.abort();
@@ -175,24 +178,25 @@ impl Shared {
         drop(self.work.take(TaskKind::Cleanup));
     }
 
-    /// Notes how a task came to its end, and has it logged.
+    /// Records how a task ended, and logs it.
     pub(crate) fn task_ended(&self, key: usize, outcome: TaskOutcome) {
         let before_stop = self.phase() < Phase::Draining;
         let outcome = match outcome {
-            // A worker that was not told to.
+            // A worker that ended although it had not been told to stop.
             TaskOutcome::Done if before_stop && self.work.is_worker(key) => TaskOutcome::EndedEarly,
             outcome => outcome,
         };
         if let Some(task) = self.work.ended(key, outcome, before_stop) {
-            self.tell_log(Event::Task(Box::new(task)));
+            self.log_event(Event::Task(Box::new(task)));
         }
         if self.policy.leave_early.is_on() {
-            // It may be the last hook that the lame-duck phase waited for.
+            // The lame-duck phase does not end early before its last hook has ended. This may be
+            // that hook.
             self.notify();
         }
     }
 
-    /// All that was to be cleaned up is.
+    /// Records that the cleanup is done.
     pub(super) fn cleaned_up(&self) {
         self.change(|state, _| {
             let cleanup = state.shutdown.as_mut().and_then(|it| it.cleanup.as_mut());
@@ -203,13 +207,13 @@ impl Shared {
     }
 }
 
-/// When what is cut now is given up.
-fn gone() -> Instant {
-    instant_after(Instant::now(), GONE)
+/// Until when to wait for a task that is aborted now.
+fn abort_deadline() -> Instant {
+    instant_after(Instant::now(), ABORT_TIME)
 }
 
-/// How much of the time until the deadline a step has: what it asked for, or where all those that
-/// are left have asked for more than there is, its share of it.
+/// The time that a step has. It has its timeout if the timeouts of all remaining steps fit before
+/// the deadline, and otherwise its proportional share of the time that is left.
 fn share(deadline: Instant, timeout: Duration, rest: impl Iterator<Item = Duration>) -> Duration {
     let left = deadline.saturating_duration_since(Instant::now());
     let asked = rest.fold(timeout, Duration::saturating_add);
@@ -218,7 +222,7 @@ fn share(deadline: Instant, timeout: Duration, rest: impl Iterator<Item = Durati
     } else {
         left.mul_f64(timeout.as_secs_f64() / asked.as_secs_f64())
     };
-    timeout.max(LEAST_BOUND)
+    timeout.max(LEAST_TIMEOUT)
 }
 
 #[cfg(all(test, feature = "signal", not(tower_graceful_loom)))]
@@ -246,7 +250,7 @@ mod tests {
         graceful.shared().report().unwrap()
     }
 
-    fn fates(report: &Report) -> Vec<TaskOutcome> {
+    fn outcomes(report: &Report) -> Vec<TaskOutcome> {
         report.tasks().iter().map(|it| it.outcome.clone()).collect()
     }
 
@@ -267,7 +271,7 @@ mod tests {
         assert_eq!(report.duration(), SECOND);
         assert_eq!(report.cleanup_time(), SECOND);
         assert_eq!(
-            fates(&report),
+            outcomes(&report),
             [TaskOutcome::Done, TaskOutcome::Cut, TaskOutcome::NotRun]
         );
     }
@@ -289,10 +293,10 @@ mod tests {
         let report = report(&graceful).await;
         assert_eq!(report.outcome(), Outcome::Abandoned);
         assert_eq!(report.duration(), SECOND);
-        assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::NotRun]);
+        assert_eq!(outcomes(&report), [TaskOutcome::Cut, TaskOutcome::NotRun]);
         assert_eq!(report.remaining().workers, 1);
         time::sleep(SECOND).await;
-        assert_eq!(Arc::strong_count(&held), 1, "it is gone");
+        assert_eq!(Arc::strong_count(&held), 1, "the worker has been dropped");
     }
 
     #[tokio::test(start_paused = true)]
@@ -308,11 +312,11 @@ mod tests {
         let report = report(&graceful).await;
         drop(hold);
         assert_eq!(report.outcome(), Outcome::Forced);
-        assert_eq!(fates(&report), [TaskOutcome::Done]);
+        assert_eq!(outcomes(&report), [TaskOutcome::Done]);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_sigint_in_the_moment_of_the_end_does_not_skip_the_cleanup() {
+    async fn a_sigint_at_the_moment_the_last_work_ends_does_not_skip_the_cleanup() {
         let graceful = Graceful::new();
         let hold = graceful.hold("hold");
         graceful.cleanup("step", SECOND, async {}).unwrap();
@@ -320,11 +324,11 @@ mod tests {
         skip_phase(&graceful);
         assert_eq!(graceful.phase(), Phase::Closing);
         time::sleep(SECOND / 8).await;
-        // What was cut ends, and nobody has looked yet.
+        // The cut hold ends, and the timeline has not checked yet.
         drop(hold);
         skip_phase(&graceful);
         let report = report(&graceful).await;
         assert_eq!(report.outcome(), Outcome::Forced);
-        assert_eq!(fates(&report), [TaskOutcome::Done]);
+        assert_eq!(outcomes(&report), [TaskOutcome::Done]);
     }
 }

@@ -1,4 +1,5 @@
-//! The task that runs what needs a runtime, and lets time pass where tokio's clock is paused.
+//! The driver: the task that runs what needs a runtime, and that checks the deadlines where tokio's
+//! clock is paused.
 
 use std::{future::pending, sync::Arc};
 
@@ -7,11 +8,11 @@ use tokio::{sync::oneshot, time};
 use super::{Shared, WeakShared};
 use crate::control::DriverWaker;
 
-/// Sleeps until the next step is due, and takes it.
+/// Sleeps until the next step is due, and takes it, until the service has stopped.
 pub(super) struct Driver {
     gate: WeakShared,
     waker: Arc<DriverWaker>,
-    /// It has been polled.
+    /// The driver has been polled at least once.
     ran: bool,
 }
 
@@ -24,7 +25,8 @@ impl Driver {
         }
     }
 
-    /// Begins when it is given the service to drive. If that is gone it never will be, and ends.
+    /// Waits until a stop passes it the lifecycle, and then drives the stop. Ends at once if the
+    /// lifecycle is dropped first.
     pub(super) async fn run(mut self, mut started: oneshot::Receiver<Shared>) {
         self.ran = true;
         let gate = loop {
@@ -67,7 +69,7 @@ impl Driver {
     }
 }
 
-/// The future, if there is one.
+/// Waits for the future. Without a future it never completes.
 async fn optional(future: &mut Option<impl Future<Output = ()> + Unpin>) {
     match future {
         Some(future) => future.await,
@@ -77,7 +79,8 @@ async fn optional(future: &mut Option<impl Future<Output = ()> + Unpin>) {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        // Its runtime may be gone while the service lives.
+        // If its runtime has shut down and the lifecycle is still alive, the control thread has to
+        // take over.
         if let Some(gate) = self.gate.upgrade() {
             gate.driver_ended(self.ran);
         }

@@ -1,29 +1,34 @@
-//! What tells that the lame-duck phase may end before its delay is over.
+//! The evidence that the lame-duck phase may end before its delay is over.
 //!
-//! Two kinds of evidence are collected, each only where the builder asked for its rule: new requests
-//! that arrive in the lame-duck phase, and answers of the readiness route. Both are noted under one
-//! lock, by requests that already take the slow path and by probes. In Serving no request comes here.
+//! Two kinds of evidence are collected, each only if the builder has set its rule: new requests
+//! that arrive in the lame-duck phase, and answers of the readiness route. Both are recorded under
+//! one lock. Requests that already take the slow path record the first kind, and probes the second.
+//! An ordinary request in Serving never reaches this code.
 //!
 //! # Quiet
 //!
-//! Silence alone proves nothing: a service that is rarely called is silent while its balancer would
-//! still send. So the phase ends early only if there was traffic in the phase and it ended:
+//! Silence alone proves nothing: a service that is rarely called is silent although its load
+//! balancer would still send requests. So the phase ends early only if there was traffic in the
+//! phase and it has stopped:
 //!
-//! 1. [`LEAST_REQUESTS`] new requests have arrived since the trigger, and
-//! 2. no request has arrived since, for `quiet_for` and for [`GAPS`] times the longest pause seen
-//!    since the trigger, the pause before the first request included.
+//! 1. at least [`LEAST_REQUESTS`] new requests have arrived since the trigger, and
+//! 2. no further request has arrived for `quiet_for`, and for [`GAPS`] times the longest pause
+//!    between requests since the trigger. The pause before the first request counts as one.
 //!
-//! For requests that arrive independently of one another, at any rate, the next pause is longer than
-//! `k` times the longest of `n` with the probability `1 / C(n + k, k)`: for 5 and 8 once in 1287 stops,
-//! and less often the more requests arrive. For evenly spaced ones it never is.
+//! False positives are rare. If requests arrive independently of one another, at any rate, the next
+//! pause is longer than `k` times the longest of `n` pauses with probability `1 / C(n + k, k)`. For
+//! 5 requests and a factor of 8 that is one stop in 1287, and it is less with more requests. If
+//! requests are evenly spaced, it never happens.
 //!
 //! # Noticed
 //!
-//! A prober is told from others by its address, its `User-Agent` and the target it asks for. The phase
-//! ends early once as many of them as the builder was told have had as many failures as they need,
-//! and none has had fewer. A prober that asked before the trigger counts among them from the start,
-//! unless it had stopped asking. After the last failure that was needed, and after every new request,
-//! [`SETTLE`] passes first: the prober has still to read the answer and to act on it.
+//! Probers are distinguished by their address, their `User-Agent` and the target that they request.
+//! The phase ends early when at least the configured number of probers are known, and every one of
+//! them has received the configured number of failures. A prober that asked before the trigger is
+//! known from the start of the phase, unless it had stopped asking. The phase does not end before
+//! [`SETTLE`] has passed since the last needed failure and since the last new request, because the
+//! prober must first read the answer and act on it. If there were more probers than are remembered,
+//! the rule does not apply.
 
 use std::{net::IpAddr, sync::Mutex, time::Duration};
 
@@ -38,23 +43,24 @@ use crate::{
     sync::lock,
 };
 
-/// With fewer requests than this, how long a pause is usual is not known.
+/// With fewer requests, the usual length of a pause is unknown.
 const LEAST_REQUESTS: usize = 5;
 
-/// How many times longer than every pause before it the silence must be.
+/// How many times as long as the longest pause the silence must be.
 const GAPS: u32 = 8;
 
-/// What a prober may need to act on an answer: to read it, and to send what it had begun to send.
+/// The time that a prober may need to read an answer and act on it, and to send the request that it
+/// is already sending.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// A prober that has not asked for this long does not ask any more: the longest interval that
-/// balancers offer (AWS target groups: 300 s).
+/// A prober that has been silent for longer has stopped asking. The value is the longest interval
+/// that load balancers offer (AWS target groups: 300 s).
 const LONGEST_INTERVAL: Duration = Duration::from_secs(300);
 
-/// Nor does one that has missed so many times its longest interval so far.
+/// A prober that has been silent for this many of its longest intervals has stopped asking.
 const MISSED: u32 = 4;
 
-/// What is allowed for the jitter of such an interval.
+/// The tolerance for jitter in that silence.
 const JITTER: Duration = Duration::from_secs(1);
 
 /// The evidence of one lifecycle.
@@ -70,11 +76,11 @@ struct Seen {
     last_request: Option<Instant>,
     longest_pause: Duration,
     probers: Vec<Prober>,
-    /// When there were last more probers than are remembered.
+    /// When a prober was last ignored because [`MOST_PROBERS`] were known.
     overflowed: Option<Instant>,
 }
 
-/// What a prober is known by.
+/// The properties that distinguish a prober.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ProberId {
     pub(crate) address: Option<IpAddr>,
@@ -85,10 +91,10 @@ pub(crate) struct ProberId {
 struct Prober {
     id: ProberId,
     last: Instant,
-    /// Known from its second question on.
+    /// The longest time between two requests. `None` until the second one.
     longest_interval: Option<Duration>,
     failures: u32,
-    /// When it had as many failures as it needs.
+    /// When it received the last failure that it needs.
     noticed: Option<Instant>,
 }
 
@@ -101,18 +107,19 @@ impl Prober {
 }
 
 impl Evidence {
-    /// The lame-duck phase begins.
+    /// Records that the lame-duck phase begins.
     pub(super) fn begin(&self, now: Instant) {
         let mut seen = lock!(self.0);
         seen.began = Some(now);
         seen.probers.retain(|prober| !prober.has_stopped(now));
     }
 
-    /// A new request has arrived in the lame-duck phase, and is not exempt. Says whether the timeline
-    /// has to look: later requests only put off what it has planned.
+    /// Records a new request in the lame-duck phase that is not exempt. Returns whether the
+    /// timeline must check the rule now. Later requests only postpone the end that the timeline has
+    /// planned, so they need no check.
     pub(crate) fn request_arrived(&self) -> bool {
         let mut seen = lock!(self.0);
-        // Under the lock, so that the times are in order.
+        // Read under the lock, so that the times are in order.
         let now = Instant::now();
         let Some(began) = seen.began else {
             return false;
@@ -125,7 +132,8 @@ impl Evidence {
         seen.requests == LEAST_REQUESTS
     }
 
-    /// The readiness route has answered. Says whether the timeline has to look.
+    /// Records an answer of the readiness route. Returns whether the timeline must check the rule
+    /// now.
     pub(crate) fn probe_answered(&self, id: ProberId, ready: bool, rule: WhenNoticed) -> bool {
         let mut seen = lock!(self.0);
         let now = Instant::now();
@@ -144,7 +152,7 @@ impl Evidence {
         notices
     }
 
-    /// When the lame-duck phase may end if nothing more comes, and why then.
+    /// When the lame-duck phase may end if no further request or probe arrives, and by which rule.
     pub(super) fn leaves_at(&self, rules: LeaveEarly) -> Option<(Instant, LeftEarly)> {
         let seen = lock!(self.0);
         let began = seen.began?;
@@ -157,7 +165,8 @@ impl Evidence {
 }
 
 impl Seen {
-    /// The prober with this id, which has asked now. `None` if no more can be remembered.
+    /// The prober with this id, after its request at `now` has been recorded. `None` if the prober
+    /// is unknown and no more can be remembered.
     fn prober(&mut self, id: ProberId, now: Instant) -> Option<&mut Prober> {
         if let Some(place) = self.probers.iter().position(|it| it.id == id) {
             let prober = &mut self.probers[place];

@@ -1,28 +1,34 @@
-//! The timeline: what moves the phase, and when.
+//! The timeline: it moves the phase of a service from Serving to Stopped, and decides when.
 //!
-//! `settle` is the whole of it: a function of the state and the present instant that takes every
-//! step which is due and says when to look again. It is called under one lock by whatever changes
-//! something (a trigger, a further signal, a server that ends), and by those that let time pass. So a
-//! trigger takes effect before it returns, on any thread and without a runtime.
+//! `settle` (in `step`) takes every step that is due at the present instant, and returns when to
+//! check again. It is called under one lock by every call that changes something (a trigger, a
+//! further signal, a server that ends), and by the control thread and the driver when a deadline
+//! passes. So a trigger takes effect before it returns, on any thread and without a runtime.
 //!
-//! Two let time pass. The *control thread* ([`control`](crate::control)) looks at every stop under way
-//! when its next deadline comes, and whenever something rings for it. The *driver* is a task that does
-//! the same in a runtime. It runs what is the user's and needs a runtime: hooks, and the cleanup. It
-//! also rules alone where tokio's clock is paused, because the control thread knows only the real
-//! clock. Where both look, the second finds nothing to do.
+//! Two parts check the deadlines. The *control thread* ([`control`](crate::control)) checks every
+//! stop under way at its next deadline, and whenever it is notified of a change. The *driver* is a
+//! task that does the same in a runtime. The driver also runs what needs a runtime: hooks, and the
+//! cleanup. Where tokio's clock is paused, only the driver checks the deadlines, because the
+//! control thread knows only the real clock. Where both check, the second check finds nothing to
+//! do.
 //!
-//! The driver is spawned by the first call that happens inside a runtime. Until something triggers
-//! it waits to be given the state, and ends when that is gone: a service that is built and dropped
-//! leaves no task behind. From then on it owns it, and so does the control thread. A driver that ends
-//! with its runtime leaves the rest to the control thread, and to the runtime of any task that waits
-//! for a phase: such tasks are woken, and one of them starts another driver there. What then can no
-//! longer be run is reported as it is.
+//! The driver is spawned by the first call that happens inside a runtime. Until a stop is triggered
+//! it only waits, without keeping the lifecycle alive, and it ends when the lifecycle is dropped.
+//! So a service that is built and dropped leaves no task behind. From the trigger on, the driver
+//! and the control thread keep the lifecycle alive. If the driver's runtime shuts down first, the
+//! control thread goes on with the timeline. The tasks that wait for a phase are woken then, and
+//! the first of them that is polled in another runtime spawns a new driver there. Tasks that can no
+//! longer be run are reported as not run or cut.
 //!
-//! What is the user's may block and panic, so none of it is run under the lock. Events are queued there
-//! and written later ([`events`]); wakers are called after the lock, and not by the control thread.
+//! User code may block and panic, so none of it runs under the lock. Log events are queued under
+//! the lock and written later ([`events`]). Wakers are called after the lock is released, and never
+//! on the control thread. Do not call user code, a waker or a destructor of a user value under the
+//! lock.
 //!
-//! `shutdown` is what is known of a shutdown under way, `settle` the steps, `driver` the task; here
-//! is what the rest of the crate asks for.
+//! `state` contains the data of a stop and builds the report, `step` decides the steps, `driver` is
+//! the task, `cleanup` runs hooks, workers and cleanup steps, `leave_early` decides when the
+//! lame-duck phase may end early, and `warn` detects mistakes in the set-up. This file contains
+//! what the other modules of the crate call.
 
 mod cleanup;
 mod driver;
@@ -80,20 +86,21 @@ use crate::{
     waiting::waiters::{Moment, Waiters},
 };
 
-/// The same key delivered twice within this time, to the process and to its group, is one signal.
+/// Two SIGINTs within this time count as one signal. A terminal delivers Ctrl-C to the whole
+/// process group, and a parent process may forward it as well.
 #[cfg(feature = "signal")]
 const DOUBLED: Duration = Duration::from_millis(100);
 
-/// How often a drain says what it is waiting for.
+/// How often a drain logs what it waits for.
 const PROGRESS: Duration = Duration::from_secs(2);
 
 /// The control thread of this process.
 pub(crate) static CONTROL: LazyLock<Control<Shared>> = LazyLock::new(Control::new);
 
-/// A service's whole state: its gate, and behind it what everybody shares.
+/// The state of one service: its gate, and the lifecycle that all its handles share.
 pub(crate) type Shared = Gate<Policy, Lifecycle>;
 
-/// It, without keeping it alive.
+/// A reference to [`Shared`] that does not keep it alive.
 pub(crate) type WeakShared = WeakGate<Policy, Lifecycle>;
 
 pub(crate) struct Lifecycle {
@@ -106,40 +113,43 @@ pub(crate) struct Lifecycle {
     pub(crate) outside: Outside,
     pub(crate) requests: Requests,
     pub(crate) evidence: Evidence,
-    /// Set once something wants to know where requests come from.
+    /// Set when something needs the peer addresses of requests.
     pub(crate) wants_peers: AtomicBool,
     pub(crate) upgraded: Upgraded,
-    /// There are connections that a user has accepted.
+    /// Set when the user tracks connections that the user's own code accepts.
     pub(crate) tracks: AtomicBool,
     warnings: Mutex<Vec<Warning>>,
-    /// For a phase, by the thousands.
+    /// The tasks that wait for a phase. There may be thousands.
     pub(crate) waiters: Waiters,
-    /// Set once there is a router with the probes' own paths.
+    /// Set when a router with the default paths of the probes is made.
     pub(crate) probes: OnceLock<()>,
-    /// Set once there is a router with the preStop route's own path.
+    /// Set when a router with the default path of the preStop route is made.
     #[cfg(feature = "axum")]
     pub(crate) pre_stop: OnceLock<()>,
     phases: watch::Sender<Phase>,
     closing_stages: watch::Sender<ClosingStage>,
-    /// Rung at every change that has to be looked at.
+    /// Notified of every change that `settle` has to check.
     driver_waker: Arc<DriverWaker>,
-    /// Rings it.
+    /// Notifies `driver_waker`. Registered with the gate, which wakes it when the last request
+    /// ends.
     idle: Waker,
     log: events::Queue,
-    /// The log has the plan.
+    /// The plan has been logged.
     plan_logged: AtomicBool,
-    /// There is a driver. For those who look without the lock.
+    /// A copy of [`State::driven`] that can be read without the lock.
     driven: AtomicBool,
-    /// What the control thread has told last.
-    told: Mutex<Option<News>>,
+    /// The last update that the control thread published.
+    published: Mutex<Option<Update>>,
     state: Mutex<State>,
 }
 
-/// What a step has to tell, once no lock is held. Telling an older one afterwards changes nothing.
+/// What a step publishes after the lock is released. Each of the published values only moves
+/// forward, so an older update that is published late changes nothing.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct News {
+struct Update {
     connections: Directive,
-    /// How often connections were looked at for those on which there is nothing to wait for.
+    /// How often connections with nothing left to wait for were told to close
+    /// ([`Directive::Expire`]).
     expiries: u32,
     closing_stage: ClosingStage,
     phase: Phase,
@@ -148,7 +158,7 @@ struct News {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum By {
-    /// Whatever changes something, and the driver.
+    /// A call that changes something, or the driver.
     User,
     /// The control thread.
     Control,
@@ -183,7 +193,7 @@ impl Lifecycle {
             log: events::Queue::default(),
             plan_logged: AtomicBool::new(false),
             driven: AtomicBool::new(false),
-            told: Mutex::new(None),
+            published: Mutex::new(None),
             state: Mutex::new(State::default()),
         }
     }
@@ -192,7 +202,7 @@ impl Lifecycle {
         lock!(self.state)
     }
 
-    /// The plan for the listeners that there have been so far.
+    /// The plan. Its delay is shorter if every listener so far is shared with the next process.
     pub(crate) fn plan(&self) -> Plan {
         match self.policy.shared_delay {
             Some(delay) if delay < self.plan.drain_delay() && self.shares_listeners() => {
@@ -202,18 +212,18 @@ impl Lifecycle {
         }
     }
 
-    /// Whether what connects during the stop is left to the next process.
+    /// Whether new connections during the stop are left to the next process.
     pub(crate) fn shares_listeners(&self) -> bool {
         let shared = self.policy.shared_listener;
         shared.unwrap_or_else(|| self.connections.listeners().are_shared())
     }
 
-    /// Whether every listener is closed at the start of the stop, and no connection is left: nothing
-    /// more can be asked for.
+    /// Whether the next process has taken over: the listeners are shared with it, every listener of
+    /// this process has closed, and no connection is left. No request can arrive any more.
     fn has_moved(&self) -> bool {
         let listeners = self.connections.listeners();
-        let none_comes = listeners.so_far > 0 && listeners.open == 0;
-        none_comes && self.shares_listeners() && self.connections.len() == 0
+        let none_accepts = listeners.so_far > 0 && listeners.open == 0;
+        none_accepts && self.shares_listeners() && self.connections.len() == 0
     }
 
     pub(crate) fn phases(&self) -> watch::Receiver<Phase> {
@@ -224,7 +234,7 @@ impl Lifecycle {
         self.closing_stages.subscribe()
     }
 
-    /// Has what has changed looked at.
+    /// Makes the driver and the control thread check what has changed.
     pub(crate) fn notify(&self) {
         self.driver_waker.notify();
     }
@@ -234,23 +244,23 @@ impl Lifecycle {
         self.driven.load(Ordering::Acquire)
     }
 
-    /// Has an event written that belongs to no step.
-    fn tell_log(&self, event: Event) {
+    /// Logs an event that belongs to no step. The lock must not be held.
+    fn log_event(&self, event: Event) {
         let aside = self.state().clock == Clock::Real;
         self.log.push(vec![event], aside, Origin::here().as_ref());
         self.log.write();
     }
 
-    /// The plan as an event, the first time that a subscriber wants it.
+    /// The event with the plan: once, and only if a subscriber accepts debug events.
     fn plan_event(&self) -> Option<Event> {
         let first = events::wants_debug() && !self.plan_logged.swap(true, Ordering::Relaxed);
         first.then(|| Event::Plan(self.plan().effective()))
     }
 
-    /// Logs the plan, once. Not under the lock.
+    /// Logs the plan, once. The lock must not be held.
     fn log_plan(&self) {
         if let Some(event) = self.plan_event() {
-            self.tell_log(event);
+            self.log_event(event);
         }
     }
 
@@ -258,26 +268,30 @@ impl Lifecycle {
         self.state().report.clone()
     }
 
-    /// Whether a response in the lame-duck phase asks its client to leave: every one, or where
-    /// that is spread, those whose turn has come. On a connection that nobody knows it is the
-    /// response that has a turn.
+    /// Whether a response in the lame-duck phase asks its client to leave. Without `close_spread`
+    /// every response does. With it, a response does if the slot of its connection has been
+    /// reached. Where the server does not know the connection, each response gets a slot of its
+    /// own.
     #[cold]
     pub(crate) fn asks_to_leave(&self) -> bool {
         if !self.policy.is_spread() {
             return true;
         }
-        SLOT_REACHED.try_with(|turn| *turn).unwrap_or_else(|_| {
-            let place = {
-                let mut state = self.state();
-                state.spread_responses += 1;
-                Place::nth(state.spread_responses)
-            };
-            Instant::now() >= self.turn(place)
-        })
+        SLOT_REACHED
+            .try_with(|reached| *reached)
+            .unwrap_or_else(|_| {
+                let place = {
+                    let mut state = self.state();
+                    state.spread_responses += 1;
+                    Place::nth(state.spread_responses)
+                };
+                Instant::now() >= self.slot_time(place)
+            })
     }
 
-    /// When whoever has this place is asked to leave, at the earliest.
-    pub(crate) fn turn(&self, place: Place) -> Instant {
+    /// When the slot of this place is reached: the earliest time at which its client is asked to
+    /// leave.
+    pub(crate) fn slot_time(&self, place: Place) -> Instant {
         let state = self.state();
         let shutdown = state.shutdown.as_ref();
         let asked = shutdown.and_then(|shutdown| shutdown.entered.first().copied());
@@ -285,7 +299,7 @@ impl Lifecycle {
         instant_after(asked.unwrap_or_else(Instant::now), after)
     }
 
-    /// Time until the present phase ends at the latest, if it has an end.
+    /// The time until `phase` ends at the latest, if it has an end.
     pub(crate) fn time_left(&self, phase: Phase) -> Option<Duration> {
         let state = self.state();
         let shutdown = state.shutdown.as_ref()?;
@@ -313,8 +327,8 @@ impl Subject for Shared {
     fn look(&self) -> Option<Box<dyn FnOnce() + Send>> {
         self.driver_waker.looks();
         self.driver_waker.wake_driver();
-        let (_, news) = self.step_by(By::Control, |_, _| ());
-        self.to_tell(news)
+        let (_, update) = self.step_by(By::Control, |_, _| ());
+        self.to_publish(update)
     }
 
     #[cfg(feature = "signal")]
@@ -322,17 +336,19 @@ impl Subject for Shared {
         {
             let mut state = self.state();
             if state.clock == Clock::Tokio {
-                // What time it is there only the driver knows.
-                state.heard.push(trigger);
+                // Only the driver can read the paused clock.
+                state.pending_signals.push(trigger);
                 drop(state);
                 self.notify();
                 return None;
             }
         }
-        let (_, news) = self.step_by(By::Control, |state, now| self.heard(state, trigger, now));
+        let (_, update) = self.step_by(By::Control, |state, now| {
+            self.on_signal(state, trigger, now)
+        });
         self.start_driver();
         self.notify();
-        self.to_tell(news)
+        self.to_publish(update)
     }
 
     #[cfg(all(unix, feature = "signal"))]
@@ -348,17 +364,18 @@ impl Pieces for Shared {
 }
 
 impl Shared {
-    /// Requests and holds.
+    /// The number of requests and holds in flight.
     pub(crate) fn in_flight(&self) -> usize {
         self.word().count() + self.work.holds()
     }
 
-    /// Draining or later, with nothing in flight.
+    /// Whether the service is draining or later, and nothing is in flight.
     fn is_idle(&self) -> bool {
         self.work.is_idle(|| self.settled_word().is_idle())
     }
 
-    /// Sees to it that there is a driver, if there is a runtime to run it.
+    /// Spawns a driver if there is none and the caller is inside a runtime. Starts it if a stop is
+    /// under way.
     pub(crate) fn drive(&self) {
         self.spawn_driver();
         self.start_driver();
@@ -373,7 +390,7 @@ impl Shared {
         {
             let mut state = self.state();
             if clock == Clock::Tokio && state.driven {
-                // It has been paused since.
+                // The clock was paused after the driver had been spawned.
                 state.clock = clock;
             }
             if state.driven || state.report.is_some() {
@@ -386,14 +403,16 @@ impl Shared {
             state.start = Some(start);
         }
         let driver = Driver::new(self.downgrade(), Arc::clone(&self.driver_waker));
-        // Tells whoever calls, not a task that nobody watches, that the runtime has no timers.
+        // `sleep` panics if the runtime has no timers. Here the panic reaches the caller. In the
+        // driver task it would stay unnoticed.
         drop(time::sleep(Duration::ZERO));
-        // After the lock: a runtime that shuts down drops the driver here and now.
+        // After the lock is released: a runtime that is shutting down drops the driver here, which
+        // calls `driver_ended`.
         drop(runtime.spawn(driver.run(started)));
     }
 
-    /// The driver has ended, with its runtime or because there is nothing left to drive. `ran`: it was
-    /// more than refused by a runtime that was shutting down.
+    /// Records that the driver has ended, because its runtime has shut down or because nothing is
+    /// left to do. `ran` is false if the runtime dropped it before its first poll.
     fn driver_ended(&self, ran: bool) {
         {
             let mut state = self.state();
@@ -408,14 +427,14 @@ impl Shared {
             }
         }
         if ran {
-            // One of them may have a runtime that goes on.
+            // One of the waiting tasks may run in another runtime, and spawns a driver there.
             self.waiters.wake_all();
         }
         self.change(|_, _| ());
     }
 
-    /// Has the driver keep the service alive from now on, if a shutdown is under way: it is to
-    /// complete, whoever has let go of it.
+    /// Passes the lifecycle to the driver if a stop is under way. The driver then keeps it alive,
+    /// so that the stop completes even if every handle is dropped.
     fn start_driver(&self) {
         let start = {
             let mut state = self.state();
@@ -425,12 +444,12 @@ impl Shared {
             state.start.take()
         };
         if let Some(start) = start {
-            // A driver that is gone already gives it back.
+            // If the driver has ended, `send` returns the lifecycle, and it is dropped here.
             drop(start.send(self.clone()));
         }
     }
 
-    /// Notes that a server waits for the drain, by whomever it is run.
+    /// Records that a drain future waits. The server that it stands for may run outside of `run`.
     pub(crate) fn drain_began(&self) {
         {
             let mut state = self.state();
@@ -442,14 +461,14 @@ impl Shared {
         self.log_plan();
     }
 
-    /// The waiting of `drain_began` is over.
+    /// Records that a drain future that called `drain_began` has ended.
     pub(crate) fn drain_ended(&self) {
         self.change(|state, _| state.drains -= 1);
     }
 
-    /// Starts the timeline, unless something has already.
+    /// Starts the timeline, unless it has started already.
     pub(crate) fn trigger(&self, trigger: Trigger) {
-        // First, because it finds out which clock rules.
+        // First, because it determines the clock that the step uses.
         self.spawn_driver();
         self.change(|state, now| self.start(state, trigger, now));
         self.start_driver();
@@ -460,7 +479,7 @@ impl Shared {
             return;
         }
         let delay = match trigger {
-            // Nobody serves yet, so there is nothing for a balancer to look away from.
+            // Nothing has been served yet, so no load balancer sends traffic to this process.
             Trigger::Terminate | Trigger::Interrupt if !self.word().has_served() => Duration::ZERO,
             Trigger::Interrupt => self.plan.interrupt_delay(),
             Trigger::Terminate
@@ -482,11 +501,11 @@ impl Shared {
         );
     }
 
-    /// Passes signals on to this lifecycle from now on, unless it has stopped.
+    /// Passes signals to this lifecycle from now on, unless it has stopped.
     #[cfg(feature = "signal")]
     pub(crate) fn listen(&self) -> std::io::Result<()> {
         self.log_plan();
-        // Under the lock, so that it cannot stop in between.
+        // Under the lock, so that the service cannot stop between the check and the registration.
         let state = self.state();
         if state.report.is_some() {
             return Ok(());
@@ -494,34 +513,36 @@ impl Shared {
         CONTROL.listen(self.driver_waker.id(), || self.downgrade())
     }
 
-    /// Ends the process at the end of the grace period, if this has not stopped by then.
+    /// Activates the watchdog: it ends the process near the end of the grace period if the service
+    /// has not stopped by then.
     #[cfg(all(unix, feature = "signal"))]
     pub(crate) fn watch_grace_period(&self) -> std::io::Result<()> {
         CONTROL.watch(self.driver_waker.id(), self.downgrade())
     }
 
-    /// As the control thread does where the real clock rules: for tests, and in the driver.
+    /// Handles a signal as the control thread does under the real clock. Called by the driver and
+    /// by tests.
     #[cfg(feature = "signal")]
     pub(crate) fn signal(&self, trigger: Trigger) {
         self.spawn_driver();
-        self.change(|state, now| self.heard(state, trigger, now));
+        self.change(|state, now| self.on_signal(state, trigger, now));
         self.start_driver();
     }
 
-    /// Acts upon the signals that were left for the driver.
+    /// Handles the signals that were left for the driver.
     #[cfg(feature = "signal")]
     fn act_on_signals(&self) {
-        // Not in the `for`, which would hold the lock.
-        let heard = std::mem::take(&mut self.state().heard);
-        for trigger in heard {
+        // A separate statement: in the `for` expression the lock would be held during the loop.
+        let signals = std::mem::take(&mut self.state().pending_signals);
+        for trigger in signals {
             self.signal(trigger);
         }
     }
 
-    /// The first signal starts the timeline. A further SIGTERM changes nothing, a further SIGINT ends
-    /// the present phase.
+    /// The first signal starts the timeline. A further SIGTERM changes nothing. A further SIGINT
+    /// ends the present phase.
     #[cfg(feature = "signal")]
-    fn heard(&self, state: &mut State, trigger: Trigger, now: Instant) {
+    fn on_signal(&self, state: &mut State, trigger: Trigger, now: Instant) {
         let first = state.shutdown.is_none();
         self.start(state, trigger, now);
         let stopped = state.report.is_some();
@@ -576,13 +597,13 @@ impl Shared {
         self.start_driver();
     }
 
-    /// Makes a change, takes every step that is then due, and has the driver look again.
+    /// Makes a change, takes every step that is then due, and notifies the driver.
     fn change(&self, change: impl FnOnce(&mut State, Instant)) {
         self.step(change);
         self.notify();
     }
 
-    /// Takes every step that is due, for the driver. Says when to look again, if ever.
+    /// Takes every step that is due. Called by the driver. Returns when to check again, if ever.
     fn tick(&self) -> Option<Instant> {
         let clock = clock_here();
         #[cfg(feature = "signal")]
@@ -591,13 +612,18 @@ impl Shared {
     }
 
     fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
-        let (next, news) = self.step_by(By::User, change);
-        self.instruct(news);
+        let (next, update) = self.step_by(By::User, change);
+        self.publish(update);
         next
     }
 
-    /// What is returned is still to be told.
-    fn step_by(&self, by: By, change: impl FnOnce(&mut State, Instant)) -> (Option<Instant>, News) {
+    /// Makes a change and takes every step that is then due. Returns when to check again, and the
+    /// update that the caller must publish.
+    fn step_by(
+        &self,
+        by: By,
+        change: impl FnOnce(&mut State, Instant),
+    ) -> (Option<Instant>, Update) {
         let now = Instant::now();
         let origin = (by == By::User).then(Origin::here).flatten();
         let mut transitions = Vec::new();
@@ -614,7 +640,8 @@ impl Shared {
             None
         } else {
             if stopping {
-                // Before it is looked at, so that whatever ends later rings.
+                // Registered before the check, so that work that ends after the check notifies the
+                // driver.
                 let _ = self.poll_idle(&mut Context::from_waker(&self.idle));
             }
             let next = self.settle(&mut state, now, &mut transitions);
@@ -644,7 +671,7 @@ impl Shared {
             let has_ended = self.has_ended(state.driver_gone.is_some());
             CONTROL.stopped(self.driver_waker.id(), has_ended);
         }
-        // Of a service that has stopped it keeps no subscriber.
+        // A service that has stopped keeps no reference to a subscriber.
         let origin = origin.or_else(|| state.origin.take());
         let events = std::mem::take(&mut state.events);
         self.log.push(events, is_real, origin.as_ref());
@@ -654,7 +681,7 @@ impl Shared {
             origin
         };
         let phase = self.phase();
-        let news = News {
+        let update = Update {
             connections: self.directive(&state),
             expiries: state.shutdown.as_ref().map_or(0, |it| it.expiries),
             closing_stage: state
@@ -672,39 +699,41 @@ impl Shared {
             CONTROL.aside(Box::new(move || shared.give_up_work()));
         }
         if by == By::Control {
-            // The rest is written by the thread for it.
+            // The log thread writes the events, because a subscriber is user code.
             events::work();
         }
-        (next, news)
+        (next, update)
     }
 
-    /// For the control thread: what is new of this, to be told beside it.
-    fn to_tell(&self, news: News) -> Option<Box<dyn FnOnce() + Send>> {
-        if lock!(self.told).replace(news) == Some(news) {
+    /// The job that publishes an update of the control thread, to be run on another thread. `None`
+    /// if nothing has changed since the last one.
+    fn to_publish(&self, update: Update) -> Option<Box<dyn FnOnce() + Send>> {
+        if lock!(self.published).replace(update) == Some(update) {
             return None;
         }
         let shared = self.clone();
-        Some(Box::new(move || shared.instruct(news)))
+        Some(Box::new(move || shared.publish(update)))
     }
 
-    /// Tells connections, servers and waiters, after every lock because they may call back. None of
-    /// them keeps another from being told.
-    fn instruct(&self, news: News) {
-        shielded(|| self.connections.instruct(news.connections));
-        if news.expiries > 1 {
-            // Some that were waited for may have become such.
+    /// Publishes an update to connections, servers and waiters. No lock may be held, because wakers
+    /// may call back. A panic in one of them does not keep the others from being notified.
+    fn publish(&self, update: Update) {
+        shielded(|| self.connections.instruct(update.connections));
+        if update.expiries > 1 {
+            // Connections that had something to wait for at the last check may have nothing left
+            // now.
             shielded(|| self.connections.wake_all());
         }
-        shielded(|| advance(&self.closing_stages, news.closing_stage));
-        shielded(|| advance(&self.phases, news.phase));
-        if news.waiters.phase > Phase::LameDuck {
-            self.waiters.notify(news.waiters);
+        shielded(|| advance(&self.closing_stages, update.closing_stage));
+        shielded(|| advance(&self.phases, update.phase));
+        if update.waiters.phase > Phase::LameDuck {
+            self.waiters.notify(update.waiters);
         }
         self.log.write();
     }
 
-    /// Notes the transitions for the log, and every now and then what the drain waits for. Says when to
-    /// look again.
+    /// Adds the transitions to the log, and from time to time what the drain waits for. Returns
+    /// when to check again.
     fn note_progress(
         &self,
         state: &mut State,
@@ -742,7 +771,8 @@ impl Shared {
         Some(next.min(at))
     }
 
-    /// Nothing is left of what the stop waited for. Tasks have ended with a runtime that is gone.
+    /// Whether nothing is left that the stop waited for. The tasks of a runtime that is gone have
+    /// ended.
     #[cfg(feature = "signal")]
     fn has_ended(&self, runtime_gone: bool) -> bool {
         let workless = || {
@@ -753,7 +783,8 @@ impl Shared {
         self.in_flight() == 0 && self.connections.len() == 0 && workless()
     }
 
-    /// What there is to say when time is over and the service has not stopped.
+    /// The watchdog's message if the grace period is over and the service has not stopped, or work
+    /// that it has given up has not ended.
     #[cfg(all(unix, feature = "signal"))]
     fn describe_end(&self) -> Option<String> {
         let runtime_gone = self.state().driver_gone.is_some();
@@ -784,14 +815,15 @@ impl Shared {
             .into_iter()
             .filter(|task| task.ended.is_none());
         let tasks = tasks.map(|task| format!("{} has not ended", task.name));
-        for line in requests.take(3).chain(holds.take(3)).chain(tasks) {
+        for entry in requests.take(3).chain(holds.take(3)).chain(tasks) {
             text.push_str("\n  ");
-            text.push_str(&line);
+            text.push_str(&entry);
         }
         Some(text)
     }
 
-    /// How far those who wait for a phase are told.
+    /// The moment up to which waiters are notified: the phase, and during a spread drain the place
+    /// in it.
     fn moment(&self, state: &State, now: Instant) -> Moment {
         let phase = self.phase();
         let spreading = (phase == Phase::Draining).then(|| state.draining_since());
@@ -802,12 +834,12 @@ impl Shared {
         Moment { phase, place }
     }
 
-    /// What the connections are to be told.
+    /// The directive for all connections.
     fn directive(&self, state: &State) -> Directive {
         let Some(shutdown) = &state.shutdown else {
             return Directive::Stay;
         };
-        // What connects after the end is cut as well.
+        // A connection that is registered after the stop is cut as well.
         if shutdown.cut.is_some() || state.report.is_some() {
             return Directive::Cut;
         }
@@ -836,8 +868,8 @@ fn clock_here() -> Clock {
     }
 }
 
-/// Moves a watched value forward, never back: whoever publishes does so after the lock, and may be
-/// overtaken.
+/// Moves a watched value forward, never back. Values are published after the lock is released, so a
+/// newer value may have been published before an older one.
 fn advance<T: Ord + Copy>(watched: &watch::Sender<T>, to: T) {
     watched.send_if_modified(|value| {
         let moves = *value < to;

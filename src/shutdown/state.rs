@@ -1,5 +1,4 @@
-//! What is known of a shutdown under way, and what becomes of it in the report. No step is taken
-//! here.
+//! The data of a stop under way, and the report that is made of it. This file takes no step.
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,73 +18,75 @@ use crate::{
     tasks::table::{Task, Work},
 };
 
-/// How long connections are given to close: after the last request has left, even when the drain
-/// deadline comes sooner, and after a cut before the service stops waiting for them.
+/// How long connections have to close: after the last request has ended, even past the drain
+/// deadline; and after a cut, until the service stops waiting for them.
 const CLOSING_TIME: Duration = Duration::from_millis(250);
 
-/// How long of that they are given in any case, even past the end of the plan. It fits the margin
-/// of every grace period of 1.5 s and more.
+/// The part of that time that they have even past the end of the plan. It fits into the margin of
+/// every grace period of 1.5 s or more.
 const LEAST_CLOSING_TIME: Duration = Duration::from_millis(50);
 
-/// How long a connection on which nothing is in flight is waited for once it was told to close: for a
-/// peer that is there, to answer the ping that comes with a GOAWAY.
+/// How long the service waits for a connection without a request in flight after it was told to
+/// close: the time in which a peer that is alive answers the ping that accompanies a GOAWAY.
 const EXPIRY: Duration = Duration::from_secs(1);
 
-/// How long before the cut it is closed in any case.
+/// Such a connection is closed at the latest this long before the cut.
 const BEFORE_CUT: Duration = Duration::from_millis(50);
 
-/// How long before the end of the delay peers on HTTP/2 are asked to leave that have not been.
-pub(super) const LAST_WORDS: Duration = Duration::from_millis(25);
+/// How long before the end of the delay all remaining HTTP/2 peers are asked to leave.
+pub(super) const ASK_ALL_BEFORE: Duration = Duration::from_millis(25);
 
-/// How long before the drain deadline connections are closed on which nothing is in flight: long
-/// enough to empty a listener's queue, and to hear what is on its way.
-const LAST_CALL: Duration = Duration::from_millis(250);
+/// How long before the drain deadline idle connections are closed: long enough to empty a
+/// listener's queue and to read requests in transit.
+const CLOSE_IDLE_BEFORE: Duration = Duration::from_millis(250);
 
 #[derive(Default)]
 pub(crate) struct State {
     /// A driver is alive.
     pub(crate) driven: bool,
-    /// It waits for a shutdown to begin.
+    /// Passes the lifecycle to the driver, which waits for a stop to begin.
     pub(crate) start: Option<oneshot::Sender<Shared>>,
-    /// The last driver has ended with its runtime.
+    /// When the last driver ended because its runtime shut down. `None` while there is a driver.
     pub(crate) driver_gone: Option<Instant>,
     pub(crate) clock: Clock,
-    /// Signals that the driver is to act upon.
+    /// Signals that the driver has to handle, because the clock is paused.
     #[cfg(feature = "signal")]
-    pub(crate) heard: Vec<Trigger>,
+    pub(crate) pending_signals: Vec<Trigger>,
     /// Events of the step under way.
     pub(crate) events: Vec<Event>,
-    /// Where the log of the last step went that the control thread did not take.
+    /// The subscriber of the last step that was not taken by the control thread. Events of the
+    /// control thread go there.
     pub(crate) origin: Option<Origin>,
-    /// When the log is told what the drain waits for.
+    /// When the log next says what the drain waits for.
     pub(crate) progress_at: Option<Instant>,
     pub(crate) shutdown: Option<Shutdown>,
-    /// Servers given to `run` that have not ended. `None`: there never were any.
+    /// The number of servers given to `run` that have not ended. `None`: there has never been one.
     pub(crate) servers: Option<usize>,
-    /// All there ever were.
+    /// The number of servers given to `run` so far.
     pub(crate) servers_so_far: usize,
-    /// Drain futures that are waiting, each for a server that may be run by other means.
+    /// The number of drain futures that are waiting. Each stands for a server that may run outside
+    /// of `run`.
     pub(crate) drains: usize,
-    /// All there ever were.
+    /// The number of drain futures so far.
     pub(crate) drains_so_far: usize,
-    /// Somebody is told that draining starts.
-    pub(crate) tells_somebody: bool,
-    /// Since when connections have been upgraded and nothing has been held, while draining.
+    /// When draining began, a task that may close a connection was notified of it.
+    pub(crate) notifies_draining: bool,
+    /// Since when, in the drain, there have been upgraded connections and no holds.
     pub(crate) unheld_since: Option<Instant>,
     pub(crate) warned_of_unheld: bool,
-    /// Responses that had a turn of their own.
+    /// The number of responses that got a slot of their own in the spread.
     pub(crate) spread_responses: u64,
     pub(crate) server_error: Option<String>,
     pub(crate) report: Option<Report>,
 }
 
-/// Who lets time pass.
+/// The clock by which a stop runs, and the part that checks its deadlines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Clock {
-    /// The control thread, and the driver beside it.
+    /// The real clock: the control thread, and also the driver.
     #[default]
     Real,
-    /// The driver, in a runtime whose clock is paused.
+    /// The paused clock of a tokio runtime: only the driver in that runtime.
     Tokio,
 }
 
@@ -96,20 +97,20 @@ impl State {
     }
 }
 
-/// What the servers are told, in this order. Only moves forward.
+/// What the servers have to do, in this order. Only moves forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum ClosingStage {
     /// Accept.
     Open,
-    /// Accept what has been queued, and close the listener.
+    /// Accept the queued connections, and close the listener.
     Listeners,
-    /// Close the connections, each when its last response is out.
+    /// Close each connection after its last response.
     Connections,
-    /// Cleanup begins: servers that have not ended are dropped, with the handlers that they own.
+    /// Cleanup begins. Servers that have not ended are dropped, with the handlers that they own.
     Servers,
 }
 
-/// A shutdown under way.
+/// A stop under way.
 pub(crate) struct Shutdown {
     pub(crate) trigger: Trigger,
     pub(crate) closing_stage: ClosingStage,
@@ -117,84 +118,87 @@ pub(crate) struct Shutdown {
     pub(crate) closing_begun: Option<Instant>,
     /// When the connections were told to close.
     pub(crate) closes_since: Option<Instant>,
-    /// When a connection was last heard, as far as that was asked.
-    pub(crate) heard: Option<Instant>,
-    /// When a handshake was last seen to run, as far as that was asked.
-    pub(crate) shook: Option<Instant>,
-    /// When connections are next looked at for those on which there is nothing to wait for. Known once
-    /// they have been told to close.
+    /// When activity on a connection was last seen. Checked only while the listeners close.
+    pub(crate) last_activity: Option<Instant>,
+    /// When a handshake was last seen in progress. Checked only while the listeners close.
+    pub(crate) last_handshake: Option<Instant>,
+    /// When idle connections are next told to expire. Set when the connections are told to close,
+    /// and `None` after the last time.
     expiry: Option<Instant>,
-    /// How often they have been so far.
+    /// How often idle connections have been told to expire.
     pub(crate) expiries: u32,
     /// When each phase so far was entered: lame duck, draining, closing.
     pub(crate) entered: Vec<Instant>,
-    /// A little before the end of the delay: who has not been asked to leave by then is asked, so
-    /// that what he sends meanwhile is not refused.
-    pub(crate) last_words: Instant,
+    /// The moment, shortly before the end of the delay, when all peers that have not been asked to
+    /// leave are asked. Then the requests that they are sending are not rejected.
+    pub(crate) ask_all_at: Instant,
     pub(crate) asks_all: bool,
     pub(crate) delay_until: Instant,
-    /// A little before the drain deadline: connections on which nothing is in flight are closed, so
-    /// that only the others are cut.
-    pub(crate) last_call: Instant,
+    /// The moment, shortly before the drain deadline, when idle connections are closed. Then only
+    /// connections with requests in flight are cut.
+    pub(crate) close_idle_at: Instant,
     pub(crate) drain_until: Instant,
-    /// The end of what is planned: the margin, and then the end of the grace period, follow.
+    /// The end of the plan. The margin follows, and then the end of the grace period.
     pub(crate) end: Instant,
-    /// Why the delay is over, once it is.
+    /// The reason for the end of the delay, once it is over.
     pub(crate) delay_over: Option<Reason>,
-    /// A further signal wants the present phase to end now.
+    /// A further signal was received that ends the present phase.
     pub(crate) skip_phase: bool,
     pub(crate) cut: Option<Cut>,
-    /// From the moment workers are joined.
+    /// Set when the joining of the workers begins.
     pub(crate) cleanup: Option<Cleanup>,
-    /// Requests when the stop was asked for.
+    /// The number of requests in flight when the stop began.
     pub(crate) in_flight: usize,
-    /// Cleanup steps are registered, as far as is known at the cut.
+    /// Cleanup steps were registered at the time of the cut.
     pub(crate) cleans_up: bool,
-    /// Connections that were reset in listeners' queues.
+    /// The number of connections that were reset in the queues of listeners.
     pub(crate) queued: usize,
     #[cfg(feature = "signal")]
     pub(crate) last_interrupt: Option<Instant>,
 }
 
-/// How a server's future came to its end.
+/// How the future of a server ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ServerEnd {
-    /// Dropped before it was ready.
+    /// The future was dropped before it completed.
     Dropped,
-    /// Ready.
+    /// The future completed without an error.
     Finished,
-    /// Ready, with an error.
+    /// The future completed with this error.
     Failed(String),
 }
 
 pub(crate) struct Cut {
     pub(crate) at: Instant,
-    /// Requests dropped without a response until then: those that the cut drops are cut.
+    /// The number of requests that were dropped without a response before the cut. Requests that
+    /// the cut itself drops count as cut.
     pub(crate) dropped: usize,
-    /// Pieces of responses that servers held.
+    /// The number of pieces of responses that the servers held.
     pub(crate) pieces: usize,
     pub(crate) remaining: Remaining,
-    /// But for the connections.
+    /// What was given up, except the connections.
     pub(crate) given_up: GivenUp,
-    /// What becomes of them is known when they have been closed.
+    /// The connections that were open at the cut. Whether one of them lost data is known only after
+    /// it has closed.
     pub(crate) connections: Vec<Left<Shared>>,
-    /// A signal called for it while the connections were being closed, and no deadline.
+    /// The cut was caused by a signal while the connections were being closed, not by a deadline.
     pub(crate) skipped: bool,
 }
 
-/// The workers are joined, and then the cleanup steps run.
+/// The cleanup: the workers are joined, and then the cleanup steps run.
 pub(crate) struct Cleanup {
     pub(crate) begun: Instant,
-    /// How what came before ended.
+    /// How the closing of the connections ended.
     pub(crate) after: Reason,
     pub(crate) done: bool,
-    /// When it is given up. A driver that runs is done before.
+    /// When the service stops waiting for the cleanup. A driver whose runtime is not blocked is
+    /// done before.
     pub(crate) until: Instant,
 }
 
 impl Shutdown {
     pub(crate) fn new(trigger: Trigger, now: Instant, deadlines: Deadlines) -> Self {
-        // So long before the end of a phase, and in its last eighth in any case.
+        // `lead` before the end of a phase, or an eighth of the phase if that is shorter.
         let before = |end: Duration, phase: Duration, lead: Duration| {
             instant_after(now, end.saturating_sub(lead.min(phase / 8)))
         };
@@ -203,18 +207,18 @@ impl Shutdown {
             closing_stage: ClosingStage::Open,
             closing_begun: None,
             closes_since: None,
-            heard: None,
-            shook: None,
+            last_activity: None,
+            last_handshake: None,
             expiry: None,
             expiries: 0,
             entered: Vec::with_capacity(3),
-            last_words: before(deadlines.delay, deadlines.delay, LAST_WORDS),
+            ask_all_at: before(deadlines.delay, deadlines.delay, ASK_ALL_BEFORE),
             asks_all: false,
             delay_until: instant_after(now, deadlines.delay),
-            last_call: before(
+            close_idle_at: before(
                 deadlines.drain,
                 deadlines.drain.saturating_sub(deadlines.delay),
-                LAST_CALL,
+                CLOSE_IDLE_BEFORE,
             ),
             drain_until: instant_after(now, deadlines.drain),
             end: instant_after(now, deadlines.end),
@@ -230,8 +234,8 @@ impl Shutdown {
         }
     }
 
-    /// When this phase ends at the latest, if it has an end: in closing, when what is still open
-    /// is cut, and after that, when the service stops waiting for it.
+    /// When this phase ends at the latest, if it has an end. In Closing this is the time of the
+    /// cut, and after the cut the time at which the service stops waiting for what was cut.
     pub(crate) fn ends(&self, phase: Phase) -> Option<Instant> {
         match (phase, &self.cut) {
             (Phase::LameDuck, _) => Some(self.delay_until),
@@ -246,15 +250,16 @@ impl Shutdown {
         }
     }
 
-    /// Has the servers close their connections.
+    /// Tells the servers to close their connections.
     pub(crate) fn close_connections(&mut self, now: Instant) {
         self.closing_stage = ClosingStage::Connections;
         self.closes_since = Some(now);
         self.expiry = Some(instant_after(now, EXPIRY));
     }
 
-    /// Has the connections close on which there is nothing to wait for, a while after they were told
-    /// to, nothing is in flight any more, and before everything is cut. Says when to look again.
+    /// Tells idle connections to expire: [`EXPIRY`] after they were told to close and after nothing
+    /// is in flight any more, and at the latest [`BEFORE_CUT`] before everything is cut. Returns
+    /// when to check again.
     pub(crate) fn expire(&mut self, cut: Instant, now: Instant) -> Option<Instant> {
         let expiry = self.expiry?;
         let closing = self.entered.last().map_or(now, |closing| *closing + EXPIRY);
@@ -264,7 +269,7 @@ impl Shutdown {
             return Some(due);
         }
         self.expiries += 1;
-        // Once more would be after the cut.
+        // The next time would be after the cut.
         self.expiry = (now < before_cut).then(|| instant_after(now, EXPIRY));
         self.expiry
     }
@@ -274,8 +279,8 @@ impl Shutdown {
         end.min(begun + CLOSING_TIME)
     }
 
-    /// When what was cut is no longer waited for: out of the time that is kept for cleaning up it
-    /// takes no more than a part.
+    /// When the service stops waiting for what was cut. If there are cleanup steps, the wait takes
+    /// only a part of the time that is kept for them.
     fn let_go_at(&self, cut: Instant) -> Instant {
         if !self.cleans_up {
             return self.closing_until(cut);
@@ -289,15 +294,14 @@ impl Shutdown {
         cut + CLOSING_TIME.min(kept / 8).max(least)
     }
 
-    /// Whether there is cleaning up to be done before the service has stopped. Notes that it
-    /// begins.
+    /// Whether a cleanup has to run before the service has stopped. If so, records that it begins.
     pub(crate) fn begins_cleanup(&mut self, after: Reason, now: Instant, work: &Work) -> bool {
-        // A signal that ends the wait for what was cut does not wait for this either.
+        // A signal that ends the wait for what was cut skips the cleanup too.
         let begins = self.cleanup.is_none()
             && !matches!(after, Reason::Signal)
             && work.has_cleanup_or_closes();
         if begins {
-            // Whatever it wanted to hurry is over.
+            // The signal was meant for the phase that has just ended.
             self.skip_phase = false;
             self.cleanup = Some(Cleanup {
                 begun: now,
@@ -324,7 +328,7 @@ impl Shutdown {
             .collect();
         let cut = self.cut.as_ref();
         let mut remaining = cut.map_or_else(Remaining::default, |cut| cut.remaining);
-        // One that lingered and has delivered everything has lost nothing.
+        // A connection that lingered and has delivered everything has lost nothing.
         let left = || cut.into_iter().flat_map(|cut| &cut.connections);
         let lost = || left().filter(|left| !left.lingered() || left.undelivered() > 0);
         remaining.connections = lost().count();
@@ -332,13 +336,15 @@ impl Shutdown {
             connections: lost().map(Left::describe).collect(),
             ..cut.given_up.clone()
         });
-        // Where a server has let go of a connection no request is counted for what it owes.
+        // After a server has dropped a connection, no request is counted for the bytes that the
+        // peer has not taken.
         let owing = |lingered: bool| {
-            // What was answered before the stop is not among its requests.
+            // A response that went out before the stop belongs to no request of this report.
             let owing = left().filter(|left| left.undelivered() > 0 && left.responded());
             owing.filter(|left| left.lingered() == lingered).count()
         };
-        // A response may be in several pieces.
+        // A response may consist of several pieces, so the pieces count at most once for each open
+        // connection.
         let open = left().filter(|left| !left.lingered()).count();
         let pieces = cut.map_or(0, |cut| cut.pieces.min(open));
         let requests_cut = owing(true) + owing(false).max(pieces).max(remaining.requests);
@@ -349,7 +355,8 @@ impl Shutdown {
             .as_ref()
             .map_or(reason, |cleanup| cleanup.after);
         if nothing_else && cut.is_some_and(|cut| cut.skipped) && matches!(closed, Reason::Cut) {
-            // They were about to end, and they have.
+            // The signal only shortened the wait for the servers. All of them have ended since, and
+            // nothing else was cut.
             remaining.servers = 0;
         }
         remaining.queued = self.queued;
@@ -362,7 +369,8 @@ impl Shutdown {
         } else if server_error.is_some() {
             Outcome::ServerFailed
         } else if tasks.iter().any(TaskReport::is_failure) {
-            // A failure that is not listed was pushed out by others that are.
+            // Checking the listed tasks is enough: a failure is left out of the list only in favour
+            // of later failures.
             Outcome::CleanupFailed
         } else {
             Outcome::Clean
@@ -374,7 +382,7 @@ impl Shutdown {
             let ended = ends.next().unwrap_or(now);
             *phase = ended.saturating_duration_since(*begun);
         }
-        // What is left of them after the cut has not been answered.
+        // A request that ended without a response after the cut counts as cut, not as dropped.
         let begun = self.in_flight + figures.admitted;
         let dropped = cut.map_or(figures.dropped, |cut| cut.dropped);
         Report {
@@ -412,7 +420,7 @@ impl Shutdown {
             None => (now, TaskOutcome::Cut),
         };
         let began = match task.kind {
-            // From when it was told.
+            // A worker is measured from the start of draining, when it was told to stop.
             TaskKind::Worker => entered(1).unwrap_or(now),
             TaskKind::LameDuck | TaskKind::Cleanup => task.began.unwrap_or(now),
         };

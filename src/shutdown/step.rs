@@ -1,4 +1,4 @@
-//! The steps of the timeline: which are due, and in what order.
+//! The steps of the timeline: which of them are due, and in which order they are taken.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{
     Shared,
-    state::{ClosingStage, Cut, LAST_WORDS, Shutdown, State},
+    state::{ASK_ALL_BEFORE, ClosingStage, Cut, Shutdown, State},
 };
 use crate::{
     config::plan::instant_after,
@@ -16,49 +16,52 @@ use crate::{
     sync::lock,
 };
 
-/// How long nothing may have been heard, neither a new connection nor a byte on an old one, before
-/// the server is told to close: a server told so closes silent connections at once, and with them
-/// requests that are on their way. Measured on loopback, where without it a third of the requests
-/// that race with the stop are lost.
+/// How long no connection may have been opened and no byte read before the connections are told to
+/// close. A server that is told to close closes silent connections at once, and would lose the
+/// requests that are in transit on them. Measured on loopback: without this wait, a third of the
+/// requests that race with the stop are lost.
 pub(crate) const LINGER: Duration = Duration::from_millis(25);
 
-/// How long it waits for that, for clients that are never quiet.
+/// The longest wait for that silence. Some clients are never silent.
 const MOST_LINGER: Duration = Duration::from_millis(150);
 
-/// How long it waits for connections that no task has read yet: on a busy machine the runtime comes to
-/// them late, and each may have a request waiting. And for handshakes whose peers have begun to speak.
+/// The longest wait for connections that no task has read yet, and for handshakes whose peers have
+/// sent something. On a busy machine the runtime reads a new connection late, and a request may
+/// already be waiting on it.
 const MOST_UNREAD: Duration = Duration::from_secs(1);
 
-/// How often it looks whether such handshakes still run, and whether connections have closed.
+/// How often to check whether such handshakes are still in progress, and whether connections have
+/// closed.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// How long a listener may take to empty its accept queue.
-pub(crate) const LAST_ACCEPTS: Duration = Duration::from_millis(100);
-
-/// How much longer the delay may be for a listener that waits for descriptors: what holds them may
-/// be work that is told to end only when draining starts.
+/// How much the delay may be extended for a listener that waits for file descriptors. Work that is
+/// told to end only when draining starts may be using them.
 const STARVED_DELAY: Duration = Duration::from_secs(1);
 
-/// How long servers that are given up have to be dropped.
+/// How long to wait until servers that were told to end ([`ClosingStage::Servers`]) have been
+/// dropped.
 const DROPPED: Duration = Duration::from_millis(50);
 
-/// In how many turns long-lived work is told to end, where that is spread.
-const TURNS: u32 = 100;
+/// The number of slots in which long-lived work is told to end if `drain_spread` is set.
+const SLOTS: u32 = 100;
 
-/// How long a turn is at least: what a timer of the runtime can tell apart.
-const LEAST_TURN: Duration = Duration::from_millis(1);
+/// The shortest slot: the resolution of the runtime's timers.
+const LEAST_SLOT: Duration = Duration::from_millis(1);
 
-/// What is due.
+/// The next step.
 enum Step {
+    /// Enter this phase.
     To(Phase, Reason),
-    /// Nothing until then, or until something changes.
+    /// Wait until then, or until something changes.
     Until(Instant),
 }
 
-/// How long after its runtime has ended another one may take over the cleanup.
+/// After the driver's runtime has shut down, another runtime has this long to take over the
+/// cleanup.
 const TAKE_OVER: Duration = Duration::from_millis(250);
 
-/// The driver cleans up, and says when that is done. Its runtime may be blocked, or gone.
+/// The step during the cleanup. The driver runs the cleanup and reports its end, but its runtime
+/// may be blocked or may have shut down.
 fn settle_cleanup(shutdown: &mut Shutdown, driver_gone: Option<Instant>, now: Instant) -> Step {
     let skip_phase = std::mem::take(&mut shutdown.skip_phase);
     let Some(cleanup) = &shutdown.cleanup else {
@@ -79,7 +82,7 @@ fn settle_cleanup(shutdown: &mut Shutdown, driver_gone: Option<Instant>, now: In
 }
 
 impl Shared {
-    /// Takes every step that is due at `now`. Says when to look again, if ever.
+    /// Takes every step that is due at `now`. Returns when to check again, if ever.
     pub(super) fn settle(
         &self,
         state: &mut State,
@@ -89,12 +92,12 @@ impl Shared {
         loop {
             let phase = self.phase();
             let servers = state.servers.unwrap_or(0);
-            let nobody_serves = state.servers == Some(0) && state.drains == 0;
+            let nothing_serves = state.servers == Some(0) && state.drains == 0;
             let driver_gone = state.driver_gone;
             let shutdown = state.shutdown.as_mut()?;
             let step = match phase {
                 Phase::Serving => Step::To(Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
-                Phase::LameDuck => self.settle_lame_duck(shutdown, nobody_serves, now),
+                Phase::LameDuck => self.settle_lame_duck(shutdown, nothing_serves, now),
                 Phase::Draining => self.settle_draining(shutdown, servers, now),
                 Phase::Closing if shutdown.cleanup.is_some() => {
                     settle_cleanup(shutdown, driver_gone, now)
@@ -104,11 +107,11 @@ impl Shared {
             };
             if matches!(step, Step::To(Phase::Stopped, _)) {
                 shutdown.closing_stage = ClosingStage::Servers;
-                // Connections are gone, as far as they will be.
+                // The connections that could close have closed, so file descriptors are free now.
                 shutdown.queued = self.starved.reset_queues();
             }
             match step {
-                Step::Until(instant) => return Some(self.next_turn(state, now).min(instant)),
+                Step::Until(instant) => return Some(self.next_slot(state, now).min(instant)),
                 Step::To(Phase::Stopped, reason)
                     if shutdown.begins_cleanup(reason, now, &self.work) => {}
                 Step::To(phase, reason) => self.enter(state, phase, reason, now, transitions),
@@ -116,15 +119,20 @@ impl Shared {
         }
     }
 
-    fn settle_lame_duck(&self, shutdown: &mut Shutdown, nobody_serves: bool, now: Instant) -> Step {
-        let planned = (shutdown.last_words, shutdown.delay_until, Reason::DelayOver);
+    fn settle_lame_duck(
+        &self,
+        shutdown: &mut Shutdown,
+        nothing_serves: bool,
+        now: Instant,
+    ) -> Step {
+        let planned = (shutdown.ask_all_at, shutdown.delay_until, Reason::DelayOver);
         let early = self
             .leaves_at()
             .filter(|(at, _)| *at < shutdown.delay_until);
-        let (last_words, until, over) = early.map_or(planned, |(at, why)| {
-            let last_words = at.checked_sub(LAST_WORDS).unwrap_or(now);
+        let (ask_all_at, until, over) = early.map_or(planned, |(at, why)| {
+            let ask_all_at = at.checked_sub(ASK_ALL_BEFORE).unwrap_or(now);
             (
-                last_words.min(shutdown.last_words),
+                ask_all_at.min(shutdown.ask_all_at),
                 at,
                 Reason::LeftEarly(why),
             )
@@ -135,18 +143,19 @@ impl Shared {
             reason
         } else if now >= until {
             over
-        } else if nobody_serves {
+        } else if nothing_serves {
             Reason::EveryServerEnded
         } else if self.has_moved() {
             Reason::Moved
-        } else if now < last_words {
-            return Step::Until(last_words);
+        } else if now < ask_all_at {
+            return Step::Until(ask_all_at);
         } else {
             shutdown.asks_all = true;
             return Step::Until(until);
         };
         shutdown.delay_over = Some(reason);
-        // What is in the accept queue is served, and only then is work refused.
+        // Connections in the accept queue are still served. Draining, which rejects requests,
+        // starts only after the listeners have closed.
         let shared = self.shares_listeners();
         if shared || !self.policy.keep_listening {
             if let Some(until) = self.advance_closing(shutdown, now) {
@@ -157,8 +166,9 @@ impl Shared {
             }
         }
         if let (true, Some(since)) = (shared, shutdown.closes_since) {
-            // A request that comes before its connection knows of the close is served, too. Once every
-            // connection that is left has a request in flight, none can come.
+            // A request may arrive before its connection has seen the directive to close, and is
+            // still served. Once every connection that is left has a request in flight, no such
+            // request can arrive.
             let until = shutdown.drain_until.min(since + MOST_UNREAD);
             if now < until && self.connections.len() > self.in_flight() {
                 return Step::Until(until.min(now + LOOK));
@@ -167,8 +177,9 @@ impl Shared {
         Step::To(Phase::Draining, reason)
     }
 
-    /// When the lame-duck phase may end before its delay is over, and why. Not before every hook has
-    /// ended: a hook that deregisters is how a balancer learns of the stop.
+    /// When the lame-duck phase may end before its delay is over, and why. `None` until every hook
+    /// has ended, because a hook that deregisters the service informs the load balancer of the
+    /// stop.
     fn leaves_at(&self) -> Option<(Instant, LeftEarly)> {
         let rules = self.policy.leave_early;
         if !rules.is_on() || self.work.has_hook() {
@@ -179,7 +190,7 @@ impl Shared {
 
     fn settle_draining(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) -> Step {
         if self.is_idle() {
-            // Whatever it wanted to hurry is over.
+            // The signal was meant for the phase that has just ended.
             shutdown.skip_phase = false;
             Step::To(Phase::Closing, Reason::Idle)
         } else if std::mem::take(&mut shutdown.skip_phase) {
@@ -188,15 +199,15 @@ impl Shared {
         } else if now >= shutdown.drain_until {
             self.cut(shutdown, servers, now);
             Step::To(Phase::Closing, Reason::Deadline)
-        } else if now < shutdown.last_call {
-            Step::Until(shutdown.last_call)
+        } else if now < shutdown.close_idle_at {
+            Step::Until(shutdown.close_idle_at)
         } else if !self.connections.has_any() {
             Step::Until(shutdown.drain_until)
         } else {
-            // Who has been answered is to be gone before the others are cut.
-            let told = self.advance_closing(shutdown, now);
-            // That is no later than the drain deadline.
-            Step::Until(told.unwrap_or(shutdown.drain_until))
+            // Idle connections are to be closed before the others are cut.
+            let next_check = self.advance_closing(shutdown, now);
+            // `next_check` is not later than the drain deadline.
+            Step::Until(next_check.unwrap_or(shutdown.drain_until))
         }
     }
 
@@ -204,12 +215,13 @@ impl Shared {
         if shutdown.closing_stage < ClosingStage::Connections
             && std::mem::take(&mut shutdown.skip_phase)
         {
-            // Nobody has been told to close yet: they are now.
+            // The connections have not been told to close yet. The signal ends that wait, and cuts
+            // nothing.
             shutdown.close_connections(now);
         }
-        let told = self.advance_closing(shutdown, now);
+        let next_check = self.advance_closing(shutdown, now);
         let closed =
-            servers == 0 && self.connections.len() == 0 && self.is_idle() && told.is_none();
+            servers == 0 && self.connections.len() == 0 && self.is_idle() && next_check.is_none();
         let until = shutdown.ends(Phase::Closing).unwrap_or(now);
         if closed {
             let reason = if shutdown.closing_stage == ClosingStage::Servers {
@@ -227,7 +239,8 @@ impl Shared {
                 Step::To(Phase::Stopped, Reason::Signal)
             } else if now >= until {
                 shutdown.closing_stage = ClosingStage::Servers;
-                // A server that owns its handlers drops them with itself, before anything is cleaned up.
+                // A server that owns its handlers drops them when it is dropped. This has to happen
+                // before the cleanup begins.
                 let dropped = instant_after(until, DROPPED);
                 if servers > 0 && now < dropped {
                     Step::Until(dropped)
@@ -245,12 +258,12 @@ impl Shared {
             }
             return self.settle_closing(shutdown, servers, now);
         }
-        let next = told.or_else(|| shutdown.expire(until, now));
+        let next = next_check.or_else(|| shutdown.expire(until, now));
         Step::Until(next.map_or(until, |next| next.min(until)))
     }
 
-    /// When more of the long-lived work is to be told to end.
-    fn next_turn(&self, state: &State, now: Instant) -> Instant {
+    /// When the next slot of the drain spread is due.
+    fn next_slot(&self, state: &State, now: Instant) -> Instant {
         let never = instant_after(now, Duration::MAX);
         let spread = self.policy.drain_spread;
         let Some(since) = state.draining_since() else {
@@ -260,8 +273,9 @@ impl Shared {
         if now >= end {
             return never;
         }
-        // Looking more often tells nobody later. Looking once more after the end tells nobody twice.
-        end.min(instant_after(now, LEAST_TURN.max(spread / TURNS)))
+        // The length of a slot changes only how evenly the notifications are spread. All of them
+        // are sent at `end` at the latest.
+        end.min(instant_after(now, LEAST_SLOT.max(spread / SLOTS)))
     }
 
     fn enter(
@@ -285,19 +299,19 @@ impl Shared {
             report.warnings = lock!(self.warnings).as_slice().into();
             state.report = Some(report);
             if let Some(cut) = &mut shutdown.cut {
-                // They keep the lifecycle alive.
+                // The entries keep the lifecycle alive.
                 cut.connections.clear();
             }
         } else {
             shutdown.entered.push(now);
         }
         if to == Phase::Draining {
-            state.tells_somebody = self.tells_somebody();
+            state.notifies_draining = self.notifies_draining();
         }
         if let Some(before) = self.advance(to) {
             if to == Phase::LameDuck {
                 shutdown.in_flight = before.count();
-                // What came before is of no interest.
+                // Activity before the stop does not count.
                 self.connections.take_activity();
             }
         }
@@ -320,8 +334,8 @@ impl Shared {
         });
     }
 
-    /// Has the listeners closed, and then the servers told to close their connections. Says when
-    /// to look again, if that is not done.
+    /// Closes the listeners, and then tells the servers to close their connections. Returns when to
+    /// check again, if this is not finished.
     fn advance_closing(&self, shutdown: &mut Shutdown, now: Instant) -> Option<Instant> {
         if shutdown.closing_stage >= ClosingStage::Connections {
             return None;
@@ -329,11 +343,14 @@ impl Shared {
         let begun = *shutdown.closing_begun.get_or_insert(now);
         shutdown.closing_stage = ClosingStage::Listeners;
         let listeners = self.connections.listeners();
-        // Without a listener of ours there is no knowing what is accepted when.
+        // Without a listener of this crate it is unknown when connections are accepted, so there is
+        // nothing to wait for.
         if listeners.so_far > 0 && shutdown.cut.is_none() && !self.has_moved() {
-            let mut last_accepts = begun + LAST_ACCEPTS;
+            // A listener closes soon after its task has run. On an overloaded machine the task may
+            // run late.
+            let mut last_accepts = begun + MOST_UNREAD;
             if self.starved.is_waiting() {
-                last_accepts = last_accepts.max(shutdown.last_call);
+                last_accepts = last_accepts.max(shutdown.close_idle_at);
             }
             let last_accepts = shutdown.drain_until.min(last_accepts);
             if listeners.open > 0 && now < last_accepts {
@@ -342,19 +359,24 @@ impl Shared {
             let begun = self.starved.over().map_or(begun, |over| over.max(begun));
             let most = shutdown.drain_until.min(begun + MOST_UNREAD);
             if now < most && self.connections.has_handshakes() {
-                shutdown.shook = Some(now);
+                shutdown.last_handshake = Some(now);
                 return Some(most.min(now + LOOK));
             }
             let unread = self.connections.has_unread();
             let most = begun + if unread { MOST_UNREAD } else { MOST_LINGER };
-            // A request comes with the last of its handshake, or right after it.
-            let shook = shutdown.shook.map_or(most, |shook| shook + LOOK + LINGER);
-            let most = shutdown.drain_until.min(most.max(shook));
+            // A client sends its first request with the last message of the handshake or right
+            // after it.
+            let last_handshake = shutdown
+                .last_handshake
+                .map_or(most, |at| at + LOOK + LINGER);
+            let most = shutdown.drain_until.min(most.max(last_handshake));
             if self.connections.take_activity() || unread {
-                shutdown.heard = Some(now);
+                shutdown.last_activity = Some(now);
             }
-            let heard = shutdown.heard.max(shutdown.entered.first().copied());
-            let until = heard.map_or(now, |heard| heard + LINGER).min(most);
+            let last_activity = shutdown
+                .last_activity
+                .max(shutdown.entered.first().copied());
+            let until = last_activity.map_or(now, |at| at + LINGER).min(most);
             if now < until {
                 return Some(until);
             }
@@ -363,7 +385,7 @@ impl Shared {
         None
     }
 
-    /// Ends by force what is still there.
+    /// Cuts everything that is left, and records it for the report.
     fn cut(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) {
         let given_up = GivenUp {
             requests: self.request_table.list(now),
@@ -381,7 +403,8 @@ impl Shared {
                 servers,
                 ..Remaining::default()
             },
-            // After the count, so that no request that has left it is missing here.
+            // Read after the count of requests, so that a request that is no longer counted there
+            // is included here.
             dropped: self.since_serving().dropped,
             pieces: self.pieces(),
             given_up,

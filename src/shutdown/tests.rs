@@ -1,5 +1,5 @@
-//! The steps of a stop to the millisecond, by tokio's clock, with listeners and connections that are
-//! entered by hand.
+//! The steps of a stop, checked to the millisecond by tokio's paused clock. Listeners and
+//! connections are registered by hand.
 
 use std::{
     sync::Arc,
@@ -25,14 +25,14 @@ const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// A stop that is looked at from when it is asked for.
+/// A lifecycle, and when its stop began.
 struct Stop {
     graceful: Graceful,
     begun: Instant,
 }
 
 impl Stop {
-    /// Of a service that has served.
+    /// Makes a service that has served. Times in milliseconds.
     fn new(delay: u64, drain: u64, build: impl FnOnce(GracefulBuilder) -> GracefulBuilder) -> Self {
         let builder = Graceful::builder()
             .drain_delay(ms(delay))
@@ -53,18 +53,18 @@ impl Stop {
             .insert(self.shared().clone(), None)
     }
 
-    /// A connection that its server waits for.
+    /// Opens a connection that its server reads from.
     fn connect_and_read(&self) -> Arc<ConnectionEntry<Shared>> {
-        let line = self.connect();
+        let entry = self.connect();
         let cx = Context::from_waker(Waker::noop());
         let mut stored = RegisteredWaker::default();
-        line.state.enter(&mut stored, WakerSlot::Read, &cx);
-        line
+        entry.state.enter(&mut stored, WakerSlot::Read, &cx);
+        entry
     }
 
-    fn leave(&self, line: &ConnectionEntry<Shared>) {
+    fn leave(&self, entry: &ConnectionEntry<Shared>) {
         let shared = self.shared();
-        if shared.connections.remove(line, || shared.phase()) {
+        if shared.connections.remove(entry, || shared.phase()) {
             shared.notify();
         }
     }
@@ -95,13 +95,13 @@ impl Stop {
         *self.shared().closing_stages().borrow()
     }
 
-    /// Until so many milliseconds after the stop was asked for.
+    /// Waits until `after` milliseconds after the stop began.
     async fn at(&self, after: u64) {
         sleep_until(self.begun + ms(after)).await;
     }
 }
 
-fn as_it_is(builder: GracefulBuilder) -> GracefulBuilder {
+fn unchanged(builder: GracefulBuilder) -> GracefulBuilder {
     builder
 }
 
@@ -126,7 +126,7 @@ async fn a_signal_has_no_delay_before_anything_serves() {
 
 #[tokio::test(start_paused = true)]
 async fn the_delay_goes_on_while_a_drain_waits_although_every_server_has_ended() {
-    let mut stop = Stop::new(1000, 1000, as_it_is);
+    let mut stop = Stop::new(1000, 1000, unchanged);
     stop.shared().server_began();
     for _ in 0..2 {
         stop.shared().drain_began();
@@ -164,27 +164,27 @@ async fn a_sigint_ends_the_delay_once_the_listener_has_closed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_listener_that_does_not_close_is_waited_for_a_tenth_of_a_second() {
-    let mut stop = Stop::new(0, 1000, as_it_is);
+async fn the_stop_waits_one_second_for_a_listener_that_does_not_close() {
+    let mut stop = Stop::new(0, 3000, unchanged);
     stop.listen();
     stop.terminate();
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(50).await;
-    // However often it is looked at.
+    // A notification in between does not end the wait.
     stop.shared().notify();
-    stop.at(98).await;
+    stop.at(998).await;
     assert_eq!(
         (stop.phase(), stop.closing_stage()),
         (Phase::Closing, ClosingStage::Listeners)
     );
-    stop.at(102).await;
+    stop.at(1002).await;
     assert_eq!(stop.phase(), Phase::Stopped);
     assert_eq!(stop.closing_stage(), ClosingStage::Servers);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_listener_is_not_waited_for_beyond_the_drain_deadline() {
-    let mut stop = Stop::new(0, 1000, as_it_is);
+async fn the_stop_does_not_wait_for_a_listener_beyond_the_drain_deadline() {
+    let mut stop = Stop::new(0, 1000, unchanged);
     stop.listen();
     let hold = stop.graceful.hold("work");
     stop.terminate();
@@ -199,16 +199,16 @@ async fn a_listener_is_not_waited_for_beyond_the_drain_deadline() {
         (stop.phase(), stop.closing_stage()),
         (Phase::Closing, ClosingStage::Listeners)
     );
-    stop.at(962).await;
+    stop.at(1002).await;
     assert_eq!(stop.phase(), Phase::Stopped);
 
-    let mut stop = Stop::new(0, 1000, as_it_is);
+    let mut stop = Stop::new(0, 1000, unchanged);
     stop.listen();
     let hold = stop.graceful.hold("work");
-    let line = stop.connect();
+    let entry = stop.connect();
     stop.at(1).await;
     stop.terminate();
-    // The last call has come: 125 ms before the deadline.
+    // Idle connections are closed from 125 ms before the deadline on.
     stop.at(990).await;
     assert_eq!(stop.phase(), Phase::Draining);
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
@@ -220,13 +220,13 @@ async fn a_listener_is_not_waited_for_beyond_the_drain_deadline() {
     );
     stop.at(1002).await;
     assert_eq!(stop.closing_stage(), ClosingStage::Connections);
-    stop.leave(&line);
+    stop.leave(&entry);
 
-    let mut stop = Stop::new(0, 400, as_it_is);
+    let mut stop = Stop::new(0, 400, unchanged);
     stop.listen();
     let hold = stop.graceful.hold("work");
     stop.terminate();
-    // 30 ms after the last call.
+    // 350 ms is when the closing of idle connections begins.
     stop.at(380).await;
     drop(hold);
     stop.at(398).await;
@@ -237,8 +237,8 @@ async fn a_listener_is_not_waited_for_beyond_the_drain_deadline() {
     stop.at(402).await;
     assert_eq!(stop.phase(), Phase::Stopped);
 
-    // Nor once the rest is cut.
-    let mut stop = Stop::new(0, 5000, as_it_is);
+    // A listener is not waited for after a cut either.
+    let mut stop = Stop::new(0, 5000, unchanged);
     stop.listen();
     let _hold = stop.graceful.hold("work");
     stop.terminate();
@@ -251,152 +251,152 @@ async fn a_listener_is_not_waited_for_beyond_the_drain_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_nobody_has_read_is_not_closed_at_once() {
-    let mut stop = Stop::new(0, 3000, as_it_is);
+async fn a_connection_that_no_task_has_read_is_not_closed_at_once() {
+    let mut stop = Stop::new(0, 3000, unchanged);
     stop.listen();
     stop.close_listener();
-    let line = stop.connect();
+    let entry = stop.connect();
     stop.terminate();
     stop.at(998).await;
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
-    assert!(line.state.directive() < Directive::Close);
+    assert!(entry.state.directive() < Directive::Close);
     stop.at(1002).await;
-    assert_eq!(line.state.directive(), Directive::Close);
-    // Not before a second after it was told to close.
+    assert_eq!(entry.state.directive(), Directive::Close);
+    // It expires no earlier than a second after it was told to close.
     stop.at(1990).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.at(2010).await;
-    assert_eq!(line.state.directive(), Directive::Expire);
-    stop.leave(&line);
+    assert_eq!(entry.state.directive(), Directive::Expire);
+    stop.leave(&entry);
     stop.at(2015).await;
     assert_eq!(stop.phase(), Phase::Stopped);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_expires_before_it_would_be_cut() {
-    let mut stop = Stop::new(0, 1000, as_it_is);
-    let line = stop.connect_and_read();
+    let mut stop = Stop::new(0, 1000, unchanged);
+    let entry = stop.connect_and_read();
     stop.terminate();
     stop.at(900).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.at(990).await;
     assert_eq!(
-        line.state.directive(),
+        entry.state.directive(),
         Directive::Expire,
         "50 ms before it is cut"
     );
-    stop.leave(&line);
+    stop.leave(&entry);
 }
 
 #[tokio::test(start_paused = true)]
-async fn connections_are_closed_when_nothing_has_been_heard_for_a_while() {
-    // Since the stop was asked for.
-    let mut stop = Stop::new(0, 1000, as_it_is);
+async fn connections_are_closed_after_25_ms_of_silence() {
+    // The wait begins when the stop begins.
+    let mut stop = Stop::new(0, 1000, unchanged);
     stop.listen();
     stop.close_listener();
-    let line = stop.connect_and_read();
+    let entry = stop.connect_and_read();
     stop.terminate();
     stop.at(23).await;
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(27).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
 
-    // That was long ago, and so is the opening of the connection.
-    let mut stop = Stop::new(500, 1000, as_it_is);
+    // At the end of the delay the stop began long ago, and so did the connection.
+    let mut stop = Stop::new(500, 1000, unchanged);
     stop.listen();
     stop.close_listener();
-    let line = stop.connect_and_read();
+    let entry = stop.connect_and_read();
     stop.terminate();
     stop.at(502).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
 
-    // Something is heard shortly before.
-    let mut stop = Stop::new(500, 1000, as_it_is);
+    // Something is read shortly before the end of the delay.
+    let mut stop = Stop::new(500, 1000, unchanged);
     stop.listen();
     stop.close_listener();
-    let line = stop.connect_and_read();
+    let entry = stop.connect_and_read();
     stop.terminate();
     stop.at(490).await;
-    line.read_while_stopping(line.state.directive());
+    entry.read_while_stopping(entry.state.directive());
     stop.at(522).await;
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(527).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
 
-    // And again and again.
-    let mut stop = Stop::new(0, 1000, as_it_is);
+    // Something is read again and again: the wait is limited.
+    let mut stop = Stop::new(0, 1000, unchanged);
     stop.listen();
     stop.close_listener();
-    let line = stop.connect_and_read();
+    let entry = stop.connect_and_read();
     stop.terminate();
     for after in (10..=140).step_by(10) {
         stop.at(after).await;
         assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
-        line.read_while_stopping(line.state.directive());
+        entry.read_while_stopping(entry.state.directive());
     }
     stop.at(148).await;
-    line.read_while_stopping(line.state.directive());
+    entry.read_while_stopping(entry.state.directive());
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(152).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_expires_a_second_after_it_was_told_to_close() {
-    let mut stop = Stop::new(0, 1200, as_it_is);
-    let line = stop.connect();
+    let mut stop = Stop::new(0, 1200, unchanged);
+    let entry = stop.connect();
     stop.terminate();
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.at(500).await;
     stop.shared().notify();
     stop.at(998).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.at(1002).await;
-    assert_eq!(line.state.directive(), Directive::Expire);
+    assert_eq!(entry.state.directive(), Directive::Expire);
     stop.at(1198).await;
-    assert_eq!(line.state.directive(), Directive::Expire);
+    assert_eq!(entry.state.directive(), Directive::Expire);
     stop.at(1202).await;
     assert_eq!(
-        line.state.directive(),
+        entry.state.directive(),
         Directive::Cut,
-        "the deadline is not slept over"
+        "the cut comes at the deadline"
     );
 
-    // Before it is cut in any case.
-    let mut stop = Stop::new(0, 500, as_it_is);
-    let line = stop.connect();
+    // It expires before it is cut, even if less than a second has passed.
+    let mut stop = Stop::new(0, 500, unchanged);
+    let entry = stop.connect();
     stop.terminate();
     stop.at(448).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.at(452).await;
-    assert_eq!(line.state.directive(), Directive::Expire);
+    assert_eq!(entry.state.directive(), Directive::Expire);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_expires_a_second_after_the_last_request_has_left() {
     let mut stop = Stop::new(0, 5000, |it| it.keep_listening(false));
     let hold = stop.graceful.hold("work");
-    let line = stop.connect();
+    let entry = stop.connect();
     stop.terminate();
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.at(2000).await;
     drop(hold);
     stop.at(2998).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.at(3002).await;
-    assert_eq!(line.state.directive(), Directive::Expire);
+    assert_eq!(entry.state.directive(), Directive::Expire);
 }
 
 #[tokio::test(start_paused = true)]
-async fn connections_look_again_every_second_after_the_first_has_expired() {
-    let mut stop = Stop::new(0, 5000, as_it_is);
-    let line = stop.connect();
+async fn connections_are_woken_every_second_after_the_first_has_expired() {
+    let mut stop = Stop::new(0, 5000, unchanged);
+    let entry = stop.connect();
     stop.terminate();
     stop.at(1500).await;
-    assert_eq!(line.state.directive(), Directive::Expire);
+    assert_eq!(entry.state.directive(), Directive::Expire);
     let mut reader = tokio_test::task::spawn(());
     let mut stored = RegisteredWaker::default();
-    reader.enter(|cx, _| line.state.enter(&mut stored, WakerSlot::Read, cx));
+    reader.enter(|cx, _| entry.state.enter(&mut stored, WakerSlot::Read, cx));
     stop.at(1998).await;
     assert!(!reader.is_woken());
     stop.at(2002).await;
@@ -404,34 +404,34 @@ async fn connections_look_again_every_second_after_the_first_has_expired() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_expires_no_sooner_because_it_was_told_late() {
-    let mut stop = Stop::new(0, 5000, as_it_is);
+async fn a_connection_that_is_told_to_close_late_expires_a_second_later() {
+    let mut stop = Stop::new(0, 5000, unchanged);
     stop.listen();
     stop.close_listener();
-    let line = stop.connect();
+    let entry = stop.connect();
     stop.terminate();
     stop.at(1990).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.at(2010).await;
-    assert_eq!(line.state.directive(), Directive::Expire);
+    assert_eq!(entry.state.directive(), Directive::Expire);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_sigint_while_a_listener_closes_has_the_connections_close_and_cuts_none() {
-    let mut stop = Stop::new(0, 5000, as_it_is);
+async fn a_sigint_while_a_listener_closes_closes_the_connections_and_cuts_none() {
+    let mut stop = Stop::new(0, 5000, unchanged);
     stop.listen();
-    let line = stop.connect();
+    let entry = stop.connect();
     stop.terminate();
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.interrupt();
     assert_eq!(stop.closing_stage(), ClosingStage::Connections);
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.at(200).await;
-    assert_eq!(line.state.directive(), Directive::Close);
+    assert_eq!(entry.state.directive(), Directive::Close);
     stop.interrupt();
-    assert_eq!(line.state.directive(), Directive::Cut);
+    assert_eq!(entry.state.directive(), Directive::Cut);
     assert_eq!(stop.phase(), Phase::Closing);
-    // Within the time for which what was cut is waited for.
+    // The service is still waiting for what was cut.
     stop.at(350).await;
     stop.interrupt();
     assert_eq!(stop.phase(), Phase::Stopped);
@@ -440,39 +440,39 @@ async fn a_sigint_while_a_listener_closes_has_the_connections_close_and_cuts_non
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_sigint_in_the_moment_in_which_the_last_work_ends_hurries_nothing_else() {
-    let mut stop = Stop::new(0, 5000, as_it_is);
+async fn a_sigint_at_the_moment_the_last_work_ends_skips_no_later_step() {
+    let mut stop = Stop::new(0, 5000, unchanged);
     stop.listen();
     let hold = stop.graceful.hold("work");
-    let line = stop.connect();
+    let entry = stop.connect();
     stop.terminate();
     stop.at(1000).await;
-    // Nobody has looked yet.
+    // The timeline has not checked yet.
     drop(hold);
     stop.interrupt();
     assert_eq!(
         (stop.phase(), stop.closing_stage()),
         (Phase::Closing, ClosingStage::Listeners)
     );
-    assert_eq!(line.state.directive(), Directive::Leave);
+    assert_eq!(entry.state.directive(), Directive::Leave);
 }
 
 #[tokio::test(start_paused = true)]
-async fn servers_that_end_because_a_sigint_cut_the_wait_for_them_were_not_forced() {
-    for is_hurried in [true, false] {
-        let mut stop = Stop::new(0, 1000, as_it_is);
+async fn a_sigint_that_ends_the_wait_for_servers_leaves_the_outcome_clean_if_they_end() {
+    for is_interrupted in [true, false] {
+        let mut stop = Stop::new(0, 1000, unchanged);
         stop.shared().server_began();
         stop.terminate();
         assert_eq!(stop.phase(), Phase::Closing);
         stop.at(500).await;
-        if is_hurried {
+        if is_interrupted {
             stop.interrupt();
         } else {
             stop.at(1002).await;
         }
         stop.shared().server_ended(&ServerEnd::Finished);
         let report = stop.shared().report().unwrap();
-        let outcome = if is_hurried {
+        let outcome = if is_interrupted {
             Outcome::Clean
         } else {
             Outcome::Forced
@@ -482,14 +482,14 @@ async fn servers_that_end_because_a_sigint_cut_the_wait_for_them_were_not_forced
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_service_that_has_stopped_is_not_kept_by_the_connections_it_has_cut() {
-    let mut stop = Stop::new(0, 100, as_it_is);
-    let line = stop.connect();
+async fn cut_connections_do_not_keep_a_stopped_lifecycle_alive() {
+    let mut stop = Stop::new(0, 100, unchanged);
+    let entry = stop.connect();
     stop.terminate();
     stop.at(1000).await;
     assert_eq!(stop.phase(), Phase::Stopped);
-    stop.leave(&line);
-    drop(line);
+    stop.leave(&entry);
+    drop(entry);
     let weak = stop.shared().downgrade();
     drop(stop);
     tokio::task::yield_now().await;
@@ -497,39 +497,40 @@ async fn a_service_that_has_stopped_is_not_kept_by_the_connections_it_has_cut() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn peers_are_asked_to_leave_a_little_before_the_end_of_the_delay() {
+async fn peers_are_asked_to_leave_shortly_before_the_end_of_the_delay() {
     for (delay, asked) in [(80, 70), (1000, 975)] {
-        let mut stop = Stop::new(delay, 1000, as_it_is);
-        let line = stop.connect();
+        let mut stop = Stop::new(delay, 1000, unchanged);
+        let entry = stop.connect();
         stop.terminate();
         stop.at(asked - 2).await;
-        assert_eq!(line.state.directive(), Directive::Stopping);
+        assert_eq!(entry.state.directive(), Directive::Stopping);
         stop.at(asked + 2).await;
         assert_eq!(stop.phase(), Phase::LameDuck);
-        assert_eq!(line.state.directive(), Directive::Leave);
+        assert_eq!(entry.state.directive(), Directive::Leave);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn connections_are_told_to_close_a_little_before_the_drain_deadline() {
+async fn connections_are_told_to_close_shortly_before_the_drain_deadline() {
     for (drain, before) in [(1000, 125), (8000, 250)] {
-        let mut stop = Stop::new(4000, drain, as_it_is);
+        let mut stop = Stop::new(4000, drain, unchanged);
         let hold = stop.graceful.hold("work");
-        let line = stop.connect();
+        let entry = stop.connect();
         stop.terminate();
         let last_call = 4000 + drain - before;
         stop.at(last_call - 2).await;
-        assert_eq!(line.state.directive(), Directive::Leave);
+        assert_eq!(entry.state.directive(), Directive::Leave);
         stop.at(last_call + 2).await;
         assert_eq!(stop.phase(), Phase::Draining);
-        assert_eq!(line.state.directive(), Directive::Close);
+        assert_eq!(entry.state.directive(), Directive::Close);
         drop(hold);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_cut_takes_only_a_part_of_the_time_for_cleaning_up() {
-    // The end of the plan is so long after the deadline.
+async fn waiting_for_cut_connections_takes_only_a_part_of_the_cleanup_time() {
+    // Times in milliseconds: from the drain deadline to the end of the plan, the grace period, and
+    // how long the cut connection is waited for.
     for (kept, grace, cleans_up, let_go) in [
         (800, 1862, true, 100),
         (800, 1862, false, 250),
@@ -542,7 +543,7 @@ async fn what_was_cut_takes_only_a_part_of_the_time_for_cleaning_up() {
             let endless = std::future::pending::<()>();
             stop.graceful.cleanup("step", ms(10), endless).unwrap();
         }
-        let _line = stop.connect();
+        let _entry = stop.connect();
         stop.terminate();
         stop.graceful.stopped().await;
         let report = stop.shared().report().unwrap();
@@ -555,19 +556,19 @@ async fn what_was_cut_takes_only_a_part_of_the_time_for_cleaning_up() {
     }
 }
 
-/// Anything else that was cut, or a server that does not end, is something that was lost.
+/// A connection or hold that was cut, or a server that does not end, counts as lost.
 #[tokio::test(start_paused = true)]
-async fn a_sigint_that_cuts_the_wait_for_servers_does_not_hide_what_else_is_lost() {
+async fn a_sigint_that_ends_the_wait_for_servers_hides_no_other_loss() {
     for what in ["a connection", "a hold", "a server"] {
-        let mut stop = Stop::new(0, 5000, as_it_is);
+        let mut stop = Stop::new(0, 5000, unchanged);
         stop.shared().server_began();
-        let line = (what == "a connection").then(|| stop.connect());
+        let entry = (what == "a connection").then(|| stop.connect());
         stop.terminate();
         let hold = (what == "a hold").then(|| stop.graceful.hold("work"));
         stop.at(500).await;
         stop.interrupt();
-        if let Some(line) = line {
-            stop.leave(&line);
+        if let Some(entry) = entry {
+            stop.leave(&entry);
         }
         drop(hold);
         if what != "a server" {
@@ -580,15 +581,16 @@ async fn a_sigint_that_cuts_the_wait_for_servers_does_not_hide_what_else_is_lost
     }
 }
 
-/// What the report makes of connections that were open at the cut.
+/// How the report counts connections that were open at the cut.
 #[tokio::test(start_paused = true)]
-async fn a_connection_at_the_cut_loses_what_it_had_not_delivered() {
+async fn a_connection_that_is_cut_loses_its_undelivered_bytes() {
     use crate::{
         connection::table::{LINGERS, RESPONDED},
         sync::Ordering,
     };
 
-    // The flags of a connection, whether bytes are left, and what is lost: connections, requests.
+    // The flags of a connection, its undelivered bytes, and the expected loss: connections,
+    // requests.
     let cases = [
         (0, 0, 1, 0),
         (0, 1, 1, 0),
@@ -600,17 +602,17 @@ async fn a_connection_at_the_cut_loses_what_it_had_not_delivered() {
         (LINGERS | RESPONDED, 1, 1, 1),
     ];
     for (flags, undelivered, connections, requests) in cases {
-        let mut stop = Stop::new(0, 500, as_it_is);
-        let lines = [stop.connect(), stop.connect()];
-        // In flight when the stop begins, and let go by their handlers.
+        let mut stop = Stop::new(0, 500, unchanged);
+        let entries = [stop.connect(), stop.connect()];
+        // Requests in flight when the stop begins, whose handlers finish.
         let pieces: Vec<_> = (0..3)
             .map(|_| stop.shared().admission().admit().unwrap().answered())
             .collect();
         stop.terminate();
         drop(pieces);
-        for line in &lines {
-            line.flags.set(flags);
-            line.undelivered.store(undelivered, Ordering::Relaxed);
+        for entry in &entries {
+            entry.flags.set(flags);
+            entry.undelivered.store(undelivered, Ordering::Relaxed);
         }
         stop.at(1000).await;
         let report = stop.shared().report().unwrap();
@@ -628,14 +630,14 @@ async fn a_connection_at_the_cut_loses_what_it_had_not_delivered() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pieces_of_responses_are_requests_cut_but_no_more_than_connections_were_open() {
+async fn pieces_of_responses_count_as_cut_requests_at_most_once_per_open_connection() {
     for (open, pieces, cut) in [(1, 0, 0), (1, 1, 1), (2, 1, 1), (1, 2, 1)] {
-        let mut stop = Stop::new(0, 500, as_it_is);
-        let _lines: Vec<_> = (0..open).map(|_| stop.connect()).collect();
-        let tickets = [(); 3].map(|()| stop.shared().admission().admit().unwrap().answered());
-        let _held: Vec<_> = (0..pieces).map(|_| tickets[0].piece()).collect();
+        let mut stop = Stop::new(0, 500, unchanged);
+        let _entries: Vec<_> = (0..open).map(|_| stop.connect()).collect();
+        let permits = [(); 3].map(|()| stop.shared().admission().admit().unwrap().answered());
+        let _held: Vec<_> = (0..pieces).map(|_| permits[0].piece()).collect();
         stop.terminate();
-        drop(tickets);
+        drop(permits);
         stop.at(1000).await;
         let report = stop.shared().report().unwrap();
         assert_eq!(report.requests().cut, cut, "{open} {pieces}: {report}");
@@ -643,32 +645,32 @@ async fn pieces_of_responses_are_requests_cut_but_no_more_than_connections_were_
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_a_connection_that_its_server_has_let_go_no_piece_is_held() {
+async fn a_lingering_connection_counts_in_addition_to_the_pieces_that_servers_hold() {
     use crate::{
         connection::table::{LINGERS, RESPONDED},
         sync::Ordering,
     };
 
-    // With so many requests in flight when the stop begins.
+    // The number of requests in flight when the stop begins, and the number cut.
     for (begun, cut) in [(3, 2), (1, 1)] {
-        let mut stop = Stop::new(0, 500, as_it_is);
+        let mut stop = Stop::new(0, 500, unchanged);
         let [_open, lingers] = [stop.connect(), stop.connect()];
         lingers.flags.set(LINGERS | RESPONDED);
         lingers.undelivered.store(1, Ordering::Relaxed);
         let admission = stop.shared().admission();
-        let tickets: Vec<_> = (0..begun)
+        let permits: Vec<_> = (0..begun)
             .map(|_| admission.admit().unwrap().answered())
             .collect();
-        let _held = [tickets[0].piece(), tickets[0].piece()];
+        let _held = [permits[0].piece(), permits[0].piece()];
         stop.terminate();
-        drop(tickets);
+        drop(permits);
         stop.at(1000).await;
         let report = stop.shared().report().unwrap();
         assert_eq!(report.requests().cut, cut, "{report}");
     }
 }
 
-/// Five requests, and then silence.
+/// Records five requests. Silence follows.
 fn five_requests(stop: &Stop) {
     for _ in 0..5 {
         if stop.shared().evidence.request_arrived() {
@@ -682,7 +684,7 @@ fn when_quiet(builder: GracefulBuilder) -> GracefulBuilder {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rule_shortens_the_delay_after_sigint_too_and_a_further_sigint_all_of_it() {
+async fn a_rule_shortens_the_delay_of_sigint_and_a_further_sigint_ends_it_at_once() {
     let stop = Stop::new(5000, 5000, |it| when_quiet(it.interrupt_delay(ms(4000))));
     stop.interrupt();
     stop.at(50).await;
@@ -704,7 +706,7 @@ async fn a_rule_shortens_the_delay_after_sigint_too_and_a_further_sigint_all_of_
     assert_eq!(report.left_early(), None);
 }
 
-/// `interrupt_delay` is the shorter one here, and no rule makes it longer.
+/// Here `interrupt_delay` is shorter than the rule's minimum.
 #[tokio::test(start_paused = true)]
 async fn a_rule_never_makes_a_delay_longer() {
     let stop = Stop::new(5000, 5000, |it| when_quiet(it.interrupt_delay(ms(300))));
@@ -717,20 +719,20 @@ async fn a_rule_never_makes_a_delay_longer() {
     assert_eq!(report.left_early(), None);
 }
 
-/// As before the end of a whole delay: so that a peer on HTTP/2 is not refused before it was asked.
+/// As at the end of a full delay, an HTTP/2 peer is asked to leave before requests are rejected.
 #[tokio::test(start_paused = true)]
 async fn peers_are_asked_to_leave_before_a_phase_that_ends_early() {
     let mut stop = Stop::new(5000, 5000, |it| when_quiet(it.close_spread(ms(5000))));
-    let line = stop.connect_and_read();
+    let entry = stop.connect_and_read();
     stop.terminate();
     stop.at(50).await;
     five_requests(&stop);
     stop.at(970).await;
-    assert_eq!(line.state.directive(), Directive::LeaveInSlot);
+    assert_eq!(entry.state.directive(), Directive::LeaveInSlot);
     stop.at(985).await;
-    assert_eq!(line.state.directive(), Directive::Leave);
+    assert_eq!(entry.state.directive(), Directive::Leave);
     assert_eq!(stop.phase(), Phase::LameDuck);
     stop.at(1005).await;
     assert!(stop.phase() > Phase::LameDuck);
-    stop.leave(&line);
+    stop.leave(&entry);
 }

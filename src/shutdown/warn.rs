@@ -1,4 +1,4 @@
-//! Mistakes in the set-up: what is found is logged and reported, each kind once.
+//! Detects mistakes in the set-up. Each kind of mistake is logged and reported once.
 
 use std::time::Duration;
 
@@ -14,22 +14,22 @@ use crate::{
     sync::{Ordering, lock},
 };
 
-/// How long nothing must have been held before upgraded connections are said to be held by nothing: a
-/// handler may drop its hold and then its socket.
+/// How long there must have been no hold before the warning about upgraded connections. A handler
+/// may drop its hold shortly before its socket.
 const UNHELD: Duration = Duration::from_millis(100);
 
-/// How long a handler is given that may have been told that draining starts, and may close its socket
-/// without a hold.
-const TOLD: Duration = Duration::from_secs(1);
+/// How long a handler has to close its socket after it may have been notified of draining. Such a
+/// handler needs no hold.
+const NOTIFIED: Duration = Duration::from_secs(1);
 
 impl Shared {
-    /// Keeps a warning for the report. Returns the event for the log.
+    /// Keeps a warning for the report. Returns its event for the log.
     pub(super) fn warn(&self, warning: Warning) -> Event {
         lock!(self.warnings).push(warning.clone());
         Event::Warning(warning)
     }
 
-    /// The servers so far.
+    /// The number of servers so far, by kind.
     pub(super) fn servers(&self, state: &State) -> Servers {
         Servers {
             run: state.servers_so_far,
@@ -39,23 +39,23 @@ impl Shared {
         }
     }
 
-    /// Warns of requests outside the layer, as soon as that is certain.
+    /// Warns of requests outside the layer, as soon as the mistake is certain.
     pub(crate) fn warn_of_outside(&self) {
         let servers = self.servers(&self.state());
         let warning = (self.outside).warning(self.has_ever_admitted(), servers, false);
         if let Some(warning) = warning {
             let event = self.warn(warning);
-            self.tell_log(event);
+            self.log_event(event);
         }
     }
 
-    /// Whether somebody who could close a connection is told that draining starts.
-    pub(super) fn tells_somebody(&self) -> bool {
+    /// Whether a task that may close a connection is notified that draining starts.
+    pub(super) fn notifies_draining(&self) -> bool {
         self.waiters.any(Phase::Draining) || self.phases.receiver_count() > 0
     }
 
-    /// Warns of upgraded connections that no hold can be for, because there is none. Says when to look
-    /// again.
+    /// Warns of upgraded connections that are open in the drain although there is no hold for them.
+    /// Returns when to check again.
     pub(super) fn warn_of_unheld(
         &self,
         state: &mut State,
@@ -76,9 +76,9 @@ impl Shared {
         let since = *state.unheld_since.get_or_insert(now);
         let mut at = instant_after(since, UNHELD);
         let is_cut = state.shutdown.as_ref().is_some_and(|it| it.cut.is_some());
-        if state.tells_somebody && !is_cut {
-            let told = instant_after(draining, self.policy.drain_spread);
-            at = at.max(instant_after(told, TOLD));
+        if state.notifies_draining && !is_cut {
+            let notified = instant_after(draining, self.policy.drain_spread);
+            at = at.max(instant_after(notified, NOTIFIED));
         }
         if now < at {
             return Some(next.min(at));

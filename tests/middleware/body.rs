@@ -1,4 +1,4 @@
-//! A request from the head of its response to the end of the body: when it stops being in flight.
+//! When a request ends, from the head of its response to the end of the body.
 
 use std::{
     cell::Cell,
@@ -43,7 +43,7 @@ fn data<B: Body<Data: Into<Bytes>, Error: std::fmt::Debug>>(body: &mut Spawn<B>)
 }
 
 #[test]
-fn a_stream_is_in_flight_until_it_says_that_it_has_ended() {
+fn a_stream_that_does_not_announce_its_end_is_in_flight_until_it_returns_none() {
     let graceful = Graceful::new();
     let steps = [Step::Data("one"), Step::Wait, Step::Data("two")];
     let mut body = through(&graceful, Script::new(steps));
@@ -127,7 +127,7 @@ fn a_large_last_frame_is_in_flight_until_the_server_drops_the_body() {
 }
 
 #[test]
-fn it_is_the_last_frame_that_is_large_or_not() {
+fn only_the_size_of_the_last_frame_matters() {
     let graceful = Graceful::new();
     let steps = [Step::Data(text_of(LARGE)), Step::Data("end")];
     let mut body = through(&graceful, Script::announcing(steps));
@@ -143,7 +143,7 @@ fn it_is_the_last_frame_that_is_large_or_not() {
 }
 
 #[test]
-fn while_the_service_stops_the_last_frame_of_any_size_is_in_flight_until_then() {
+fn while_the_service_stops_a_last_frame_of_any_size_is_in_flight_until_the_next_poll() {
     for name in [false, true] {
         for delay in [0, 5] {
             let builder = Graceful::builder().drain_delay(Duration::from_secs(delay));
@@ -238,7 +238,7 @@ fn a_body_that_panics_is_released_when_it_is_dropped() {
 }
 
 #[test]
-fn polled_after_its_end_a_body_answers_as_the_inner_one_does() {
+fn a_poll_after_the_end_returns_what_the_inner_body_returns() {
     let graceful = Graceful::new();
     let mut body = through(&graceful, Full::<Bytes>::from("all"));
     assert_eq!(data(&mut body), "all");
@@ -370,7 +370,7 @@ impl Drop for Local<'_> {
 }
 
 #[test]
-fn the_inner_body_is_gone_before_its_request_is_released() {
+fn the_inner_body_is_dropped_before_its_request_is_released() {
     let graceful = Graceful::new();
     let seen = Rc::new(Cell::new(None));
     let local = Local {

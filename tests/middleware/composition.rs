@@ -157,7 +157,7 @@ async fn merged_routes_are_behind_the_layer_they_were_merged_under() {
 }
 
 #[tokio::test]
-async fn clone_after_clone_counts_in_one_place() {
+async fn all_clones_share_one_count() {
     let graceful = graceful();
     let app = hello_at("/").layer(graceful.layer());
     let mut clones = vec![app];
@@ -362,7 +362,7 @@ async fn with_request_ids_inside() {
 }
 
 #[tokio::test]
-async fn applied_twice_the_layer_counts_twice_and_comes_back_to_zero() {
+async fn a_layer_that_is_applied_twice_counts_twice_and_returns_to_zero() {
     let graceful = prompt().max_in_flight(3).build().unwrap();
     let app = hello_at("/")
         .layer(graceful.layer())
@@ -550,7 +550,8 @@ async fn the_documented_order_fits_one_service_builder_too() {
     counts_and_refuses(service, &graceful, "/").await;
 }
 
-/// Where it has a `.layer(…)` of its own; not in one `ServiceBuilder` with the layer.
+/// This holds if the limit has a `.layer(…)` of its own, and not if it is in one `ServiceBuilder`
+/// with the layer.
 #[tokio::test]
 async fn a_request_that_waits_for_an_inner_limit_of_the_router_is_in_flight() {
     for (one_builder, in_flight) in [(false, 2), (true, 1)] {

@@ -1,4 +1,4 @@
-//! Paths that are never refused.
+//! Exempt paths and probes: their requests are never rejected.
 
 use axum::{Router, routing};
 use bytes::Bytes;
@@ -111,7 +111,7 @@ fn figures() -> Response<Full<Bytes>> {
 }
 
 #[tokio::test]
-async fn without_the_probes_router_no_path_passes_for_a_probe() {
+async fn without_the_probes_router_no_path_is_exempt_as_a_probe() {
     let (graceful, _busy) = full(prompt());
     let app = routes("/readyz").layer(graceful.layer());
     assert_eq!(status(&app, "/readyz").await, 429);

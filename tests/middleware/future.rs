@@ -1,4 +1,4 @@
-//! A request up to the head of its response: when it is in flight.
+//! When a request is in flight, up to the head of its response.
 
 use std::{
     future::{Ready, pending, poll_fn, ready},
@@ -145,7 +145,7 @@ impl<T: Unpin> Future for Witness<'_, T> {
 }
 
 #[test]
-fn the_inner_future_is_gone_once_the_response_is_there() {
+fn the_inner_future_is_dropped_when_the_response_is_returned() {
     let graceful = Graceful::new();
     let mut seen = None;
     let inner = Witness {
@@ -167,7 +167,7 @@ fn the_inner_future_is_gone_once_the_response_is_there() {
 }
 
 #[test]
-fn the_inner_future_is_gone_before_its_request_is_released() {
+fn the_inner_future_is_dropped_before_its_request_is_released() {
     let outputs: [Option<Answer<Empty<Bytes>>>; 3] = [
         Some(Ok(Response::new(Empty::new()))),
         Some(Err("broken")),

@@ -1,4 +1,5 @@
-//! A lame duck serves everything and asks every HTTP/1 client to leave.
+//! In the lame-duck phase every request is served, and every HTTP/1 response carries `Connection:
+//! close`.
 
 use std::future::ready;
 
@@ -64,7 +65,7 @@ async fn while_serving_responses_are_unchanged() {
 }
 
 #[tokio::test]
-async fn keep_alive_is_withdrawn_and_hop_by_hop_options_stay() {
+async fn keep_alive_is_removed_and_hop_by_hop_options_stay() {
     for (before, after) in [
         (&["keep-alive"][..], "close"),
         (&["Keep-Alive, X-Hop"], "close, X-Hop"),
@@ -98,7 +99,7 @@ async fn http2_has_no_connection_field() {
 }
 
 #[test]
-fn a_request_begun_before_the_shutdown_is_asked_to_leave_too() {
+fn the_response_to_an_earlier_request_asks_its_client_to_leave_too() {
     for (graceful, phase) in [
         (Graceful::new(), Phase::LameDuck),
         (prompt().build().unwrap(), Phase::Draining),
@@ -117,7 +118,7 @@ fn a_request_begun_before_the_shutdown_is_asked_to_leave_too() {
 }
 
 #[test]
-fn the_version_is_the_request_s_not_the_response_s() {
+fn the_version_of_the_request_decides_and_not_that_of_the_response() {
     let graceful = lame_duck();
     let inner = service_fn(|_: Request<Empty<Bytes>>| {
         let mut response = whole("hi");

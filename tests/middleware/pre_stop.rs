@@ -1,4 +1,5 @@
-//! The preStop route: it starts the stop, answers when the delay is over, and obeys few.
+//! The preStop route: a call from an allowed caller starts the stop, and is answered when the
+//! lame-duck phase is over.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -73,7 +74,7 @@ async fn a_call_starts_the_lame_duck_phase_and_is_answered_when_it_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn further_calls_join_the_same_wait_and_are_answered_at_once_after_it() {
+async fn further_calls_are_answered_with_the_first_and_later_calls_at_once() {
     let graceful = Graceful::new();
     let mut service = graceful.pre_stop();
     let mut first = task::spawn(service.call(local()));
@@ -90,7 +91,7 @@ async fn further_calls_join_the_same_wait_and_are_answered_at_once_after_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_after_another_trigger_joins_its_delay() {
+async fn a_call_after_another_trigger_waits_for_the_same_delay() {
     let graceful = Graceful::new();
     graceful.shutdown();
     sleep(Duration::from_secs(3)).await;
@@ -105,7 +106,7 @@ async fn a_call_after_another_trigger_joins_its_delay() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_hangs_up_changes_nothing() {
+async fn a_caller_that_disconnects_does_not_cancel_the_stop() {
     let graceful = Graceful::new();
     drop(graceful.pre_stop().call(local()));
     assert_eq!(graceful.phase(), Phase::LameDuck);
@@ -190,7 +191,7 @@ async fn only_loopback_and_allowed_addresses_stop_the_service() {
     );
 }
 
-/// A sidecar connects from loopback, also for a client from anywhere.
+/// A sidecar connects from loopback, for any client.
 #[tokio::test]
 async fn a_call_through_a_proxy_is_refused() {
     for field in ["forwarded", "x-forwarded-for", "X-Real-IP", "via"] {
@@ -209,7 +210,7 @@ async fn a_call_through_a_proxy_is_refused() {
 }
 
 #[tokio::test]
-async fn a_caller_that_is_not_known_is_refused_and_told_what_to_do() {
+async fn a_caller_of_unknown_address_is_refused_with_a_remedy() {
     let graceful = Graceful::new();
     let request = Request::get("/prestop")
         .body(Empty::<Bytes>::new())
@@ -226,14 +227,14 @@ async fn a_caller_that_is_not_known_is_refused_and_told_what_to_do() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_is_no_part_of_the_probes() {
+async fn the_route_is_not_part_of_the_probes() {
     let graceful = Graceful::new();
     let app = graceful.probes();
     assert_eq!(answer(&app, local()).await.status(), StatusCode::NOT_FOUND);
     assert_eq!(graceful.phase(), Phase::Serving);
 }
 
-/// Wherever the router is: outside the layer, inside, nested, or below a layer round all of it.
+/// The route works outside the layer, inside it, nested, and below a layer around the whole router.
 #[tokio::test(start_paused = true)]
 async fn the_route_is_never_refused() {
     type Build = fn(&Graceful) -> Router;
@@ -255,7 +256,7 @@ async fn the_route_is_never_refused() {
     for (path, router) in routers {
         let (graceful, busy) = full(prompt());
         let app = router(&graceful);
-        // It is the limit that refuses others, and then the drain.
+        // Other requests are rejected, first by the limit and then by the drain.
         for _ in 0..2 {
             let response = answer(&app, get(path)).await;
             assert_eq!(response.status(), StatusCode::OK, "{path}");
@@ -280,7 +281,7 @@ async fn the_route_is_never_refused() {
     drop(busy);
 }
 
-/// A path is exempt for having the route, and not for its name.
+/// The path is exempt only if the route exists.
 #[tokio::test]
 async fn without_the_route_its_path_is_refused_like_others() {
     let (graceful, _busy) = full(prompt());
@@ -305,7 +306,7 @@ async fn a_call_holds_no_drain_and_is_not_counted() {
         (graceful.phase(), graceful.in_flight()),
         (Phase::LameDuck, 0)
     );
-    // Although nobody reads the answer.
+    // The drain is over although the answer has not been read.
     let report = run.await.unwrap();
     assert_eq!(report.requests(), tower_graceful::Requests::default());
     assert_eq!(report.exit_code(), 0);

@@ -74,7 +74,7 @@ async fn above_the_limit_the_answer_does_not_wait_for_the_body() {
 const READERS: usize = 128;
 
 #[tokio::test(start_paused = true)]
-async fn only_so_many_refusals_read_bodies_at_the_same_time() {
+async fn at_most_128_refusals_read_bodies_at_the_same_time() {
     let (graceful, _busy) = draining(prompt());
     let mut readers: Vec<_> = (0..READERS)
         .map(|_| task::spawn(refuse(&graceful, post(Slow::Stalled))))
@@ -214,7 +214,7 @@ fn an_endless_body_is_answered_at_the_size_limit() {
     );
 }
 
-/// One byte at each tick, forever; or no bytes at all.
+/// A body that yields one byte at each tick without end, or no bytes at all.
 enum Slow {
     Stalled,
     Dripping(Interval),
