@@ -75,7 +75,7 @@ pub(crate) const TESTS: &[Test] = &[
 const ACTIVATED: &str = r#"export LISTEN_FDS=1 LISTEN_PID=$$; exec "$0" "$@" 3<&0"#;
 const PLAIN: &str = r#"exec "$0" "$@""#;
 
-/// The delay is the default of a shared listener.
+/// Sets no delay, so that the default of a shared listener applies.
 const DEFAULT: &[&str] = &["delay=default"];
 
 fn shared_socket() -> (TcpListener, SocketAddr) {
@@ -132,7 +132,7 @@ fn restart(form: Form, knobs: &[&str], how: How, idle: Duration, clients: usize)
 
 #[derive(Clone, Copy, PartialEq)]
 enum How {
-    /// The next process is started before the old one is told to stop.
+    /// The next process is started before the old one receives SIGTERM.
     Beside,
     /// The next process is started when the old one has ended.
     InTurn,

@@ -38,8 +38,8 @@ pub(crate) const TESTS: &[Test] = &[
 const GET: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
 const BOTH: [&str; 2] = ["keep_listening=true", "keep_listening=false"];
 
-/// The server closes connections that are silent for 25 ms. A client that the operating system delays for
-/// longer than this may lose its request, and the test does not count it.
+/// When draining starts, the server closes connections that have been silent for 25 ms. A client that the
+/// operating system delays for longer than this may lose its request, and the test does not count it.
 const PROMPT: Duration = Duration::from_millis(15);
 
 /// Asserts that there is a response, which may be a refusal.

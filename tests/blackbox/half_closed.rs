@@ -1,5 +1,5 @@
 //! Clients that close their writing side after a request. The server cannot know whether such a client
-//! waits for the response or has disconnected. `half_close` chooses.
+//! waits for the response or has disconnected. The setting `half_close` selects one of the two.
 
 use std::{
     net::Shutdown,

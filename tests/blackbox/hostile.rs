@@ -371,7 +371,7 @@ fn wait_for_counts(server: &Server, connections: usize, in_flight: usize, what: 
     })
 }
 
-/// The same, within the time in which disconnected clients may still be counted.
+/// The same within [`SOON`]: the server may count disconnected clients for that long.
 #[track_caller]
 fn nothing_but(server: &Server, connections: usize, in_flight: usize, what: &str) -> Duration {
     let took = wait_for_counts(server, connections, in_flight, what);

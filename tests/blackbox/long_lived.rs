@@ -238,7 +238,7 @@ fn reset(form: Form) {
     let gone = Instant::now();
     server.expect_line("the socket is notified");
     server.expect_line("the socket is closed: false");
-    // Sooner than the timeout of the close.
+    // The handler ends before the timeout of the close is over.
     let took = gone.elapsed();
     assert!(took < SOON, "{took:?}");
     let exit = server.exit();
@@ -496,13 +496,13 @@ fn thousand_streams(form: Form) {
     for delay in ["delay=1000", "delay=100"] {
         let mut server = Server::start(form, &[delay]);
         let connection = http2::Connection::open(server.address);
-        let asked: Vec<_> = (0..STREAMS)
+        let responses: Vec<_> = (0..STREAMS)
             .map(|_| connection.begin("/sleep/600", &[]))
             .collect();
         server.wait_for_in_flight(200);
         server.terminate();
         let [mut answered, mut refused] = [0; 2];
-        for response in asked {
+        for response in responses {
             match response() {
                 Ok(response) if response.status == 200 => answered += 1,
                 Ok(response) => {
@@ -510,8 +510,9 @@ fn thousand_streams(form: Form) {
                     refused += 1;
                 }
                 Err(error) => {
-                    // The GOAWAY says that the server has not processed this request, or hyper's
-                    // client has not sent it. For one such request it reports another error.
+                    // Either the GOAWAY says that the server has not processed this request, or
+                    // hyper's client has not sent it. The client reports one unsent request with
+                    // another error than the others.
                     let text = format!("{error:?}");
                     let untouched = text.contains("GoAway(b\"\", NO_ERROR, Remote")
                         || text.contains("DispatchGone")

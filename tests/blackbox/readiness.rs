@@ -65,7 +65,7 @@ fn says_no_at_once(form: Form) {
     assert_eq!(server.get("/readyz").status, 200);
     assert_eq!(server.get("/livez").status, 200);
     server.terminate();
-    // Long before draining.
+    // Readiness must fail long before draining starts.
     let took = server.wait_for_unready();
     assert!(took < Duration::from_millis(800), "{took:?}");
     // Liveness succeeds through the delay and the drain.

@@ -61,7 +61,7 @@ fn starve(server: &Server, request: &str) -> Vec<Connection> {
     clients
 }
 
-/// Whether the process has no free descriptors, from the open files that the operating system reports.
+/// Whether the server has as many files open as its limit allows. True if the system does not report them.
 fn is_starved(server: &Server) -> bool {
     let open = std::fs::read_dir(format!("/proc/{}/fd", server.pid()));
     open.map_or(true, |open| open.count() >= 64)

@@ -35,8 +35,8 @@ pub(crate) const ALONE: &[Test] = &[
     ),
 ];
 
-/// The server closes connections that are silent for 25 ms. A client that the operating system delays for
-/// longer than this may lose its request, and the test does not count it.
+/// When draining starts, the server closes connections that have been silent for 25 ms. A client that the
+/// operating system delays for longer than this may lose its request, and the test does not count it.
 const PROMPT: Duration = Duration::from_millis(15);
 
 /// The server side.
