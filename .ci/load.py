@@ -1,5 +1,5 @@
-"""Clients of a service that is restarted: they connect anew for each request, keep their connections,
-or hold WebSockets. Standard library only."""
+"""Clients of a service that is restarted. Some open a connection for each request, some keep their
+connections, and some hold WebSockets. Uses only the standard library."""
 
 import base64
 import os
@@ -12,15 +12,14 @@ REQUEST = b"GET / HTTP/1.1\r\nhost: load\r\n%s\r\n"
 
 
 class Load:
-    """Runs the clients until `end`, which returns what they have seen, in lines for people, and
-    asserts that none has failed."""
+    """Runs the clients until `end`, which prints their results and asserts that no request failed."""
 
     def __init__(self, port, anew=4, keep=8, sockets=0, pause=0.01):
         self.address = ("127.0.0.1", port)
         self.begun = time.monotonic()
         self.over = False
         self.pause = pause
-        # For each kind: when it began, and how long it took.
+        # For each kind: the start and the duration.
         self.connects, self.requests, self.messages = [], [], []
         self.moved, self.failed = 0, []
         kinds = [(self.anew, anew), (self.keep, keep), (self.websocket, sockets)]
@@ -76,7 +75,7 @@ class Load:
     def keep(self):
         with self.connect() as sock:
             while not self.over:
-                # As a client's pool looks before it uses a connection again.
+                # Checks whether the connection is closed, as connection pools do before they reuse one.
                 if select.select([sock], [], [], 0)[0]:
                     self.moved += 1
                     return
@@ -101,7 +100,7 @@ class Load:
                 pass
             while not self.over:
                 begun = time.monotonic()
-                # The mask is zero.
+                # The mask of the frame is zero.
                 sock.sendall(b"\x81\x85\0\0\0\0hello")
                 opcode, payload = self.frame(stream)
                 if opcode == 1:
@@ -109,7 +108,7 @@ class Load:
                     self.timed(self.messages, begun)
                     time.sleep(self.pause)
                     continue
-                # 1001, going away: answer, and connect again.
+                # 1001, going away: answers the close frame, and reconnects.
                 assert opcode == 8 and payload[:2] == b"\x03\xe9", (opcode, payload)
                 sock.sendall(b"\x88\x82\0\0\0\0\x03\xe9")
                 self.moved += 1

@@ -11,7 +11,7 @@ impl Figures {
         Self(figures)
     }
 
-    /// The figure that `percent` of a hundred figures are below.
+    /// The figure at this percentile.
     pub(crate) fn percentile(&self, percent: usize) -> f64 {
         self.0[(self.0.len() * percent / 100).min(self.0.len() - 1)]
     }

@@ -17,7 +17,7 @@ struct Loss<'a> {
 }
 
 impl Loss<'_> {
-    /// The request was in flight, and was not refused.
+    /// The response was truncated, or a long request that began before SIGTERM was reset.
     fn cut(self) -> bool {
         match self.failure.how {
             How::Truncated => true,
@@ -29,7 +29,7 @@ impl Loss<'_> {
         }
     }
 
-    /// No process accepted or answered the request.
+    /// The request was refused or reset, or the balancer had no backend for it, and it was not `cut`.
     fn gone(self) -> bool {
         let how = self.failure.how;
         matches!(how, How::Refused | How::Reset | How::NoBackend) && !self.cut()

@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::load::{self, How};
 
-/// The number of bytes of a service's output that are kept, the last ones.
+/// Only the last bytes of a service's output are kept: this many.
 const KEPT_OUTPUT: usize = 64 * 1024;
 
 /// Why there is nothing to measure. `Display` is the message for the user.

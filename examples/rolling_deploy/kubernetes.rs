@@ -9,8 +9,8 @@
 //!
 //! The deletion of a pod starts two things. The removal of its address reaches the balancer after the
 //! removal delay. The balancer is like kube-proxy, without checks and retries. At the same time the
-//! preStop sleep begins, and SIGTERM follows. SIGKILL follows when the grace period is over, counted from
-//! the deletion. A new pod becomes ready when a probe succeeds, and its address arrives at the balancer
+//! preStop sleep begins, and SIGTERM is sent after it. SIGKILL is sent when the grace period is over, counted
+//! from the deletion. A new pod becomes ready when a probe succeeds, and its address arrives at the balancer
 //! after the same delay.
 //!
 //! The readiness probe does not speed up the removal, because the deletion has already started it.

@@ -1,4 +1,4 @@
-//! A listening socket that outlives the process: the successor reads the same accept queue.
+//! A listening socket that outlives the process: the next process has the same accept queue.
 
 use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -20,17 +20,17 @@ use crate::{
 pub(crate) const TESTS: &[Test] = &[
     #[cfg(target_os = "linux")]
     (
-        "activation::a_leftover_filter_does_not_keep_clients_away",
+        "activation::a_leftover_filter_does_not_drop_connections",
         Form::CUTTING,
         leftover_filter,
     ),
     (
-        "activation::ten_restarts_beside_each_other_fail_nobody",
+        "activation::ten_overlapping_restarts_lose_no_request",
         Form::CUTTING,
         beside,
     ),
     (
-        "activation::ten_restarts_in_turn_fail_nobody",
+        "activation::ten_consecutive_restarts_lose_no_request",
         Form::CUTTING,
         in_turn,
     ),
@@ -45,7 +45,7 @@ pub(crate) const TESTS: &[Test] = &[
         killed,
     ),
     (
-        "activation::what_connects_during_the_stop_waits_for_the_next_process",
+        "activation::connections_during_the_stop_wait_for_the_next_process",
         Form::CUTTING,
         queue,
     ),
@@ -65,17 +65,17 @@ pub(crate) const TESTS: &[Test] = &[
         own,
     ),
     (
-        "activation::a_socket_that_was_shut_down_keeps_nothing_from_stopping",
+        "activation::a_socket_that_was_shut_down_does_not_prevent_the_stop",
         Form::CUTTING,
         shut_down,
     ),
 ];
 
-/// The socket is passed by socket activation, or in a way that the process does not know of.
+/// Scripts that pass the socket by socket activation, or without telling the process.
 const ACTIVATED: &str = r#"export LISTEN_FDS=1 LISTEN_PID=$$; exec "$0" "$@" 3<&0"#;
 const PLAIN: &str = r#"exec "$0" "$@""#;
 
-/// The delay is the default of a shared listener.
+/// Sets no delay, so that the default of a shared listener applies.
 const DEFAULT: &[&str] = &["delay=default"];
 
 fn shared_socket() -> (TcpListener, SocketAddr) {
@@ -84,7 +84,7 @@ fn shared_socket() -> (TcpListener, SocketAddr) {
     (listener, address)
 }
 
-/// What a process leaves behind that was killed while no handshake was to begin.
+/// Attaches the socket filter that a process leaves behind if it is killed while it closes its listener.
 #[cfg(target_os = "linux")]
 fn leftover_filter(form: Form) {
     use socket2::SockFilter;
@@ -94,8 +94,8 @@ fn leftover_filter(form: Form) {
     let drop_all = [SockFilter::new(RETURN, 0, 0, 0)];
     SockRef::from(&shared).attach_filter(&drop_all).unwrap();
     let mut server = Server::start_on(&shared, form, &["delay=0"]);
-    // The server may not have polled its listener yet. Each attempt is too short for a handshake
-    // that is tried again.
+    // The server may not have polled its listener yet. Each attempt is shorter than the one second after
+    // which the kernel repeats a handshake.
     wait_for("a connection", || {
         TcpStream::connect_timeout(&address, Duration::from_millis(100)).is_ok()
     });
@@ -104,7 +104,7 @@ fn leftover_filter(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Ten processes one after another, while clients go on. Returns what those have seen.
+/// Restarts the process ten times while clients send requests. Returns the results of the clients.
 fn restart(form: Form, knobs: &[&str], how: How, idle: Duration, clients: usize) -> Seen {
     let (shared, address) = shared_socket();
     let mut server = Server::start_on(&shared, form, knobs);
@@ -122,7 +122,7 @@ fn restart(form: Form, knobs: &[&str], how: How, idle: Duration, clients: usize)
         }
         server = next.unwrap_or_else(|| Server::start_on(&shared, form, knobs));
     }
-    // A handshake that was dropped is tried again in this time.
+    // The kernel repeats a dropped handshake within this time.
     thread::sleep(Duration::from_millis(1100));
     let seen = load.end();
     server.terminate();
@@ -132,15 +132,15 @@ fn restart(form: Form, knobs: &[&str], how: How, idle: Duration, clients: usize)
 
 #[derive(Clone, Copy, PartialEq)]
 enum How {
-    /// The next process is started before the old one is told to stop.
+    /// The next process is started before the old one receives SIGTERM.
     Beside,
     /// The next process is started when the old one has ended.
     InTurn,
-    /// The same, and the old one is killed so long after it was told to stop.
+    /// The same, but the old process is killed this long after its SIGTERM.
     Killed(Duration),
 }
 
-/// A client that opens a connection anew waits for no handshake that was dropped, and for no balancer.
+/// Asserts that no request failed, and that no connect waited for a repeated handshake.
 fn assert_unnoticed(seen: &Seen, what: &str) {
     assert_eq!(seen.failed, [""; 0], "{what}: {seen:?}");
     assert!(seen.slowest_connect < RETRIED, "{what}: {seen:?}");
@@ -156,12 +156,13 @@ fn beside(form: Form) {
 fn in_turn(form: Form) {
     let seen = restart(form, DEFAULT, How::InTurn, Duration::from_millis(100), 8);
     assert_unnoticed(&seen, "in turn");
-    // Who connects waits for the old process, which must not have a balancer's delay.
+    // New connections wait until the old process has ended, so its delay must be short.
     assert!(seen.slowest < Duration::from_secs(4), "{seen:?}");
 }
 
-/// Connections that are closed while they are idle. A request that crosses the close is lost, as HTTP/1
-/// has it; a client that has not been scheduled since it looked sends one. None is refused.
+/// Idle connections are closed. A request that crosses the close is lost, which HTTP/1 cannot prevent. A
+/// client sends such a request if it was not scheduled between its check and its write. No connection is
+/// refused.
 fn idle(form: Form) {
     for how in [How::Beside, How::InTurn] {
         let mut seen = restart(form, &["delay=0"], how, Duration::from_millis(200), 40);
@@ -170,20 +171,20 @@ fn idle(form: Form) {
     }
 }
 
-/// What the killed process had accepted is lost. What connects is not.
+/// Requests that the killed process had accepted are lost. New connections are not.
 fn killed(form: Form) {
     for after in [0, 1, 3, 6, 30] {
         let how = How::Killed(Duration::from_millis(after));
         let seen = restart(form, DEFAULT, how, Duration::from_millis(100), 2);
         assert!(seen.slowest_connect < RETRIED, "{after} ms: {seen:?}");
         assert!(seen.requests > 500, "{after} ms: {seen:?}");
-        // In each of ten restarts those that had a request in it: six clients.
+        // Each of ten restarts can lose the request of each of six clients.
         assert!(seen.failed.len() <= 60, "{after} ms: {seen:?}");
     }
 }
 
-/// What connects after the signal waits in the queue for the next process, although the first one
-/// still serves.
+/// Connections after the signal wait in the queue for the next process, although the first process still
+/// serves its own connections.
 fn queue(form: Form) {
     for (words, knobs) in [
         (ACTIVATED, &["delay=default"][..]),
@@ -195,8 +196,8 @@ fn queue(form: Form) {
         let slow = first.get_in_background("/sleep/1500");
         first.terminate();
         let mut kept = Vec::new();
-        // The first process may not have heard the signal yet.
-        wait_for("a connection that nobody answers", || {
+        // The first process may not have received the signal yet.
+        wait_for("a connection that is not accepted", || {
             let mut connection = Connection::open(address);
             let stream = connection.stream();
             stream
@@ -218,7 +219,7 @@ fn queue(form: Form) {
     }
 }
 
-/// A request that comes on an idle connection right after the signal.
+/// A request that arrives on an idle connection directly after the signal.
 fn existing(form: Form) {
     let (shared, _) = shared_socket();
     let mut server = Server::start_on(&shared, form, &["delay=10000", "grace=60000"]);
@@ -248,7 +249,7 @@ fn early(form: Form) {
     connection.get("/").assert_ok();
     server.terminate();
     let mut last = connection.get("/");
-    // The signal may come after the first ones.
+    // The first responses may be sent before the signal arrives.
     wait_for("a response that asks to leave", || {
         last.assert_ok();
         last.says_close() || {
@@ -263,8 +264,8 @@ fn early(form: Form) {
     assert!(exit.log.contains("every connection has closed"), "{exit:?}");
 }
 
-/// With what does not name this socket, and where it was not wanted, the listener is the process's
-/// own: it accepts during the delay.
+/// If `LISTEN_FDS` does not name this socket, or the setting is off, the listener belongs to this process
+/// alone: it accepts during the delay.
 fn own(form: Form) {
     let lies = [
         r#"export LISTEN_FDS=1 LISTEN_PID=1; exec "$0" "$@" 3<&0"#,
@@ -283,7 +284,7 @@ fn own(form: Form) {
             &knobs
         };
         let mut server = Server::start_by(words, &shared, form, knobs);
-        // Before it serves, it has nothing to wait for.
+        // Waits until it serves. Before that, the stop has no delay.
         server.get("/").assert_ok();
         server.terminate();
         server.wait_for_unready();
@@ -292,8 +293,8 @@ fn own(form: Form) {
     }
 }
 
-/// A socket that has been shut down, by this process or by another one, accepts nothing more. That
-/// keeps no process from stopping.
+/// A socket that this or another process has shut down accepts no more connections. The process still
+/// stops.
 fn shut_down(form: Form) {
     let (shared, _) = shared_socket();
     let mut server = Server::start_on(&shared, form, DEFAULT);

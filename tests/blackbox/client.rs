@@ -1,5 +1,5 @@
-//! An HTTP/1 client that hides nothing: bytes out, bytes in, and no library between. And one for
-//! HTTP/2.
+//! An HTTP/1 client that reads and writes bytes without a library, so that tests see exactly what is sent.
+//! Two HTTP/2 clients: `http2` uses a library, `frames` does not.
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
@@ -17,7 +17,7 @@ pub(crate) struct Connection {
 pub(crate) struct Response {
     pub(crate) version: String,
     pub(crate) status: u16,
-    /// Names in lower case.
+    /// Header fields, with names in lower case.
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) body: Vec<u8>,
 }
@@ -63,7 +63,7 @@ impl Connection {
         self.stream.get_ref()
     }
 
-    /// Whether the server has closed the connection, as a client looks before it uses it again.
+    /// Whether the server has closed the connection. Clients check this before they reuse a connection.
     pub(crate) fn has_ended(&self) -> bool {
         let stream = self.stream.get_ref();
         stream.set_nonblocking(true).unwrap();
@@ -100,7 +100,7 @@ impl Connection {
         self.try_response(method)
     }
 
-    /// Reads a response to a request of this method.
+    /// Reads the response to a request with this method.
     #[track_caller]
     pub(crate) fn response(&mut self, method: &str) -> Response {
         self.try_response(method)
@@ -183,7 +183,7 @@ impl Connection {
         Ok(rest)
     }
 
-    /// The server closes the connection without another byte.
+    /// Asserts that the server closes the connection without a further byte.
     #[track_caller]
     pub(crate) fn assert_closed(mut self) {
         let rest = self
@@ -236,7 +236,7 @@ pub(crate) mod http2 {
             }
         }
 
-        /// Begins a request; the returned function waits for its response.
+        /// Sends a request. The returned function waits for its response.
         pub(crate) fn begin(
             &self,
             path: &str,
@@ -270,7 +270,7 @@ pub(crate) mod http2 {
 }
 
 /// HTTP/2 frame by frame ([RFC 9113 §4.1](https://www.rfc-editor.org/rfc/rfc9113#section-4.1)), to
-/// see what a client library keeps to itself.
+/// see what a client library does not show.
 pub(crate) mod frames {
     use std::{
         io::{self, Read, Write},
@@ -291,7 +291,7 @@ pub(crate) mod frames {
     pub(crate) const END_HEADERS: u8 = 4;
     pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-    /// A frame as it is sent.
+    /// Encodes a frame.
     pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
         let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
         let mut frame = length[1..].to_vec();
@@ -301,9 +301,9 @@ pub(crate) mod frames {
         frame
     }
 
-    /// The payload of HEADERS that ask for this path.
+    /// The payload of a HEADERS frame that requests this path.
     pub(crate) fn request(method: Method, path: &str) -> Vec<u8> {
-        // The method and http, and as literals the path and the authority (RFC 7541 §6).
+        // The method and the scheme are indexed, the path and the authority are literals (RFC 7541 §6).
         let mut head = vec![method as u8, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
         head.extend(path.as_bytes());
         head.extend(b"\x01\x04test");
@@ -317,7 +317,7 @@ pub(crate) mod frames {
         Post = 0x83,
     }
 
-    /// A client with prior knowledge. It acknowledges what asks for it.
+    /// A client with prior knowledge. It acknowledges SETTINGS and PING.
     pub(crate) struct Connection {
         stream: TcpStream,
         next: u32,
@@ -332,16 +332,16 @@ pub(crate) mod frames {
     }
 
     impl Frame {
-        /// Of a GOAWAY: the last stream that is answered.
+        /// The last stream that a GOAWAY frame says is answered.
         pub(crate) fn last_stream(&self) -> u32 {
             assert_eq!(self.kind, GOAWAY, "{self:?}");
             u32::from_be_bytes(self.payload[..4].try_into().unwrap())
         }
 
-        /// Of the head of a response.
+        /// Whether this HEADERS frame has the status 200.
         pub(crate) fn is_ok(&self) -> bool {
-            // `:status: 200` is entry 8 of the static table (RFC 7541 Appendix A), and comes
-            // first, if not after an update of the table's size.
+            // `:status: 200` is entry 8 of the static table (RFC 7541 Appendix A). It is the first
+            // field, and only an update of the table's size may precede it.
             let head = &self.payload;
             self.kind == HEADERS && (head[0] == 0x88 || head[0] & 0xe0 == 0x20 && head[1] == 0x88)
         }
@@ -352,7 +352,7 @@ pub(crate) mod frames {
             Self::on(TcpStream::connect(address).unwrap(), &[])
         }
 
-        /// On this connection, with these settings.
+        /// Begins HTTP/2 on this stream, with these settings.
         pub(crate) fn on(mut stream: TcpStream, settings: &[u8]) -> Self {
             stream.set_nodelay(true).unwrap();
             stream.write_all(PREFACE).unwrap();
@@ -371,7 +371,7 @@ pub(crate) mod frames {
             self.stream.write_all(&frame(kind, flags, stream, payload))
         }
 
-        /// Begins a request, and returns its stream.
+        /// Sends a request, and returns its stream.
         pub(crate) fn begin(&mut self, path: &str) -> io::Result<u32> {
             let head = request(Method::Get, path);
             let stream = self.next;
@@ -380,7 +380,7 @@ pub(crate) mod frames {
             Ok(stream)
         }
 
-        /// Begins an extended CONNECT ([RFC 8441 §4](https://www.rfc-editor.org/rfc/rfc8441#section-4)).
+        /// Sends an extended CONNECT ([RFC 8441 §4](https://www.rfc-editor.org/rfc/rfc8441#section-4)).
         pub(crate) fn connect(&mut self, path: &str, protocol: &str) -> io::Result<u32> {
             let mut head = Vec::new();
             for (name, value) in [
@@ -389,7 +389,7 @@ pub(crate) mod frames {
                 (":scheme", "http"),
                 (":path", path),
                 (":authority", "test"),
-                // Other protocols do not mind.
+                // Protocols other than WebSocket ignore this.
                 ("sec-websocket-version", "13"),
             ] {
                 head.push(0);
@@ -439,7 +439,7 @@ pub(crate) mod frames {
             })
         }
 
-        /// The next frame of this kind. Others are passed over.
+        /// The next frame of this kind. Skips other frames.
         #[track_caller]
         pub(crate) fn next(&mut self, kind: u8) -> Frame {
             loop {
@@ -451,14 +451,13 @@ pub(crate) mod frames {
             }
         }
 
-        /// Reads to the end of a response, which may be a frame of its own.
+        /// Reads until a frame ends the response. The last frame may be empty.
         #[track_caller]
         pub(crate) fn end_of_stream(&mut self) {
             while self.next(DATA).flags & END_STREAM == 0 {}
         }
 
-        /// Reads until nothing has come for this long. Returns what tells of a stream, or of the
-        /// end.
+        /// Reads until no frame has arrived for `quiet`. Returns the frames about streams, and GOAWAY.
         pub(crate) fn until_quiet(&mut self, quiet: Duration) -> Vec<Frame> {
             let mut frames = Vec::new();
             loop {

@@ -1,4 +1,5 @@
-//! What the owner of a connection sees to, and what an upgraded one is.
+//! Promises about connections: the head timeout, when clients are asked to leave, cuts, and upgraded
+//! connections.
 
 use std::{
     io::{self, Read},
@@ -18,17 +19,17 @@ use crate::{
 
 pub(crate) const TESTS: &[Test] = &[
     (
-        "connections::have_a_bounded_time_for_a_head",
+        "connections::must_send_a_head_in_time",
         &[Form::Serve],
         slow_head,
     ),
     (
-        "connections::may_be_idle_for_longer_than_a_head_may_take",
+        "connections::may_be_idle_for_longer_than_the_head_timeout",
         &[Form::Serve],
         idle,
     ),
     (
-        "connections::have_a_bounded_time_for_a_head_that_comes_with_the_request_before",
+        "connections::must_send_a_head_in_time_if_it_begins_with_the_previous_request",
         &[Form::Serve],
         shared_segment,
     ),
@@ -38,32 +39,32 @@ pub(crate) const TESTS: &[Test] = &[
         empty_line,
     ),
     (
-        "connections::may_have_all_the_time_there_is_for_a_head",
+        "connections::have_unlimited_time_for_a_head_if_so_configured",
         &[Form::Serve],
         endless_head,
     ),
     (
-        "connections::that_come_late_are_asked_too",
+        "connections::that_are_accepted_late_are_asked_to_leave",
         &[Form::Serve],
-        late_turns,
+        late_slots,
     ),
     (
-        "connections::are_asked_to_leave_in_turns",
+        "connections::are_asked_to_leave_one_after_another",
         &[Form::Serve],
         turns,
     ),
     (
-        "connections::of_http2_are_asked_to_leave_in_turns",
+        "connections::of_http2_are_asked_to_leave_one_after_another",
         &[Form::Serve],
         http2_turns,
     ),
     (
-        "connections::of_an_unknown_owner_are_asked_by_a_share_of_responses",
+        "connections::of_other_servers_are_asked_on_a_fraction_of_responses",
         &[Form::Run, Form::Smallest],
         share_of_responses,
     ),
     (
-        "connections::that_are_cut_look_cut",
+        "connections::that_are_cut_are_visibly_cut",
         Form::CUTTING,
         look_cut,
     ),
@@ -81,7 +82,7 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
-/// How long until the server closes the connection; it must be empty.
+/// The time until the server closes the connection, which must not carry another byte.
 fn closed_after(connection: Connection) -> Duration {
     let begun = Instant::now();
     connection.assert_closed();
@@ -101,23 +102,23 @@ fn slow_head(form: Form) {
         fresh.send(begun);
         let mut used = server.connect();
         used.get("/").assert_ok();
-        // Not from when it could have begun, but from when it did.
+        // The timeout runs from the first byte of a head, not from the end of the previous request.
         thread::sleep(MS(100));
         used.send(begun);
         let asked = Instant::now();
         for connection in [fresh, used] {
             closed_after(connection);
             let after = asked.elapsed();
-            // Without the timeout it would not be closed at all.
+            // Without the timeout the server would not close it.
             assert!(after > MS(250) && after < MS(4000), "{begun:?}: {after:?}");
         }
     }
-    // Byte by byte is no way around it.
+    // Single bytes do not extend the timeout.
     let mut connection = server.connect();
     let begun = Instant::now();
     while connection.try_send(b"GET / HTTP/1.1"[..1].as_ref()).is_ok() {
         thread::sleep(MS(20));
-        assert!(begun.elapsed() < MS(2000), "it goes on for ever");
+        assert!(begun.elapsed() < MS(2000), "the timeout was extended");
     }
     slow.join().unwrap().assert_ok();
     server.terminate();
@@ -138,7 +139,7 @@ fn idle(form: Form) {
     idle.get("/").assert_ok();
     uploading.send("lf");
     uploading.response("POST").assert_ok();
-    // After a body that came late there is no head yet either.
+    // After a late body the connection is idle again, and no head has begun.
     thread::sleep(MS(600));
     uploading.get("/").assert_ok();
     http2.begin("/").unwrap();
@@ -149,8 +150,8 @@ fn idle(form: Form) {
     server.exit().assert_clean();
 }
 
-/// In one segment with the request before, byte by byte, or apart: the client cannot know how its
-/// bytes arrive.
+/// The head begins in one segment with the previous request, byte by byte, or separately. The client cannot
+/// control how its bytes arrive.
 fn shared_segment(form: Form) {
     const GET: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
     const POST: &str = "POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 2\r\n\r\nok";
@@ -187,7 +188,7 @@ fn shared_segment(form: Form) {
     }
 }
 
-/// Some clients send one after a body (RFC 9112 §2.2). It begins no request.
+/// Some clients send an empty line after a body (RFC 9112 §2.2). It does not begin a request.
 fn empty_line(form: Form) {
     const POST: &str = "POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 2\r\n\r\nok";
 
@@ -230,8 +231,8 @@ fn endless_head(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Those that were not there when the others were told, and have had an answer before their turn.
-fn late_turns(form: Form) {
+/// Clients that connect after the start of the stop, and complete a request before their stagger slot.
+fn late_slots(form: Form) {
     let mut server = Server::start(form, &["delay=5000", "spread=2000"]);
     server.get("/").assert_ok();
     server.terminate();
@@ -242,7 +243,7 @@ fn late_turns(form: Form) {
         client.next(GOAWAY);
         client.until_closed();
     }
-    // And not at the end of the delay.
+    // Not only at the end of the delay.
     assert!(server.elapsed() < MS(4500), "{:?}", server.elapsed());
     server.exit().assert_clean();
 }
@@ -254,8 +255,8 @@ fn used_http2(server: &Server) -> frames::Connection {
     client
 }
 
-/// When each of `count` clients was told to leave, as a fraction of a spread of two seconds.
-fn told<C: Send + 'static>(
+/// When each client was asked to leave, as a fraction of a spread of two seconds.
+fn asked_at<C: Send + 'static>(
     server: &mut Server,
     clients: Vec<C>,
     leave: impl Fn(C) + Clone + Send + 'static,
@@ -270,18 +271,18 @@ fn told<C: Send + 'static>(
         })
     });
     let clients: Vec<_> = clients.collect();
-    let told = clients.into_iter().map(|client| client.join().unwrap());
-    let mut told: Vec<_> = told.collect();
-    told.sort_by(f64::total_cmp);
-    told
+    let asked = clients.into_iter().map(|client| client.join().unwrap());
+    let mut asked: Vec<_> = asked.collect();
+    asked.sort_by(f64::total_cmp);
+    asked
 }
 
 #[track_caller]
-fn assert_linear(told: &[f64]) {
-    let step = 1.0 / f64::from(u32::try_from(told.len()).unwrap());
+fn assert_linear(asked: &[f64]) {
+    let step = 1.0 / f64::from(u32::try_from(asked.len()).unwrap());
     let mut even = 0.0;
-    for at in told {
-        assert!((at - even).abs() < 0.1, "{at} for {even}: {told:?}");
+    for at in asked {
+        assert!((at - even).abs() < 0.1, "{at} for {even}: {asked:?}");
         even += step;
     }
 }
@@ -294,7 +295,7 @@ fn turns(form: Form) {
     for client in &mut clients {
         assert!(!client.get("/").says_close());
     }
-    let told = told(&mut server, clients, |mut client| {
+    let asked = asked_at(&mut server, clients, |mut client| {
         loop {
             let response = client.get("/");
             response.assert_ok();
@@ -304,19 +305,19 @@ fn turns(form: Form) {
             thread::sleep(MS(20));
         }
     });
-    assert_linear(&told);
+    assert_linear(&asked);
     server.exit().assert_clean();
 }
 
 fn http2_turns(form: Form) {
     let mut server = Server::start(form, SPREAD);
     let clients: Vec<_> = (0..40).map(|_| used_http2(&server)).collect();
-    // Without another request.
-    let told = told(&mut server, clients, |mut client| {
+    // No client sends another request.
+    let asked = asked_at(&mut server, clients, |mut client| {
         client.next(GOAWAY);
         client.until_closed();
     });
-    assert_linear(&told);
+    assert_linear(&asked);
     server.exit().assert_clean();
 }
 
@@ -325,18 +326,21 @@ fn share_of_responses(form: Form) {
     assert!(!server.get("/").says_close());
     server.terminate();
     server.wait_for_unready();
-    let (mut said, mut expected) = (0.0, 0.0);
+    let (mut closing, mut expected) = (0.0, 0.0);
     for _ in 0..200 {
         let elapsed = server.elapsed();
         if server.get("/").says_close() {
-            said += 1.0;
+            closing += 1.0;
         }
-        // Two seconds is all of it.
+        // The whole spread is two seconds.
         expected += (elapsed.as_secs_f64() / 2.0).min(1.0);
         thread::sleep(MS(8));
     }
-    let off: f64 = said - expected;
-    assert!(off.abs() < 20.0, "{said} of 200 said so, not {expected}");
+    let off: f64 = closing - expected;
+    assert!(
+        off.abs() < 20.0,
+        "{closing} of 200 responses ask to close, not {expected}"
+    );
     server.exit().assert_clean();
 }
 
@@ -348,16 +352,16 @@ fn look_cut(form: Form) {
         assert_eq!(connection.head().status, 200);
         connection
     };
-    // The server has it in one piece, and most of that is not sent.
+    // The handler has returned this body in one piece, and most of it is not sent.
     let of_a_length = open("GET /large HTTP/1.1\r\nhost: test\r\n\r\n");
     let in_chunks = open("GET /stream/1000000/20 HTTP/1.1\r\nhost: test\r\n\r\n");
-    // Its end is the end of the connection (RFC 9112 §6.3), so nothing but a reset shows the cut.
+    // This body ends with the connection (RFC 9112 §6.3), so only a reset shows the cut.
     let to_the_end = open("GET /stream/1000000/20 HTTP/1.0\r\n\r\n");
     let mut http2 = frames::Connection::open(server.address);
     let stream = http2.begin("/stream/1000000/20").unwrap();
     assert!(http2.next(HEADERS).is_ok());
     server.terminate();
-    // What has been written already, and then the reset.
+    // The client reads the bytes that were written before the cut, and then the reset.
     for mut connection in [of_a_length, in_chunks, to_the_end] {
         server.until(MS(600));
         let error = connection.rest().unwrap_err();
@@ -388,7 +392,7 @@ fn upgraded(form: Form) {
     };
     echo("while serving\n");
     wait_for("the upgrade to be no request", || server.in_flight() == 0);
-    // It, and the one that asks.
+    // The upgraded connection, and the one that asks.
     wait_for("the upgrade to be a connection", || {
         server.get("/connections").text() == "2"
     });
@@ -407,7 +411,7 @@ fn upgraded(form: Form) {
     assert!(!matches!(read, Ok(1..)), "{read:?}");
 }
 
-/// WebSocket over HTTP/2 begins so (RFC 8441).
+/// The beginning of WebSocket over HTTP/2 (RFC 8441).
 fn connect(form: Form) {
     let mut server = Server::start(form, &["delay=300", "drain=700"]);
     let mut connection = frames::Connection::open(server.address);

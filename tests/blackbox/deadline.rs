@@ -1,4 +1,4 @@
-//! What would keep a server for ever, and does not.
+//! Clients and handlers that never finish do not keep the server past its deadline.
 
 use std::{io::Read, time::Duration};
 
@@ -6,27 +6,27 @@ use crate::{Test, client::Connection, process::Server, server::Form};
 
 pub(crate) const TESTS: &[Test] = &[
     (
-        "deadline::ends_whatever_a_client_does_or_does_not_do",
+        "deadline::is_kept_whatever_a_client_does",
         Form::CUTTING,
         states,
     ),
     (
-        "deadline::ends_two_hundred_connections_in_mixed_states",
+        "deadline::is_kept_with_two_hundred_connections_in_mixed_states",
         Form::CUTTING,
         mixed,
     ),
     (
-        "deadline::is_not_waited_for_by_a_slow_reader_in_time",
+        "deadline::is_not_waited_for_if_a_slow_reader_finishes",
         Form::CUTTING,
         slow_reader,
     ),
     (
-        "deadline::is_not_waited_for_by_an_upload_resumed_in_time",
+        "deadline::is_not_waited_for_if_a_paused_upload_finishes",
         Form::CUTTING,
         resumed_upload,
     ),
     (
-        "deadline::takes_nothing_from_who_has_been_answered",
+        "deadline::does_not_truncate_a_response_that_was_sent",
         Form::CUTTING,
         answered,
     ),
@@ -34,7 +34,7 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
-/// A client that sends this, reads nothing, and stays.
+/// The states of a connection: the client sends these bytes, reads nothing, and stays connected.
 const STATES: &[(&str, &[u8])] = &[
     ("half a head", b"GET / HTTP/1.1\r\nhost: test\r\nx-half: "),
     ("eight bytes of a head", b"GET / HT"),
@@ -43,9 +43,9 @@ const STATES: &[(&str, &[u8])] = &[
         "the HTTP/2 preface alone",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ),
-    // With empty SETTINGS, and never an acknowledgement of the PING that goes with GOAWAY.
+    // Sends empty SETTINGS, and never acknowledges the PING that comes with GOAWAY.
     (
-        "an HTTP/2 peer that is mute",
+        "a silent HTTP/2 peer",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
     ),
     (
@@ -80,7 +80,7 @@ fn enter(server: &Server, state: &[u8]) -> Connection {
     connection
 }
 
-/// With a delay of 200 ms and 800 ms to drain, whatever it is that stays.
+/// Each state with a delay of 200 ms and 800 ms to drain.
 fn states(form: Form) {
     const KNOBS: &[&str] = &["delay=200", "drain=800"];
     for (what, state) in STATES {
@@ -91,8 +91,8 @@ fn states(form: Form) {
         let exit = server.exit();
         exit.assert_within(MS(200), MS(1500));
         let silent = exit.status.code() == Some(0);
-        // Where there is no request, closing the connection loses nothing.
-        let no_request = ["half a", "eight", "preface alone", "mute"];
+        // Without a request, closing the connection loses nothing, and the stop is clean.
+        let no_request = ["half a", "eight", "preface alone", "silent HTTP/2"];
         let no_request = no_request.iter().any(|state| what.contains(state));
         assert_eq!(silent, no_request, "{what}: {exit:?}");
         if !silent {
@@ -153,8 +153,9 @@ fn resumed_upload(form: Form) {
     server.exit().assert_clean();
 }
 
-/// One is stuck; another has a whole response on its way, and reads it only after the process has
-/// ended. The kernel keeps it, and the report says that it had not been received.
+/// One handler is stuck. Another client has a complete response in the kernel's send buffer, and reads it
+/// only after the process has ended. The kernel delivers it, and the report says that the client had not
+/// received it.
 fn answered(form: Form) {
     let mut server = Server::start(form, &["delay=0", "drain=500"]);
     let stuck = enter(&server, b"GET /never HTTP/1.1\r\nhost: test\r\n\r\n");
@@ -164,7 +165,7 @@ fn answered(form: Form) {
         .unwrap();
     let mut slow = slow;
     slow.send("GET /buffered HTTP/1.1\r\nhost: test\r\n\r\n");
-    // It has begun to come.
+    // The response has begun to arrive.
     slow.stream().peek(&mut [0]).unwrap();
     server.wait_for_in_flight(1);
     let idle = server.connect();

@@ -1,4 +1,4 @@
-//! What becomes of requests that were begun, and when the process ends.
+//! In-flight requests complete, and the process ends on time.
 
 use std::{thread, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::{
 
 pub(crate) const TESTS: &[Test] = &[
     (
-        "draining::finishes_what_is_in_flight_and_waits_no_longer",
+        "draining::completes_in_flight_requests_and_then_ends",
         Form::ALL,
         finishes,
     ),
@@ -26,7 +26,7 @@ pub(crate) const TESTS: &[Test] = &[
         idle_without_delay,
     ),
     (
-        "draining::a_head_sent_late_says_close_and_keeps_its_headers",
+        "draining::a_late_response_head_has_connection_close_and_its_own_headers",
         Form::ALL,
         late_head,
     ),
@@ -36,7 +36,7 @@ pub(crate) const TESTS: &[Test] = &[
         streams_to_the_end,
     ),
     (
-        "draining::what_is_left_at_the_deadline_is_given_up_and_reported",
+        "draining::requests_left_at_the_deadline_are_cut_and_reported",
         Form::CUTTING,
         forced,
     ),
@@ -190,7 +190,7 @@ fn http2_finishes(form: Form) {
     server.exit().assert_clean();
 }
 
-/// A deploy under load, again and again: every request that was begun is answered in full.
+/// Repeated deploys under load: every request receives its complete response.
 fn deploys(form: Form) {
     for round in 0..5 {
         let mut server = Server::start(form, &["delay=0"]);

@@ -1,4 +1,4 @@
-//! The lame-duck phase ends before its delay: by what the server sees, and by a preStop hook.
+//! Rules that end the lame-duck phase before its delay is over, and the `preStop` route.
 
 use std::{
     thread,
@@ -14,12 +14,12 @@ pub(crate) const TESTS: &[Test] = &[
         noticed,
     ),
     (
-        "readiness::a_second_prober_that_has_noticed_nothing_takes_the_whole_delay",
+        "readiness::the_whole_delay_passes_if_a_second_prober_has_not_noticed",
         Form::CUTTING,
         not_noticed_by_all,
     ),
     (
-        "readiness::traffic_that_ends_ends_the_phase",
+        "readiness::the_phase_ends_when_traffic_has_ended",
         Form::CUTTING,
         quiet,
     ),
@@ -29,9 +29,9 @@ pub(crate) const TESTS: &[Test] = &[
         pre_stop,
     ),
     (
-        "signals::a_pre_stop_caller_that_hangs_up_changes_nothing",
+        "signals::a_pre_stop_caller_that_disconnects_changes_nothing",
         Form::CUTTING,
-        hangs_up,
+        disconnects,
     ),
     (
         "signals::a_pre_stop_call_needs_no_connect_info_on_a_server_of_serve",
@@ -45,7 +45,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// Long, so that an end before it is no accident.
+/// Long, so that an earlier end must be the effect of a rule.
 const DELAY: &str = "delay=8000";
 
 fn noticed(form: Form) {
@@ -67,7 +67,7 @@ fn not_noticed_by_all(form: Form) {
     server.get("/").assert_ok();
     server.terminate();
     let address = server.address;
-    // For as long as it answers.
+    // Probes until the server does not answer any more.
     let prober = thread::spawn(move || {
         while let Ok(mut prober) = Connection::try_open(address) {
             if prober.try_request("GET", "/readyz").is_err() {
@@ -101,11 +101,11 @@ fn quiet(form: Form) {
     assert!(exit.after >= Duration::from_millis(500), "{exit:?}");
 }
 
-/// As Kubernetes does it: the hook, and SIGTERM when it has ended.
+/// The order of Kubernetes: the hook, and SIGTERM after it has ended.
 fn pre_stop(form: Form) {
     let mut server = Server::start(form, &["delay=500", "drain=10000", "pre_stop=true"]);
     let slow = server.get_in_background("/sleep/4000");
-    server.asked();
+    server.mark_triggered();
     let address = server.address;
     let hook = thread::spawn(move || {
         let began = Instant::now();
@@ -116,7 +116,7 @@ fn pre_stop(form: Form) {
     response.assert_ok();
     assert!(response.says_close());
     assert!(took >= Duration::from_millis(500), "{took:?}");
-    // It drains already.
+    // The service is draining already.
     server.terminate();
     slow.join().unwrap().assert_ok();
     let exit = server.exit();
@@ -131,15 +131,15 @@ fn pre_stop(form: Form) {
     );
 }
 
-fn hangs_up(form: Form) {
+fn disconnects(form: Form) {
     let mut server = Server::start(form, &["delay=1000", "pre_stop=true"]);
-    server.asked();
+    server.mark_triggered();
     let mut caller = server.connect();
     caller.send("POST /prestop HTTP/1.1\r\nhost: test\r\ncontent-length: 0\r\n\r\n");
     server.wait_for_unready();
     drop(caller);
     let exit = server.exit();
-    // The caller is owed no answer, so nothing was lost.
+    // The caller has disconnected, so no response was lost.
     exit.assert_clean();
     assert!(
         exit.report.contains("shutdown by preStop: clean"),
@@ -150,7 +150,7 @@ fn hangs_up(form: Form) {
 
 fn without_connect_info(form: Form) {
     let mut server = Server::start(form, &["delay=300", "pre_stop=true", "connect_info=none"]);
-    server.asked();
+    server.mark_triggered();
     server.connect().request("POST", "/prestop").assert_ok();
     server.exit().assert_clean();
 }

@@ -1,4 +1,4 @@
-//! The edge of the listener: requests that arrive together with the stop.
+//! Requests that arrive together with the signal.
 
 use std::{
     io, thread,
@@ -38,19 +38,19 @@ pub(crate) const TESTS: &[Test] = &[
 const GET: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
 const BOTH: [&str; 2] = ["keep_listening=true", "keep_listening=false"];
 
-/// A connection may be silent for 25 ms. A client that had to wait longer for a processor than this
-/// is not held against the server.
+/// When draining starts, the server closes connections that have been silent for 25 ms. A client that the
+/// operating system delays for longer than this may lose its request, and the test does not count it.
 const PROMPT: Duration = Duration::from_millis(15);
 
-/// Answered, if only with a refusal.
+/// Asserts that there is a response, which may be a refusal.
 #[track_caller]
 fn assert_answered(answer: &io::Result<Response>, i: usize) {
     let answered = matches!(answer, Ok(answer) if matches!(answer.status, 200 | 503));
     assert!(answered, "{i}: {answer:?}");
 }
 
-/// Refused. Between the last look into the queue and the close the kernel may still complete a
-/// handshake, and reset it: an error of `connect`, before any request.
+/// Whether the connection was refused. Between the last `accept` and the close, the kernel may still
+/// complete a handshake and then reset it, which is an error of `connect`, before any request.
 fn not_connected(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -58,12 +58,12 @@ fn not_connected(error: &io::Error) -> bool {
     )
 }
 
-/// Three hundred connections at once, and the signal in the middle of them.
+/// Three hundred connections arrive at once, and the signal arrives among them.
 fn queued(form: Form) {
     for keep in BOTH {
         let mut server = Server::start(form, &["delay=0", keep]);
         let mut accepted = Vec::new();
-        // They stay: a client that leaves before it is answered is in the report.
+        // The clients stay connected, because the report lists clients that leave before the response.
         let mut late = Vec::new();
         for i in 0..300 {
             if i == 150 {
@@ -93,7 +93,7 @@ fn queued(form: Form) {
     }
 }
 
-/// Sixteen clients that connect anew for each request, until they are refused.
+/// Sixteen clients open a connection for each request until they are refused.
 fn connection_per_request(form: Form) {
     for keep in BOTH {
         let mut server = Server::start(form, &["delay=100", keep]);
@@ -132,7 +132,7 @@ fn connection_per_request(form: Form) {
     }
 }
 
-/// Two hundred kept connections, and a request on each a moment after the signal.
+/// Two hundred keep-alive connections, and a request on each just after the signal.
 fn idle(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);
     let mut connections: Vec<_> = (0..200).map(|_| server.connect()).collect();
@@ -143,7 +143,7 @@ fn idle(form: Form) {
     server.exit().assert_clean();
 }
 
-/// The same on connections that have never carried a byte.
+/// The same on connections that have not carried a byte before.
 fn silent(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);
     let connections: Vec<_> = (0..200).map(|_| server.connect()).collect();

@@ -1,4 +1,4 @@
-//! HTTP/2: who is on a connection is asked to leave it, and loses nothing.
+//! GOAWAY: HTTP/2 clients are asked to leave their connections, and lose no request.
 
 use std::time::Duration;
 
@@ -19,17 +19,17 @@ pub(crate) const TESTS: &[Test] = &[
         with_a_response,
     ),
     (
-        "goaway::comes_at_the_end_of_the_lame_duck_phase_to_who_connects_in_it",
+        "goaway::comes_at_the_end_of_the_lame_duck_phase_to_clients_that_connect_in_it",
         &[Form::Serve],
         late,
     ),
     (
-        "goaway::comes_to_who_connects_in_the_last_moment",
+        "goaway::comes_to_clients_that_connect_in_the_last_moment",
         &[Form::Serve],
         last_moment,
     ),
     (
-        "goaway::comes_before_draining_refuses",
+        "goaway::comes_before_requests_are_refused",
         &[Form::Serve],
         when_draining_starts,
     ),
@@ -39,7 +39,7 @@ pub(crate) const TESTS: &[Test] = &[
         when_connections_close,
     ),
     (
-        "goaway::does_not_come_before_the_answer_to_who_connects_late",
+        "goaway::does_not_come_before_the_response_to_a_late_client",
         &[Form::Serve],
         connects_late,
     ),
@@ -56,10 +56,10 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
-/// Everything, for the time being (RFC 9113 §6.8).
+/// The last stream of a first GOAWAY, which still allows all streams (RFC 9113 §6.8).
 const ALL_STREAMS: u32 = u32::MAX >> 1;
 
-/// Opens a connection and has one answer on it.
+/// Opens a connection and completes one request on it.
 fn used(server: &Server) -> Connection {
     let mut connection = Connection::open(server.address);
     connection.begin("/").unwrap();
@@ -83,10 +83,10 @@ fn with_a_response(form: Form) {
     assert!(busy.next(HEADERS).is_ok());
     assert_eq!(busy.next(GOAWAY).last_stream(), ALL_STREAMS);
     assert_eq!(busy.next(GOAWAY).last_stream(), 3);
-    // The server closes what is finished.
+    // The server closes a connection whose requests have completed.
     busy.until_closed();
     assert!(server.elapsed() < MS(1900), "{:?}", server.elapsed());
-    // Who does not ask is not disturbed before the delay is over.
+    // A client without requests gets no GOAWAY before the end of the delay.
     let frames = idle.until_quiet(MS(1900).saturating_sub(server.elapsed()));
     assert!(frames.is_empty(), "{frames:?}");
     assert_eq!(idle.next(GOAWAY).last_stream(), ALL_STREAMS);
@@ -94,10 +94,11 @@ fn with_a_response(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Else a client without a balancer would connect anew for nearly every request of the delay.
+/// If GOAWAY came with the first response, a client without a load balancer would open a new connection
+/// for nearly every request during the delay.
 fn late(form: Form) {
     let mut server = Server::start(form, &["delay=2000"]);
-    // Before it serves, a signal would end it without a delay.
+    // Waits until it serves. Before that, a signal would end the process without a delay.
     server.get("/").assert_ok();
     server.terminate();
     server.wait_for_unready();
@@ -122,12 +123,12 @@ fn last_moment(form: Form) {
     let mut server = Server::start(form, &["drain=5000"]);
     let held = server.get_in_background("/sleep/4000");
     server.terminate();
-    // When all who were there have been asked, and draining has not begun.
+    // A moment at which the other clients have received GOAWAY, and draining has not begun.
     server.until(MS(983));
     let mut connection = Connection::open(server.address);
     connection.begin("/").unwrap();
     assert_eq!(connection.next(GOAWAY).last_stream(), ALL_STREAMS);
-    // And not when connections are closed.
+    // Not only when connections are closed.
     assert!(server.elapsed() < MS(3500), "{:?}", server.elapsed());
     connection.until_closed();
     held.join().unwrap().assert_ok();
@@ -136,7 +137,7 @@ fn last_moment(form: Form) {
 
 fn when_draining_starts(form: Form) {
     let mut server = Server::start(form, &[]);
-    // One that has never asked anything, one that has, one that is being answered.
+    // A client without a request, one whose request has completed, and one with a request in flight.
     let mut silent = Connection::open(server.address);
     let mut idle = used(&server);
     let mut busy = Connection::open(server.address);
@@ -147,13 +148,13 @@ fn when_draining_starts(form: Form) {
         assert_eq!(connection.next(GOAWAY).last_stream(), ALL_STREAMS);
     }
     assert!(server.elapsed() > MS(950), "{:?}", server.elapsed());
-    // And not when connections are closed, after the last response.
+    // Not only when connections are closed after the last response.
     assert!(server.elapsed() < MS(3000), "{:?}", server.elapsed());
     for connection in [&mut silent, &mut idle] {
         connection.until_closed();
     }
     assert!(server.elapsed() < MS(3000), "{:?}", server.elapsed());
-    // It listens all the same.
+    // It still listens.
     server.wait_for_draining();
     assert_eq!(server.get("/").status, 503);
     let head = busy.next(HEADERS);
@@ -169,7 +170,8 @@ fn when_connections_close(form: Form) {
     busy.begin("/sleep/1500").unwrap();
     server.wait_for_in_flight(1);
     server.terminate();
-    // The two may overtake each other: nothing is in flight once the response is on its way.
+    // GOAWAY and the response may come in either order, because the request is no longer in flight
+    // once its response is being sent.
     let first = loop {
         let frame = busy.read().unwrap();
         if matches!(frame.kind, HEADERS | GOAWAY) {
@@ -211,7 +213,7 @@ fn connects_late(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Streams go on being opened on a connection until the server says which the last one was.
+/// A client opens streams on a connection until the second GOAWAY names the last stream.
 fn racing(form: Form) {
     for delay in ["delay=0", "delay=300"] {
         let mut server = Server::start(form, &[delay]);
@@ -221,11 +223,11 @@ fn racing(form: Form) {
         server.terminate();
         let mut sent = vec![1];
         let mut frames: Vec<Frame> = Vec::new();
-        let said = |frames: &[Frame]| {
+        let last_stream = |frames: &[Frame]| {
             let goaway = frames.iter().rev().find(|frame| frame.kind == GOAWAY)?;
             Some(goaway.last_stream()).filter(|last| *last != ALL_STREAMS)
         };
-        while said(&frames).is_none() {
+        while last_stream(&frames).is_none() {
             for _ in 0..3 {
                 if let Ok(stream) = connection.begin("/") {
                     sent.push(stream);
@@ -237,7 +239,7 @@ fn racing(form: Form) {
         while let Some(frame) = connection.read() {
             frames.push(frame);
         }
-        let last = said(&frames).unwrap();
+        let last = last_stream(&frames).unwrap();
         let answered = |stream| {
             let mut frames = frames.iter().filter(|frame| frame.stream == stream);
             frames.any(|frame| frame.flags & END_STREAM != 0)

@@ -1,5 +1,5 @@
-//! Clients that close their writing side after a request: do they wait for the response, or have
-//! they left?
+//! Clients that close their writing side after a request. The server cannot know whether such a client
+//! waits for the response or has disconnected. The setting `half_close` selects one of the two.
 
 use std::{
     net::Shutdown,
@@ -111,7 +111,7 @@ fn answered_while_draining(form: Form) {
     server.exit().assert_clean();
 }
 
-/// The other side of the choice.
+/// The cost of the option: the handler of a client that has disconnected continues.
 fn handler_runs_on(form: Form) {
     let mut server = Server::start(form, &["delay=0", "half_close=true"]);
     drop(half_closed(&server, &get("/sleep/600")));
@@ -133,7 +133,7 @@ fn dropped(form: Form) {
     // The handler would take a minute.
     assert!(took < MS(1000), "{took:?}");
     connection.assert_closed();
-    // It was not the shutdown that lost it.
+    // The request was dropped before the shutdown, so the report does not list it.
     server.terminate();
     server.exit().assert_clean();
 }
@@ -147,7 +147,7 @@ fn assert_lost(exit: &Exit, requests: usize) {
 }
 
 fn reported(form: Form) {
-    // In flight at the signal, and dropped in the lame-duck phase or while draining.
+    // A request that is in flight at the signal, and is dropped in the lame-duck phase or while draining.
     for knobs in ["delay=500", "delay=0"] {
         let mut server = Server::start(form, &[knobs]);
         let mut connection = server.connect();
@@ -163,7 +163,7 @@ fn reported(form: Form) {
         connection.assert_closed();
         assert_lost(&server.exit(), 1);
     }
-    // In the lame-duck phase, request and FIN at once, which the handler never sees.
+    // In the lame-duck phase, request and FIN arrive at once. The handler never starts.
     let mut server = Server::start(form, &["delay=1000"]);
     server.get("/").assert_ok();
     server.terminate();
@@ -192,23 +192,23 @@ fn reported_with_a_body(form: Form) {
 fn not_reported(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);
     let holds = server.get_in_background("/sleep/1200");
-    // Idle, before a request and after one, or in the middle of a head.
+    // Idle before a request, idle after a request, and in the middle of a head.
     let silent = server.connect();
     let mut idle = server.connect();
     idle.get("/").assert_ok();
     let mut begun = server.connect();
     begun.send("GET / HTTP/1.1\r\nhost: test\r\n");
-    // With the head of the response out.
+    // A connection whose response head has been sent.
     let mut streaming = server.connect();
     streaming.send(&get("/stream/100000/1"));
     streaming.head().assert_ok();
-    // Reset.
+    // A connection that the client resets.
     let mut reset = server.connect();
     reset.send(&get("/sleep/60000"));
     server.wait_for_in_flight(3);
     server.terminate();
     server.wait_for_draining();
-    // One that would have been refused.
+    // A request that would be refused.
     let refused = half_closed(&server, &get("/"));
     for connection in [&silent, &idle, &begun, &streaming] {
         connection.stream().shutdown(Shutdown::Write).unwrap();

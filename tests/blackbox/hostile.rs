@@ -1,5 +1,4 @@
-//! Peers that mean no good: they cannot prolong the drain, nor end the server, nor leave a count
-//! behind.
+//! Hostile peers. They cannot prolong the drain, crash the server, or leave a wrong count behind.
 
 use std::{
     io::{self, Read, Write},
@@ -27,7 +26,7 @@ use crate::{
 
 pub(crate) const TESTS: &[Test] = &[
     (
-        "hostile::a_byte_now_and_then_does_not_prolong_the_drain",
+        "hostile::slow_bytes_do_not_prolong_the_drain",
         Form::CUTTING,
         slow,
     ),
@@ -42,17 +41,17 @@ pub(crate) const TESTS: &[Test] = &[
         resets_during_the_drain,
     ),
     (
-        "hostile::a_reset_that_nobody_sees_is_over_at_the_deadline",
+        "hostile::a_reset_that_the_server_does_not_see_is_cleared_at_the_deadline",
         Form::CUTTING,
         unseen,
     ),
     (
-        "hostile::without_descriptors_the_end_comes_in_time",
+        "hostile::without_descriptors_the_stop_ends_in_time",
         Form::CUTTING,
         starved_to_the_end,
     ),
     (
-        "hostile::when_descriptors_come_back_so_does_the_service",
+        "hostile::the_service_recovers_when_descriptors_are_free",
         Form::CUTTING,
         starved_for_a_while,
     ),
@@ -65,20 +64,20 @@ pub(crate) const ALONE: &[Test] = &[
         floods,
     ),
     (
-        "hostile::connecting_again_and_again_does_not_prolong_the_drain",
+        "hostile::repeated_connects_do_not_prolong_the_drain",
         Form::CUTTING,
-        again_and_again,
+        repeated_connects,
     ),
 ];
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
-/// The delay, and the deadline of the drain 800 ms later.
+/// A delay of 200 ms, and a drain deadline 800 ms later.
 const KNOBS: &[&str] = &["delay=200", "drain=800"];
 /// Half a second after that deadline.
 const IN_TIME: Duration = Duration::from_millis(1500);
 const SOON: Duration = Duration::from_millis(500);
 
-/// What a peer sends first, and then in every round.
+/// The bytes that a peer sends first, and the bytes that it sends in every round.
 struct Peer {
     what: &'static str,
     first: fn() -> Vec<u8>,
@@ -86,7 +85,8 @@ struct Peer {
     pause: Duration,
 }
 
-/// The beginning of a connection over HTTP/2, and a request that goes on if it has a body.
+/// The first bytes of an HTTP/2 connection, with a request if `asks` is given. A POST stays open for its
+/// body.
 fn http2(asks: Option<(Method, &str)>) -> Vec<u8> {
     let mut bytes = PREFACE.to_vec();
     bytes.extend(frame(SETTINGS, 0, 0, &[]));
@@ -164,14 +164,14 @@ const FLOODS: &[Peer] = &[
         pause: Duration::ZERO,
     },
     Peer {
-        // Within the limits of what may be uploaded, or the connection would not last.
+        // Below the limit of the upload, so that the server does not close the connection.
         what: "tiny DATA",
         first: || http2(Some((Method::Post, "/upload"))),
         round: |_| frame(DATA, 0, 1, b"x").repeat(20),
         pause: Duration::from_millis(1),
     },
     Peer {
-        what: "tiny DATA that nobody reads",
+        what: "tiny DATA frames that no handler reads",
         first: || http2(Some((Method::Post, "/never"))),
         round: |_| frame(DATA, 0, 1, b"x").repeat(20),
         pause: Duration::from_millis(1),
@@ -213,8 +213,8 @@ const FLOODS: &[Peer] = &[
     },
 ];
 
-/// Peers that go on until they are called off, or cannot connect any more. Whom the server sends
-/// away comes back.
+/// Peers that attack until `call_off`, or until they cannot connect any more. A peer whose connection the
+/// server closes connects again.
 struct Attack {
     over: Arc<AtomicBool>,
     rounds: Arc<AtomicU64>,
@@ -244,7 +244,7 @@ impl Attack {
         }));
     }
 
-    /// Everybody leaves, by a reset. Says how many rounds there were.
+    /// Ends all peers, by a reset. Returns the number of rounds.
     fn call_off(self) -> u64 {
         self.over.store(true, Ordering::Relaxed);
         for peer in self.peers {
@@ -325,7 +325,7 @@ fn slow(form: Form) {
             "{what}: {exit:?}"
         );
         exit.assert_within(Duration::ZERO, IN_TIME);
-        // At least until the delay was over.
+        // The attack must have lasted at least until the end of the delay.
         assert!(attack.call_off() > 5, "{what}");
     }
 }
@@ -363,7 +363,7 @@ fn floods(form: Form) {
     }
 }
 
-/// Waits until so many connections and requests are left, not counting who asks.
+/// Waits until this many connections and requests are left, without the connection that asks.
 #[track_caller]
 fn wait_for_counts(server: &Server, connections: usize, in_flight: usize, what: &str) -> Duration {
     wait_for(what, || {
@@ -371,7 +371,7 @@ fn wait_for_counts(server: &Server, connections: usize, in_flight: usize, what: 
     })
 }
 
-/// The same, within the time that clients who have gone may be remembered.
+/// The same within [`SOON`]: the server may count disconnected clients for that long.
 #[track_caller]
 fn nothing_but(server: &Server, connections: usize, in_flight: usize, what: &str) -> Duration {
     let took = wait_for_counts(server, connections, in_flight, what);
@@ -379,7 +379,7 @@ fn nothing_but(server: &Server, connections: usize, in_flight: usize, what: &str
     took
 }
 
-/// A state to leave in, and whether a request is in flight then.
+/// The state in which a client disconnects, and whether a request is in flight in this state.
 struct State {
     what: &'static str,
     sends: fn() -> Vec<u8>,
@@ -431,7 +431,7 @@ const STATES: &[State] = &[
     State {
         what: "a large body unread",
         sends: || b"GET /large HTTP/1.1\r\nhost: test\r\n\r\n".to_vec(),
-        // hyper has taken all of it at once, and holds most of it.
+        // The handler has passed the whole body to hyper, which still holds most of it.
         in_flight: true,
     },
     State {
@@ -475,7 +475,7 @@ const STATES: &[State] = &[
     State {
         what: "a large body unread over HTTP/2",
         sends: || http2(Some((Method::Get, "/large"))),
-        // h2 holds most of it, and asks for more as soon as it has sent the first part.
+        // h2 holds most of the body, and polls the body again as soon as it has sent the first part.
         in_flight: false,
     },
     State {
@@ -558,8 +558,8 @@ fn resets_during_the_drain(form: Form) {
     server.exit().assert_clean();
 }
 
-/// hyper reads nothing, and so learns of nothing, while a handler leaves an upload unread, or while
-/// the next request waits for the answer to this one.
+/// hyper does not read the socket while a handler leaves an upload unread, or while a pipelined request
+/// waits for the current response. So hyper does not notice a reset.
 fn unseen(form: Form) {
     let upload = b"POST /never HTTP/1.1\r\nhost: test\r\ncontent-length: 8\r\n\r\nhalf";
     let pipelined = [NEVER, GET].concat();
@@ -576,8 +576,8 @@ fn unseen(form: Form) {
     }
 }
 
-/// Half of them ask and wait for the answer, the others never end their heads.
-fn again_and_again(form: Form) {
+/// Half of the clients send a request and wait for the response. The others never complete their heads.
+fn repeated_connects(form: Form) {
     for keep in ["keep_listening=true", "keep_listening=false"] {
         let mut server = Server::start(form, &["delay=200", "drain=800", keep]);
         let address = server.address;
@@ -620,7 +620,7 @@ fn again_and_again(form: Form) {
     }
 }
 
-/// More clients than the server may have files open. Each sends this.
+/// Connects more clients than the server may have files open. Each sends `request`.
 fn starve(server: &Server, observer: &mut Connection, request: &str) -> Vec<Connection> {
     let connect = |_| {
         let mut connection = server.connect();
@@ -632,9 +632,9 @@ fn starve(server: &Server, observer: &mut Connection, request: &str) -> Vec<Conn
         let connections: usize = observer.get("/connections").text().parse().unwrap();
         connections > 40
     });
-    let mut unheard = server.connect();
-    unheard.stream().set_read_timeout(Some(MS(200))).unwrap();
-    let answer = unheard.try_request("GET", "/");
+    let mut waiting = server.connect();
+    waiting.stream().set_read_timeout(Some(MS(200))).unwrap();
+    let answer = waiting.try_request("GET", "/");
     assert!(answer.is_err(), "{answer:?}");
     clients
 }
@@ -663,8 +663,8 @@ fn starved_for_a_while(form: Form) {
         drop(starve(&server, &mut observer, request));
         let begun = Instant::now();
         server.get("/").assert_ok();
-        // axum rests for a second when there is no descriptor, and once more if the clients who
-        // have gone from the queue take them all again.
+        // axum pauses for one second if there is no descriptor. It pauses once more if accepting the
+        // disconnected clients in the queue uses up all descriptors again.
         let took = begun.elapsed();
         println!("served again after {took:?}");
         assert!(took < MS(3000), "{took:?}");

@@ -1,4 +1,4 @@
-//! The count: what is in flight, for how long, and that it always comes back to zero.
+//! The count of in-flight requests: how long a request counts, and that the count returns to zero.
 
 use std::{io::Write, net::Shutdown, time::Duration};
 
@@ -22,7 +22,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     ("in_flight::is_zero_soon_after_a_panic", Form::ALL, panics),
     (
-        "in_flight::is_zero_soon_after_a_client_is_gone",
+        "in_flight::is_zero_soon_after_a_client_has_disconnected",
         Form::ALL,
         clients_gone,
     ),
@@ -34,7 +34,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// For what is to come at once, and otherwise would not come, or after a minute.
+/// The time limit of events that come at once. If the code is wrong, they come after a minute or never.
 const SOON: Duration = Duration::from_secs(1);
 
 fn peer(form: Form) {
@@ -114,7 +114,7 @@ fn clients_gone(form: Form) {
     server.exit().assert_clean();
 }
 
-/// By FIN, or by RST: closing a socket with unread bytes in it resets the connection.
+/// Disconnects by FIN or by RST. Closing a socket with unread bytes resets the connection.
 fn leave(connection: Connection, reset: bool) {
     if reset {
         let socket = socket2::SockRef::from(connection.stream());
@@ -152,7 +152,7 @@ fn limit(form: Form) {
 fn limit_never_leaks(form: Form) {
     let mut server = Server::start(form, &["delay=0", "limit=2"]);
     for round in 0..50 {
-        // In flight until its body is sent, however long all else takes.
+        // This request stays in flight until its body is sent.
         let mut held = server.connect();
         held.send("POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 4\r\n\r\n");
         server.wait_for_in_flight(1);

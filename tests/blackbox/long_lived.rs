@@ -1,5 +1,5 @@
-//! What nothing would end by itself: WebSockets and event streams. They are told, they say
-//! goodbye, and nobody of them holds the process for longer than is his.
+//! WebSockets and event streams, which do not end by themselves. They are notified, send a close frame or a
+//! last event, and do not hold the process for longer than their timeout.
 
 use std::{
     thread,
@@ -23,7 +23,7 @@ pub(crate) mod server;
 
 pub(crate) const TESTS: &[Test] = &[
     (
-        "long_lived::websockets_are_usable_and_opened_during_the_delay",
+        "long_lived::websockets_work_and_can_be_opened_during_the_delay",
         Form::ALL,
         usable,
     ),
@@ -33,17 +33,17 @@ pub(crate) const TESTS: &[Test] = &[
         waited_for,
     ),
     (
-        "long_lived::a_websocket_whose_peer_does_not_answer_holds_for_its_bound",
+        "long_lived::a_websocket_whose_peer_does_not_answer_holds_until_its_timeout",
         Form::ALL,
         unanswered,
     ),
     (
-        "long_lived::a_websocket_whose_peer_does_not_read_holds_for_its_bound",
+        "long_lived::a_websocket_whose_peer_does_not_read_holds_until_its_timeout",
         Form::ALL,
         unread,
     ),
     (
-        "long_lived::a_websocket_that_goes_on_is_cut_and_dropped_before_cleanup",
+        "long_lived::a_websocket_that_does_not_end_is_cut_and_dropped_before_cleanup",
         Form::CUTTING,
         stubborn,
     ),
@@ -58,17 +58,17 @@ pub(crate) const TESTS: &[Test] = &[
         refused,
     ),
     (
-        "long_lived::event_streams_end_with_a_goodbye",
+        "long_lived::event_streams_end_with_a_last_event",
         Form::ALL,
-        goodbye,
+        last_event,
     ),
     (
-        "long_lived::an_event_stream_does_not_end_what_has_an_end_of_its_own",
+        "long_lived::a_finite_body_is_sent_to_its_end_while_event_streams_end",
         Form::ALL,
         finite,
     ),
     (
-        "long_lived::who_was_sent_away_and_comes_back_does_not_prolong_the_drain",
+        "long_lived::clients_that_reconnect_do_not_prolong_the_drain",
         Form::ALL,
         comes_back,
     ),
@@ -83,29 +83,29 @@ pub(crate) const TESTS: &[Test] = &[
         spread,
     ),
     (
-        "long_lived::event_streams_over_http2_end_with_a_goodbye",
+        "long_lived::event_streams_over_http2_end_with_a_last_event",
         Form::ALL,
         goodbye_over_http2,
     ),
     (
-        "long_lived::a_websocket_over_http2_is_told_and_waited_for",
+        "long_lived::a_websocket_over_http2_is_closed_and_waited_for",
         Form::CUTTING,
         websocket_over_http2,
     ),
     (
-        "long_lived::of_a_thousand_streams_none_is_lost",
+        "long_lived::no_stream_of_a_thousand_is_lost",
         Form::CUTTING,
         thousand_streams,
     ),
     (
-        "long_lived::streams_beyond_what_the_server_takes_may_be_tried_again",
+        "long_lived::streams_beyond_the_limit_can_be_retried",
         Form::ALL,
         beyond_the_limit,
     ),
 ];
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
-/// For what is to come at once, on a machine that has other things to do.
+/// The time limit of events that come at once, on a busy machine.
 const SOON: Duration = Duration::from_millis(1500);
 
 fn usable(form: Form) {
@@ -133,14 +133,14 @@ fn waited_for(form: Form) {
         server.wait_for_in_flight(1);
         server.terminate();
         let close = peer.read();
-        let told = server.elapsed();
-        assert!(told >= MS(1000) && told < MS(1000) + SOON, "{told:?}");
+        let closed = server.elapsed();
+        assert!(closed >= MS(1000) && closed < MS(1000) + SOON, "{closed:?}");
         assert_eq!(close, (CLOSE, peer::close(code, "deploy")));
-        server.expect_line("the socket is told");
+        server.expect_line("the socket is notified");
         server.until(MS(1700));
         assert_eq!(server.in_flight(), 1, "it is waited for");
         peer.send(CLOSE, &peer::close(code, "")).unwrap();
-        // The server is the one to close the connection (RFC 6455 §7.1.1).
+        // The server closes the connection first (RFC 6455 §7.1.1).
         peer.0.assert_closed();
         server.expect_line("the socket is closed: true");
         let exit = server.exit();
@@ -157,14 +157,14 @@ fn unanswered(form: Form) {
     server.terminate();
     assert_eq!(mute.read().0, CLOSE);
     assert_eq!(talking.read().0, CLOSE);
-    // Sending all the while does not prolong it either.
+    // A peer that keeps sending does not prolong the timeout either.
     let talks = thread::spawn(move || {
         while talking.send(TEXT, b"and another thing").is_ok() {
             thread::sleep(MS(5));
         }
     });
     for _ in 0..2 {
-        server.expect_line("the socket is told");
+        server.expect_line("the socket is notified");
     }
     for _ in 0..2 {
         server.expect_line("the socket is closed: false");
@@ -179,7 +179,7 @@ fn unread(form: Form) {
     let mut server = Server::start(form, &["loud=yes", "close_within=700"]);
     let peer = Raw::open(&server, "/ws/flood");
     server.wait_for_in_flight(1);
-    // Both buffers are full when nothing more arrives.
+    // The send and the receive buffer are full when no more bytes arrive.
     let mut unread = (0, Instant::now());
     wait_for("the buffers to fill", || {
         let now = waiting(&peer);
@@ -189,7 +189,7 @@ fn unread(form: Form) {
         now > 0 && unread.1.elapsed() > MS(200)
     });
     server.terminate();
-    server.expect_line("the socket is told");
+    server.expect_line("the socket is notified");
     server.expect_line("the socket is closed: false");
     let exit = server.exit();
     drop(peer);
@@ -197,7 +197,7 @@ fn unread(form: Form) {
     exit.assert_within(MS(1700), MS(2300));
 }
 
-/// How much has arrived that the peer has not read.
+/// The number of bytes that have arrived and that the peer has not read.
 fn waiting(peer: &Raw) -> usize {
     let mut much = vec![0; 16 << 20];
     peer.0.stream().peek(&mut much).unwrap()
@@ -236,9 +236,9 @@ fn reset(form: Form) {
     leave(&draining);
     drop(draining);
     let gone = Instant::now();
-    server.expect_line("the socket is told");
+    server.expect_line("the socket is notified");
     server.expect_line("the socket is closed: false");
-    // Sooner than it would be given up.
+    // The handler ends before the timeout of the close is over.
     let took = gone.elapsed();
     assert!(took < SOON, "{took:?}");
     let exit = server.exit();
@@ -246,7 +246,7 @@ fn reset(form: Form) {
     exit.assert_within(Duration::ZERO, MS(500));
 }
 
-/// By RST.
+/// Disconnects by RST.
 fn leave(peer: &Raw) {
     let socket = socket2::SockRef::from(peer.0.stream());
     socket.set_linger(Some(Duration::ZERO)).unwrap();
@@ -274,7 +274,7 @@ fn refused(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Begins a stream of events, on a connection of its own.
+/// Opens an event stream on a new connection.
 fn subscribe(server: &Server, path: &str) -> Connection {
     let mut connection = server.connect();
     connection.send(&format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n"));
@@ -285,7 +285,7 @@ fn subscribe(server: &Server, path: &str) -> Connection {
     connection
 }
 
-fn goodbye(form: Form) {
+fn last_event(form: Form) {
     let mut server = Server::start(form, &[]);
     let mut streams = [("/sse/silent", 0), ("/sse/20", 20), ("/sse/0", 100)]
         .map(|(path, least)| (subscribe(&server, path), least));
@@ -299,7 +299,7 @@ fn goodbye(form: Form) {
     let exit = server.exit();
     exit.assert_clean();
     exit.assert_within(MS(1000), MS(1500));
-    // And the connection that they were on is closed, with nothing behind.
+    // The connections of the streams are closed, without a further byte.
     for (stream, _) in streams {
         stream.assert_closed();
     }
@@ -328,12 +328,12 @@ fn comes_back(form: Form) {
     let mut events = subscribe(&server, "/sse/20");
     server.terminate();
     assert_ended(&events.chunks().unwrap(), 1);
-    // Where it was: closed, or refused.
+    // The client retries on the same connection, which is closed, or refuses.
     match events.try_request("GET", "/sse/20") {
         Ok(response) => assert_eq!(response.status, 503, "{response:?}"),
         Err(error) => assert!(server.elapsed() < MS(300) + SOON, "{error}"),
     }
-    // And again and again, for as long as somebody listens.
+    // The client reconnects repeatedly until the listener is closed.
     let (address, asked) = (server.address, Instant::now());
     let again = thread::spawn(move || {
         let mut refusals = 0;
@@ -345,7 +345,7 @@ fn comes_back(form: Form) {
                     assert!(response.header("retry-after").is_some(), "{response:?}");
                     refusals += 1;
                 }
-                // The last of them.
+                // The last attempt.
                 Err(error) => assert!(asked.elapsed() > MS(700), "{error}"),
             }
         }
@@ -361,7 +361,7 @@ fn comes_back(form: Form) {
 
 const SUBSCRIBERS: usize = 50;
 
-/// When fifty streams have ended, in time since draining started, in order.
+/// The times from the start of draining to the end of each of fifty streams, in order.
 fn ends(server: &mut Server, delay: Duration) -> Vec<Duration> {
     let streams: Vec<_> = (0..SUBSCRIBERS)
         .map(|number| {
@@ -439,7 +439,7 @@ fn goodbye_over_http2(form: Form) {
 fn websocket_over_http2(form: Form) {
     let mut server = Server::start(form, &["delay=300", "loud=yes"]);
     let mut connection = frames::Connection::open(server.address);
-    // Extended CONNECT is for those who have been told that it is understood (RFC 8441 §3).
+    // A client may send an extended CONNECT only after the server has announced it (RFC 8441 §3).
     let settings = connection.next(frames::SETTINGS).payload;
     let connects = [0, 8, 0, 0, 0, 1];
     assert!(settings.chunks(6).any(|setting| setting == connects));
@@ -466,10 +466,10 @@ fn websocket_over_http2(form: Form) {
             None => panic!("closed before the Close"),
         }
     };
-    let goodbye = [&[0x88, 8], &*peer::close(1001, "deploy")].concat();
-    assert_eq!(close.payload, goodbye);
+    let close_frame = [&[0x88, 8], &*peer::close(1001, "deploy")].concat();
+    assert_eq!(close.payload, close_frame);
     assert!(server.elapsed() >= MS(300), "{:?}", server.elapsed());
-    server.expect_line("the socket is told");
+    server.expect_line("the socket is notified");
     server.until(MS(900));
     assert_eq!(server.in_flight(), 1, "it is waited for");
     let answer = masked(CLOSE, &peer::close(1001, ""));
@@ -491,18 +491,18 @@ fn websocket_over_http2(form: Form) {
 
 const STREAMS: usize = 1000;
 
-/// A client that keeps to the server's limit of streams at once, and has more to ask.
+/// A client that respects the server's limit of concurrent streams, and has more requests than that.
 fn thousand_streams(form: Form) {
     for delay in ["delay=1000", "delay=100"] {
         let mut server = Server::start(form, &[delay]);
         let connection = http2::Connection::open(server.address);
-        let asked: Vec<_> = (0..STREAMS)
+        let responses: Vec<_> = (0..STREAMS)
             .map(|_| connection.begin("/sleep/600", &[]))
             .collect();
         server.wait_for_in_flight(200);
         server.terminate();
         let [mut answered, mut refused] = [0; 2];
-        for response in asked {
+        for response in responses {
             match response() {
                 Ok(response) if response.status == 200 => answered += 1,
                 Ok(response) => {
@@ -510,8 +510,9 @@ fn thousand_streams(form: Form) {
                     refused += 1;
                 }
                 Err(error) => {
-                    // Told by GOAWAY that nobody has looked at it, or never sent: of those hyper
-                    // has one in hand, and knows no better word for it.
+                    // Either the GOAWAY says that the server has not processed this request, or
+                    // hyper's client has not sent it. The client reports one unsent request with
+                    // another error than the others.
                     let text = format!("{error:?}");
                     let untouched = text.contains("GoAway(b\"\", NO_ERROR, Remote")
                         || text.contains("DispatchGone")
@@ -524,16 +525,16 @@ fn thousand_streams(form: Form) {
         assert!(answered >= 200, "{answered}");
         let exit = server.exit();
         exit.assert_clean();
-        // Whatever the server has begun or refused, the client knows of.
+        // The client has received an answer or a refusal for each request that the server has seen.
         let finished = format!(" {answered} finished");
         assert!(exit.report.contains(&finished), "{answered}: {exit:?}");
-        let told = exit.report.contains(&format!(" {refused} refused"));
-        assert!(told || refused == 0, "{refused}: {exit:?}");
+        let reported = exit.report.contains(&format!(" {refused} refused"));
+        assert!(reported || refused == 0, "{refused}: {exit:?}");
         assert!(refused > 0 || !exit.report.contains(" refused"), "{exit:?}");
     }
 }
 
-/// A client that does not care for the limit, or has not heard of it yet.
+/// A client that ignores the limit, or has not received it yet.
 fn beyond_the_limit(form: Form) {
     let mut server = Server::start(form, &["delay=200"]);
     let mut connection = frames::Connection::open(server.address);
@@ -552,7 +553,7 @@ fn beyond_the_limit(form: Form) {
             assert!(of_it.last().unwrap().flags & END_STREAM != 0, "{of_it:?}");
             answered += 1;
         } else if *stream <= last {
-            // REFUSED_STREAM: nobody has looked at it (RFC 9113 §8.7).
+            // REFUSED_STREAM: the server has not processed the request (RFC 9113 §8.7).
             let [refusal] = *of_it else {
                 panic!("{stream} has got {of_it:?}, the last is {last}");
             };

@@ -1,10 +1,10 @@
 //! Black-box tests: a real process, real signals, real sockets.
 //!
-//! The server under test is this very executable, started again with `--server` and the knobs of
-//! the scenario (see `server`). Unless a test says otherwise the delay is one second and the drain
-//! deadline three seconds after it.
+//! The server under test is this executable, started again with `--server` and the knobs of the scenario
+//! (see `server`). By default the delay is one second, and the drain deadline is three seconds after the
+//! delay.
 //!
-//! What takes minutes is run only when it is asked for: `cargo test --test blackbox -- --ignored`.
+//! Tests that take minutes run only with `cargo test --test blackbox -- --ignored`.
 
 #![cfg_attr(not(unix), allow(unused))]
 
@@ -59,13 +59,14 @@ mod whole;
 #[cfg(unix)]
 mod work;
 
-/// A promise, who makes it, and how it is kept.
+/// The name of a test, which is the promise that it checks; the server forms that make the promise; and
+/// the test itself.
 #[cfg(unix)]
 type Test = (&'static str, &'static [server::Form], fn(server::Form));
 
 #[cfg(not(unix))]
 fn main() {
-    // There are no signals to send.
+    // These tests send Unix signals.
 }
 
 #[cfg(unix)]
@@ -79,9 +80,9 @@ fn main() -> ExitCode {
         return server::run(&args.collect::<Vec<_>>());
     }
     let mut arguments = Arguments::from_args();
-    // They wait most of the time.
+    // Tests wait most of the time, so that more of them than cores can run at once.
     arguments.test_threads.get_or_insert(8);
-    let rooms = [
+    let shared = [
         activation::TESTS,
         readiness::TESTS,
         draining::TESTS,
@@ -101,9 +102,9 @@ fn main() -> ExitCode {
         whole::TESTS,
         work::TESTS,
     ];
-    // These want the machine for themselves: beside them no other test could keep its times.
+    // These tests run alone, because they load the machine so much that others would miss their times.
     let alone = [hostile::ALONE, many::ALONE, many::SOAK, tls::ALONE];
-    let tests = rooms.into_iter().flatten().map(|test| (test, false));
+    let tests = shared.into_iter().flatten().map(|test| (test, false));
     let tests = tests.chain(alone.into_iter().flatten().map(|test| (test, true)));
     let mut trials = Vec::new();
     for ((name, forms, test), alone) in tests {
@@ -119,7 +120,7 @@ fn main() -> ExitCode {
                 }
                 Ok(())
             });
-            // They take their time: `-- --ignored`.
+            // These take minutes, and run only with `-- --ignored`.
             let long = name.starts_with("many::") || name.starts_with("tls::");
             trials.push(trial.with_ignored_flag(long));
         }

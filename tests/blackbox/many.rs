@@ -1,4 +1,4 @@
-//! Ten thousand connections, and a minute of coming and going: nothing of it stays.
+//! Ten thousand connections, and a minute of mixed clients. They leave no memory and no count behind.
 
 use std::{
     io,
@@ -47,21 +47,21 @@ pub(crate) const ALONE: &[Test] = &[
         cut,
     ),
     (
-        "many::ten_thousand_websockets_are_told_and_gone",
+        "many::ten_thousand_websockets_are_closed",
         Form::CUTTING,
         websockets,
     ),
 ];
 
-/// Not for every run of the tests, but before a release: they take their time.
+/// These run before a release and not in every test run, because they take minutes.
 pub(crate) const SOAK: &[Test] = &[
     (
-        "many::ten_thousand_connections_in_turn_leave_no_memory_behind",
+        "many::ten_thousand_consecutive_connections_leave_no_memory_behind",
         Form::CUTTING,
         leave_no_memory,
     ),
     (
-        "many::a_minute_of_coming_and_going_leaves_nothing_behind",
+        "many::a_minute_of_mixed_clients_leaves_nothing_behind",
         Form::CUTTING,
         soak,
     ),
@@ -69,11 +69,11 @@ pub(crate) const SOAK: &[Test] = &[
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 const MANY: usize = 10_000;
-/// What the test and the server have open besides the connections.
+/// Open files of the test and of the server besides the connections.
 const OTHER_FILES: usize = 200;
 const ALL_FILES: &str = "files=1000000";
 
-/// How many connections there can be at once, here and in the server.
+/// The number of connections that can be open at once, in the test and in the server.
 fn wave() -> usize {
     let files = usize::try_from(allow_files(1_000_000)).unwrap();
     let wave = MANY.min(files.saturating_sub(OTHER_FILES));
@@ -81,7 +81,7 @@ fn wave() -> usize {
     wave
 }
 
-/// What a process holds. Where it cannot be known it is said to be nothing.
+/// The resources of a process. Zero where the system does not report them.
 #[derive(Clone, Copy, Debug)]
 struct Held {
     files: usize,
@@ -98,7 +98,7 @@ fn held(server: &Server) -> Held {
     }
 }
 
-/// Resident memory of a process, in KiB, as long as there is one.
+/// Resident memory of a process in KiB, or `None` if the process has ended.
 #[cfg(target_os = "linux")]
 fn memory(pid: u32) -> Option<usize> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -130,12 +130,12 @@ fn wait_for_connections(observer: &mut Connection, count: usize) -> Duration {
     wait_for(&what, || ask(observer, "/connections") == count)
 }
 
-/// Ten thousand connections, so many of them at once.
+/// Opens and closes ten thousand connections, `wave` of them at once.
 fn ten_thousand(server: &Server, observer: &mut Connection, wave: usize) -> Held {
     let mut left = MANY;
     let mut most = held(server);
     while left > 0 {
-        // One after another, or the queue of the listener runs over and the kernel takes its time.
+        // One after another, so that the accept queue does not overflow, which would delay the connect.
         let connect = |_| {
             let mut connection = server.connect();
             connection.get("/").assert_ok();
@@ -165,8 +165,8 @@ fn leave_nothing(form: Form) {
     let after = held(&server);
     println!("fresh {fresh:?}, at most {most:?}, warm {warm:?}, after {after:?}");
     wait_for("the files to close", || held(&server).files == fresh.files);
-    // The allocator gives nothing back, and fills what it has a third less well the second time,
-    // without this crate as with it. Twice as much would be connections that have stayed.
+    // The allocator returns no memory, and uses about a third more in the second wave, also without this
+    // crate. If connections had stayed, the memory would double.
     let most = warm.memory / 4 * 7;
     assert!(after.memory <= most, "{warm:?}, then {after:?}");
     assert_eq!(ask(&mut observer, "/count"), 0);
@@ -174,8 +174,8 @@ fn leave_nothing(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Each is answered in the middle of its upload, so that the server lets go of it, and neither sends nor
-/// closes from then on.
+/// Each client is answered in the middle of its upload, so that the server closes its writing side. From
+/// then on the client neither sends nor closes.
 fn linger(form: Form) {
     const UPLOAD: &str = "content-length: 5000\r\n\r\nhalf";
     let clients = wave();
@@ -201,7 +201,7 @@ fn linger(form: Form) {
     server.exit().assert_clean();
 }
 
-/// All of them are answered at once, when draining starts.
+/// All clients are answered at once, when draining starts.
 fn linger_while_stopping(form: Form) {
     let wave = wave();
     let mut server = Server::start(form, &["delay=0", "drain=20000", ALL_FILES]);
@@ -209,9 +209,11 @@ fn linger_while_stopping(form: Form) {
     let mut clients = Vec::new();
     for i in 0..wave {
         let mut client = server.connect();
-        client.send("POST /told/0/1 HTTP/1.1\r\nhost: test\r\ncontent-length: 5000\r\n\r\nhalf");
+        client.send(
+            "POST /after_stop/0/1 HTTP/1.1\r\nhost: test\r\ncontent-length: 5000\r\n\r\nhalf",
+        );
         clients.push(client);
-        // The queue of the listener is not to run over.
+        // Waits for the server, so that the accept queue does not overflow.
         if i % 500 == 0 {
             wait_for_connections(&mut observer, i + 2);
         }
@@ -223,24 +225,24 @@ fn linger_while_stopping(form: Form) {
     println!("{} clients: {:?}", wave, exit.after);
     exit.assert_clean();
     exit.assert_within(MS(0), MS(12_000));
-    // The clients had been answered before.
+    // The clients have received their responses.
     for client in clients.iter_mut().step_by(100) {
         client.response("POST").assert_ok();
     }
 }
 
-/// A hundred at a time, so that the allocator has no part in it.
+/// A hundred connections at a time, so that the allocator has little influence.
 fn leave_no_memory(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);
     let mut observer = server.connect();
     ten_thousand(&server, &mut observer, 100);
     let mut resident = vec![held(&server).memory];
-    // What stays of each connection makes every turn grow by as much. The allocator grows too until
-    // it has what it needs, and on a busy machine that may take a second turn.
+    // If each connection left memory behind, every round would grow by the same amount. The allocator
+    // grows only at first, and on a busy machine that may take a second round.
     let grows = (0..3).all(|_| {
         ten_thousand(&server, &mut observer, 100);
         resident.push(held(&server).memory);
-        // 200 bytes for each.
+        // 200 bytes for each connection.
         resident[resident.len() - 1] > resident[resident.len() - 2] + 2_000
     });
     println!("resident memory in KiB: {resident:?}");
@@ -249,8 +251,9 @@ fn leave_no_memory(form: Form) {
     server.exit().assert_clean();
 }
 
-/// In equal parts: half a head, a handler that never resolves, a stream that never goes on, half an
-/// upload, and a mute peer that speaks HTTP/2.
+/// What the stuck connections send, in equal parts: half a request head, a request whose handler never
+/// resolves, a request whose response body never continues, half an upload, and the preface of an HTTP/2
+/// client that then stays silent.
 const STUCK: [&[u8]; 5] = [
     b"GET / HTTP/1.1\r\nx-half: ",
     b"GET /never HTTP/1.1\r\nhost: test\r\n\r\n",
@@ -263,7 +266,7 @@ fn cut(form: Form) {
     let wave = wave() / 5 * 5;
     let (mut left, mut slowest) = (MANY, Duration::ZERO);
     while left > 0 {
-        // It may take longer to connect all of them than a head may take to arrive.
+        // Connecting all of them may take longer than the head timeout.
         const PATIENT: &str = "header_read_timeout=max";
         let mut server = Server::start(form, &["delay=200", "drain=800", ALL_FILES, PATIENT]);
         let mut observer = server.connect();
@@ -274,7 +277,7 @@ fn cut(form: Form) {
         let mut connect = |(i, sends): (usize, &&[u8])| {
             let mut connection = server.connect();
             connection.try_send(sends).unwrap();
-            // The queue of the listener is not to run over.
+            // Waits for the server, so that the accept queue does not overflow.
             if i % 500 == 0 {
                 wait_for_connections(&mut observer, i + 2);
             }
@@ -303,7 +306,7 @@ fn cut(form: Form) {
 fn websockets(form: Form) {
     const DELAY: Duration = Duration::from_millis(200);
     let sockets = wave();
-    // To close them all takes this machine a second or two; the spread is to be the longer one.
+    // Closing all of them takes a second or two, so the spread has to be longer.
     for (knob, spread) in [("drain_spread=0", 0), ("drain_spread=4000", 4000)] {
         let mut server = Server::start(form, &["delay=200", "drain=8000", knob, ALL_FILES]);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -313,7 +316,7 @@ fn websockets(form: Form) {
         let address = server.address;
         let peers = runtime.block_on(async {
             let mut peers = Vec::new();
-            // One after another, as above.
+            // One after another, so that the accept queue does not overflow.
             for _ in 0..sockets {
                 peers.push(open_websocket(address).await.unwrap());
             }
@@ -331,29 +334,29 @@ fn websockets(form: Form) {
         });
         server.terminate();
         let draining = Instant::now() + DELAY;
-        let said_goodbye = thread::spawn(move || {
-            let told = runtime.block_on(async {
-                let peers = peers.into_iter().map(say_goodbye).map(tokio::spawn);
-                let mut told = Vec::new();
+        let closing_times = thread::spawn(move || {
+            let closed_at = runtime.block_on(async {
+                let peers = peers.into_iter().map(answer_close).map(tokio::spawn);
+                let mut closed_at = Vec::new();
                 for peer in peers.collect::<Vec<_>>() {
-                    told.push(peer.await.unwrap().unwrap());
+                    closed_at.push(peer.await.unwrap().unwrap());
                 }
-                told
+                closed_at
             });
-            let mut told: Vec<_> = told
+            let mut closed_at: Vec<_> = closed_at
                 .into_iter()
                 .map(|at| at.saturating_duration_since(draining))
                 .collect();
-            told.sort();
-            told
+            closed_at.sort();
+            closed_at
         });
         let exit = server.exit();
-        let told = said_goodbye.join().unwrap();
+        let closed_at = closing_times.join().unwrap();
         let peak = peak.join().unwrap();
-        let [first, half, last] = [0, sockets / 2, sockets - 1].map(|n| told[n]);
+        let [first, half, last] = [0, sockets / 2, sockets - 1].map(|n| closed_at[n]);
         let ended = exit.after.saturating_sub(DELAY);
         println!(
-            "{form:?}, {knob}: {sockets} WebSockets are told from {first:?} on, half by {half:?}, \
+            "{form:?}, {knob}: {sockets} WebSockets are closed from {first:?} on, half by {half:?}, \
              all by {last:?}; the end of the process {ended:?}; resident {open} KiB, {} each, \
              at most {peak} KiB",
             open / sockets
@@ -363,7 +366,7 @@ fn websockets(form: Form) {
         if spread > 0 {
             for (quarter, share) in [(1, 10..=40), (2, 35..=65), (3, 60..=90)] {
                 let time = MS(spread) * quarter / 4;
-                let by = told.partition_point(|at| *at <= time) * 100 / sockets;
+                let by = closed_at.partition_point(|at| *at <= time) * 100 / sockets;
                 assert!(share.contains(&by), "{by} % by {time:?}");
             }
         }
@@ -381,20 +384,20 @@ async fn open_websocket(address: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Waits for the server's Close, and answers it. Says when it came.
-async fn say_goodbye(mut stream: TcpStream) -> io::Result<Instant> {
-    let goodbye = [&[0x88, 8], &*close(1001, "deploy")].concat();
-    let mut frame = vec![0; goodbye.len()];
+/// Waits for the server's close frame, and answers it. Returns when it arrived.
+async fn answer_close(mut stream: TcpStream) -> io::Result<Instant> {
+    let close_frame = [&[0x88, 8], &*close(1001, "deploy")].concat();
+    let mut frame = vec![0; close_frame.len()];
     stream.read_exact(&mut frame).await?;
     let at = Instant::now();
-    assert_eq!(frame, goodbye);
+    assert_eq!(frame, close_frame);
     stream.write_all(&masked(CLOSE, &close(1001, ""))).await?;
     assert_eq!(stream.read(&mut frame).await?, 0, "the server closes");
     Ok(at)
 }
 
 const MINUTE: Duration = Duration::from_secs(60);
-/// Until the allocator has what it needs.
+/// The time until the allocator has enough memory and stops growing.
 const WARM: Duration = Duration::from_secs(10);
 
 fn soak(form: Form) {
@@ -453,7 +456,7 @@ fn median(values: &mut [usize]) -> usize {
     values[values.len() / 2]
 }
 
-/// Enough chance to mix things, and the same in every run (Knuth's MMIX).
+/// A random generator with the same sequence in every run (the constants of Knuth's MMIX).
 struct Chance(u64);
 
 impl Chance {
@@ -466,7 +469,7 @@ impl Chance {
     }
 }
 
-/// One client, from its connection to the end of it.
+/// One client: it connects, acts at random, and disconnects.
 fn visit(address: SocketAddr, chance: &mut Chance) -> io::Result<()> {
     let mut connection = Connection::try_open(address)?;
     match chance.within(0..9) {
@@ -500,14 +503,14 @@ fn visit(address: SocketAddr, chance: &mut Chance) -> io::Result<()> {
             .stream()
             .shutdown(Shutdown::Both)
             .or_else(|error| {
-                // The server was first.
+                // The server has closed the connection before.
                 if error.kind() == io::ErrorKind::NotConnected {
                     Ok(())
                 } else {
                     Err(error)
                 }
             }),
-        // Leaves no port behind that would have to wait.
+        // Closes by RST, so that no port stays in TIME_WAIT.
         _ => socket2::SockRef::from(connection.stream()).set_linger(Some(Duration::ZERO)),
     }
 }

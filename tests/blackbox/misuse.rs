@@ -1,4 +1,4 @@
-//! Mistakes that the log and the report name, and set-ups that are none.
+//! Mistakes in the set-up, which the log and the report name, and correct set-ups without a warning.
 
 use std::time::Duration;
 
@@ -32,27 +32,27 @@ pub(crate) const TESTS: &[Test] = &[
         after_over_http2,
     ),
     (
-        "misuse::a_websocket_that_nobody_holds_is_named_when_draining_starts",
+        "misuse::a_websocket_without_a_hold_is_named_when_draining_starts",
         Form::CUTTING,
         unheld,
     ),
     (
-        "misuse::a_websocket_that_nobody_holds_is_named_when_the_last_hold_ends",
+        "misuse::a_websocket_without_a_hold_is_named_when_the_last_hold_ends",
         Form::CUTTING,
         unheld_among_others,
     ),
     (
-        "misuse::what_is_set_up_as_it_should_be_is_not_warned_of",
+        "misuse::a_correct_set_up_has_no_warning",
         Form::CUTTING,
         ordinary,
     ),
     (
-        "misuse::an_admin_server_without_a_layer_is_not_warned_of",
+        "misuse::an_admin_server_without_a_layer_has_no_warning",
         Form::CUTTING,
         admin,
     ),
     (
-        "misuse::websockets_that_are_held_or_told_are_not_warned_of",
+        "misuse::websockets_that_are_held_or_notified_have_no_warning",
         Form::CUTTING,
         held,
     ),
@@ -60,12 +60,12 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
-/// What a mistake is known by.
+/// Texts by which the warnings are recognised.
 const NO_REQUEST: &str = "no request has reached the layer";
 const OUTSIDE: &str = "was answered outside the layer";
 const UNHELD: &str = "no `Hold`";
 
-/// A warning is there once, in the log and in the report, with what it names.
+/// Asserts that the log and the report contain the warning once, with these details.
 #[track_caller]
 fn assert_warned(exit: &Exit, kind: &str, names: &[&str]) {
     let logged: Vec<_> = exit
@@ -92,14 +92,14 @@ fn assert_not_warned(exit: &Exit) {
     assert!(!exit.report.contains("warning"), "{exit:?}");
 }
 
-/// Its own address, as a warning has it.
+/// The client's address, in the format of a warning.
 fn from(connection: &Connection) -> String {
     format!("from {}", connection.stream().local_addr().unwrap())
 }
 
 fn never_reached(form: Form, layer: &str) {
     let mut server = Server::start(form, &["delay=200", layer]);
-    // Not among what was served: a probe, and what has no route.
+    // Probes and requests without a route do not count as served.
     server.get("/readyz").assert_ok();
     assert_eq!(server.get("/favicon.ico").status, 404);
     let mut connection = server.connect();
@@ -124,7 +124,7 @@ fn after(form: Form) {
     let mut server = Server::start(form, &["delay=200"]);
     let mut connection = server.connect();
     connection.get("/").assert_ok();
-    // On a connection on which requests have been seen, beside another in flight.
+    // The connection has carried requests, and another request is in flight.
     let mut other = server.connect();
     other.send("GET /sleep/300 HTTP/1.1\r\nhost: test\r\n\r\n");
     std::thread::sleep(MS(50));
@@ -187,7 +187,7 @@ fn unheld_among_others(form: Form) {
 
 fn ordinary(form: Form) {
     let mut server = Server::start(form, &["delay=300", "limit=50"]);
-    // A probe of TCP, and a client that does not get to send anything.
+    // A TCP probe, and a client that sends nothing.
     drop(server.connect());
     let silent = server.connect();
     let mut connection = server.connect();
@@ -238,7 +238,7 @@ fn ordinary(form: Form) {
 
 fn admin(form: Form) {
     for how in ["admin=tracked", "admin=plain"] {
-        let mut server = Server::unheard(form, &["delay=300", how]);
+        let mut server = Server::launch(form, &["delay=300", how]);
         let admin = server.expect_line("admin").parse().unwrap();
         server.address = server.expect_line("starting").parse().unwrap();
         server.expect_line("listening");
@@ -256,9 +256,9 @@ fn admin(form: Form) {
 fn held(form: Form) {
     let mut server = Server::start(form, &["delay=300"]);
     let mut held = Raw::open(&server, "/ws");
-    let mut told = Raw::open(&server, "/ws/told");
+    let mut notified = Raw::open(&server, "/ws/notified");
     server.terminate();
-    for peer in [&mut told, &mut held] {
+    for peer in [&mut notified, &mut held] {
         let (_, close) = peer.read();
         peer.send(8, &close).unwrap();
     }

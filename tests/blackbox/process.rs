@@ -1,4 +1,4 @@
-//! The child process: started, signalled, watched to its end, and never left behind.
+//! The server process of a test. It is killed when the test drops it.
 
 use std::{
     io::{self, BufRead, BufReader},
@@ -20,10 +20,10 @@ use crate::{
     server::Form,
 };
 
-/// How long anything may take that is not itself measured.
+/// The timeout of everything that is not itself measured.
 pub(crate) const BOUND: Duration = Duration::from_secs(20);
 
-/// A response that is waited for in the background, or why there was none.
+/// A request in the background. [`join`](Self::join) returns its response or its error.
 pub(crate) struct Background(thread::JoinHandle<io::Result<Response>>);
 
 impl Background {
@@ -31,7 +31,7 @@ impl Background {
         self.0.join().expect("reading a response does not panic")
     }
 
-    /// Whether there is a response, or known to be none.
+    /// Whether the response or an error has arrived.
     pub(crate) fn is_finished(&self) -> bool {
         self.0.is_finished()
     }
@@ -49,18 +49,18 @@ pub(crate) struct Server {
 #[derive(Debug)]
 pub(crate) struct Exit {
     pub(crate) status: ExitStatus,
-    /// From the first signal to the end of the process.
+    /// The time from the first signal to the end of the process.
     pub(crate) after: Duration,
-    /// What it printed last: the report.
+    /// The last line that the process printed: the report.
     pub(crate) report: String,
-    /// The lines of its standard output that nobody has expected before, the report last.
-    pub(crate) said: Vec<String>,
+    /// The lines of its standard output that the test has not consumed, the report last.
+    pub(crate) output: Vec<String>,
     pub(crate) log: String,
 }
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The time of day at which the server wrote this line of its log.
+/// The time of day in this line of the server's log.
 fn time_of_day(line: &str) -> Option<Duration> {
     let (_, time) = line.split_once('T')?;
     let (time, _) = time.split_once('Z')?;
@@ -71,7 +71,7 @@ fn time_of_day(line: &str) -> Option<Duration> {
     Some(whole + Duration::from_secs_f64(seconds))
 }
 
-/// When a phase began, if that is what this line of the log says.
+/// The time at which a phase began, if this log line is about the beginning of a phase.
 fn seconds_of(line: &str) -> Option<Duration> {
     let (_, fields) = line.split_once(", because ")?;
     let (_, seconds) = fields.split_once(" seconds=")?;
@@ -79,13 +79,13 @@ fn seconds_of(line: &str) -> Option<Duration> {
     Some(Duration::from_secs_f64(seconds))
 }
 
-/// The time between two times of day. Two threads may log in the other order, and then it is none.
+/// The time between two times of day, or zero if two threads logged in the other order.
 fn between(earlier: Duration, later: Duration) -> Duration {
     let (before, after) = (
         later.checked_sub(earlier),
         (later + DAY).saturating_sub(earlier),
     );
-    // Midnight may lie between them.
+    // Midnight may be between them.
     before.unwrap_or(if after < DAY / 2 {
         after
     } else {
@@ -99,7 +99,7 @@ impl Exit {
         assert_eq!(self.status.code(), Some(0), "{self:?}");
     }
 
-    /// How long after the beginning of the stop a phase began, as the server's log says.
+    /// The time from the start of the stop to the start of a phase, from the server's log.
     #[track_caller]
     pub(crate) fn logged_after(&self, text: &str) -> Duration {
         let line = self.log.lines().find(|line| line.contains(text));
@@ -107,7 +107,7 @@ impl Exit {
         seconds_of(line).unwrap_or_else(|| panic!("no phase begins in {line:?}"))
     }
 
-    /// How long after the beginning of the stop this was logged, by the times in the log.
+    /// The time from the start of the stop to the log line with this text, from the server's log.
     #[track_caller]
     pub(crate) fn written_after(&self, text: &str) -> Duration {
         let at = |text: &str| {
@@ -119,11 +119,12 @@ impl Exit {
         between(begun, written)
     }
 
-    /// The process ended no earlier than `least` after the first signal, and no later than `most`
-    /// after the server took notice of it.
+    /// Asserts that the process ended at least `least` after the first signal, and at most `most` after
+    /// the server received the signal.
     ///
-    /// The second figure is the server's own. On a busy machine the signal may arrive late, and so may
-    /// the news that the process has ended; the stopwatch of the test has a far bound only.
+    /// The second time comes from the server's log. On a busy machine the signal may reach the server
+    /// late, and the test may learn late that the process has ended. So the test's own clock has only a
+    /// generous bound.
     #[track_caller]
     pub(crate) fn assert_within(&self, least: Duration, most: Duration) {
         assert!(self.after >= least, "too early: {self:?}");
@@ -132,8 +133,8 @@ impl Exit {
         assert!(self.after <= most + BOUND, "far too late: {self:?}");
     }
 
-    /// From the beginning of the stop to the end of the process, as the server says. Where it ends
-    /// without saying so, to the last that it says of the stop.
+    /// The time from the start of the stop to the end of the process, from the server's log. If the log
+    /// does not contain the end, the time to its last line about the stop.
     fn took(&self) -> Duration {
         let time_of = |text: &str| {
             let line = self.log.lines().find(|line| line.contains(text))?;
@@ -143,12 +144,12 @@ impl Exit {
             .zip(time_of("shutdown: lame duck, because"))
             .map(|(ended, begun)| between(begun, ended));
         let phases = self.log.lines().filter_map(seconds_of);
-        // The smallest form may be over before its log has been written.
-        let said = phases.chain(self.reported()).chain(ended).max();
-        said.unwrap_or(self.after)
+        // The smallest form may end before its log has been written.
+        let last = phases.chain(self.reported()).chain(ended).max();
+        last.unwrap_or(self.after)
     }
 
-    /// How long the stop took, as the report says.
+    /// The duration of the stop, from the report.
     fn reported(&self) -> Option<Duration> {
         let first = self
             .report
@@ -168,24 +169,24 @@ impl Server {
         server
     }
 
-    /// Starts a server and waits until it has asked for signals, which is before it listens.
+    /// Starts a server and waits until it handles signals, which is before it listens.
     pub(crate) fn spawn(form: Form, knobs: &[&str]) -> Self {
-        let mut server = Self::unheard(form, knobs);
+        let mut server = Self::launch(form, knobs);
         let starting = server.expect_line("starting");
         server.address = starting.parse().unwrap();
         server
     }
 
-    /// Starts a server on this socket, which it is given by socket activation (`sd_listen_fds(3)`),
-    /// and waits until it listens. Descriptor 3 is the socket; the server takes a duplicate, as
-    /// some libraries do.
+    /// Starts a server on this socket, which is passed by socket activation (`sd_listen_fds(3)`), and waits
+    /// until it listens. The socket is descriptor 3. The server listens on a duplicate of it, as with
+    /// some libraries.
     pub(crate) fn start_on(shared: &TcpListener, form: Form, knobs: &[&str]) -> Self {
         const PASS_ON: &str = r#"export LISTEN_FDS=1 LISTEN_PID=$$; exec "$0" "$@" 3<&0"#;
 
         Self::start_by(PASS_ON, shared, form, knobs)
     }
 
-    /// Starts a server on this socket, which is its standard input, by a shell's words, and waits until
+    /// Starts a server by the shell script `words`, with this socket as its standard input, and waits until
     /// it listens.
     pub(crate) fn start_by(words: &str, shared: &TcpListener, form: Form, knobs: &[&str]) -> Self {
         let mut command = Command::new("sh");
@@ -201,8 +202,8 @@ impl Server {
         server
     }
 
-    /// Starts a server.
-    pub(crate) fn unheard(form: Form, knobs: &[&str]) -> Self {
+    /// Starts a server, and waits for nothing.
+    pub(crate) fn launch(form: Form, knobs: &[&str]) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.stdin(Stdio::null());
         Self::run(command, form, knobs)
@@ -213,7 +214,7 @@ impl Server {
             .arg("--server")
             .arg(format!("form={form:?}"))
             .args(knobs)
-            // A trace takes long, and panics are part of the tests.
+            // Backtraces take long, and some tests panic intentionally.
             .env("RUST_BACKTRACE", "0")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -242,7 +243,7 @@ impl Server {
         }
     }
 
-    /// Waits for a line that begins so, and returns the rest of it.
+    /// Waits for an output line with this prefix, and returns the rest of the line.
     #[track_caller]
     pub(crate) fn expect_line(&mut self, begins: &str) -> String {
         let line = self
@@ -269,17 +270,17 @@ impl Server {
         self.signal(Signal::SIGTERM);
     }
 
-    /// The shutdown was asked for by other means, now.
-    pub(crate) fn asked(&mut self) {
+    /// Records that the stop was triggered now, without a signal.
+    pub(crate) fn mark_triggered(&mut self) {
         self.signalled.get_or_insert_with(Instant::now);
     }
 
-    /// Since the first signal.
+    /// The time since the first signal.
     pub(crate) fn elapsed(&self) -> Duration {
         self.signalled.expect("no signal was sent").elapsed()
     }
 
-    /// Sleeps until this long after the first signal. Only for scenarios that are about a time.
+    /// Sleeps until `after` has passed since the first signal. Only for scenarios about a point in time.
     pub(crate) fn until(&self, after: Duration) {
         thread::sleep(after.saturating_sub(self.elapsed()));
     }
@@ -288,13 +289,13 @@ impl Server {
         Connection::open(self.address)
     }
 
-    /// One request on a connection of its own.
+    /// Sends one request on a new connection.
     #[track_caller]
     pub(crate) fn get(&self, path: &str) -> Response {
         self.connect().get(path)
     }
 
-    /// A request in the background, on a connection of its own, begun before this returns.
+    /// Sends a request on a new connection before it returns, and reads the response in the background.
     pub(crate) fn get_in_background(&self, path: &str) -> Background {
         let in_flight = self.in_flight();
         let mut connection = self.connect();
@@ -308,7 +309,7 @@ impl Server {
         self.get("/count").text().parse().unwrap()
     }
 
-    /// The connections that are open, the one that asks included.
+    /// The number of open connections, including the one that asks for it.
     #[track_caller]
     pub(crate) fn connections(&self) -> usize {
         self.get("/connections").text().parse().unwrap()
@@ -319,10 +320,10 @@ impl Server {
         wait_for(&format!("{count} in flight"), || self.in_flight() == count)
     }
 
-    /// Waits until readiness says no, so that the signal has surely arrived.
+    /// Waits until readiness fails, which shows that the server has received the signal.
     #[track_caller]
     pub(crate) fn wait_for_unready(&self) -> Duration {
-        wait_for("readiness to say no", || self.get("/readyz").status != 200)
+        wait_for("readiness to fail", || self.get("/readyz").status != 200)
     }
 
     #[track_caller]
@@ -330,8 +331,8 @@ impl Server {
         wait_for("draining", || self.get("/livez").text() == "draining\n")
     }
 
-    /// Waits until the server is seen in a phase by its own observer. Says how long after the first one,
-    /// as the observer says.
+    /// Waits until the observer thread of the server prints a phase. Returns the time since the first
+    /// phase of the stop, as the observer printed it.
     #[track_caller]
     pub(crate) fn expect_phase(&mut self, phase: &str) -> Duration {
         let after = self.expect_line(&format!("phase {phase}, ready false, after"));
@@ -351,13 +352,13 @@ impl Server {
             thread::sleep(Duration::from_millis(1));
         };
         let after = self.signalled.map_or(Duration::ZERO, |at| at.elapsed());
-        let said: Vec<_> = self.lines.iter().collect();
+        let output: Vec<_> = self.lines.iter().collect();
         let log = self.log.take().unwrap().join().unwrap();
         Exit {
             after,
             status,
-            report: said.last().cloned().unwrap_or_default(),
-            said,
+            report: output.last().cloned().unwrap_or_default(),
+            output,
             log,
         }
     }
@@ -370,7 +371,7 @@ impl Drop for Server {
     }
 }
 
-/// Waits for a condition, and says how long it took.
+/// Waits for a condition, and returns how long it took.
 #[track_caller]
 pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) -> Duration {
     let start = Instant::now();

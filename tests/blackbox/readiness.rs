@@ -1,4 +1,4 @@
-//! Readiness, and the delay in which balancers look away.
+//! Readiness, and the delay in which load balancers stop sending traffic.
 
 use std::{
     sync::{
@@ -18,7 +18,7 @@ use crate::{
 
 pub(crate) const TESTS: &[Test] = &[
     (
-        "readiness::says_no_at_once_and_liveness_yes_to_the_end",
+        "readiness::fails_at_once_and_liveness_succeeds_to_the_end",
         Form::ALL,
         says_no_at_once,
     ),
@@ -28,12 +28,12 @@ pub(crate) const TESTS: &[Test] = &[
         served_in_the_delay,
     ),
     (
-        "readiness::an_http_1_0_client_that_stays_is_asked_to_leave",
+        "readiness::an_http_1_0_client_with_keep_alive_is_asked_to_leave",
         Form::ALL,
         http_1_0,
     ),
     (
-        "readiness::clients_that_obey_it_lose_nothing",
+        "readiness::clients_behind_a_balancer_lose_nothing",
         Form::ALL,
         clients_lose_nothing,
     ),
@@ -43,12 +43,12 @@ pub(crate) const TESTS: &[Test] = &[
         methods_and_versions,
     ),
     (
-        "readiness::says_no_with_the_status_of_the_users_choice",
+        "readiness::fails_with_the_configured_status",
         Form::ALL,
         custom_status,
     ),
     (
-        "readiness::can_be_withdrawn_and_given_back_while_serving",
+        "readiness::can_be_switched_off_and_on_while_serving",
         Form::ALL,
         set_ready,
     ),
@@ -65,10 +65,10 @@ fn says_no_at_once(form: Form) {
     assert_eq!(server.get("/readyz").status, 200);
     assert_eq!(server.get("/livez").status, 200);
     server.terminate();
-    // Long before draining.
+    // Readiness must fail long before draining starts.
     let took = server.wait_for_unready();
     assert!(took < Duration::from_millis(800), "{took:?}");
-    // For as long as anything answers: through the delay and the drain.
+    // Liveness succeeds through the delay and the drain.
     while server.elapsed() < Duration::from_millis(1900) {
         let live = server.get("/livez");
         assert_eq!(live.status, 200, "{live:?}");
@@ -136,8 +136,8 @@ fn http_1_0(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Eight clients, half of them keeping their connections, behind a balancer that asks for
-/// readiness every 50 ms and sends nothing more after the first "no".
+/// Eight clients, four of them with keep-alive, behind a balancer that probes readiness every 50 ms and
+/// stops sending after the first failure.
 fn clients_lose_nothing(form: Form) {
     for _ in 0..3 {
         let mut server = Server::start(form, &[]);
@@ -194,7 +194,7 @@ fn methods_and_versions(form: Form) {
                 let response = server.connect().request(method, path);
                 assert_eq!(response.status, status, "{method} {path} {response:?}");
                 assert_ne!(response.header("content-length"), Some("0"), "{response:?}");
-                // As HAProxy asks: HTTP/1.0, no host, nothing else.
+                // The probe of HAProxy: HTTP/1.0 without header fields.
                 let mut connection = server.connect();
                 connection.send(&format!("{method} {path} HTTP/1.0\r\n\r\n"));
                 let response = connection.response(method);

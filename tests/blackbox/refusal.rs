@@ -1,4 +1,4 @@
-//! How a refused client learns of it.
+//! The responses that refused clients receive.
 
 use std::{
     io::{ErrorKind, Write},
@@ -19,7 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
         on_http2,
     ),
     (
-        "refusal::of_an_unread_upload_is_read_by_its_client",
+        "refusal::of_an_unread_upload_reaches_its_client",
         Form::ALL,
         of_an_upload,
     ),
@@ -68,7 +68,7 @@ fn on_http2(form: Form) {
     server.wait_for_in_flight(1);
     server.terminate();
     server.wait_for_draining();
-    // One of its own, because the other may have been asked to open no more streams.
+    // A new connection, because the other may have received GOAWAY.
     let response = http2::Connection::open(server.address).get("/");
     assert_eq!(response.status, 503);
     assert_eq!(response.headers["retry-after"], "7");
@@ -125,7 +125,7 @@ fn of_a_slow_upload(form: Form) {
     connection.send("POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: 1000000\r\n\r\n");
     let stream = connection.stream().try_clone().unwrap();
     let upload = std::thread::spawn(move || {
-        // Until the server has had enough.
+        // Sends until the server closes the connection.
         while (&stream).write_all(b"drip").is_ok() {
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -187,7 +187,7 @@ fn does_not_prolong(form: Form) {
     server.terminate();
     server.wait_for_draining();
     while !slow.is_finished() {
-        // Ever new clients, until the last answer is out.
+        // New clients connect until the last response has been sent.
         let refused = crate::client::Connection::try_open(server.address)
             .and_then(|mut connection| connection.try_request("GET", "/sleep/10000"));
         if let Ok(refused) = refused {

@@ -1,4 +1,4 @@
-//! Clients that go on while the processes behind one listening socket replace each other.
+//! Clients that send requests while processes on one listening socket replace each other.
 
 use std::{
     io,
@@ -13,26 +13,26 @@ use std::{
 
 use crate::client::Connection;
 
-/// A client whose handshake was dropped tries again after one second.
+/// A connect that takes this long was repeated: the kernel repeats a dropped handshake after one second.
 pub(crate) const RETRIED: Duration = Duration::from_millis(900);
 
-/// Clients on threads of their own, until they are told to end.
+/// Clients, each on its own thread, until they are stopped.
 pub(crate) struct Load {
     over: Arc<AtomicBool>,
     clients: Vec<thread::JoinHandle<Seen>>,
 }
 
-/// What clients have seen.
+/// The results of the clients.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) requests: usize,
-    /// Requests over a connection that had served others before.
+    /// Requests on connections that had carried a request before.
     pub(crate) again: usize,
-    /// Connections that were left because a response asked for it, or that were closed while idle.
+    /// Connections that the client left because a response said so, or that were closed while idle.
     pub(crate) moved: usize,
     pub(crate) failed: Vec<String>,
     pub(crate) slowest_connect: Duration,
-    /// From the beginning of the connect, where there is one, to the end of the response.
+    /// The longest time of a request, with its connect if it has one, to the end of the response.
     pub(crate) slowest: Duration,
 }
 
@@ -76,8 +76,8 @@ impl Seen {
 }
 
 impl Load {
-    /// Some clients that connect anew for each request, and some that keep their connections and are
-    /// idle between requests, for up to so long.
+    /// Starts `anew` clients that open a connection for each request, and `keep` clients that keep their
+    /// connections and are idle for up to `idle` between two requests.
     pub(crate) fn begin(address: SocketAddr, anew: usize, keep: usize, idle: Duration) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let clients = (0..anew + keep).map(|client| {

@@ -1,4 +1,4 @@
-//! The server under test.
+//! The server under test. `server::run` is the `main` of the child process.
 
 use std::{
     convert::Infallible,
@@ -36,18 +36,18 @@ pub(crate) enum Form {
     Run,
     /// axum's server with the drain future, and nothing else.
     Smallest,
-    /// A server that is told by other means: `handle_signals` and `subscribe`.
+    /// axum's server with its own shutdown future, made of `handle_signals` and `subscribe`.
     Listening,
 }
 
 impl Form {
     pub(crate) const ALL: &[Self] = &[Self::Serve, Self::Run, Self::Smallest];
-    /// Those that end by force what does not end: in the smallest form nothing but axum runs the
-    /// server, and axum waits.
+    /// The forms that cut what has not ended at the deadline. In the smallest form axum alone runs the
+    /// server, and axum waits without a limit.
     pub(crate) const CUTTING: &[Self] = &[Self::Serve, Self::Run];
 }
 
-/// The knobs of a scenario, as the child's arguments: `name=value`.
+/// The knobs of a scenario: arguments `name=value` of the child process.
 pub(crate) struct Knobs<'a>(&'a [String]);
 
 impl Knobs<'_> {
@@ -69,7 +69,7 @@ impl Knobs<'_> {
     }
 }
 
-/// Has this process open so many files, or as many of them as it may. Says how many.
+/// Sets the limit of open files to `files`, or to the hard limit if that is lower. Returns the limit.
 pub(crate) fn allow_files(files: u64) -> u64 {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -93,7 +93,7 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
         log.with_writer(io::stderr).init();
     }
     let mut runtime = match knobs.number("threads") {
-        // The one that calls.
+        // The runtime of the calling thread.
         Some(0) => tokio::runtime::Builder::new_current_thread(),
         threads => {
             let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -103,7 +103,7 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
     };
     let runtime = runtime.enable_all().build().unwrap();
     let code = runtime.block_on(serve(&knobs));
-    // Waits for what its threads do.
+    // Waits for the blocking work on its threads.
     drop(runtime);
     if knobs.text("log") != Some("blocks") {
         tracing::info!("the process ends");
@@ -111,8 +111,8 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
     code
 }
 
-/// Says which phase it is, what readiness says, and how long after the first phase of the stop, from a
-/// thread of no runtime.
+/// Prints each phase, with the answer of readiness and the time since the first phase of the stop. It runs
+/// on a thread outside the runtime, so that blocked workers do not delay it.
 fn observe(graceful: Graceful) {
     thread::spawn(move || {
         let mut last = graceful.phase();
@@ -183,7 +183,7 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
         let status = u16::try_from(status).unwrap();
         builder = builder.unready_status(StatusCode::from_u16(status).unwrap());
     }
-    // Two numbers with a colon between them.
+    // A value of two numbers with a colon between them.
     let pair = |name| {
         let (first, second) = knobs.text(name)?.split_once(':')?;
         Some((
@@ -302,7 +302,7 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
     end(knobs, report).await
 }
 
-/// Ends the process, as the knobs have it.
+/// Prints the report, and ends the process in the way that the knobs say.
 async fn end(knobs: &Knobs<'_>, report: Report) -> ExitCode {
     println!("report {}", format!("{report}").replace('\n', " |"));
     match knobs.text("exit") {
@@ -323,7 +323,7 @@ fn set_up<L: Listener, M, S>(mut served: Serve<L, M, S>, knobs: &Knobs<'_>) -> S
     served.half_close(knobs.text("half_close").is_some())
 }
 
-/// A second server, for figures, without a layer.
+/// Runs a second server for figures, without a layer.
 async fn serve_admin(graceful: &Graceful, how: &str) {
     let admin = Router::new().route("/figures", get(|| async { "figures" }));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -340,7 +340,7 @@ async fn serve_admin(graceful: &Graceful, how: &str) {
     }
 }
 
-/// Registers what the knobs name: `name:ms` or, for what does not end well, `name:ms:how`.
+/// Registers the work that the knobs name: `name:ms`, or `name:ms:how` for work that fails.
 fn register(graceful: &Graceful, knobs: &Knobs<'_>) {
     let listed = |knob| {
         knobs
@@ -355,10 +355,10 @@ fn register(graceful: &Graceful, knobs: &Knobs<'_>) {
     }
     for worker in listed("workers") {
         let (name, work) = work(worker);
-        let told = name.clone();
+        let notified = name.clone();
         let worker = |stop: Stop| async move {
             stop.await;
-            println!("{told} is told");
+            println!("{notified} is notified");
             work.await
         };
         graceful.worker(name, worker).unwrap();
@@ -370,7 +370,7 @@ fn register(graceful: &Graceful, knobs: &Knobs<'_>) {
     }
 }
 
-/// Work of this length that says when it begins and when it is over.
+/// Work of this length that prints its beginning and its end.
 fn work(
     text: &str,
 ) -> (
@@ -427,15 +427,15 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         for call in calls.collect::<Vec<_>>() {
             call.await.unwrap();
         }
-        "asked"
+        "triggered"
     };
-    let [telling, calling] = [(); 2].map(|()| graceful.clone());
-    let told = move |Path((ms, kib)): Path<(u64, usize)>| async move {
-        stop_and(&telling, ms).await;
+    let [for_plain, for_grpc] = [(); 2].map(|()| graceful.clone());
+    let after_stop = move |Path((ms, kib)): Path<(u64, usize)>| async move {
+        sleep_after_stop(&for_plain, ms).await;
         vec![b'x'; kib * 1024]
     };
     let grpc = move |Path((ms, kib)): Path<(u64, usize)>, _message: Bytes| async move {
-        stop_and(&calling, ms).await;
+        sleep_after_stop(&for_grpc, ms).await;
         message(kib)
     };
     let set_ready = move |Path(ready): Path<bool>| async move { marking.set_ready(ready) };
@@ -444,7 +444,7 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         .route("/sleep/{ms}", get(sleep))
         .route("/stream/{chunks}/{ms}", get(stream))
         .route("/bytes/{ms}/{kib}", any(bytes))
-        .route("/told/{ms}/{kib}", any(told))
+        .route("/after_stop/{ms}/{kib}", any(after_stop))
         .route("/grpc/{ms}/{kib}", post(grpc))
         .route(
             "/peer",
@@ -489,7 +489,7 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         Some("other") => behind.layer(Graceful::new().layer()),
         Some(other) => panic!("no such layer: {other}"),
     };
-    // Outside the layer, so that looking does not change what is seen.
+    // Outside the layer, so that these requests do not change the counts that they read.
     let behind = match knobs.text("pre_stop") {
         Some(_) => behind.merge(graceful.pre_stop().into_router()),
         None => behind,
@@ -501,8 +501,8 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
         .route("/connections", get(connections))
 }
 
-/// Jobs that are answered with 202 and done by a worker, each in so much time. The worker and the
-/// handler are those of the README.
+/// A queue of jobs. The handler answers 202, and a worker takes the time `each` for a job. Handler and
+/// worker are those in the documentation of `Graceful::worker`.
 fn queue(graceful: &Graceful, each: Option<Duration>) -> Router {
     let Some(each) = each else {
         return Router::new();
@@ -560,19 +560,19 @@ async fn sleep(Path(ms): Path<u64>) -> impl IntoResponse {
     ([("x-handler", "kept")], "slept")
 }
 
-/// So many KiB in one piece, after a while. It reads nothing of a request's body.
+/// Answers with `kib` KiB in one piece after `ms` milliseconds. Reads nothing of the request body.
 async fn bytes(Path((ms, kib)): Path<(u64, usize)>) -> Vec<u8> {
     tokio::time::sleep(Duration::from_millis(ms)).await;
     vec![b'x'; kib * 1024]
 }
 
-/// Resolves so long after a stop was asked for.
-async fn stop_and(graceful: &Graceful, ms: u64) {
+/// Resolves `ms` milliseconds after the start of the stop.
+async fn sleep_after_stop(graceful: &Graceful, ms: u64) {
     graceful.subscribe().reached(Phase::LameDuck).await;
     tokio::time::sleep(Duration::from_millis(ms)).await;
 }
 
-/// The response of a gRPC call: one message with so many KiB, and OK.
+/// The response of a gRPC call: one message of `kib` KiB, and the status OK.
 fn message(kib: usize) -> impl IntoResponse {
     let mut message = vec![0];
     message.extend(u32::try_from(kib * 1024).unwrap().to_be_bytes());
@@ -596,12 +596,12 @@ async fn stream(Path((chunks, ms)): Path<(u32, u64)>) -> Body {
     }))
 }
 
-/// Never resolves, whatever becomes of its request.
+/// Never resolves.
 async fn never(_request: Request) -> &'static str {
     std::future::pending().await
 }
 
-/// Never resolves, and says when it is dropped.
+/// Never resolves, and prints a line when it is dropped.
 async fn stuck() -> &'static str {
     struct Gone;
 
@@ -615,33 +615,33 @@ async fn stuck() -> &'static str {
     std::future::pending().await
 }
 
-/// Begins what no drain can end.
+/// Runs blocking work, which cannot be aborted.
 async fn spawn_blocking(Path(ms): Path<u64>) {
     tokio::task::spawn_blocking(move || std::thread::sleep(Duration::from_millis(ms)))
         .await
         .unwrap();
 }
 
-/// Holds a thread of the runtime.
+/// Blocks a thread of the runtime.
 async fn block(Path(ms): Path<u64>) -> &'static str {
     std::thread::sleep(Duration::from_millis(ms));
     "blocked"
 }
 
-/// Holds the thread that has waited for the timer.
+/// Blocks the thread that was woken by the timer.
 async fn wait_and_block() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     std::thread::sleep(Duration::from_secs(60));
 }
 
-/// More than any socket's buffers hold.
+/// A body that is larger than the buffers of any socket.
 async fn large() -> Bytes {
     static LARGE: LazyLock<Bytes> = LazyLock::new(|| vec![b'x'; 64 * 1024 * 1024].into());
     LARGE.clone()
 }
 
-/// Answers what it is sent, once it is no longer HTTP: after `Upgrade` over HTTP/1, and after an
-/// extended CONNECT over HTTP/2.
+/// Upgrades the connection, and then echoes bytes: after `Upgrade` over HTTP/1, and after an extended
+/// CONNECT over HTTP/2.
 async fn upgrade(request: Request) -> Response {
     let mut response = Response::new(Body::empty());
     if request.version() < Version::HTTP_2 {

@@ -1,4 +1,4 @@
-//! What starts a shutdown, what hurries it, and what the exit code says of it.
+//! What starts a stop, what shortens it, and its exit code.
 
 use std::{
     os::unix::process::ExitStatusExt,
@@ -50,25 +50,33 @@ pub(crate) const TESTS: &[Test] = &[
         Form::ALL,
         second_skips,
     ),
-    ("signals::a_third_cuts", Form::CUTTING, third_cuts),
     (
-        "signals::a_fourth_does_not_wait_for_what_was_cut",
+        "signals::a_second_sigint_after_sigterm_cuts",
         Form::CUTTING,
-        fourth_abandons,
+        second_sigint_cuts,
     ),
     (
-        "signals::after_the_stop_one_ends_the_process_that_waits_for_blocking_work",
+        "signals::a_third_sigint_after_sigterm_does_not_wait_for_cut_requests",
+        Form::CUTTING,
+        third_sigint_abandons,
+    ),
+    (
+        "signals::after_the_stop_end_a_process_that_waits_for_blocking_work",
         Form::ALL,
         afterwards,
     ),
     (
-        "signals::two_at_once_leave_an_idle_service_clean",
+        "signals::two_at_once_stop_an_idle_service_cleanly",
         Form::CUTTING,
         two_at_once,
     ),
-    ("signals::a_doubled_ctrl_c_is_one", Form::ALL, doubled),
     (
-        "signals::two_ctrl_c_a_while_apart_are_two",
+        "signals::a_ctrl_c_that_arrives_twice_counts_once",
+        Form::ALL,
+        doubled,
+    ),
+    (
+        "signals::two_ctrl_c_with_a_pause_count_twice",
         Form::CUTTING,
         apart,
     ),
@@ -78,32 +86,32 @@ pub(crate) const TESTS: &[Test] = &[
         sigint,
     ),
     (
-        "signals::one_during_start_up_leads_to_an_orderly_exit",
+        "signals::during_start_up_lead_to_an_orderly_exit",
         Form::ALL,
         during_start_up,
     ),
     (
-        "signals::one_late_in_start_up_does_not_let_the_service_serve",
+        "signals::late_in_start_up_keep_the_service_from_serving",
         Form::ALL,
         late_in_start_up,
     ),
     (
-        "signals::a_server_by_other_means_has_its_delay",
+        "signals::a_server_with_its_own_shutdown_has_its_delay",
         &[Form::Listening],
         other_means,
     ),
     (
-        "signals::a_worker_that_waits_in_start_up_is_no_server",
+        "signals::during_start_up_lead_to_an_orderly_exit_with_a_worker_too",
         Form::ALL,
         worker,
     ),
     (
-        "signals::many_calls_of_shutdown_are_one_drain",
+        "signals::repeated_shutdown_calls_cause_one_drain",
         Form::ALL,
         shutdown_calls,
     ),
     (
-        "signals::shutdown_before_serving_ends_in_order",
+        "signals::shutdown_before_serving_leads_to_an_orderly_exit",
         Form::ALL,
         shutdown_first,
     ),
@@ -113,7 +121,7 @@ pub(crate) const TESTS: &[Test] = &[
         impossible_plan,
     ),
     (
-        "signals::without_time_to_drain_what_is_in_flight_is_cut",
+        "signals::without_time_to_drain_in_flight_requests_are_cut",
         Form::CUTTING,
         no_time,
     ),
@@ -123,7 +131,7 @@ pub(crate) const TESTS: &[Test] = &[
         no_time_needed,
     ),
     (
-        "signals::with_endless_time_the_drain_ends_when_the_request_does",
+        "signals::with_unlimited_time_the_drain_ends_with_the_last_request",
         Form::ALL,
         all_the_time,
     ),
@@ -131,19 +139,20 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
-/// A handler in `thread::sleep` holds a worker, and with it what that waits for on behalf of the others.
+/// A handler in `thread::sleep` blocks a runtime worker. If that worker drives the timers and the IO, the
+/// others wait too.
 fn blocked_workers(form: Form) {
     for (threads, blocked) in [(1, 1), (2, 1), (4, 1), (2, 3), (4, 5)] {
         on_time(form, threads, blocked);
     }
 }
 
-/// There the server cannot end before its thread does; all else is on time.
+/// With one thread the server ends only when the handler returns. All phases are still on time.
 fn blocked_thread(form: Form) {
     on_time(form, 0, 1);
 }
 
-/// Delay, drain and the wait for what was cut, each in its time, with handlers that block for 5 s.
+/// The delay, the drain and the wait for cut requests end on time, with handlers that block for 5 s.
 fn on_time(form: Form, threads: usize, blocked: usize) {
     let what = format!("{blocked} of {threads} blocked");
     let threads = format!("threads={threads}");
@@ -165,7 +174,7 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
         .collect();
     server.terminate();
     server.expect_phase("lame duck");
-    // Where a handler's thread is needed to hear the signal it is more than 4 s.
+    // If the signal needed a handler's thread, it would take more than 4 s.
     assert!(
         server.elapsed() < MS(3000),
         "{what}: {:?}",
@@ -173,7 +182,7 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
     );
     let [draining, closing] = ["draining", "closing"].map(|phase| server.expect_phase(phase));
     let exit = server.exit();
-    // For a busy machine. Where the handlers' threads are needed it is more than 3 s.
+    // Tolerance for a busy machine. If the phases needed a handler's thread, it would be more than 3 s.
     let late = MS(1000);
     for (at, due) in [
         (draining, MS(800)),
@@ -186,14 +195,14 @@ fn on_time(form: Form, threads: usize, blocked: usize) {
         ),
         (exit.logged_after("stopped, because"), MS(1850)),
     ] {
-        // The observer looks once in a millisecond, and on a busy machine more rarely.
+        // The observer polls once in a millisecond, and less often on a busy machine.
         let on_time = at >= due.saturating_sub(MS(100)) && at <= due + late;
         assert!(on_time, "{what}: {at:?} instead of {due:?}, {exit:?}");
     }
     assert_eq!(exit.status.code(), Some(1), "{what}: {exit:?}");
     if threads != "threads=0" {
         exit.assert_within(MS(1600), MS(1850) + 2 * late);
-        // It waits for none of the handlers.
+        // The process does not wait for the handlers.
         assert!(exit.after < MS(4500), "{what}: {exit:?}");
     }
 }
@@ -261,7 +270,7 @@ fn afterwards(form: Form) {
         } else {
             "report"
         });
-        // `main` waits for the runtime, which waits for its thread.
+        // `main` waits for the runtime, which waits for its blocking work.
         thread::sleep(MS(1200));
         server.signal(signal);
         let exit = server.exit();
@@ -292,7 +301,7 @@ fn second_skips(form: Form) {
     assert!(exit.log.contains(ended), "{exit:?}");
 }
 
-fn third_cuts(form: Form) {
+fn second_sigint_cuts(form: Form) {
     let mut server = Server::start(form, &["delay=5000", "drain=10000"]);
     let slow = server.get_in_background("/sleep/60000");
     server.terminate();
@@ -309,15 +318,15 @@ fn third_cuts(form: Form) {
     assert!(slow.join().is_err());
 }
 
-fn fourth_abandons(form: Form) {
+fn third_sigint_abandons(form: Form) {
     let mut server = Server::start(form, &["delay=5000", "drain=10000"]);
-    // A handler that blocks its thread notices nothing, not even the cut of its connection.
+    // A handler that blocks its thread cannot be aborted, even if its connection is cut.
     let mut stays = server.connect();
     stays.send("GET /block/5000 HTTP/1.1\r\nhost: test\r\n\r\n");
-    // Not by asking: the thread may be the one that waits for connections.
+    // Sleeps, because a request for the count could wait for the blocked thread.
     thread::sleep(MS(100));
     server.terminate();
-    // The last within the 250 ms for which what was cut is waited for.
+    // The last signal arrives within the 250 ms in which the server waits for cut requests.
     for after in [150, 300, 450] {
         server.until(MS(after));
         server.signal(SIGINT);
@@ -327,7 +336,7 @@ fn fourth_abandons(form: Form) {
     assert!(exit.report.contains("abandoned"), "{exit:?}");
 }
 
-/// As a supervisor and a terminal do it, each unaware of the other.
+/// A supervisor and a terminal may send their signals at the same time.
 fn two_at_once(form: Form) {
     for (first, then, after) in [
         (SIGTERM, SIGTERM, 8),
@@ -345,7 +354,7 @@ fn two_at_once(form: Form) {
     }
 }
 
-/// As a shell delivers it: to the process and to its group, a moment apart.
+/// A shell may deliver a Ctrl-C twice: to the process and to its group.
 fn doubled(form: Form) {
     let mut server = Server::start(form, &[]);
     let slow = server.get_in_background("/sleep/700");
@@ -423,7 +432,7 @@ fn other_means(form: Form) {
 }
 
 fn assert_never_served(mut server: Server) {
-    // The listener is bound, so the kernel takes this request; nobody must serve it.
+    // The listener is bound, so the kernel accepts this connection. The request must not be served.
     let mut early = server.connect();
     early.send("GET / HTTP/1.1\r\nhost: test\r\n\r\n");
     server.expect_line("listening");
@@ -439,7 +448,7 @@ fn assert_never_served(mut server: Server) {
 fn shutdown_calls(form: Form) {
     let mut server = Server::start(form, &[]);
     let slow = server.get_in_background("/sleep/1500");
-    server.asked();
+    server.mark_triggered();
     server.connect().request("POST", "/shutdown/50").assert_ok();
     assert_eq!(server.get("/readyz").text(), "lame duck\n");
     slow.join().unwrap().assert_ok();
@@ -455,7 +464,7 @@ fn shutdown_calls(form: Form) {
 
 fn shutdown_first(form: Form) {
     let mut server = Server::spawn(form, &["shutdown=first", "startup=200"]);
-    server.asked();
+    server.mark_triggered();
     server.expect_line("listening");
     let exit = server.exit();
     exit.assert_clean();
@@ -474,7 +483,7 @@ fn impossible_plan(form: Form) {
 }
 
 fn start_and_exit(form: Form, knobs: &[&str]) -> Exit {
-    Server::unheard(form, knobs).exit()
+    Server::launch(form, knobs).exit()
 }
 
 fn no_time(form: Form) {

@@ -1,5 +1,5 @@
-//! A stop without file descriptors: clients wait in the accept queue, and the process can accept
-//! none of them.
+//! A stop without free file descriptors: clients wait in the accept queue, and the process cannot accept
+//! them.
 
 use std::{
     io,
@@ -45,7 +45,7 @@ const MS: fn(u64) -> Duration = Duration::from_millis;
 const BOTH: [&str; 2] = ["keep_listening=true", "keep_listening=false"];
 const FEW_FILES: &str = "files=64";
 const GET: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
-/// So many clients connect: more than twice as many as the server may have files open.
+/// The number of clients: more than twice as many as the server may have files open.
 const CLIENTS: usize = 150;
 
 /// Connects clients until long after the server has no descriptors left. Each sends `request`.
@@ -61,7 +61,7 @@ fn starve(server: &Server, request: &str) -> Vec<Connection> {
     clients
 }
 
-/// What the process has open, as the operating system says.
+/// Whether the server has as many files open as its limit allows. True if the system does not report them.
 fn is_starved(server: &Server) -> bool {
     let open = std::fs::read_dir(format!("/proc/{}/fd", server.pid()));
     open.map_or(true, |open| open.count() >= 64)
@@ -73,7 +73,7 @@ fn assert_answered(answer: &io::Result<Response>, i: usize) {
     assert!(answered, "{i}: {answer:?}");
 }
 
-/// Each client keeps its connection open after the answer, so none makes room for another.
+/// Each client keeps its connection open after the response, so that no descriptor becomes free.
 #[track_caller]
 fn assert_all_answered(clients: &mut [Connection]) {
     for (i, client) in clients.iter_mut().enumerate() {
@@ -81,7 +81,7 @@ fn assert_all_answered(clients: &mut [Connection]) {
     }
 }
 
-/// The clients that were accepted keep their connections after the answer.
+/// The accepted clients keep their connections after the response.
 fn idle_make_room(form: Form) {
     for keep in BOTH {
         let mut server = Server::start(form, &["delay=300", "drain=5000", keep, FEW_FILES]);
@@ -94,7 +94,7 @@ fn idle_make_room(form: Form) {
     }
 }
 
-/// The clients that were accepted have sent nothing, and never will.
+/// The accepted clients never send anything.
 fn silent_make_room(form: Form) {
     for keep in BOTH {
         let mut server = Server::start(form, &["delay=300", "drain=5000", keep, FEW_FILES]);
@@ -112,7 +112,7 @@ fn silent_make_room(form: Form) {
     }
 }
 
-/// All descriptors belong to requests that take longer than the delay.
+/// Requests that take longer than the delay use all descriptors.
 fn busy_complete(form: Form) {
     for keep in BOTH {
         let mut server = Server::start(form, &["delay=300", "drain=8000", keep, FEW_FILES]);
@@ -125,8 +125,8 @@ fn busy_complete(form: Form) {
     }
 }
 
-/// A connection that was upgraded, one whose next head is half sent, and one whose request is not
-/// counted because its route is outside the layer.
+/// An upgraded connection, one with an incomplete request head, and one whose request is not counted
+/// because its route is outside the layer.
 fn not_idle(form: Form) {
     let knobs = ["delay=300", "drain=2000", "keep_listening=false", FEW_FILES];
     let mut server = Server::start(form, &knobs);
@@ -149,7 +149,7 @@ fn not_idle(form: Form) {
     upgraded.send("still there\n");
     assert_eq!(upgraded.line().unwrap(), "still there");
     if form == Form::Run {
-        // hyper closes such a connection of `serve`, as at the end of any drain.
+        // With `serve`, hyper closes such a connection, as at the end of every drain.
         half.send("test\r\n\r\n");
         assert_answered(&half.try_response("GET"), 0);
     }
@@ -158,7 +158,7 @@ fn not_idle(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Requests that never end hold the descriptors to the deadline.
+/// Requests that never end hold the descriptors until the deadline.
 fn lost(form: Form) {
     for keep in BOTH {
         let mut server = Server::start(form, &["delay=200", "drain=800", keep, FEW_FILES]);
@@ -172,7 +172,7 @@ fn lost(form: Form) {
         let answers = clients
             .into_iter()
             .map(|mut client| client.try_response("GET"));
-        // A refusal, if there was a descriptor in between.
+        // Some clients are refused, if a descriptor was free for a moment.
         let answered = answers.flatten().count();
         assert_eq!(cut + queued + answered, CLIENTS, "{answered}: {exit:?}");
         assert!(queued > CLIENTS / 2, "{exit:?}");

@@ -1,4 +1,4 @@
-//! TLS: clients that connect without pause, through many stops.
+//! TLS: clients connect without pause during many stops.
 
 use std::{
     io::{self, Read, Write},
@@ -16,7 +16,7 @@ use crate::{
     server::Form,
 };
 
-/// They want the machine for themselves.
+/// These tests run alone, because they load the machine.
 pub(crate) const ALONE: &[Test] = &[
     (
         "tls::connection_per_request_clients_lose_nothing",
@@ -24,22 +24,22 @@ pub(crate) const ALONE: &[Test] = &[
         connection_per_request,
     ),
     (
-        "tls::clients_lose_nothing_when_handshakes_take_their_time",
+        "tls::clients_lose_nothing_when_handshakes_are_slow",
         Form::CUTTING,
         slow_handshakes,
     ),
     (
-        "tls::ten_thousand_silent_peers_delay_nobody",
+        "tls::ten_thousand_silent_peers_delay_no_client",
         &[Form::Serve],
         silent_peers,
     ),
 ];
 
-/// A connection may be silent for 25 ms. A client that had to wait longer for a processor than this
-/// is not held against the server.
+/// When draining starts, the server closes connections that have been silent for 25 ms. A client that the
+/// operating system delays for longer than this may lose its request, and the test does not count it.
 const PROMPT: Duration = Duration::from_millis(15);
 
-/// The server's side.
+/// The server side.
 pub(crate) mod server {
     use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -62,7 +62,7 @@ pub(crate) mod server {
         has_connect_info::<SocketAddr>();
     };
 
-    /// Handshakes that begin after so many milliseconds: `tls=40`.
+    /// A TLS listener. With `tls=40` each handshake begins after 40 milliseconds.
     pub(crate) fn listener(graceful: &Graceful, tcp: TcpListener, knobs: &Knobs<'_>) -> Listener {
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
         let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
@@ -92,7 +92,7 @@ pub(crate) mod server {
     }
 }
 
-/// Trusts whatever certificate it is shown.
+/// A verifier that trusts every certificate.
 mod trusting {
     use tokio_rustls::rustls::{
         DigitallySignedStruct, Error, SignatureScheme,
@@ -158,9 +158,9 @@ fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     Ok(tcp)
 }
 
-/// One request on a connection that exists, and the status of its answer. Nothing is between the
-/// client's part of the handshake and the request: rustls keeps the request until then. `begun` is when
-/// the connection was asked for; it says whether the client began its handshake promptly.
+/// Sends one request on a TCP connection, and returns the status of the response. The request follows the
+/// client's last handshake message without a pause, because rustls buffers it until then. `begun` is when
+/// the client started to connect. It shows whether the client began its handshake promptly.
 fn request(
     mut tcp: TcpStream,
     config: &Arc<ClientConfig>,
@@ -195,7 +195,7 @@ fn refused(error: &io::Error) -> bool {
     )
 }
 
-/// Sixteen clients that connect anew for each request, until they are refused.
+/// Sixteen clients open a connection for each request until they are refused.
 fn connection_per_request(form: Form) {
     through_stops(form, "tls=0");
 }
@@ -229,7 +229,7 @@ fn through_stops(form: Form, tls: &str) {
                             (_, Ok(200 | 503)) => answers += 1,
                             (_, Ok(status)) => return Err(format!("{status}")),
                             (false, Err(_)) => {}
-                            // Handshakes are waited for so long, whatever the machine is busy with.
+                            // The server waits at most one second for handshakes.
                             (_, Err(_)) if begun.elapsed() > Duration::from_secs(1) => {}
                             (true, Err(error)) => {
                                 let took = begun.elapsed();
@@ -254,7 +254,7 @@ fn through_stops(form: Form, tls: &str) {
     assert!(answers > STOPS * 16, "{answers}");
 }
 
-/// As many as there may be files, and with a tenth of them every test does.
+/// As many silent peers as there may be open files.
 fn silent_peers(form: Form) {
     let files = crate::server::allow_files(12_000);
     let peers = usize::try_from(files).unwrap() * 5 / 6;

@@ -1,5 +1,5 @@
-//! What was answered arrives whole, whatever the client sends while it reads; what does not is in
-//! the report.
+//! Responses arrive whole, even if the client sends while it reads. The report lists the responses that do
+//! not.
 
 use std::{
     io::{Read, Write},
@@ -54,7 +54,7 @@ pub(crate) const TESTS: &[Test] = &[
         uploading,
     ),
     (
-        "whole::a_response_arrives_although_its_client_uploads_by_and_by",
+        "whole::a_response_arrives_although_its_client_uploads_slowly",
         Form::CUTTING,
         uploading_slowly,
     ),
@@ -64,7 +64,7 @@ pub(crate) const TESTS: &[Test] = &[
         while_serving,
     ),
     (
-        "whole::a_client_that_sends_for_ever_does_not_hold_the_stop",
+        "whole::a_client_that_never_stops_sending_does_not_hold_the_stop",
         Form::CUTTING,
         endless,
     ),
@@ -74,7 +74,7 @@ pub(crate) const TESTS: &[Test] = &[
         never_closes,
     ),
     (
-        "whole::an_idle_peer_that_says_nothing_holds_the_stop_for_a_second",
+        "whole::an_idle_peer_that_sends_nothing_holds_the_stop_for_a_second",
         Form::CUTTING,
         mute,
     ),
@@ -92,7 +92,7 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
-/// A client whose kernel takes little before it reads.
+/// Connects a client with a small receive buffer.
 fn narrow(address: SocketAddr) -> TcpStream {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_recv_buffer_size(32 * 1024).unwrap();
@@ -103,14 +103,14 @@ fn narrow(address: SocketAddr) -> TcpStream {
     stream
 }
 
-/// In which phase the response's head comes: the delay, and the time that the handler takes.
+/// The phase in which the response head is sent; the delay; the duration of the handler.
 const PHASES: &[(&str, &str, u64)] = &[
     ("lame duck", "delay=1500", 400),
     ("draining", "delay=0", 400),
     ("draining, after the delay", "delay=200", 700),
 ];
 
-/// A window of 8 MiB for each stream.
+/// SETTINGS with a window of 8 MiB for each stream.
 const WIDE: &[u8] = &[0, 4, 0, 0x80, 0, 0];
 
 fn http2(form: Form) {
@@ -136,7 +136,7 @@ fn http2(form: Form) {
                     break;
                 }
                 let more = u32::try_from(frame.payload.len()).unwrap().to_be_bytes();
-                // The server may be about to close.
+                // Write errors are ignored, because the server may be closing.
                 for (kind, stream, payload) in [
                     (WINDOW_UPDATE, 0, &more[..]),
                     (WINDOW_UPDATE, frame.stream, &more),
@@ -153,8 +153,8 @@ fn http2(form: Form) {
     }
 }
 
-/// The flow control of HTTP/2 has what is left of the response stay in the server, not in the kernel,
-/// and the client is silent for longer than a mute peer may be.
+/// HTTP/2 flow control keeps the rest of the response in the server, not in the kernel. The client is silent
+/// for longer than the server waits for a peer on a connection where nothing is in flight.
 fn http2_pauses(form: Form) {
     let mut server = Server::start(form, &["delay=0", "drain=20000"]);
     let mut client = Connection::on(TcpStream::connect(server.address).unwrap(), &[]);
@@ -191,12 +191,12 @@ fn http2_pauses(form: Form) {
     server.exit().assert_clean();
 }
 
-/// Each response is so small that its last byte was handed to the server before the stop. The peer has
-/// no window for any of them until some time after.
+/// The responses are so small that the handlers have finished before the stop. The peer opens its
+/// flow-control window only some time later.
 fn http2_small(form: Form) {
     const STREAMS: usize = 8;
     const KIB: usize = 6;
-    // No window for a stream.
+    // A window of zero for each stream.
     let mut server = Server::start(form, &["delay=0", "drain=20000"]);
     let stream = TcpStream::connect(server.address).unwrap();
     let mut client = Connection::on(stream, &[0, 4, 0, 0, 0, 0]);
@@ -207,7 +207,7 @@ fn http2_small(form: Form) {
         client.next(HEADERS);
     }
     server.terminate();
-    // It answers the ping, as every client does.
+    // Answers the PING, as every client does.
     for frame in client.until_quiet(MS(2500)) {
         assert_ne!(frame.kind, DATA, "there is no window");
     }
@@ -230,7 +230,7 @@ fn http2_small(form: Form) {
     server.exit().assert_clean();
 }
 
-/// It takes the GOAWAY, says one thing more, and is gone.
+/// The client receives the GOAWAY, sends one more frame, and then falls silent.
 fn http2_falls_silent(form: Form) {
     let mut server = Server::start(form, &["delay=100", "drain=20000"]);
     let mut client = Connection::open(server.address);
@@ -246,7 +246,7 @@ fn http2_falls_silent(form: Form) {
     drop(client);
 }
 
-/// The response is out long before the upload is, and is not waited for by a drain.
+/// The response is sent long before the upload is complete, so the request is no longer in flight.
 fn small_uploading(form: Form) {
     for (phase, delay, handler) in PHASES {
         let mut server = Server::start(form, &[delay, "drain=20000"]);
@@ -257,7 +257,7 @@ fn small_uploading(form: Form) {
         server.terminate();
         let mut sending = client.try_clone().unwrap();
         let sender = thread::spawn(move || while sending.write_all(&[0; 4096]).is_ok() {});
-        // Until well after the server has let go of the connection.
+        // Waits until the server has long closed its writing side.
         thread::sleep(MS(handler + 600));
         assert_eq!(read_slowly(&mut client, 1), 1024, "{phase}");
         client.shutdown(Shutdown::Both).unwrap();
@@ -266,7 +266,7 @@ fn small_uploading(form: Form) {
     }
 }
 
-/// Reads a response with this many KiB, a little at a time. Says how many bytes of the body came.
+/// Reads a response of `kib` KiB in small pieces. Returns the number of body bytes.
 fn read_slowly(stream: &mut TcpStream, kib: usize) -> usize {
     let mut read = Vec::<u8>::new();
     let mut piece = [0; 16 * 1024];
@@ -296,7 +296,7 @@ fn pipelined(form: Form) {
         client.write_all(request.repeat(4).as_bytes()).unwrap();
         let mut sending = client.try_clone().unwrap();
         let sender = thread::spawn(move || {
-            // Until the server has closed.
+            // Sends until the server has closed.
             while sending.write_all(request.as_bytes()).is_ok() {
                 thread::sleep(MS(1));
             }
@@ -327,7 +327,7 @@ fn uploading(form: Form) {
     }
 }
 
-/// Between two pieces of the upload nothing is unread, and nothing unsent.
+/// Between two pieces of the upload, no byte is unread and no byte is unsent.
 fn uploading_slowly(form: Form) {
     let mut server = Server::start(form, &["delay=0", "drain=20000"]);
     let mut client = narrow(server.address);
@@ -367,7 +367,7 @@ fn endless(form: Form) {
     server.terminate();
     assert_eq!(read_slowly(&mut client, 1), 1024);
     let answered = server.elapsed();
-    // Two seconds, and what a write may wait in a full buffer.
+    // The server reads for two seconds; a write may then wait in a full buffer.
     while client.write_all(&[0; 8192]).is_ok() {
         assert!(server.elapsed() < answered + MS(15_000));
     }
@@ -391,8 +391,8 @@ fn never_closes(form: Form) {
     drop((client, idle));
 }
 
-/// As one that is suspended, or whose address was forgotten on the way: it does not even answer a
-/// ping. What it sent was answered long ago, or was no request.
+/// A peer that does not answer anything, not even a PING, because its machine is suspended or its address
+/// translation has expired. No request is in flight: it was answered long ago, or never sent completely.
 fn mute(form: Form) {
     const MUTE: &[(&str, &[u8])] = &[
         (
@@ -405,9 +405,9 @@ fn mute(form: Form) {
     ];
     let mut server = Server::start(form, &["delay=100", "drain=20000"]);
     let mut clients = Vec::new();
-    for (_, said) in MUTE {
+    for (_, bytes) in MUTE {
         let mut client = server.connect();
-        client.try_send(said).unwrap();
+        client.try_send(bytes).unwrap();
         clients.push(client);
     }
     let mut answered = Connection::open(server.address);

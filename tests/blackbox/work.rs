@@ -1,4 +1,4 @@
-//! Work besides requests, and the order in which it ends.
+//! Work beside requests, and the order in which it ends.
 
 use std::{os::unix::process::ExitStatusExt, thread, time::Duration};
 
@@ -18,12 +18,12 @@ pub(crate) const TESTS: &[Test] = &[
         in_order_after_a_cut,
     ),
     (
-        "work::of_a_step_that_does_not_do_it_does_not_stop_the_rest",
+        "work::of_a_step_that_fails_does_not_stop_the_other_steps",
         Form::CUTTING,
         failing,
     ),
     (
-        "work::of_a_request_is_finished_if_it_is_held",
+        "work::of_a_request_completes_if_it_is_held",
         Form::CUTTING,
         held,
     ),
@@ -33,12 +33,12 @@ pub(crate) const TESTS: &[Test] = &[
         queued,
     ),
     (
-        "work::that_is_held_for_too_long_is_given_up",
+        "work::that_is_held_for_too_long_is_cut",
         Form::CUTTING,
         held_too_long,
     ),
     (
-        "work::that_holds_the_thread_of_the_timers_is_not_waited_for",
+        "work::that_blocks_the_timer_thread_is_not_waited_for",
         Form::CUTTING,
         holds_the_timers,
     ),
@@ -48,17 +48,17 @@ pub(crate) const TESTS: &[Test] = &[
         blocking,
     ),
     (
-        "work::of_cleaning_up_is_not_waited_for_after_a_fourth_sigint",
+        "work::of_cleanup_is_not_waited_for_after_a_fourth_sigint",
         Form::CUTTING,
         fourth_signal,
     ),
     (
-        "work::of_a_request_is_known_by_name",
+        "work::of_a_request_is_named",
         Form::CUTTING,
         requests_are_named,
     ),
     (
-        "work::may_end_by_the_signal_itself",
+        "work::may_end_with_death_by_the_signal",
         Form::CUTTING,
         by_signal,
     ),
@@ -73,7 +73,7 @@ pub(crate) const TESTS: &[Test] = &[
         watchdog,
     ),
     (
-        "work::that_ends_in_time_is_not_the_watchdogs_business",
+        "work::that_ends_in_time_does_not_wake_the_watchdog",
         Form::CUTTING,
         watchdog_sleeps,
     ),
@@ -81,11 +81,11 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
-/// All that the process has said before its report.
+/// Asserts which lines the process printed before its report.
 #[track_caller]
-fn assert_said(exit: &Exit, lines: &[&str]) {
-    let (_, said) = exit.said.split_last().unwrap();
-    assert_eq!(said, lines, "{exit:?}");
+fn assert_output(exit: &Exit, lines: &[&str]) {
+    let (_, output) = exit.output.split_last().unwrap();
+    assert_eq!(output, lines, "{exit:?}");
 }
 
 fn in_order(form: Form) {
@@ -102,7 +102,7 @@ fn in_order(form: Form) {
     server.expect_line("hook begins");
     server.expect_line("hook is over");
     assert!(server.elapsed() < MS(1000), "{:?}", server.elapsed());
-    server.expect_line("worker is told");
+    server.expect_line("worker is notified");
     assert!(server.elapsed() >= MS(1000), "{:?}", server.elapsed());
     server.expect_line("worker begins");
     server.expect_line("worker is over");
@@ -116,7 +116,7 @@ fn in_order(form: Form) {
         "c begins",
         "c is over",
     ];
-    assert_said(&exit, &steps);
+    assert_output(&exit, &steps);
     exit.assert_clean();
     exit.assert_within(MS(1600), MS(2200));
     for row in ["hook  ", "worker  ", "a  ", "b  ", "c  ", "cleanup  "] {
@@ -126,7 +126,7 @@ fn in_order(form: Form) {
 }
 
 fn in_order_after_a_cut(form: Form) {
-    // Its two seconds of cleanup are kept, whatever the drain does.
+    // The drain cannot use up the two seconds of cleanup.
     let knobs = [
         "grace=10000",
         "delay=0",
@@ -139,7 +139,7 @@ fn in_order_after_a_cut(form: Form) {
     stuck.send("GET /stuck HTTP/1.1\r\nhost: test\r\n\r\n");
     server.wait_for_in_flight(1);
     server.terminate();
-    server.expect_line("worker is told");
+    server.expect_line("worker is notified");
     server.expect_line("worker begins");
     server.expect_line("worker is over");
     server.expect_line("the handler is gone");
@@ -153,7 +153,7 @@ fn in_order_after_a_cut(form: Form) {
         "c begins",
         "c is over",
     ];
-    assert_said(&exit, &steps);
+    assert_output(&exit, &steps);
     assert_eq!(exit.status.code(), Some(1), "{exit:?}");
     exit.assert_within(MS(800), MS(1300));
     assert!(exit.report.contains("1 cut"), "{exit:?}");
@@ -174,7 +174,7 @@ fn failing(form: Form) {
             "c begins",
             "c is over",
         ];
-        assert_said(&exit, &steps);
+        assert_output(&exit, &steps);
         assert_eq!(exit.status.code(), Some(2), "{exit:?}");
         assert!(exit.report.contains("cleanup failed"), "{exit:?}");
         exit.assert_within(MS(100), MS(most));
@@ -187,7 +187,7 @@ fn held(form: Form) {
     assert_eq!(server.in_flight(), 1);
     server.terminate();
     let exit = server.exit();
-    assert_said(
+    assert_output(
         &exit,
         &["the job is over", "database begins", "database is over"],
     );
@@ -195,7 +195,7 @@ fn held(form: Form) {
     exit.assert_within(MS(500), MS(1200));
 }
 
-/// Clients that submit one job after another while the service stops, and are slow in part.
+/// Clients submit one job after another while the service stops. Some handlers are slow.
 fn queued(form: Form) {
     let mut accepted_in_all = 0;
     for stop in 0..50 {
@@ -206,11 +206,11 @@ fn queued(form: Form) {
                 thread::spawn(move || {
                     let mut accepted = Vec::new();
                     for job in client * 1000.. {
-                        // Some handlers are at work when draining starts.
+                        // Some handlers are running when draining starts.
                         let path = format!("/queue/{}/{job}", job % 4 * 10);
                         match connection.try_request("POST", &path) {
                             Ok(response) if response.status == 202 => accepted.push(job),
-                            // Refused or closed by the stop.
+                            // The stop has refused the request or closed the connection.
                             _ => break,
                         }
                     }
@@ -218,17 +218,17 @@ fn queued(form: Form) {
                 })
             })
             .collect();
-        // The stop comes at another moment each time.
+        // Each stop comes at another moment.
         thread::sleep(MS(20 + stop % 10));
         server.terminate();
         let accepted = clients.into_iter().flat_map(|it| it.join().unwrap());
         let mut accepted: Vec<u64> = accepted.collect();
         let exit = server.exit();
         exit.assert_clean();
-        // No request that was let in has found the queue closed.
-        let closed = exit.said.iter().any(|line| line == "closed too early");
+        // No admitted request has found the queue closed.
+        let closed = exit.output.iter().any(|line| line == "closed too early");
         assert!(!closed, "{exit:?}");
-        let done = exit.said.iter().filter_map(|it| it.strip_prefix("done "));
+        let done = exit.output.iter().filter_map(|it| it.strip_prefix("done "));
         let mut done: Vec<u64> = done.map(|job| job.parse().unwrap()).collect();
         accepted.sort_unstable();
         done.sort_unstable();
@@ -247,14 +247,14 @@ fn held_too_long(form: Form) {
     );
     server.terminate();
     let exit = server.exit();
-    assert_said(&exit, &["database begins", "database is over"]);
+    assert_output(&exit, &["database begins", "database is over"]);
     assert_eq!(exit.status.code(), Some(1), "{exit:?}");
     assert!(exit.report.contains("given up: 1 hold"), "{exit:?}");
     assert!(exit.report.contains("hold job 0."), "{exit:?}");
     exit.assert_within(MS(300), MS(900));
 }
 
-/// After a wait, so that it is the thread which has waited for the timer that does not return.
+/// The handler sleeps first, so that it then blocks the thread that drives the timers.
 fn holds_the_timers(form: Form) {
     let cleanup = ["delay=0", "cleanup=a:100:blocks,b:0", "exit=now"];
     let mut server = Server::start(form, &cleanup);
@@ -262,7 +262,10 @@ fn holds_the_timers(form: Form) {
     server.terminate();
     let exit = server.exit();
     assert_eq!(exit.status.code(), Some(2), "{exit:?}");
-    assert!(exit.said.iter().any(|line| line == "b is over"), "{exit:?}");
+    assert!(
+        exit.output.iter().any(|line| line == "b is over"),
+        "{exit:?}"
+    );
     exit.assert_within(MS(500), MS(1200));
 
     let worker = [
@@ -278,7 +281,7 @@ fn holds_the_timers(form: Form) {
     assert_eq!(exit.status.code(), Some(1), "{exit:?}");
     exit.assert_within(MS(300), MS(1000));
 
-    // A handler, alone on an idle server.
+    // One handler on an otherwise idle server.
     let mut server = Server::start(form, &["delay=0", "drain=500", "exit=now"]);
     let mut stuck = server.connect();
     stuck.send("GET /wait-and-block HTTP/1.1\r\nhost: test\r\n\r\n");
@@ -299,7 +302,7 @@ fn blocking(form: Form) {
     server.wait_for_in_flight(0);
     server.terminate();
     let exit = server.exit();
-    assert_said(&exit, &["database begins", "database is over"]);
+    assert_output(&exit, &["database begins", "database is over"]);
     exit.assert_clean();
     exit.assert_within(MS(0), MS(500));
 }
@@ -314,7 +317,7 @@ fn fourth_signal(form: Form) {
     server.wait_for_unready();
     server.signal(Signal::SIGINT);
     server.wait_for_draining();
-    // Not the same Ctrl-C.
+    // A pause, so that this is not the same Ctrl-C delivered twice.
     thread::sleep(MS(150));
     server.signal(Signal::SIGINT);
     server.expect_line("the handler is gone");
@@ -325,17 +328,20 @@ fn fourth_signal(form: Form) {
     server.signal(Signal::SIGINT);
     let exit = server.exit();
     assert_eq!(exit.status.code(), Some(3), "{exit:?}");
-    // What was cut may be gone only after the report.
-    let mut said = exit.said.iter();
-    let report = said.find(|line| line.starts_with("report")).unwrap();
+    // A cut future may be dropped only after the report is printed.
+    let mut output = exit.output.iter();
+    let report = output.find(|line| line.starts_with("report")).unwrap();
     for words in ["abandoned", "cut", "not run"] {
         assert!(report.contains(words), "{words}: {exit:?}");
     }
-    assert!(!exit.said.iter().any(|line| line == "b begins"), "{exit:?}");
+    assert!(
+        !exit.output.iter().any(|line| line == "b begins"),
+        "{exit:?}"
+    );
     exit.assert_within(MS(0), MS(2000));
 }
 
-/// In the log while it waits, and in the report when it does no more.
+/// The log names the requests that the drain waits for, and the report those that were cut.
 fn requests_are_named(form: Form) {
     let knobs = ["delay=0", "drain=2500", "names=yes"];
     let mut server = Server::start(form, &knobs);
@@ -371,9 +377,9 @@ fn by_signal(form: Form) {
         server.signal(signal);
         let exit = server.exit();
         assert_eq!(exit.status.signal(), Some(signal as i32), "{exit:?}");
-        assert_said(&exit, &["a begins", "a is over"]);
+        assert_output(&exit, &["a begins", "a is over"]);
     }
-    // Not if something was lost.
+    // If a request was lost, the process does not end by the signal.
     let mut server = Server::start(form, &["delay=0", "drain=100", "exit=by_signal"]);
     let mut stuck = server.connect();
     stuck.send("GET /never HTTP/1.1\r\nhost: test\r\n\r\n");
@@ -387,7 +393,7 @@ fn interrupted_afterwards(form: Form) {
     server.get("/").assert_ok();
     server.terminate();
     server.expect_line("report");
-    // As part of the shutdown it is too late, and not meant for what comes after it.
+    // Within one second after the stop, a signal still counts as part of the stop, and has no effect.
     server.signal(Signal::SIGTERM);
     thread::sleep(MS(1500));
     server.signal(Signal::SIGTERM);
@@ -400,7 +406,7 @@ fn interrupted_afterwards(form: Form) {
     exit.assert_within(MS(1500), MS(3000));
 }
 
-/// Blocked before the signal comes, so that nothing of tokio hears it.
+/// The runtime is blocked before the signal comes, so that no tokio task can handle it.
 fn watchdog(form: Form) {
     let knobs = [
         "grace=1500",
@@ -422,7 +428,7 @@ fn watchdog(form: Form) {
     let exit = server.exit();
     assert_eq!(exit.status.code(), Some(1), "{exit:?}");
     exit.assert_within(MS(1450), MS(1900));
-    // It says no more after the drain. Without the watchdog it would be a minute.
+    // There is no log line after the drain. Without the watchdog the process would end after a minute.
     assert!(exit.after <= MS(5000), "{exit:?}");
     assert!(exit.log.contains("ended by the watchdog"), "{exit:?}");
     assert!(exit.log.contains("GET /block/60000"), "{exit:?}");

@@ -1,4 +1,4 @@
-//! The example of that name as a process of its own: signals, sockets and TLS are real.
+//! Runs the example `axum_server` as a separate process, with real signals, sockets and TLS.
 
 #![cfg(unix)]
 
@@ -29,11 +29,11 @@ use tokio_rustls::{
     },
 };
 
-/// Far beyond what any step takes.
+/// The timeout of each step, much longer than any step takes.
 const BOUND: Duration = Duration::from_secs(30);
 
-/// The example, beside the tests' own programs. Cargo builds it with them, unless told to build
-/// only some.
+/// The path of the example, in the folder above the test program. Cargo builds it together with the tests,
+/// unless only some targets are selected.
 fn example() -> PathBuf {
     static BUILT: Once = Once::new();
     let tests = env::current_exe().unwrap();
@@ -120,7 +120,7 @@ impl Service {
         Arc::new(config)
     }
 
-    /// A new connection; with TLS, one whose handshake is done.
+    /// Opens a connection, and completes the handshake if the server has TLS.
     fn connect(&self) -> io::Result<Box<dyn Stream>> {
         let mut tcp = TcpStream::connect_timeout(&self.address, BOUND)?;
         tcp.set_read_timeout(Some(BOUND))?;
@@ -136,14 +136,14 @@ impl Service {
         Ok(Box::new(StreamOwned::new(tls, tcp)))
     }
 
-    /// The response to a request on a connection of its own, which the server closes.
+    /// Sends a request on a new connection, and reads until the server closes it.
     fn get(&self, path: &str) -> io::Result<String> {
         let mut stream = self.connect()?;
         ask(&mut *stream, path, "connection: close\r\n")?;
         rest(&mut *stream)
     }
 
-    /// What the service says of itself contains `text`, by and by.
+    /// Waits until the status of the service contains `text`.
     fn await_status(&self, text: &str) {
         let begun = Instant::now();
         loop {
@@ -156,7 +156,7 @@ impl Service {
         }
     }
 
-    /// Waits for the end. Returns the exit code and the report.
+    /// Waits until the process has ended. Returns the exit code and the report.
     fn end(mut self) -> (Option<i32>, String) {
         let begun = Instant::now();
         let status = loop {
@@ -199,7 +199,7 @@ fn assert_status(response: &str, status: u16) {
 fn a_request_completes_and_late_ones_are_refused(tls: bool) {
     let service = Service::start(tls);
     assert_status(&service.get("/readyz").unwrap(), 200);
-    // Idle when the stop begins.
+    // This connection is idle when the stop begins.
     let mut idle = service.connect().unwrap();
     let mut slow = service.connect().unwrap();
     ask(&mut *slow, "/slow/4", "").unwrap();
@@ -248,9 +248,9 @@ fn connections_are_counted_and_cut(tls: bool) {
     ask(&mut *stuck, "/slow/600", "").unwrap();
     let mut half = service.connect().unwrap();
     half.write_all(b"GET / HTTP/1.1\r\nhost: loc").unwrap();
-    // A handshake that never ends, over TLS.
+    // With TLS, a handshake that never ends.
     let silent = TcpStream::connect(service.address).unwrap();
-    // And the one that asks.
+    // The count includes the connection that asks.
     service.await_status("in_flight: 1, connections: 4");
 
     service.signal(Signal::SIGINT);
@@ -264,7 +264,7 @@ fn connections_are_counted_and_cut(tls: bool) {
     assert_eq!(code, Some(1), "{report}");
     assert!(report.starts_with("shutdown by SIGINT: forced"), "{report}");
     assert!(report.contains("given up: 1 request, "), "{report}");
-    // The other two may have closed before the deadline.
+    // The other two connections may have closed before the deadline.
     let peer = stuck.tcp().local_addr().unwrap();
     let cut = format!("connection from {peer} ");
     assert!(report.contains(&cut), "{cut}: {report}");

@@ -1,12 +1,13 @@
-//! gRPC by tonic, in two forms: its routes on `serve`, and its own server.
+//! gRPC with tonic, in two forms: tonic's routes on `serve`, and tonic's own server.
 //!
-//! tonic's server goes through `run` as it is: it takes [`Graceful::layer`] as any layer, and
-//! [`Graceful::drain`] as its shutdown signal. Two things do not fit by themselves:
+//! tonic's server runs in `run` without changes. It takes [`Graceful::layer`] as a layer and
+//! [`Graceful::drain`] as its shutdown signal. Two things need additional code:
 //!
-//! - It wants to know who is connected, by a trait of tonic's (`Connected`) that [`GracefulIo`]
-//!   does not have. So tracked connections go through [`Tracked`] here. Without tracking it works
-//!   too, but a call that does not end is then cut only by dropping the server.
-//! - Its layer is around every service, health too. Health is let pass by `exempt`.
+//! - tonic reads connect info through its own trait `Connected`, which [`GracefulIo`] does not implement.
+//!   So [`Tracked`] wraps tracked connections here. Without tracking it works too, but then a call that
+//!   does not end is cut only when the server is dropped.
+//! - A layer of tonic's server is around every service, also around health. `exempt` keeps health from
+//!   being refused.
 
 use std::{
     error::Error,
@@ -58,7 +59,7 @@ use tonic_health::{
 };
 use tower_graceful::{Graceful, GracefulBuilder, GracefulIo, Outcome, Phase, Report, Requests};
 
-// As in the example.
+// The same code as in the example.
 #[path = "../greeter.rs"]
 #[allow(clippy::pedantic, unreachable_pub)]
 mod greeter;
@@ -68,7 +69,7 @@ mod health;
 
 const BOUND: Duration = Duration::from_secs(20);
 
-/// What a draining service says.
+/// The message of a refusal while draining.
 const REFUSED: &str = "shutting down, please try again";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,11 +83,11 @@ const FORMS: [Form; 2] = [Form::Serve, Form::Tonic];
 #[derive(Clone)]
 struct Service {
     graceful: Graceful,
-    /// A permit for each call to `slow` that may be answered.
+    /// One permit lets one call of `slow` complete.
     slow: Arc<Semaphore>,
-    /// How many calls of `Hello` have arrived.
+    /// The number of `Hello` calls that have arrived.
     arrived: Arc<AtomicU64>,
-    /// The last message that a stream of ticks has sent.
+    /// The last number that a stream of ticks has sent.
     sent: Arc<AtomicU64>,
 }
 
@@ -104,7 +105,7 @@ impl Greeter for Service {
 
     type TicksStream = Pin<Box<dyn Stream<Item = Result<Tick, Status>> + Send>>;
 
-    /// As fast as the client reads.
+    /// Sends ticks as fast as the client reads.
     async fn ticks(&self, _: Request<TicksRequest>) -> Result<Response<Self::TicksStream>, Status> {
         let sent = Arc::clone(&self.sent);
         let ticks = stream::iter(1..).map(move |count| {
@@ -117,7 +118,7 @@ impl Greeter for Service {
     }
 }
 
-/// A tracked connection as tonic's server takes it.
+/// A tracked connection for tonic's server.
 struct Tracked(GracefulIo<TcpStream>);
 
 impl Connected for Tracked {
@@ -156,7 +157,7 @@ impl AsyncWrite for Tracked {
     }
 }
 
-/// A service with one stop before it.
+/// A running service, which a test stops once.
 struct Running {
     graceful: Graceful,
     address: SocketAddr,
@@ -164,13 +165,13 @@ struct Running {
     server: JoinHandle<Report>,
 }
 
-/// Drains at once.
+/// A plan without a delay.
 fn promptly() -> GracefulBuilder {
     Graceful::builder().drain_delay(Duration::ZERO)
 }
 
 async fn start(form: Form, plan: GracefulBuilder) -> Running {
-    // For the form whose layer is around them too.
+    // For tonic's server, where the layer is around health too.
     let graceful = plan
         .exempt("/grpc.health.v1.Health/Check")
         .exempt("/grpc.health.v1.Health/Watch")
@@ -251,7 +252,7 @@ impl Running {
         HealthClient::new(self.channel().await)
     }
 
-    /// Begins a call that is answered when [`release`](Self::release) says so.
+    /// Begins a call that completes after [`release`](Self::release).
     async fn slow(&self) -> JoinHandle<Result<String, Status>> {
         let mut client = self.greeter().await;
         let before = self.graceful.in_flight();
@@ -290,7 +291,7 @@ fn status(answer: HealthCheckResponse) -> ServingStatus {
     }
 }
 
-/// A client on the level of HTTP/2, and its connection, which ends when it is asked to leave.
+/// A client at the level of HTTP/2. Its connection task ends when the server asks it to leave.
 async fn raw(
     address: SocketAddr,
 ) -> (
@@ -309,11 +310,11 @@ fn raw_hello(address: SocketAddr) -> http::Request<Full<Bytes>> {
     http::Request::post(format!("http://{address}/greeter.Greeter/Hello"))
         .header("content-type", "application/grpc")
         .header("te", "trailers")
-        .body(Full::from(vec![0; 5])) // not compressed, four bytes of length
+        .body(Full::from(vec![0; 5])) // not compressed, and a length of zero in four bytes
         .unwrap()
 }
 
-/// A status in the headers of a response that is nothing else ("Trailers-Only").
+/// Asserts that the response is only headers, which contain the gRPC status ("Trailers-Only").
 async fn assert_refused(address: SocketAddr, message: &str) {
     let (mut client, _connection) = raw(address).await;
     let answer = within(client.send_request(raw_hello(address)))
@@ -353,7 +354,7 @@ async fn a_refused_call_is_unavailable_in_headers_alone() {
         let slow = running.slow().await;
         running.graceful.shutdown();
         assert_refused(running.address, REFUSED).await;
-        // And so its client sees it.
+        // A gRPC client receives the same status.
         let mut client = running.greeter().await;
         let refused = hello(&mut client, "Ada").await.unwrap_err();
         assert_eq!(refused.code(), Code::Unavailable, "{form:?}");
@@ -389,7 +390,7 @@ async fn above_the_limit_a_call_is_unavailable() {
         let slow = running.slow().await;
         let message = "too many requests in flight, please try again later";
         assert_refused(running.address, message).await;
-        // Health is not in the count, nor refused by it.
+        // Health does not count toward the limit, and the limit does not refuse it.
         let mut health = running.health().await;
         assert_eq!(check(&mut health).await.unwrap(), ServingStatus::Serving);
         running.release();
@@ -412,13 +413,13 @@ async fn health_says_not_serving_before_calls_are_refused() {
         assert_eq!(check(&mut health).await.unwrap(), ServingStatus::Serving);
         let watched = within(health.watch(HealthCheckRequest::default())).await;
         let mut watched = watched.unwrap().into_inner();
-        let told = within(watched.message()).await.unwrap().unwrap();
-        assert_eq!(status(told), ServingStatus::Serving);
+        let response = within(watched.message()).await.unwrap().unwrap();
+        assert_eq!(status(response), ServingStatus::Serving);
 
         running.graceful.shutdown();
-        // Told unasked.
-        let told = within(watched.message()).await.unwrap().unwrap();
-        assert_eq!(status(told), ServingStatus::NotServing, "{form:?}");
+        // The stream reports the change, without another request.
+        let response = within(watched.message()).await.unwrap().unwrap();
+        assert_eq!(status(response), ServingStatus::NotServing, "{form:?}");
         assert_eq!(check(&mut health).await.unwrap(), ServingStatus::NotServing);
         assert_eq!(hello(&mut client, "Ada").await.unwrap(), "hello Ada");
         assert_eq!(running.graceful.phase(), Phase::LameDuck);
@@ -431,7 +432,7 @@ async fn health_says_not_serving_before_calls_are_refused() {
 }
 
 #[tokio::test]
-async fn whoever_watches_health_does_not_hold_the_drain() {
+async fn watching_health_does_not_hold_the_drain() {
     for form in FORMS {
         let running = start(form, promptly()).await;
         let mut watching = Vec::new();
@@ -448,13 +449,14 @@ async fn whoever_watches_health_does_not_hold_the_drain() {
         for watched in &mut watching {
             let ended = loop {
                 match within(watched.message()).await {
-                    Ok(Some(told)) => assert_eq!(status(told), ServingStatus::NotServing),
+                    Ok(Some(response)) => assert_eq!(status(response), ServingStatus::NotServing),
                     ended => break ended.unwrap_err(),
                 }
             };
             assert_eq!(ended.code(), Code::Unavailable);
         }
-        // Nor who begins to while it drains; and who checks is answered to the end.
+        // A watch that begins while draining does not hold the drain either, and a check is answered to
+        // the end.
         let mut health = running.health().await;
         let late = within(health.watch(HealthCheckRequest::default())).await;
         let late = match late {
@@ -471,7 +473,7 @@ async fn whoever_watches_health_does_not_hold_the_drain() {
 }
 
 #[tokio::test]
-async fn a_stream_has_its_last_word_after_all_it_has_sent() {
+async fn a_stream_ends_with_its_status_after_all_its_messages() {
     for form in FORMS {
         let running = start(form, promptly()).await;
         let mut client = running.greeter().await;
@@ -535,12 +537,12 @@ async fn a_client_is_asked_to_leave_with_its_next_answer() {
     running.ends_clean().await;
 }
 
-/// Calls go on being made on one channel, over as many connections as it takes.
+/// Callers make calls on one channel without pause, while the channel reconnects as often as necessary.
 ///
-/// hyper's client takes calls for a connection that it then no longer sends on, because a GOAWAY has
-/// come meanwhile, and tonic's channel does not make them again by itself: they fail as "operation
-/// was canceled" or with the GOAWAY. Not one of them has arrived, so its caller may make it again;
-/// and not one that has arrived is lost.
+/// hyper's client may accept a call for a connection and then not send it, because a GOAWAY has arrived in
+/// between. tonic's channel does not retry such a call: it fails with "operation was canceled" or with the
+/// GOAWAY. No such call has arrived at the server, so the caller may retry it. No call that has arrived is
+/// lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_channel_loses_no_call_that_has_arrived() {
     for form in FORMS {
@@ -562,7 +564,7 @@ async fn a_channel_loses_no_call_that_has_arrived() {
                         if draining && error.code() == Code::Unavailable {
                             return answered;
                         }
-                        // Not the word of the service.
+                        // Any other error must come from the client's transport, not from the service.
                         let source = error.source();
                         let failed = source.is_some_and(<dyn Error>::is::<transport::Error>);
                         assert!(failed, "{form:?}: {error:?}");

@@ -8,7 +8,7 @@ mod plan;
 const DEPLOYMENT: &str = include_str!("../deployment.yaml");
 const DOCKERFILE: &str = include_str!("../Dockerfile");
 
-/// The first number of the name `key` after `section`.
+/// The first number with the key `key` after the text `section`.
 fn number(section: &str, key: &str) -> u64 {
     let after = DEPLOYMENT
         .split_once(section)
@@ -28,7 +28,7 @@ fn seconds(section: &str, key: &str) -> Duration {
     Duration::from_secs(number(section, key))
 }
 
-/// From the first failure of a probe until it counts.
+/// The time from the first failed probe until the failure takes effect.
 fn fails_after(probe: &str) -> Duration {
     let failures = u32::try_from(number(probe, "failureThreshold")).unwrap();
     seconds(probe, "periodSeconds") * failures
@@ -41,7 +41,7 @@ fn the_grace_period_is_the_pods() {
         plan.grace_period,
         seconds("kind: Deployment", "terminationGracePeriodSeconds")
     );
-    // It would use up a part of the pod's.
+    // A preStop hook would use up a part of the pod's grace period.
     assert!(!DEPLOYMENT.contains("preStop:"));
 }
 
@@ -55,7 +55,7 @@ fn the_delay_covers_a_balancer_that_asks_for_readiness() {
 #[test]
 fn a_new_pod_counts_only_when_every_node_routes_to_it() {
     let plan = plan::graceful().unwrap().plan();
-    // What takes an address out takes it in, and as long.
+    // Adding an address takes as long as removing it.
     assert!(seconds("kind: Deployment", "minReadySeconds") >= plan.drain_delay);
     assert_eq!(number("rollingUpdate:", "maxUnavailable"), 0);
     assert!(number("rollingUpdate:", "maxSurge") >= 1);
@@ -71,7 +71,7 @@ fn a_disruption_leaves_pods_that_serve() {
 
 #[test]
 fn liveness_outlasts_a_stop() {
-    // Also if the process were too busy to answer from SIGTERM on, it would not be killed for that
+    // Even if the process did not answer at all from SIGTERM on, the liveness probe would not kill it
     // before its grace period is over.
     let plan = plan::graceful().unwrap().plan();
     assert!(fails_after("livenessProbe") >= plan.grace_period);

@@ -1,4 +1,4 @@
-//! The example of that name, killed under load: what it has accepted is in its database.
+//! Stops and kills the example `ordered_stop` under load. Every accepted job must be in its database.
 
 #![cfg(unix)]
 
@@ -25,8 +25,8 @@ use sqlx::{SqlitePool, sqlite::SqliteConnectOptions};
 
 const BOUND: Duration = Duration::from_secs(20);
 
-/// The example, beside the tests' own programs. Cargo builds it with them, unless told to build
-/// only some.
+/// The path of the example, in the folder above the test program. Cargo builds it together with the tests,
+/// unless only some targets are selected.
 fn example() -> PathBuf {
     let tests = env::current_exe().unwrap();
     let profile = tests.ancestors().nth(2).unwrap();
@@ -76,7 +76,7 @@ impl Service {
         kill(pid, signal).unwrap();
     }
 
-    /// Waits for the end. Returns the exit code, the report, and the log.
+    /// Waits until the process has ended. Returns the exit code, the report, and the log.
     fn end(mut self) -> (Option<i32>, String, String) {
         let begun = Instant::now();
         let status = loop {
@@ -101,7 +101,7 @@ impl Drop for Service {
     }
 }
 
-/// Puts a job into the queue. Says whether it was accepted, or nothing if nothing was answered.
+/// Submits a job. Returns whether it was accepted, or `None` without a response.
 fn post(address: SocketAddr, job: &str) -> Option<bool> {
     let mut stream = TcpStream::connect_timeout(&address, BOUND).ok()?;
     stream.set_read_timeout(Some(BOUND)).unwrap();
@@ -119,7 +119,7 @@ fn post(address: SocketAddr, job: &str) -> Option<bool> {
     }
 }
 
-/// Posts until the service is gone. Returns the jobs that were accepted.
+/// Submits jobs until the service does not answer any more. Returns the accepted jobs.
 fn load(address: SocketAddr, client: usize, begun: &AtomicBool) -> Vec<String> {
     let mut accepted = Vec::new();
     for job in 0.. {
@@ -152,7 +152,7 @@ fn stored(database: &Path) -> HashSet<String> {
 }
 
 #[test]
-fn what_was_accepted_is_stored() {
+fn accepted_jobs_are_stored() {
     example();
     let kills = |first| move || (first..20).step_by(4).for_each(accepted_is_stored);
     let killers: Vec<_> = (0..4).map(|first| thread::spawn(kills(first))).collect();
@@ -181,7 +181,7 @@ fn accepted_is_stored(kill: u64) {
         thread::sleep(Duration::from_millis(1));
     }
     thread::sleep(Duration::from_millis(17 * kill));
-    // Ctrl-C has no delay, and ends the one that SIGTERM began.
+    // Ctrl-C ends the delay that SIGTERM has started.
     if kill % 2 == 0 {
         service.signal(Signal::SIGINT);
     } else {

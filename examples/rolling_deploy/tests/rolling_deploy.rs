@@ -1,4 +1,4 @@
-//! The example of that name, as a person runs it: what it prints, and its exit code.
+//! Runs the example `rolling_deploy`, and checks its output and its exit code.
 
 #![cfg(unix)]
 
@@ -16,11 +16,11 @@ use nix::{
     unistd::Pid,
 };
 
-/// Far above what any run takes on a busy machine.
+/// The timeout of a run, much longer than a run takes on a busy machine.
 const BOUND: Duration = Duration::from_secs(150);
 
-/// The example, beside the tests' own programs. Cargo builds it with them, unless told to build
-/// only some.
+/// The path of the example, in the folder above the test program. Cargo builds it together with the tests,
+/// unless only some targets are selected.
 fn example() -> PathBuf {
     let tests = env::current_exe().unwrap();
     let profile = tests.ancestors().nth(2).unwrap();
@@ -36,8 +36,8 @@ fn example() -> PathBuf {
     example
 }
 
-/// Runs the example with these arguments, `{self}` replaced by the example. Returns its exit code
-/// and what it printed.
+/// Runs the example with these arguments, in which `{self}` is replaced by its path. Returns the exit code
+/// and the output.
 fn run(args: &[&str]) -> (Option<i32>, String) {
     let example = example();
     let args = args
@@ -64,7 +64,7 @@ fn run(args: &[&str]) -> (Option<i32>, String) {
                 return (status, false);
             }
             if begun.elapsed() > BOUND {
-                // It takes its instances along.
+                // SIGTERM, so that the example also ends its instances.
                 kill(pid, Signal::SIGTERM).unwrap();
                 return (child.wait().unwrap(), true);
             }
@@ -97,7 +97,7 @@ fn failed(text: &str, row: &str) -> u64 {
 fn the_comparison_loses_requests_on_plain_axum_and_none_with_this_crate() {
     let (code, text) = run(&[]);
     assert_eq!(failed(&text, "tower-graceful"), 0, "{text}");
-    // It closes its port at SIGTERM, and the balancer notices after two probes at the soonest.
+    // Plain axum closes its port at SIGTERM, and the balancer notices after two probes at the earliest.
     assert!(failed(&text, "plain axum") > 0, "{text}");
     assert!(text.contains("shutdown by SIGTERM: clean"), "{text}");
     assert!(text.contains("lame duck"), "{text}");
@@ -206,7 +206,7 @@ fn a_command_that_cannot_be_measured_is_a_clear_error() {
 
 #[test]
 fn on_kubernetes_the_delay_covers_a_removal_that_arrives_before_its_end_and_no_later_one() {
-    // At a fifth of the times: the delay is 1 s, and the removals arrive after 0.4 s and 2 s.
+    // With all times scaled to a fifth, the delay is 1 s, and the removals arrive after 0.4 s and 2 s.
     let (code, text) = run(&["--kubernetes", "--scale", "0.2", "--removals", "2,10"]);
     assert_eq!(code, Some(0), "{text}");
     let failed = |removal: &str| -> Vec<u64> {

@@ -1,5 +1,5 @@
-//! Clients of what lives long: a WebSocket frame by frame, one that behaves, and a reader of
-//! events.
+//! Clients of long-lived routes: a WebSocket client that sends single frames, one that follows the protocol,
+//! and a reader of events.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ pub(crate) const CLOSE: u8 = 8;
 const FIN: u8 = 0x80;
 const MASKED: u8 = 0x80;
 
-/// A short frame as a client sends it ([RFC 6455 §5.2](https://www.rfc-editor.org/rfc/rfc6455#section-5.2)).
+/// Encodes a short frame of a client ([RFC 6455 §5.2](https://www.rfc-editor.org/rfc/rfc6455#section-5.2)).
 pub(crate) fn masked(opcode: u8, payload: &[u8]) -> Vec<u8> {
     const MASK: [u8; 4] = [1, 2, 3, 4];
     let length = u8::try_from(payload.len()).unwrap();
@@ -27,12 +27,12 @@ pub(crate) fn masked(opcode: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// The payload of a Close frame: a code, and why.
+/// The payload of a close frame: a code and a reason.
 pub(crate) fn close(code: u16, reason: &str) -> Vec<u8> {
     [&code.to_be_bytes(), reason.as_bytes()].concat()
 }
 
-/// The request that becomes a WebSocket.
+/// The upgrade request of a WebSocket.
 pub(crate) fn handshake(path: &str) -> String {
     format!(
         "GET {path} HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
@@ -40,7 +40,7 @@ pub(crate) fn handshake(path: &str) -> String {
     )
 }
 
-/// A peer that does nothing by itself.
+/// A peer that sends and answers nothing by itself.
 pub(crate) struct Raw(pub(crate) Connection);
 
 impl Raw {
@@ -57,7 +57,7 @@ impl Raw {
         self.0.try_send(&masked(opcode, payload))
     }
 
-    /// The next frame: what it is, and what is in it.
+    /// The next frame: its opcode and its payload.
     #[track_caller]
     pub(crate) fn read(&mut self) -> (u8, Vec<u8>) {
         let read = self.0.exactly(2).and_then(|head| {
@@ -68,7 +68,7 @@ impl Raw {
     }
 }
 
-/// A peer that does what it should.
+/// A peer that follows the protocol.
 pub(crate) type Socket = WebSocket<TcpStream>;
 
 #[track_caller]
@@ -95,8 +95,8 @@ pub(crate) fn assert_echoes(socket: &mut Socket, text: &str) {
     assert_eq!(socket.read().unwrap(), Message::text(text));
 }
 
-/// Reads the server's Close, which is to come next, and answers it. Returns once the server has
-/// closed the connection.
+/// Reads the server's close frame, which must be the next frame, and answers it. Returns when the server
+/// has closed the connection.
 #[track_caller]
 pub(crate) fn closed(mut socket: Socket) -> CloseFrame {
     let message = socket.read().unwrap();
@@ -111,7 +111,7 @@ pub(crate) fn closed(mut socket: Socket) -> CloseFrame {
     close
 }
 
-/// What an `EventSource` is told by one event.
+/// The fields of one server-sent event.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Event {
     pub(crate) kind: String,
@@ -119,7 +119,7 @@ pub(crate) struct Event {
     pub(crate) retry: String,
 }
 
-/// The events of a body, which must be whole.
+/// The events of a body. Panics if the last event is incomplete.
 #[track_caller]
 pub(crate) fn events(body: &[u8]) -> Vec<Event> {
     let body = std::str::from_utf8(body).unwrap();
@@ -142,7 +142,7 @@ pub(crate) fn events(body: &[u8]) -> Vec<Event> {
     blocks.into_iter().map(parse).collect()
 }
 
-/// Numbers from zero on, at least so many, and then the goodbye.
+/// Asserts that the events are the numbers from zero on, at least `least`, and then the last event.
 #[track_caller]
 pub(crate) fn assert_ended(body: &[u8], numbers: usize) {
     let mut all = events(body);

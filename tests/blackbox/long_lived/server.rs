@@ -17,13 +17,13 @@ use axum::{
 use futures_util::{Stream, stream};
 use tower_graceful::{Graceful, Hold};
 
-/// What the handlers have, and how they say goodbye to a WebSocket.
+/// The state of the handlers, and how they close a WebSocket.
 #[derive(Clone)]
 struct Sockets {
     graceful: Graceful,
     code: u16,
     within: Duration,
-    /// Whether they print what becomes of each.
+    /// Whether the handlers print how each WebSocket ends.
     loud: bool,
 }
 
@@ -42,7 +42,7 @@ impl Sockets {
     }
 }
 
-/// `code` is what a WebSocket is closed with, and `within` how long its peer has to answer.
+/// `code` is the code of the close frame, and `within` is how long the peer has to answer it.
 pub(crate) fn routes(graceful: &Graceful, code: u16, within: Duration, loud: bool) -> Router {
     let sockets = Sockets {
         graceful: graceful.clone(),
@@ -54,7 +54,7 @@ pub(crate) fn routes(graceful: &Graceful, code: u16, within: Duration, loud: boo
         .route("/ws", any(echo))
         .route("/ws/flood", any(flood))
         .route("/ws/unheld/{room}", any(unheld))
-        .route("/ws/told", any(told))
+        .route("/ws/notified", any(notified))
         .route("/ws/stubborn", any(stubborn))
         .route("/sse/silent", get(silent))
         .route("/sse/{ms}", get(ticking))
@@ -80,7 +80,7 @@ async fn echo(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Resp
         })
 }
 
-/// Nobody holds it, and it is not told.
+/// A WebSocket without a `Hold`, whose handler is not notified.
 async fn unheld(upgrade: WebSocketUpgrade) -> Response {
     upgrade.on_upgrade(|mut socket| async move {
         while let Some(Ok(message)) = socket.recv().await {
@@ -89,8 +89,8 @@ async fn unheld(upgrade: WebSocketUpgrade) -> Response {
     })
 }
 
-/// Nobody holds it, and it ends when it is told.
-async fn told(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
+/// A WebSocket without a `Hold`, whose handler ends when draining starts.
+async fn notified(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
     upgrade.on_upgrade(|mut socket| async move {
         sockets.graceful.draining().await;
         drop(socket.send(sockets.goodbye()).await);
@@ -99,14 +99,14 @@ async fn told(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Resp
 }
 
 async fn close(hold: Hold, socket: WebSocket, sockets: Sockets) {
-    sockets.say("the socket is told");
+    sockets.say("the socket is notified");
     let closed = hold
         .close_socket(socket, sockets.goodbye(), sockets.within)
         .await;
     sockets.say(&format!("the socket is closed: {closed}"));
 }
 
-/// Sends until draining, whether the peer reads or not.
+/// Sends until draining starts, even if the peer does not read.
 async fn flood(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
     let hold = sockets.graceful.hold("flood");
     upgrade.on_upgrade(move |mut socket| async move {
@@ -124,7 +124,7 @@ async fn flood(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Res
     })
 }
 
-/// Closes by hand when it is told, and waits for its peer as long as that takes.
+/// Sends a close frame when draining starts, and waits for the peer without a timeout.
 async fn stubborn(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
     struct Gone(#[expect(dead_code, reason = "goes with it")] Hold);
 
@@ -162,7 +162,7 @@ async fn silent(
     )
 }
 
-/// Numbers, one after another.
+/// A stream of increasing numbers.
 async fn ticking(
     State(sockets): State<Sockets>,
     Path(ms): Path<u64>,
