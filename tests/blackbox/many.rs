@@ -1,7 +1,7 @@
-//! Ten thousand connections, and a minute of mixed clients. They leave no memory and no count behind.
+//! Ten thousand connections, and half a minute of mixed clients. They leave no memory and no count behind.
 
 use std::{
-    io,
+    env, io,
     net::{Shutdown, SocketAddr},
     ops::Range,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -61,7 +61,7 @@ pub(crate) const SOAK: &[Test] = &[
         leave_no_memory,
     ),
     (
-        "many::a_minute_of_mixed_clients_leaves_nothing_behind",
+        "many::mixed_clients_leave_nothing_behind",
         Form::CUTTING,
         soak,
     ),
@@ -396,7 +396,9 @@ async fn answer_close(mut stream: TcpStream) -> io::Result<Instant> {
     Ok(at)
 }
 
-const MINUTE: Duration = Duration::from_secs(60);
+/// Longer if the environment has a `FULL`.
+const SHORT: Duration = Duration::from_secs(30);
+const LONG: Duration = Duration::from_secs(120);
 /// The time until the allocator has enough memory and stops growing.
 const WARM: Duration = Duration::from_secs(10);
 
@@ -422,8 +424,13 @@ fn soak(form: Form) {
                 }
             });
         }
+        let length = if env::var_os("FULL").is_some() {
+            LONG
+        } else {
+            SHORT
+        };
         let begun = Instant::now();
-        while begun.elapsed() < MINUTE {
+        while begun.elapsed() < length {
             thread::sleep(MS(250));
             if begun.elapsed() > WARM {
                 memory.push(held(&server).memory);
@@ -443,7 +450,7 @@ fn soak(form: Form) {
         "visits and failures {counts:?}, fresh {fresh:?}, after {after:?}, medians {first} and {second} KiB"
     );
     assert!(
-        counts[0] > 10_000 && counts[1] < counts[0] / 100,
+        counts[0] > 5_000 && counts[1] < counts[0] / 100,
         "{counts:?}"
     );
     assert!(second <= first + 1_000, "{first} KiB, then {second} KiB");
