@@ -1,5 +1,21 @@
 //! The driver: the task that runs what needs a runtime, and that checks the deadlines where tokio's
 //! clock is paused.
+//!
+//! Two parts check the deadlines. The *control thread* ([`control`](crate::control)) checks every
+//! stop under way at its next deadline, and whenever it is notified of a change. The driver does
+//! the same in a runtime, and also runs the hooks and the cleanup there. Where tokio's clock is
+//! paused, only the driver checks the deadlines, because the control thread knows only the real
+//! clock. Where both check, the second check finds nothing to do.
+//!
+//! The driver is spawned by the first call that happens inside a runtime. Until a stop is triggered
+//! it only waits, without keeping the lifecycle alive, and it ends when the lifecycle is dropped.
+//! So a service that is built and dropped leaves no task behind. From the trigger on, the driver
+//! and the control thread keep the lifecycle alive.
+//!
+//! If the driver's runtime shuts down first, the control thread goes on with the timeline. The
+//! tasks that wait for a phase are woken then, and the first of them that is polled in another
+//! runtime spawns a new driver there. Tasks that can no longer be run are reported as not run or
+//! cut.
 
 use std::{future::pending, sync::Arc};
 

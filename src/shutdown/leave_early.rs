@@ -27,8 +27,9 @@
 //! them has received the configured number of failures. A prober that asked before the trigger is
 //! known from the start of the phase, unless it had stopped asking. The phase does not end before
 //! [`SETTLE`] has passed since the last needed failure and since the last new request, because the
-//! prober must first read the answer and act on it. If there were more probers than are remembered,
-//! the rule does not apply.
+//! prober must first read the answer and act on it. If a prober had to be ignored because
+//! [`MOST_PROBERS`] were known, after the trigger or at most [`LONGEST_INTERVAL`] before it, the
+//! rule does not end the phase.
 
 use std::{net::IpAddr, sync::Mutex, time::Duration};
 
@@ -94,7 +95,7 @@ struct Prober {
     /// The longest time between two requests. `None` until the second one.
     longest_interval: Option<Duration>,
     failures: u32,
-    /// When it received the last failure that it needs.
+    /// When the prober received the last failure that it needs.
     noticed: Option<Instant>,
 }
 

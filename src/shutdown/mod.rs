@@ -5,30 +5,16 @@
 //! further signal, a server that ends), and by the control thread and the driver when a deadline
 //! passes. So a trigger takes effect before it returns, on any thread and without a runtime.
 //!
-//! Two parts check the deadlines. The *control thread* ([`control`](crate::control)) checks every
-//! stop under way at its next deadline, and whenever it is notified of a change. The *driver* is a
-//! task that does the same in a runtime. The driver also runs what needs a runtime: hooks, and the
-//! cleanup. Where tokio's clock is paused, only the driver checks the deadlines, because the
-//! control thread knows only the real clock. Where both check, the second check finds nothing to
-//! do.
-//!
-//! The driver is spawned by the first call that happens inside a runtime. Until a stop is triggered
-//! it only waits, without keeping the lifecycle alive, and it ends when the lifecycle is dropped.
-//! So a service that is built and dropped leaves no task behind. From the trigger on, the driver
-//! and the control thread keep the lifecycle alive. If the driver's runtime shuts down first, the
-//! control thread goes on with the timeline. The tasks that wait for a phase are woken then, and
-//! the first of them that is polled in another runtime spawns a new driver there. Tasks that can no
-//! longer be run are reported as not run or cut.
+//! `handle`, `server`, the middleware and `control` call the methods of [`Shared`] in this file.
+//! `state` contains the data of a stop and builds the report, `step` decides the steps, `driver` is
+//! the task that runs what needs a runtime, `cleanup` runs hooks, workers and cleanup steps,
+//! `leave_early` decides when the lame-duck phase may end early, and `warn` detects mistakes in the
+//! set-up.
 //!
 //! User code may block and panic, so none of it runs under the lock. Log events are queued under
 //! the lock and written later ([`events`]). Wakers are called after the lock is released, and never
 //! on the control thread. Do not call user code, a waker or a destructor of a user value under the
 //! lock.
-//!
-//! `state` contains the data of a stop and builds the report, `step` decides the steps, `driver` is
-//! the task, `cleanup` runs hooks, workers and cleanup steps, `leave_early` decides when the
-//! lame-duck phase may end early, and `warn` detects mistakes in the set-up. This file contains
-//! what the other modules of the crate call.
 
 mod cleanup;
 mod driver;

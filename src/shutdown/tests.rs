@@ -226,7 +226,7 @@ async fn the_stop_does_not_wait_for_a_listener_beyond_the_drain_deadline() {
     stop.listen();
     let hold = stop.graceful.hold("work");
     stop.terminate();
-    // 350 ms is when the closing of idle connections begins.
+    // The closing of idle connections begins 350 ms after the stop began.
     stop.at(380).await;
     drop(hold);
     stop.at(398).await;
@@ -517,10 +517,10 @@ async fn connections_are_told_to_close_shortly_before_the_drain_deadline() {
         let hold = stop.graceful.hold("work");
         let entry = stop.connect();
         stop.terminate();
-        let last_call = 4000 + drain - before;
-        stop.at(last_call - 2).await;
+        let close_idle_at = 4000 + drain - before;
+        stop.at(close_idle_at - 2).await;
         assert_eq!(entry.state.directive(), Directive::Leave);
-        stop.at(last_call + 2).await;
+        stop.at(close_idle_at + 2).await;
         assert_eq!(stop.phase(), Phase::Draining);
         assert_eq!(entry.state.directive(), Directive::Close);
         drop(hold);
@@ -529,8 +529,8 @@ async fn connections_are_told_to_close_shortly_before_the_drain_deadline() {
 
 #[tokio::test(start_paused = true)]
 async fn waiting_for_cut_connections_takes_only_a_part_of_the_cleanup_time() {
-    // Times in milliseconds: from the drain deadline to the end of the plan, the grace period, and
-    // how long the cut connection is waited for.
+    // Times in milliseconds: from the drain deadline to the end of the plan, and the grace period.
+    // Then whether there is a cleanup step, and how long the cut connection is waited for.
     for (kept, grace, cleans_up, let_go) in [
         (800, 1862, true, 100),
         (800, 1862, false, 250),

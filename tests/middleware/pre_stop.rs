@@ -74,7 +74,7 @@ async fn a_call_starts_the_lame_duck_phase_and_is_answered_when_it_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn further_calls_are_answered_with_the_first_and_later_calls_at_once() {
+async fn calls_during_the_delay_are_answered_at_its_end_and_later_calls_at_once() {
     let graceful = Graceful::new();
     let mut service = graceful.pre_stop();
     let mut first = task::spawn(service.call(local()));
@@ -292,7 +292,7 @@ async fn without_the_route_its_path_is_refused_like_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_holds_no_drain_and_is_not_counted() {
+async fn a_call_does_not_delay_the_drain_and_is_not_counted() {
     let graceful = Graceful::new();
     let app: Router = Router::new()
         .layer(graceful.layer())
