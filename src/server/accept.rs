@@ -1,4 +1,4 @@
-//! Accepting connections, and serving each of them in a task of its own.
+//! Accepts connections, and serves each of them in its own task.
 
 use std::{any::Any, convert::Infallible, future::poll_fn, pin::pin, ptr, sync::Arc};
 
@@ -33,13 +33,13 @@ impl<L: Listener> Source<L> {
             Self::Tracked(listener, find) => {
                 let (io, addr) = listener.accept().await;
                 let io = match find(&io) {
-                    // The server reads what the handshake, if any, has made of it.
-                    Some(line)
-                        if ptr::eq(&raw const *line.owner, &raw const **graceful.shared()) =>
+                    // Wrapped as a new layer: the server reads the IO that a handshake has returned.
+                    Some(entry)
+                        if ptr::eq(&raw const *entry.owner, &raw const **graceful.shared()) =>
                     {
-                        GracefulIo::above(io, &line)
+                        GracefulIo::above(io, &entry)
                     }
-                    // By another lifecycle, or none.
+                    // Tracked by another lifecycle, or untracked.
                     _ => {
                         let peer = (&addr as &dyn Any).downcast_ref().copied();
                         GracefulIo::new(graceful, io, peer, None)
@@ -51,7 +51,7 @@ impl<L: Listener> Source<L> {
     }
 }
 
-/// Serves every connection until the connections are to be closed, and then until they are.
+/// Accepts and serves connections until they are to be closed, and then waits until all are closed.
 pub(super) async fn accept<L, M, S>(
     mut listener: Source<L>,
     mut app: M,
@@ -65,7 +65,7 @@ pub(super) async fn accept<L, M, S>(
     S::Future: Send,
 {
     let mut closing_stages = graceful.shared().closing_stages();
-    let mut told_to_close = pin!(async move {
+    let mut closing = pin!(async move {
         let _ = closing_stages
             .wait_for(|closing_stage| *closing_stage >= ClosingStage::Connections)
             .await;
@@ -73,15 +73,15 @@ pub(super) async fn accept<L, M, S>(
     let mut connections = JoinSet::new();
     'accepting: loop {
         let (io, remote_addr) = {
-            // One that has begun is not dropped for anything but the end: a listener may be in the
-            // middle of a handshake.
+            // Kept across the inner loop: `listener` may be in the middle of a handshake, which dropping
+            // the future would lose.
             let mut accept = pin!(listener.accept(&graceful));
             loop {
                 tokio::select! {
                     accepted = &mut accept => break accepted,
-                    // One that has panicked took nothing but itself.
+                    // A panic in one connection does not affect the others.
                     Some(_) = connections.join_next() => {}
-                    () = &mut told_to_close => break 'accepting,
+                    () = &mut closing => break 'accepting,
                 }
             }
         };

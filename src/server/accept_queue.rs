@@ -1,4 +1,4 @@
-//! What a listener's accept queue is asked, and the operating system about it.
+//! Reading the accept queue of a listener, and the socket filter that keeps new connections out of it.
 
 use std::{any::Any, future, io, pin::pin, task::Poll};
 
@@ -17,7 +17,8 @@ use super::activation;
 use crate::connection::descriptors::{MOST, Passed, Socket, SocketKind, is_out_of_descriptors};
 use crate::events;
 
-/// Whether it is a listener whose queue can be asked: one of tokio's.
+/// Whether the accept queue of this listener can be emptied: it is a `TcpListener` or `UnixListener`
+/// of tokio.
 pub(super) fn is_asked(listener: &dyn Any) -> bool {
     #[cfg(unix)]
     if listener.is::<UnixListener>() {
@@ -26,12 +27,13 @@ pub(super) fn is_asked(listener: &dyn Any) -> bool {
     listener.is::<TcpListener>()
 }
 
-/// A connection that is in the accept queue now.
+/// Accepts a connection that is in the queue now. Returns `None` if there is none, as far as the runtime
+/// knows.
 pub(super) async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::Addr)> {
     let mut accept = pin!(listener.accept());
     for look in 0..4 {
         if look > 0 {
-            // The runtime asks the operating system for news before it goes on here.
+            // Lets the runtime poll the operating system for new connections.
             task::yield_now().await;
         }
         let accepted = future::poll_fn(|cx| Poll::Ready(accept.as_mut().poll(cx))).await;
@@ -42,14 +44,15 @@ pub(super) async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::A
     None
 }
 
-/// Takes the listener from the runtime, if it is one of tokio's.
+/// Removes the listener from the runtime and returns its socket, if it is a listener of tokio. Any
+/// other listener is closed.
 ///
-/// It is asked directly then: the runtime knows of a connection only since it last asked for news,
-/// and a busy runtime may not have done so for milliseconds. Any other listener cannot be asked,
-/// and is closed.
+/// `accept` on the socket finds every queued connection. The runtime knows only the connections that
+/// were queued when it last polled the operating system, which a busy runtime may not have done for
+/// milliseconds.
 pub(super) fn into_socket<L: Listener>(listener: L, is_passed: bool) -> Option<Socket> {
     let listener: Box<dyn Any> = Box::new(listener);
-    // Whoever made a socket, or shares it, may have made it blocking.
+    // Another process that shares the socket may have made it blocking.
     let kind = match listener.downcast::<TcpListener>() {
         Ok(tcp) => {
             let tcp = tcp.into_std().ok()?;
@@ -68,8 +71,8 @@ pub(super) fn into_socket<L: Listener>(listener: L, is_passed: bool) -> Option<S
     Some(Socket { kind, is_passed })
 }
 
-/// All that can be accepted without waiting, the latest first; and if that is not the whole queue
-/// for want of descriptors, the error that said so.
+/// Accepts all connections that are queued, the latest first. Also returns the error of `accept` if the
+/// process had no file descriptors left for the rest of the queue.
 pub(super) fn accept_all<A: 'static>(socket: &Socket) -> (Vec<A>, Option<io::Error>) {
     match &socket.kind {
         SocketKind::Tcp(tcp) => queue(|| {
@@ -89,7 +92,7 @@ pub(super) fn accept_all<A: 'static>(socket: &Socket) -> (Vec<A>, Option<io::Err
     }
 }
 
-/// `accept` says `None` of a connection that was broken off.
+/// Calls `accept` until the queue is empty. `accept` returns `None` for a connection that has failed.
 fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> (Vec<A>, Option<io::Error>) {
     let mut accepted = Vec::new();
     let mut want = None;
@@ -112,11 +115,12 @@ fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> (Vec<A>, Option<io::E
     (accepted, want)
 }
 
-/// Has the kernel drop what would begin a new connection to this listener, and nothing else, so
-/// that nobody slips in between the last look into the queue and the close. Says whether it does:
-/// only for a `TcpListener`, on Linux.
+/// Attaches a socket filter with which the kernel drops every packet that begins a new connection to
+/// this listener, and no other packet. So no connection arrives between the last `accept` and the
+/// close. Returns whether the filter was attached: only for a TCP listener on Linux.
 ///
-/// The client tries again a second later, as after any lost packet, and is refused then.
+/// The client sends the packet again a second later, as after any lost packet. By then the listener is
+/// closed, and the connection is refused.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn turn_away_handshakes(listener: &dyn Any) -> bool {
     use socket2::SockFilter;
@@ -136,9 +140,9 @@ pub(super) fn turn_away_handshakes(listener: &dyn Any) -> bool {
     tcp(listener).is_some_and(|tcp| tcp.attach_filter(&filter).is_ok())
 }
 
-/// Takes back what `turn_away_handshakes` did, or what a process did that was killed before it
-/// could take it back. The filter is the socket's and not the process's: a socket that is shared, or
-/// that another process gets after this one, must accept again.
+/// Detaches the filter that `turn_away_handshakes` attached, in this process or in one that was killed
+/// before it could detach it. The filter belongs to the socket and not to the process: a socket that
+/// is shared, or that is passed to the next process, must accept connections again.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn let_in_handshakes(listener: &dyn Any) {
     if let Some(tcp) = tcp(listener) {
@@ -157,8 +161,8 @@ fn tcp(listener: &dyn Any) -> Option<SockRef<'_>> {
     }
 }
 
-/// Whether the listener was passed to the process by socket activation. Only asked on Linux, and
-/// only of tokio's listeners.
+/// Whether the listener was passed to the process by socket activation. `No` for listeners that are not
+/// tokio's, and on systems other than Linux and Android.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn passed(listener: &dyn Any) -> Passed {
     if let Some(tcp) = listener.downcast_ref::<TcpListener>() {
@@ -181,7 +185,7 @@ pub(super) fn passed(_: &dyn Any) -> Passed {
     Passed::No
 }
 
-/// The value as a `B`, if that is what it is.
+/// Returns the value if `A` and `B` are the same type.
 fn cast<A: 'static, B: 'static>(value: A) -> Option<B> {
     let mut value = Some(value);
     let value: &mut dyn Any = &mut value;
@@ -195,14 +199,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_last_ones_of_a_closed_tcp_listener_are_known() {
+    async fn connections_queued_at_the_close_of_a_tcp_listener_are_accepted() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
         let socket = into_socket(listener, false).unwrap();
         let (last, want) = accept_all::<(tokio::net::TcpStream, SocketAddr)>(&socket);
         assert!(want.is_none());
-        // The latest first, because they are taken from the end.
+        // The latest comes first, because the listener takes connections from the end.
         let ports: Vec<_> = last.iter().rev().map(|(_, peer)| peer.port()).collect();
         let expected = clients.map(|client| client.local_addr().unwrap().port());
         assert_eq!(ports, expected);
@@ -212,7 +216,7 @@ mod tests {
 
     #[cfg(unix)]
     #[tokio::test]
-    async fn the_last_ones_of_a_closed_unix_listener_are_known() {
+    async fn connections_queued_at_the_close_of_a_unix_listener_are_accepted() {
         use std::os::unix::net::UnixStream;
 
         let name = format!("tower-graceful-queue-{}", std::process::id());

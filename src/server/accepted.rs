@@ -1,3 +1,5 @@
+//! The input of the make-service of `serve`, and the apps that `serve` takes.
+
 use std::{
     convert::Infallible,
     future::{Ready, ready},
@@ -11,11 +13,11 @@ use axum::{
 };
 use tower_service::Service;
 
-/// A connection that [`Graceful::serve`](crate::Graceful::serve) has accepted: what its
-/// make-service is called with. The counterpart of axum's
-/// [`IncomingStream`](axum::serve::IncomingStream), which only axum can make.
+/// A connection that [`Graceful::serve`](crate::Graceful::serve) has accepted. `serve` passes it to the
+/// make-service, as axum's server passes an [`IncomingStream`](axum::serve::IncomingStream), which only
+/// axum can make.
 ///
-/// For connect info of your own, implement [`Connected`] for it:
+/// For connect info of your own, implement [`Connected`] with it:
 ///
 /// ```
 /// use std::net::SocketAddr;
@@ -68,8 +70,8 @@ impl<L: Listener<Addr = Self>> Connected<Accepted<'_, L>> for SocketAddr {
     }
 }
 
-/// What is served on every connection: a service that makes clones of itself, as axum has it for
-/// its own `IncomingStream`.
+/// Implements the make-service trait for a type that serves every connection with a clone of itself. axum
+/// does the same for its own `IncomingStream`.
 macro_rules! serve_on_every_connection {
     ([$($generics:ident),*], $service:ty, |$this:ident| $clone:expr) => {
         impl<L: Listener, $($generics: Clone),*> Service<Accepted<'_, L>> for $service {
@@ -89,7 +91,7 @@ macro_rules! serve_on_every_connection {
     };
 }
 
-// `with_state` prepares the routes once for the connection instead of for each of its requests.
+// `with_state` prepares the routes once for each connection, and not again for each request.
 serve_on_every_connection!([], Router, |this| this.clone().with_state(()));
 serve_on_every_connection!([], MethodRouter, |this| this.clone().with_state(()));
 serve_on_every_connection!([H, T, S], HandlerService<H, T, S>, |this| this.clone());

@@ -1,17 +1,17 @@
 //! Whether a listening socket was passed to the process by socket activation (`sd_listen_fds(3)`).
 //!
-//! Such a socket outlives the process: the supervisor keeps it, and the next process reads the same
-//! accept queue. What is changed on the socket, as a filter is, holds for that process too.
+//! Such a socket outlives the process: the supervisor keeps it open, and the next process accepts from
+//! the same queue. A change to the socket, such as a filter, affects that process too.
 //!
 //! The sockets are descriptors 3 up to 3 + `LISTEN_FDS`, if `LISTEN_PID` is unset or is this
-//! process. Libraries take these variables out of the environment and may duplicate the
-//! descriptors. So the initial environment is read as well, and sockets are compared by inode.
+//! process. Libraries may remove these variables from the environment and duplicate the descriptors. So
+//! this module also reads the initial environment of the process, and compares sockets by inode.
 //!
-//! Where a passed descriptor has been closed or is no socket any more, or where nothing can be
-//! compared, any listener may be what was passed: [`Passed::Perhaps`]. Such a listener does without the
-//! filter, so that a connection that arrives between its last `accept` and its close is reset. It is
-//! not left to the next process at the start of the stop, because there may be none:
-//! `LISTEN_FDS` may be inherited from a process that was passed other sockets.
+//! If a passed descriptor was closed or is no longer a socket, or if sockets cannot be compared, any
+//! listener may be the passed one: [`Passed::Perhaps`]. Such a listener gets no filter, so a connection
+//! that arrives between its last `accept` and its close is reset. It is not left to the next process at
+//! the start of the stop, because there may be no next process: `LISTEN_FDS` may be inherited from a
+//! process to which other sockets were passed.
 
 use std::{
     env, fs,
@@ -27,11 +27,11 @@ use std::{
 
 use crate::connection::descriptors::Passed;
 
-/// The first descriptor that is passed.
+/// The number of the first passed descriptor.
 const FIRST: RawFd = 3;
 
-/// Whether `socket` is one that the process was given when it was started. To be asked early: once
-/// a descriptor is closed, its number is given to other files.
+/// Whether `socket` was passed to the process when it was started. Call it early: after a descriptor is
+/// closed, the system reuses its number for other files.
 pub(super) fn find(socket: &impl AsRawFd) -> Passed {
     let current = ["LISTEN_FDS", "LISTEN_PID"].map(env::var_os);
     let [fds, pid] = current.each_ref().map(|value| {
@@ -50,7 +50,7 @@ pub(super) fn find(socket: &impl AsRawFd) -> Passed {
     )
 }
 
-/// The number of sockets that were passed to this process, by the values of the two variables.
+/// The number of sockets that were passed to this process, from the values of the two variables.
 fn passed(fds: Option<&[u8]>, pid: Option<&[u8]>) -> RawFd {
     let number = |value: &[u8]| str::from_utf8(value).ok()?.parse::<RawFd>().ok();
     let ours = RawFd::try_from(process::id()).ok();
@@ -60,8 +60,8 @@ fn passed(fds: Option<&[u8]>, pid: Option<&[u8]>) -> RawFd {
     }
 }
 
-/// The number of sockets that were passed to this process, by an environment as the kernel keeps it:
-/// `name=value`, with a zero byte after each.
+/// The number of sockets that were passed to this process, from an environment in the format of the
+/// kernel: `name=value` pairs, each followed by a zero byte.
 fn passed_in(environ: &[u8]) -> RawFd {
     let value = |name: &[u8]| {
         let mut variables = environ.split(|byte| *byte == 0);
@@ -70,7 +70,7 @@ fn passed_in(environ: &[u8]) -> RawFd {
     passed(value(b"LISTEN_FDS"), value(b"LISTEN_PID"))
 }
 
-/// What a descriptor stands for.
+/// The file that a descriptor refers to.
 #[derive(Clone, Copy, Debug)]
 struct File {
     device: u64,
@@ -93,9 +93,9 @@ impl File {
     }
 }
 
-/// `None` is a descriptor of which nothing is known. Looks no further than the first one that is no
-/// open socket: a count that is too high includes files of the process itself, its own listeners
-/// among them.
+/// Whether `socket` is one of the `passed` files. `None` is a descriptor that cannot be inspected. Stops
+/// at the first descriptor that is not an open socket: if the count is too high, the later descriptors
+/// belong to the process itself, and its own listeners may be among them.
 fn among(socket: Option<File>, passed: impl Iterator<Item = Option<File>>) -> Passed {
     let Some(socket) = socket else {
         return Passed::Perhaps;
@@ -171,7 +171,7 @@ mod tests {
             assert_eq!(among(ours, descriptors.into_iter()), Passed::Perhaps);
         }
         assert_eq!(among(None, [passed].into_iter()), Passed::Perhaps);
-        // It has this number only since the passed one was closed, or never was.
+        // `ours` has the number of a passed descriptor that was closed, or that never existed.
         assert_eq!(among(ours, [file, ours].into_iter()), Passed::Perhaps);
     }
 

@@ -1,4 +1,5 @@
-//! One connection of `serve`: what its owner can do for it and nobody else.
+//! One connection of `serve`: GOAWAY, slots of the spread, head timeouts, and the end of its streams.
+//! These need the HTTP connection itself, which only `serve` owns.
 
 use std::{
     convert::Infallible,
@@ -40,10 +41,10 @@ use crate::{
 
 /// Serves HTTP/1 and HTTP/2 on a connection until it closes or is cut.
 ///
-/// The peer is asked to leave when its turn has come: over HTTP/2 by GOAWAY, which loses no
-/// request, over HTTP/1 by the header of a response. Over HTTP/1 an idle connection is closed only
-/// when everybody is, because a request may be on its way; but for one whose stream of events has
-/// ended while the service drains.
+/// The peer is asked to leave when the slot of the connection is reached: over HTTP/2 by GOAWAY, which
+/// loses no request; over HTTP/1 by the `Connection: close` header of a response. An idle HTTP/1
+/// connection is closed only when all connections are, because a request may be in transit. The one
+/// exception is a connection whose event stream has ended while the service drains.
 pub(super) fn serve<I, S>(
     mut io: GracefulIo<I>,
     service: S,
@@ -54,7 +55,7 @@ where
     S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
-    let owner = Owner(io.noted());
+    let owner = Owner(io.begin_serving());
     if owner.phase() > Phase::Serving {
         owner.0.sniffer.joins_during_stop();
     }
@@ -66,7 +67,7 @@ where
         owner: owner.clone(),
         settings: Arc::clone(settings),
     };
-    // hyper has to be given a duration. `HeadTimer` replaces it by the one in the settings.
+    // hyper requires a duration here. `HeadTimer` ignores it and uses the one in the settings.
     http.http1()
         .timer(timer)
         .header_read_timeout(Duration::from_secs(1));
@@ -79,20 +80,20 @@ where
     };
     let connection = http.serve_connection_with_upgrades(TokioIo::new(io), service);
     Serving {
-        // Its own, where there is room for it until the version is known, and none is needed later.
+        // `into_owned` moves the builder into the connection, so that the future is `'static`.
         connection: Some(connection.into_owned()),
         owner,
         settings: Arc::clone(settings),
         stored: RegisteredWaker::default(),
         opening: None,
         opened: false,
-        turn: None,
+        slot: None,
         asked: Directive::Stay,
     }
 }
 
 pin_project! {
-    /// A future of its own instead of an `async fn`, which would keep what it was made from.
+    /// The future of one connection. Not an `async fn`, whose future would also store its arguments.
     pub(super) struct Serving<I, S>
     where
         I: 'static,
@@ -104,10 +105,10 @@ pin_project! {
         owner: Owner,
         settings: Arc<Settings>,
         stored: RegisteredWaker,
-        // Until it is known to be HTTP/1, where hyper's timer begins.
+        // The head timeout until the protocol is known. After that hyper's timer keeps it for HTTP/1.
         opening: RareSleep,
         opened: bool,
-        turn: RareSleep,
+        slot: RareSleep,
         asked: Directive,
     }
 }
@@ -130,7 +131,7 @@ where
         }
         let this = self.project();
         let state = &this.owner.0.state;
-        // What it ran in tasks of their own ends with it.
+        // The streams of HTTP/2 run in their own tasks, and this future ends after the last of them.
         ready!(state.poll_streams_ended(this.stored, cx));
         state.owner_left();
         Poll::Ready(())
@@ -146,15 +147,15 @@ where
     fn poll_connection(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let sniffer = &this.owner.0.sniffer;
-        let told = this.owner.0.state.enter(this.stored, WakerSlot::Owner, cx);
+        let directive = this.owner.0.state.enter(this.stored, WakerSlot::Owner, cx);
         let Some(mut connection) = this.connection.as_mut().as_pin_mut() else {
             return Poll::Ready(());
         };
-        if told == Directive::Cut {
+        if directive == Directive::Cut {
             return Poll::Ready(());
         }
         loop {
-            // First of all, because what has arrived already is still to be answered.
+            // Polled before the directive is obeyed, because requests that have arrived are answered.
             if connection.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(());
             }
@@ -170,24 +171,24 @@ where
             {
                 return Poll::Ready(());
             }
-            let leaves = match told {
+            let leaves = match directive {
                 Directive::Stay | Directive::Stopping => false,
                 Directive::LeaveInSlot => {
-                    sniffer.is_http2() && this.owner.poll_turn(this.turn, cx).is_ready()
+                    sniffer.is_http2() && this.owner.poll_slot(this.slot, cx).is_ready()
                 }
                 Directive::Leave => sniffer.is_http2(),
                 Directive::Close | Directive::Expire | Directive::Cut => true,
             };
-            if !leaves || *this.asked == told {
+            if !leaves || *this.asked == directive {
                 return Poll::Pending;
             }
-            *this.asked = told;
+            *this.asked = directive;
             connection.as_mut().graceful_shutdown();
         }
     }
 }
 
-/// Runs what hyper runs beside a connection of HTTP/2: each of its streams, in a task of its own.
+/// Spawns the tasks of an HTTP/2 connection for hyper: one for each stream.
 #[derive(Clone)]
 struct Streams(Owner);
 
@@ -201,7 +202,7 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     }
 }
 
-/// A stream's task that has not ended.
+/// Counts the task of a stream, or a piece of a response body, until it is dropped.
 struct Running(Owner);
 
 impl Running {
@@ -217,11 +218,12 @@ impl Drop for Running {
     }
 }
 
-/// At how many reads of a connection its requests are looked at, and how often after that.
+/// The first `FIRST_READS` reads of a watched connection open a window, and then each read whose number
+/// is a multiple of `EVERY_READS`.
 const FIRST_READS: u32 = 32;
 const EVERY_READS: u32 = 256;
 
-/// Boxed, because most connections never need it and ten thousand may be idle.
+/// Boxed to keep connections small: most never need the timer, and there may be very many.
 type RareSleep = Option<Pin<Box<time::Sleep>>>;
 
 /// What a connection and its requests share.
@@ -233,17 +235,17 @@ impl Owner {
         self.0.owner.phase()
     }
 
-    /// When this connection's turn to leave comes.
-    fn turn(&self) -> time::Instant {
+    /// When the slot of this connection is reached.
+    fn slot_time(&self) -> time::Instant {
         self.0.owner.slot_time(self.0.place)
     }
 
-    fn poll_turn(&self, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
-        let sleep = sleep.get_or_insert_with(|| Box::pin(time::sleep_until(self.turn())));
+    fn poll_slot(&self, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
+        let sleep = sleep.get_or_insert_with(|| Box::pin(time::sleep_until(self.slot_time())));
         sleep.as_mut().poll(cx)
     }
 
-    /// Ready when the head that is awaited has taken too long since it began.
+    /// Ready when the awaited head has begun and has not been completed within the timeout.
     fn poll_head(
         &self,
         head: Awaited,
@@ -263,13 +265,14 @@ impl Owner {
         sleep.as_mut().poll(cx)
     }
 
-    /// Whether connections are asked one after another in this phase.
+    /// Whether connections are asked to leave one after another in this phase.
     fn is_spread(&self, phase: Phase) -> bool {
         phase == Phase::LameDuck && self.0.owner.policy.is_spread()
     }
 
-    /// A request over HTTP/1 was dropped before there was a response. If its client has closed its
-    /// writing side, that is why, and the client may have waited. What is cut is reported as such.
+    /// Counts an HTTP/1 request that was dropped without a response because its client has closed its
+    /// writing side: the client may have waited for the response. Counts only while the service stops, and
+    /// not after the cut: cut connections are reported as such.
     #[cold]
     fn dropped_unanswered(&self) {
         let shared = &self.0.owner;
@@ -282,8 +285,8 @@ impl Owner {
         }
     }
 
-    /// Looks at whether the layer sees a request: at the first ones of a connection, and then at one
-    /// in many.
+    /// Opens a window to check whether the layer sees this request: for the first requests of a
+    /// connection, and then for one in many.
     #[cold]
     fn watch<B>(&self, request: &http::Request<B>) -> Option<Window> {
         let reads = self.0.sniffer.reads();
@@ -295,7 +298,7 @@ impl Owner {
         Window::open(shared, request.method(), path, peer, true)
     }
 
-    /// A request that is looked at has this response.
+    /// Closes the window of a request with its response. A failed gRPC call proves nothing.
     #[cold]
     fn answered(&self, window: Window, response: &Response) {
         let shared = &self.0.owner;
@@ -307,13 +310,13 @@ impl Owner {
         }
     }
 
-    /// Notes where an upgrade is asked for. Over HTTP/2 the connection has other streams too, and is
-    /// none of them.
+    /// Records that a request asks for an upgrade. Not over HTTP/2, where a tunnel is one stream of many
+    /// and the connection itself is not upgraded.
     #[cold]
     fn asks_for_upgrade<B>(&self, request: &http::Request<B>) {
         if request.version() < Version::HTTP_2 {
             let path = match request.uri().path() {
-                // A tunnel's target is a host.
+                // The target of a `CONNECT` is a host and has no path.
                 "" => &*request.uri().to_string(),
                 path => path,
             };
@@ -323,22 +326,22 @@ impl Owner {
         }
     }
 
-    /// What follows is another protocol.
+    /// Records that the connection speaks another protocol from now on.
     #[cold]
     fn upgraded(&self) {
         self.0.sniffer.upgraded();
         self.0.upgraded();
     }
 
-    /// Asks the peer to leave, with this response, if its turn has come.
+    /// Asks the peer to leave with this response, if the slot of the connection has been reached.
     #[cold]
     fn ask_to_leave(&self, response: &mut Response, version: Version, phase: Phase) {
         self.0.flags.set(RESPONDED);
         let http2 = version == Version::HTTP_2;
         if self.is_spread(phase) {
-            if time::Instant::now() < self.turn() {
+            if time::Instant::now() < self.slot_time() {
                 if http2 {
-                    // It may have come after the others were told.
+                    // The connection may have been opened after the others were instructed.
                     self.0.state.instruct(Directive::LeaveInSlot);
                 }
                 return;
@@ -348,7 +351,8 @@ impl Owner {
             && phase == Phase::LameDuck
             && !self.0.owner.connections.asks_all()
         {
-            // Who has no other place to go would come back, and be asked again with each request.
+            // The client connected although the service is stopping, so it may know no other server. It
+            // would reconnect here, and be asked to leave again with each request.
             return;
         }
         connection_close::say_close(response, version);
@@ -358,10 +362,11 @@ impl Owner {
     }
 }
 
-/// A service whose responses ask the peer to leave once it shall.
+/// A service whose responses ask the peer to leave when it is due.
 ///
-/// One of hyper's, because hyper calls it when it has read a request's head, and tower's only when
-/// the response is polled, which a client that has closed its writing side prevents.
+/// It implements hyper's `Service` and not tower's. hyper calls its own service as soon as it has read a
+/// request head. A tower service would be called only when the response is polled, which never happens
+/// if the client has closed its writing side by then.
 struct Owned<S> {
     inner: TowerToHyperService<S>,
     owner: Owner,
@@ -389,7 +394,7 @@ where
                 owner: None,
             };
         }
-        // hyper puts there what an upgrade needs, and otherwise nothing.
+        // hyper inserts an extension only for a request that may become an upgrade.
         if !request.extensions().is_empty() {
             self.owner.asks_for_upgrade(&request);
         }
@@ -420,16 +425,16 @@ type Inner<S> = <TowerToHyperService<S> as hyper::service::Service<Request>>::Fu
 
 pin_project! {
     struct OwnedFuture<F> {
-        // `None` for a request over HTTP/1 to a server of HTTP/2 only.
+        // `None` for an HTTP/1 request to a server that speaks HTTP/2 only.
         #[pin]
         inner: Option<F>,
         version: Version,
         connect: bool,
-        // It came over HTTP/1 while requests were let in, and a FIN of its client drops it.
+        // An HTTP/1 request that arrived while requests were admitted, and that a FIN of its client drops.
         is_lost_by_fin: bool,
-        // Whether the layer sees it.
+        // Checks whether the layer sees the request.
         window: Option<Window>,
-        // Goes on to the body.
+        // Moves to the body.
         owner: Option<Owner>,
     }
 
@@ -463,8 +468,8 @@ where
             return Poll::Pending;
         };
         let polled = if owner.is_spread(owner.phase()) {
-            let turn = time::Instant::now() >= owner.turn();
-            SLOT_REACHED.sync_scope(turn, || inner.poll(cx))
+            let slot_reached = time::Instant::now() >= owner.slot_time();
+            SLOT_REACHED.sync_scope(slot_reached, || inner.poll(cx))
         } else {
             inner.poll(cx)
         };
@@ -479,10 +484,9 @@ where
         if phase > Phase::Serving {
             owner.ask_to_leave(&mut response, *this.version, phase);
         }
-        // Over HTTP/2 the peer is asked by other means.
         let http2 = *this.version == Version::HTTP_2;
-        let comes_back = *this.version < Version::HTTP_2 && is_event_stream(&response);
-        let owner = this.owner.take().filter(|_| comes_back || http2);
+        let reconnects = *this.version < Version::HTTP_2 && is_event_stream(&response);
+        let owner = this.owner.take().filter(|_| reconnects || http2);
         Poll::Ready(Ok(response.map(|inner| OwnedBody {
             inner,
             owner,
@@ -491,7 +495,7 @@ where
     }
 }
 
-/// What an HTTP/1 client gets from a server of HTTP/2 only
+/// The response to an HTTP/1 client of a server that speaks HTTP/2 only
 /// ([RFC 9110 §15.6.6](https://www.rfc-editor.org/rfc/rfc9110#section-15.6.6)).
 #[cold]
 fn version_not_supported(version: Version) -> http::Response<OwnedBody> {
@@ -507,7 +511,7 @@ fn version_not_supported(version: Version) -> http::Response<OwnedBody> {
     })
 }
 
-/// Whether what follows this response is another protocol.
+/// Whether the connection speaks another protocol after this response.
 fn is_upgrade(response: &Response, connect: bool) -> bool {
     let status = response.status();
     status == StatusCode::SWITCHING_PROTOCOLS || connect && status.is_success()
@@ -515,7 +519,8 @@ fn is_upgrade(response: &Response, connect: bool) -> bool {
 
 fn is_event_stream(response: &Response) -> bool {
     const EVENTS: &[u8] = b"text/event-stream";
-    // Most bodies have a known length, and events have none. That is cheaper to ask than the header.
+    // An event stream has no known length, and most other bodies have one. This check is cheaper than
+    // the search for the header.
     if response.body().size_hint().exact().is_some() {
         return false;
     }
@@ -524,13 +529,16 @@ fn is_event_stream(response: &Response) -> bool {
     kind.is_some_and(|kind| kind.eq_ignore_ascii_case(EVENTS))
 }
 
-/// A response's body. One of server-sent events that ends while draining takes its connection along:
-/// the client comes back, on the same connection if it can, and would be refused, which is final to
-/// an `EventSource`; the head went out long ago and could not ask it to leave. Of other responses
-/// the next request is refused in words, because it may be one that is not sent twice.
+/// The body of a response.
 ///
-/// Over HTTP/2 what its peer has no window for stays in the server, after the stream's task has ended.
-/// So each piece counts as a stream until the server drops it.
+/// When an HTTP/1 body of server-sent events ends while the service drains, its connection is closed.
+/// Otherwise the client would reconnect on the same connection and be refused, and an `EventSource`
+/// does not reconnect after a refusal. The head of the response was sent too early to ask the client to
+/// leave. After other responses the connection stays open, and the next request on it is refused with a
+/// 503: a client may not repeat a request, such as a `POST`, that is lost with its connection.
+///
+/// Over HTTP/2, pieces for which the peer has no window stay in the server after the task of the stream
+/// has ended. So each piece counts as a stream until the server drops it.
 struct OwnedBody {
     inner: Body,
     owner: Option<Owner>,
@@ -569,11 +577,11 @@ impl OwnedBody {
         if self.http2 || owner.phase() < Phase::Draining {
             return;
         }
-        let sniffer = owner.0.sniffer.reads();
+        let reads = owner.0.sniffer.reads();
         tokio::spawn(async move {
             time::sleep(LINGER).await;
-            // What has come meanwhile is answered.
-            if owner.0.sniffer.reads() == sniffer {
+            // A request that has arrived in the meantime is answered instead.
+            if owner.0.sniffer.reads() == reads {
                 owner.0.state.instruct(Directive::Close);
             }
         });
@@ -615,9 +623,9 @@ impl http_body::Body for OwnedBody {
 
 /// The timer for the reading of a request head over HTTP/1.
 ///
-/// hyper starts it when it begins to wait for a head, which would close idle connections too: a
-/// balancer that takes one up again at that moment loses a request. So this one stands still until
-/// the head's first byte.
+/// hyper starts the timer when it begins to wait for a head. That would close idle connections too, and
+/// a load balancer that reuses one at that moment would lose a request. So this timer runs only from the
+/// first byte of the head.
 struct HeadTimer {
     owner: Owner,
     settings: Arc<Settings>,
@@ -638,7 +646,7 @@ impl Timer for HeadTimer {
     }
 
     fn now(&self) -> Instant {
-        /// For a deadline that is not looked at.
+        /// hyper computes a deadline from it, which `sleep_until` ignores.
         static ANY: LazyLock<Instant> = LazyLock::new(Instant::now);
         *ANY
     }
@@ -656,7 +664,7 @@ impl Sleep for HeadTimeout {}
 impl Future for HeadTimeout {
     type Output = ();
 
-    /// Polled by hyper each time it has read and the head is not whole.
+    /// hyper polls this after each read that leaves the head incomplete.
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
         this.owner

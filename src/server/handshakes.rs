@@ -1,4 +1,4 @@
-//! Handshakes beside accepting: TLS, the PROXY protocol, and whatever else comes before HTTP.
+//! Handshakes (TLS, the PROXY protocol, and others) that run in their own tasks while the listener accepts.
 
 use std::{any::Any, error::Error, fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -15,8 +15,8 @@ use crate::{
     events,
 };
 
-/// A listener that shakes hands on each connection of the tracked listener `L`, as
-/// [`HandshakeExt::handshakes`] says, and returns what the handshakes make of them: IO of type `T`.
+/// A listener that performs a handshake on each connection of the tracked listener `L`, and returns the
+/// IO of type `T` that the handshake returns. See [`HandshakeExt::handshakes`].
 ///
 /// [`HandshakeExt::handshakes`] returns it inside a [`TapIo`], for `ConnectInfo<SocketAddr>`. For connect
 /// info of your own on axum's server use [`Handshakes::new`].
@@ -26,14 +26,14 @@ pub struct Handshakes<L: Listener, T: 'static> {
     running: Running<L, T>,
 }
 
-/// Connections on which handshakes run, or have ended since the last accept.
+/// The tasks of handshakes that are running, or have ended since the last accept.
 type Running<L, T> = JoinSet<Option<(GracefulIo<T>, <L as Listener>::Addr)>>;
 
-/// Begins a handshake.
+/// Spawns the task of a handshake.
 type Begin<L, T> = dyn FnMut(<L as Listener>::Io, <L as Listener>::Addr, &mut Running<L, T>) + Send;
 
-/// What [`HandshakeExt::handshakes`] returns: [`Handshakes`] in a `TapIo` that does nothing, as
-/// [`TrackedListener`](crate::TrackedListener) is.
+/// The return type of [`HandshakeExt::handshakes`]: [`Handshakes`] inside a `TapIo` with a callback that
+/// does nothing. [`TrackedListener`](crate::TrackedListener) gives the reason for the `TapIo`.
 pub type TrackedHandshakes<L, T> = TapIo<Handshakes<L, T>, fn(&mut GracefulIo<T>)>;
 
 /// Adds [`handshakes`](Self::handshakes) to every listener whose connections are tracked.
@@ -41,12 +41,12 @@ pub trait HandshakeExt<I: Send + 'static>: Listener<Io = GracefulIo<I>> + Sized
 where
     Self::Addr: 'static,
 {
-    /// Shakes hands on each accepted connection before the server gets it: TLS of any library, the
-    /// PROXY protocol, or anything else that comes before HTTP. Use it with a server of
-    /// [`serve`](crate::Graceful::serve) or of axum.
+    /// Performs a handshake on each accepted connection before the server gets it: TLS with any library,
+    /// the PROXY protocol, or anything else that comes before HTTP. Use it with
+    /// [`serve`](crate::Graceful::serve) or with axum's server.
     ///
     /// `handshake` is called with the accepted IO. Its future returns the IO that the server gets, or an
-    /// error. `timeout` is the time for each handshake, from the accept of its connection.
+    /// error. `timeout` is the longest time for one handshake, from the accept of its connection.
     ///
     /// ```
     /// use std::{sync::Arc, time::Duration};
@@ -70,27 +70,26 @@ where
     /// }
     /// ```
     ///
-    /// `cargo run --example tls` has more: a certificate that is reloaded, and client certificates.
+    /// `cargo run --example tls` also shows reloaded certificates and client certificates.
     ///
     /// # What to expect
     ///
-    /// - Each handshake runs in a task of its own, so that a peer that is slow or silent delays no other.
-    ///   There is no limit to how many run at once but the number of file descriptors. A silent peer holds
-    ///   its descriptor and some kilobytes until the timeout.
-    /// - A connection counts in [`connections`](crate::Graceful::connections) from its accept, and once.
-    ///   It is reset at the cut and closed as [`GracefulIo`] says, beneath what the handshake has made of
-    ///   it.
-    /// - A handshake that fails, or takes too long, closes its connection. It is logged at `DEBUG`, and in
-    ///   no report: nobody has asked for anything. A panic is logged at `WARN` and ends that handshake
-    ///   alone.
-    /// - When the service stops, connections in the accept queue are accepted as ever, and their
-    ///   handshakes are waited for: a second at most, where the peer has begun to speak. A peer that has
-    ///   said nothing for 25 ms is not waited for. Then the handshakes that still run are dropped.
+    /// - Each handshake runs in its own task, so a slow or silent peer does not delay other peers. Only the
+    ///   number of file descriptors limits how many handshakes run at once. A silent peer holds its
+    ///   descriptor and a few kilobytes until the timeout.
+    /// - A connection counts once in [`connections`](crate::Graceful::connections), from its accept. The
+    ///   cut resets the socket below the handshake, and the socket is closed as [`GracefulIo`] describes.
+    /// - A handshake that fails or times out closes its connection. It is logged at `DEBUG`. It is not in
+    ///   the report, because no request has been made. A panic is logged at `WARN` and ends only that
+    ///   handshake.
+    /// - When the service stops, connections in the accept queue are still accepted. If a peer has sent
+    ///   something, the service waits for its handshake for at most 1 s. It does not wait for a peer that
+    ///   has sent nothing for 25 ms. Handshakes that still run afterwards are dropped.
     ///
     /// # The PROXY protocol
     ///
     /// [`GracefulIo::set_peer`] inside the handshake sets the address that the listener returns, where that
-    /// is a `SocketAddr`. Handshakes can follow one another: TLS after this.
+    /// is a `SocketAddr`. Handshakes can be chained, for example TLS after the PROXY protocol.
     ///
     /// ```
     /// use std::{io, time::Duration};
@@ -144,7 +143,8 @@ where
     ///
     /// # Cancel safety
     ///
-    /// Dropping a future of `accept` loses no connection. Dropping the listener drops its handshakes.
+    /// Dropping a future of `accept` loses no connection, if `accept` of the inner listener is cancel safe.
+    /// Dropping the listener drops its handshakes.
     fn handshakes<T, E, F, Fut>(self, timeout: Duration, handshake: F) -> TrackedHandshakes<Self, T>
     where
         F: Fn(GracefulIo<I>) -> Fut + Send + Sync + 'static,
@@ -171,9 +171,10 @@ where
     I: Send + 'static,
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    /// What [`HandshakeExt::handshakes`] makes, outside a `TapIo`: for connect info of your own on axum's
-    /// server, which leaves no room for it on a `TapIo`. Use a [`GracefulListener`] where there is no
-    /// handshake.
+    /// Makes the listener for axum's server with connect info of your own. Otherwise use
+    /// [`HandshakeExt::handshakes`], which returns the same listener inside a `TapIo`: axum implements
+    /// `Connected` for every `TapIo`, so the compiler rejects an implementation of your own. Without a
+    /// handshake, use a [`GracefulListener`].
     ///
     /// ```
     /// use std::net::SocketAddr;
@@ -215,13 +216,13 @@ where
             let handshake = Arc::clone(&handshake);
             let shaking = Shaking::new(&io);
             running.spawn(async move {
-                // The call is in there too: what panics is this task alone.
+                // `handshake` is called inside the task, so that its panic ends only this task.
                 let shaken = time::timeout(timeout, async { handshake(io).await });
                 let error = match shaken.await {
                     Ok(Ok(io)) => {
-                        let line = shaking.done();
-                        set_addr(&mut addr, &line);
-                        return Some((GracefulIo::above(io, &line), addr));
+                        let entry = shaking.done();
+                        set_addr(&mut addr, &entry);
+                        return Some((GracefulIo::above(io, &entry), addr));
                     }
                     Ok(Err(error)) => Some(error.into()),
                     Err(_) => None,
@@ -239,23 +240,23 @@ where
     }
 }
 
-/// A handshake that runs.
+/// Marks a connection whose handshake is running, until it is dropped.
 struct Shaking(Arc<ConnectionEntry>);
 
 impl Shaking {
     fn new<I>(io: &GracefulIo<I>) -> Self {
-        let line = Arc::clone(io.line());
-        // What passes is not HTTP yet.
-        line.flags.take(LOOKED_AT);
-        line.flags.set(HANDSHAKE);
-        Self(line)
+        let entry = Arc::clone(io.entry());
+        // The bytes are not HTTP yet, so they are not searched for requests.
+        entry.flags.take(LOOKED_AT);
+        entry.flags.set(HANDSHAKE);
+        Self(entry)
     }
 
     fn peer(&self) -> Option<SocketAddr> {
         self.0.peer()
     }
 
-    /// The connection is as good as new: its server has not polled it yet.
+    /// Resets the connection entry to the state of a new connection, which its server has not polled.
     fn done(&self) -> Arc<ConnectionEntry> {
         self.0.state.forget_all();
         self.0.flags.set(ACTIVE);
@@ -269,9 +270,9 @@ impl Drop for Shaking {
     }
 }
 
-/// Has the listener return the peer that the handshake has found out.
-fn set_addr(addr: &mut dyn Any, line: &Arc<ConnectionEntry>) {
-    if let (Some(addr), Some(peer)) = (addr.downcast_mut::<SocketAddr>(), line.peer()) {
+/// Sets the address that the listener returns to the peer's address that the handshake has set.
+fn set_addr(addr: &mut dyn Any, entry: &Arc<ConnectionEntry>) {
+    if let (Some(addr), Some(peer)) = (addr.downcast_mut::<SocketAddr>(), entry.peer()) {
         *addr = peer;
     }
 }
@@ -288,7 +289,7 @@ where
 
     /// Accepts a connection whose handshake has succeeded.
     ///
-    /// Cancel safe if the listener inside is.
+    /// Cancel safe if the inner listener is.
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         loop {
             tokio::select! {

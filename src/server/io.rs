@@ -1,3 +1,5 @@
+//! The tracked IO of a connection: it records what is read and written, and fails after the cut.
+
 use std::{
     any::Any,
     fmt,
@@ -35,15 +37,17 @@ use crate::{
 };
 
 impl Graceful {
-    /// Tracks a connection that you accepted yourself, for a server on hyper or tonic: it counts
-    /// in [`connections`](Self::connections) until the returned IO is dropped, the service does
-    /// not count as stopped before that, and at the drain deadline its reads and writes fail. A
-    /// `TcpStream` on which something has been written is then reset, so that no half response
-    /// looks like a whole one, and the report names its peer; of IO that wraps one neither is known.
+    /// Tracks a connection that you accepted yourself, for a server on hyper or tonic. With axum's
+    /// server use [`listener`](Self::listener) instead.
     ///
-    /// A `TcpStream` or `UnixStream` is closed as [`GracefulIo`] says, other IO is dropped. So track
-    /// what TLS is spoken on, not the stream of TLS. With axum's server use
-    /// [`listener`](Self::listener) instead.
+    /// The connection counts in [`connections`](Self::connections) until it is closed, and the service
+    /// does not count as stopped before that. At the drain deadline its reads and writes fail. If it is
+    /// a `TcpStream` on which something has been written, it is reset then, so that the peer does not
+    /// take a partial response for a complete one, and the report names the peer. A type that wraps a
+    /// `TcpStream` is not reset, and its peer is unknown unless it is [set](GracefulIo::set_peer).
+    ///
+    /// A `TcpStream` or `UnixStream` is closed as [`GracefulIo`] describes; other IO is dropped. So with
+    /// TLS, track the socket below TLS and not the TLS stream.
     ///
     /// ```
     /// # use tower_graceful::Graceful;
@@ -52,7 +56,7 @@ impl Graceful {
     /// # }
     /// ```
     ///
-    /// tonic's own server asks its connections for their connect info by a trait of its own, which a
+    /// tonic's own server gets connect info from its connections through a trait of tonic, which a
     /// newtype can implement:
     ///
     /// ```ignore
@@ -102,78 +106,86 @@ impl Graceful {
     }
 }
 
-/// A connection that is counted, cut at the drain deadline, and closed so that its peer receives all
-/// that was written. Made by [`Graceful::track`] and by the listener of [`Graceful::listener`].
+/// A tracked connection: it is counted, cut at the drain deadline, and closed so that the peer receives
+/// everything that was written. Made by [`Graceful::track`] and by the listener of [`Graceful::listener`].
 ///
-/// Reads and writes go to the wrapped IO as they are, vectored writes included. Once the
-/// connection is cut, every read, write, flush and shutdown fails with
-/// [`ConnectionAborted`](io::ErrorKind::ConnectionAborted), and every task that waits for it is woken.
+/// Reads and writes, vectored writes included, are passed to the wrapped IO. After the cut, every read,
+/// write, flush and shutdown fails with
+/// [`ConnectionAborted`](io::ErrorKind::ConnectionAborted). The cut wakes every task that waits for the
+/// connection.
 ///
 /// # Dropping
 ///
-/// A socket that is closed while its peer still sends is reset, and with it the part of a response
-/// that is still on its way ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). So
-/// when this is dropped inside a runtime, a task of its own closes the writing side, and reads and
-/// discards what the peer sends until the peer closes too. The connection counts as
-/// [open](Graceful::connections) until then. An idle connection is closed at once. One whose peer has
-/// received everything (Linux says so, other systems do not) is closed when the peer has sent nothing
-/// for 250 ms, or for a second if it has sent something, and after two seconds in any case. One whose
-/// peer has not is closed after 30 s in which it has taken nothing; while the service stops it is
-/// waited for until the drain deadline, and what it has not received then is in the
-/// [report](crate::CutConnection::undelivered). A WebSocket's peer is waited for only while it takes
-/// something at least every 250 ms: it has the close frame's answer to be waited for, see
-/// [`Hold::close_socket`](crate::Hold::close_socket).
+/// If a socket is closed while its peer still sends, the connection is reset, and the peer loses the part
+/// of the response that is in transit
+/// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). So when a `GracefulIo` is
+/// dropped inside a runtime, a spawned task closes the writing side, and reads and discards what the
+/// peer sends until the peer closes too. The connection counts as [open](Graceful::connections) until
+/// then. The task closes the socket without waiting for the peer to close:
+///
+/// - at once, if the connection is idle;
+/// - if the peer has received everything: when it has sent nothing for 250 ms, or for 1 s if it has sent
+///   something since, and after 2 s in any case. Only Linux tells what the peer has received; on other
+///   systems all written bytes count as received;
+/// - if the peer has not received everything: after 30 s in which it has acknowledged nothing. While
+///   the service stops, the task waits until the drain deadline instead, and the number of bytes that
+///   the peer has not received is in the [report](crate::CutConnection::undelivered);
+/// - after an upgrade, such as to a WebSocket: when the peer has acknowledged nothing for 250 ms, or
+///   250 ms after it has received everything. To wait for the answer to a close frame, use
+///   [`Hold::close_socket`](crate::Hold::close_socket).
 pub struct GracefulIo<I: 'static> {
-    /// `None` once it is dropped.
+    /// `None` after `drop` has taken it.
     io: Option<I>,
     stored: RegisteredWaker,
     peer: Peer,
     written: Written,
-    /// The last write had to wait.
+    /// The last write returned `Pending`.
     blocked: bool,
     heads: Heads,
-    /// Bytes written while the service stops, as far as this can count: to more than `FAREWELL`.
+    /// The number of bytes written while the service stops. Saturates at 255, which is more than
+    /// `FAREWELL`.
     written_late: u8,
-    /// Whether it is idle, where its descriptor is needed.
+    /// Shows whether the connection is idle, when a listener needs its file descriptor.
     activity: Activity,
     linger: Option<Linger<I>>,
-    /// 0 is the connection itself. What a handshake has made of it, TLS for example, is a layer above,
-    /// and has the same entry.
+    /// 0 for the accepted IO. The IO that a handshake returns, such as a TLS stream, is the next layer,
+    /// and shares the connection entry.
     layer: u8,
-    // After the IO, so that the connection is closed before it is removed.
-    entry: EntryGuard,
+    // Declared after the IO, so that the socket is closed before the entry is removed.
+    guard: EntryGuard,
 }
 
-/// The other end of a connection, as reading and writing show it.
+/// The state of the peer, as far as reads and writes show it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Peer {
     Open,
-    /// It has closed its writing side.
+    /// The peer has closed its writing side.
     Finished,
-    /// A read or a write has failed, so there is no peer to close the connection for.
+    /// A read or a write has failed, so the drop does not wait for the peer.
     Gone,
 }
 
-/// What was written.
+/// What was written on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Written {
     Nothing,
     Something,
-    /// Among it a `101 Switching Protocols`: the connection belongs to a handler, or will.
+    /// A `101 Switching Protocols` was written, so the connection is passed to a handler.
     Upgrade,
 }
 
-/// What reading shows of requests of HTTP/1. In the lower bits, how many line breaks there are at the
-/// end of what was read, until there are two in a row: then the first head may be whole.
+/// What the reads show about HTTP/1 requests. The two lowest bits count the line breaks at the end of
+/// the bytes read so far. Two in a row mean that the first head may be complete, and then the count
+/// stays.
 #[derive(Clone, Copy, Debug, Default)]
 struct Heads(u8);
 
 impl Heads {
     const BREAKS: u8 = 3;
     const WHOLE: u8 = 2;
-    /// What was read since the last write is a request without a body.
+    /// The bytes read since the last write are a request without a body.
     const BODILESS: u8 = 4;
-    /// It begins with a method that has no body.
+    /// The bytes read since the last write begin with `GET` or `HEAD`, which have no body.
     const METHOD: u8 = 8;
     /// Something was read since the last write.
     const ASKING: u8 = 16;
@@ -199,7 +211,8 @@ impl Heads {
         self.0 = self.0 & !Self::BREAKS | breaks;
     }
 
-    /// A request may come in several reads: servers read a few bytes to tell HTTP/1 from HTTP/2.
+    /// A request may arrive in several reads, because servers first read a few bytes to tell HTTP/1 from
+    /// HTTP/2.
     #[inline]
     fn last(&mut self, read: &[u8]) {
         let mut bits = self.0 & !Self::BODILESS;
@@ -224,44 +237,45 @@ impl<I: 'static> Drop for GracefulIo<I> {
     fn drop(&mut self) {
         let Some(io) = self.io.take() else { return };
         let is_top = self.is_top();
-        let line = &self.entry.line;
-        if is_top && line.flags.has(LOOKED_AT) {
-            requests::end(line);
+        let entry = &self.guard.entry;
+        if is_top && entry.flags.has(LOOKED_AT) {
+            requests::end(entry);
         }
-        if is_top && line.flags.has(UPGRADES) {
-            line.owner.upgraded.ended(line.number());
+        if is_top && entry.flags.has(UPGRADES) {
+            entry.owner.upgraded.ended(entry.number());
         }
-        if is_top && line.sniffer.is_unanswered() {
-            self.entry.half_closed();
+        if is_top && entry.sniffer.is_unanswered() {
+            self.guard.half_closed();
         }
-        let request = self.heads.last_is_bodiless() && self.entry.line.sniffer.is_http1();
-        let line = &self.entry.line;
+        let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();
+        let entry = &self.guard.entry;
         if self.layer > 0 {
-            // For the layer below, which closes the connection when it is dropped in its turn.
+            // The lowest layer closes the connection when it is dropped, and needs these flags then.
             if is_top {
                 let upgraded = self.written == Written::Upgrade;
                 let upgraded = if upgraded { UPGRADED } else { 0 };
-                line.flags
+                entry
+                    .flags
                     .set(upgraded | if request { BODILESS } else { 0 });
             }
             return;
         }
-        let told = line.state.directive();
-        if told == Directive::Cut {
+        let directive = entry.state.directive();
+        if directive == Directive::Cut {
             let left = tcp(&io).and_then(unacknowledged).unwrap_or(0);
-            if left > FAREWELL || line.flags.has(RESPONDED) {
-                line.undelivered.store(left, Ordering::Relaxed);
+            if left > FAREWELL || entry.flags.has(RESPONDED) {
+                entry.undelivered.store(left, Ordering::Relaxed);
             }
-            // The peer must not take a response that was cut off for a whole one.
-            if line.state.is_cut_short() {
+            // The peer must not take a partial response for a complete one.
+            if entry.state.is_cut_short() {
                 reset(&io);
             }
             return;
         }
-        // While serving, a peer that has closed first has received all that it waited for.
+        // While serving, a peer that has closed first waits for nothing more.
         let leaves = match self.peer {
             Peer::Open => false,
-            Peer::Finished => told == Directive::Stay,
+            Peer::Finished => directive == Directive::Stay,
             Peer::Gone => true,
         };
         if leaves || self.written == Written::Nothing {
@@ -275,35 +289,35 @@ impl<I: 'static> Drop for GracefulIo<I> {
                 }
             } else {
                 Last {
-                    written: if line.flags.has(UPGRADED) {
+                    written: if entry.flags.has(UPGRADED) {
                         Written::Upgrade
                     } else {
                         self.written
                     },
-                    request: line.flags.has(BODILESS),
+                    request: entry.flags.has(BODILESS),
                 }
             };
-            linger(io, last, self.entry.hand_over());
+            linger(io, last, self.guard.hand_over());
         }
     }
 }
 
-/// What takes a connection over.
+/// Closes the connection of a dropped `GracefulIo`.
 type Linger<I> = fn(I, Last, EntryGuard);
 
-/// What passed on a connection that is taken over.
+/// What was last read and written on a dropped connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Last {
     pub(super) written: Written,
-    /// The last that was read is a request of HTTP/1 without a body, so that its client sends nothing
-    /// more until it has read the response.
+    /// The last bytes read are an HTTP/1 request without a body. Then the client sends nothing more until
+    /// it has read the response.
     pub(super) request: bool,
 }
 
-/// What a response begins with after which the connection is no longer one of HTTP/1.
+/// The beginning of a response after which the connection no longer speaks HTTP/1.
 const SWITCHING_PROTOCOLS: &[u8] = b"HTTP/1.1 101";
 
-/// The IO, which is there until its wrapper is dropped.
+/// Unwraps the IO, which is present until its wrapper is dropped.
 #[inline]
 fn present<T>(io: Option<T>) -> T {
     match io {
@@ -316,11 +330,11 @@ pub(super) fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
     (io as &dyn Any).downcast_ref()
 }
 
-/// Reads what the operating system has, where the runtime knows of nothing to be read.
+/// Reads from the operating system directly, after the runtime has reported that there is nothing to
+/// read.
 ///
-/// The runtime asks the operating system for news only now and then, and a busy one may not have done
-/// so for milliseconds. An idle connection of HTTP/1 that is told to close is closed after this read,
-/// and a request that it misses is lost.
+/// A busy runtime may not have polled the operating system for milliseconds. An idle HTTP/1 connection
+/// that is instructed to close is closed after this read, and a request that the read misses is lost.
 fn read_now<I: 'static>(io: &I, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
     let Some(tcp) = tcp(io) else {
         return Poll::Pending;
@@ -331,46 +345,47 @@ fn read_now<I: 'static>(io: &I, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
             buf.advance(read);
             Poll::Ready(Ok(()))
         }
-        // An error that lasts is found by the runtime, too.
+        // The runtime reports a lasting error at the next poll.
         Err(_) => Poll::Pending,
     }
 }
 
-/// Has the connection reset when it is dropped, where it is one of TCP.
+/// Makes the drop of a TCP connection reset it.
 fn reset<I: 'static>(io: &I) {
     if let Some(tcp) = tcp(io) {
         let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
     }
 }
 
-/// The last entry of a connection removes it from the table when it is dropped: of the connection's
-/// layers, and of what it was handed over to.
+/// Keeps a connection in the table. Each layer of the connection has a guard, and so has the task that
+/// closes it. Dropping the last guard removes the connection entry.
 pub(super) struct EntryGuard {
-    pub(super) line: Arc<ConnectionEntry>,
+    pub(super) entry: Arc<ConnectionEntry>,
 }
 
 impl EntryGuard {
-    /// Another one.
-    fn share(line: &Arc<ConnectionEntry>) -> Self {
-        line.entries.fetch_add(1, Ordering::Relaxed);
+    /// Makes another guard for the same entry.
+    fn share(entry: &Arc<ConnectionEntry>) -> Self {
+        entry.entries.fetch_add(1, Ordering::Relaxed);
         Self {
-            line: Arc::clone(line),
+            entry: Arc::clone(entry),
         }
     }
 
-    /// An entry for what keeps the connection open from now on.
+    /// A guard for the task that closes the connection.
     fn hand_over(&self) -> Self {
-        Self::share(&self.line)
+        Self::share(&self.entry)
     }
 
-    /// The peer has closed its writing side, and the connection is dropped before a response that
-    /// the peer may wait for. Counted while the service stops; what is cut is reported as such.
+    /// Counts a connection that is dropped without a response after the peer has closed its writing side,
+    /// because the peer may still wait for that response. Counts only while the service stops, and not
+    /// after the cut: cut connections are reported as such.
     #[cold]
     fn half_closed(&self) {
-        let shared = &self.line.owner;
+        let shared = &self.entry.owner;
         if shared.phase() > Phase::Serving
-            && self.line.state.directive() < Directive::Cut
-            && !self.line.flags.has(OWES_NOTHING)
+            && self.entry.state.directive() < Directive::Cut
+            && !self.entry.flags.has(OWES_NOTHING)
         {
             shared.connections.half_closed();
         }
@@ -387,19 +402,19 @@ fn cut() -> io::Error {
 
 impl Drop for EntryGuard {
     fn drop(&mut self) {
-        if self.line.entries.fetch_sub(1, Ordering::AcqRel) > 1 {
+        if self.entry.entries.fetch_sub(1, Ordering::AcqRel) > 1 {
             return;
         }
-        let shared = &self.line.owner;
+        let shared = &self.entry.owner;
         let connections = &shared.connections;
-        if connections.remove(&self.line, || shared.phase()) {
+        if connections.remove(&self.entry, || shared.phase()) {
             shared.notify();
         }
     }
 }
 
 impl<I: 'static> GracefulIo<I> {
-    /// `linger` closes the connection. Without it the IO is dropped.
+    /// `linger` closes the connection after the drop. Without it the IO is only dropped.
     pub(super) fn new(
         graceful: &Graceful,
         io: I,
@@ -408,21 +423,21 @@ impl<I: 'static> GracefulIo<I> {
     ) -> Self {
         send_queue::prepare();
         let shared = graceful.shared();
-        let line = shared.connections.insert(shared.clone(), address);
+        let entry = shared.connections.insert(shared.clone(), address);
         shared.mark_served();
-        Self::with_entry(io, linger, 0, EntryGuard { line })
+        Self::with_entry(io, linger, 0, EntryGuard { entry })
     }
 
-    /// What a handshake has made of the connection. It ends a layer, and this begins the next.
+    /// Wraps the IO that a handshake has returned, as the next layer of the connection.
     #[cfg(feature = "axum")]
-    pub(super) fn above(io: I, line: &Arc<ConnectionEntry>) -> Self {
-        requests::end(line);
-        line.flags.set(LOOKED_AT);
-        let layer = line.sniffer.begin_layer();
-        Self::with_entry(io, None, layer, EntryGuard::share(line))
+    pub(super) fn above(io: I, entry: &Arc<ConnectionEntry>) -> Self {
+        requests::end(entry);
+        entry.flags.set(LOOKED_AT);
+        let layer = entry.sniffer.begin_layer();
+        Self::with_entry(io, None, layer, EntryGuard::share(entry))
     }
 
-    fn with_entry(io: I, linger: Option<Linger<I>>, layer: u8, entry: EntryGuard) -> Self {
+    fn with_entry(io: I, linger: Option<Linger<I>>, layer: u8, guard: EntryGuard) -> Self {
         Self {
             io: Some(io),
             stored: RegisteredWaker::default(),
@@ -434,40 +449,40 @@ impl<I: 'static> GracefulIo<I> {
             activity: Activity::default(),
             linger,
             layer,
-            entry,
+            guard,
         }
     }
 
-    /// The connection's line.
+    /// The connection entry.
     #[cfg(feature = "axum")]
-    pub(super) fn line(&self) -> &Arc<ConnectionEntry> {
-        &self.entry.line
+    pub(super) fn entry(&self) -> &Arc<ConnectionEntry> {
+        &self.guard.entry
     }
 
-    /// No handshake has made anything else of it.
+    /// Whether this is the topmost layer, which the server reads and writes.
     #[inline]
     fn is_top(&self) -> bool {
-        self.entry.line.sniffer.layer() == self.layer
+        self.guard.entry.sniffer.layer() == self.layer
     }
 
-    /// The peer's address as the [report](crate::Report::connections_cut) gives it: of a tracked
-    /// `TcpStream` the address that it is connected to, or the one that was
-    /// [set](Self::set_peer) since.
+    /// The peer's address, as in the [report](crate::Report::connections_cut). It is the address that was
+    /// [set](Self::set_peer) last. Otherwise it is the remote address of a tracked `TcpStream`, or the
+    /// address that a listener returned, if that is a `SocketAddr`.
     pub fn peer(&self) -> Option<SocketAddr> {
-        self.entry.line.peer()
+        self.guard.entry.peer()
     }
 
-    /// Sets the peer's address for the report, where the IO does not know it: of IO that wraps a
-    /// `TcpStream`, or behind a proxy that tells the address of its client.
+    /// Sets the peer's address for the report. Use it for IO that wraps a `TcpStream`, or behind a proxy
+    /// that sends the address of its client.
     ///
-    /// Inside a [handshake](crate::HandshakeExt::handshakes) it sets what the listener returns, and
-    /// so `ConnectInfo<SocketAddr>`, too.
+    /// Inside a [handshake](crate::HandshakeExt::handshakes) it also sets the address that the listener
+    /// returns, and so `ConnectInfo<SocketAddr>`.
     pub fn set_peer(&self, peer: SocketAddr) {
-        let line = &self.entry.line;
-        line.owner.connections.rename(line, peer);
+        let entry = &self.guard.entry;
+        entry.owner.connections.rename(entry, peer);
     }
 
-    /// The same, for [`Graceful::track`] in one expression.
+    /// Sets the peer's address and returns the connection, to be chained to [`Graceful::track`].
     ///
     /// ```
     /// # use std::net::SocketAddr;
@@ -477,24 +492,24 @@ impl<I: 'static> GracefulIo<I> {
     /// graceful.track(stream).with_peer(peer)
     /// # }
     /// ```
-    #[must_use = "it is the connection"]
+    #[must_use = "dropping the returned IO closes the connection"]
     pub fn with_peer(self, peer: SocketAddr) -> Self {
         self.set_peer(peer);
         self
     }
 
-    /// The connection's line, on which is noted what is read from now on.
+    /// Passes the connection to `serve`: from now on the sniffer records every read.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(super) fn noted(&mut self) -> Arc<ConnectionEntry> {
+    pub(super) fn begin_serving(&mut self) -> Arc<ConnectionEntry> {
         self.activity.is_owned();
-        self.entry.line.flags.take(LOOKED_AT);
-        self.entry.line.sniffer.listen();
-        Arc::clone(&self.entry.line)
+        self.guard.entry.flags.take(LOOKED_AT);
+        self.guard.entry.sniffer.listen();
+        Arc::clone(&self.guard.entry)
     }
 
     #[cfg(feature = "axum")]
     pub(super) fn is_cut(&self) -> bool {
-        self.entry.line.state.directive() == Directive::Cut
+        self.guard.entry.state.directive() == Directive::Cut
     }
 
     /// The wrapped IO.
@@ -502,74 +517,75 @@ impl<I: 'static> GracefulIo<I> {
         present(self.io.as_ref())
     }
 
-    /// The wrapped IO. What is read or written on it directly is not cut.
+    /// The wrapped IO. The cut does not affect direct reads and writes on it.
     pub fn get_mut(&mut self) -> &mut I {
         present(self.io.as_mut())
     }
 
-    /// To be called before the connection is polled: fails once it is cut, and otherwise sees to it
-    /// that the cut wakes the task that polls.
+    /// Called before each poll of the wrapped IO. Registers the waker of the task, so that the cut wakes
+    /// it. Fails if the connection has been cut, or has expired.
     #[inline]
-    fn enter(&mut self, waiter: WakerSlot, cx: &Context<'_>) -> io::Result<Directive> {
+    fn enter(&mut self, slot: WakerSlot, cx: &Context<'_>) -> io::Result<Directive> {
         if self.layer > 0 {
             return self.enter_above();
         }
-        let told = self.entry.line.state.enter(&mut self.stored, waiter, cx);
-        // What is to be written is owed.
-        let expires = || waiter == WakerSlot::Read && self.expires();
-        if told >= Directive::Expire && (told == Directive::Cut || expires()) {
+        let directive = self.guard.entry.state.enter(&mut self.stored, slot, cx);
+        // Only reads expire: a write may belong to a response.
+        let expires = || slot == WakerSlot::Read && self.expires();
+        if directive >= Directive::Expire && (directive == Directive::Cut || expires()) {
             self.peer = Peer::Gone;
             return Err(cut());
         }
-        Ok(told)
+        Ok(directive)
     }
 
-    /// The layer below has the wakers, and is polled by what is between.
+    /// The same for a layer above a handshake. The lowest layer registers the wakers when the TLS stream
+    /// or other IO in between polls it.
     fn enter_above(&mut self) -> io::Result<Directive> {
-        let told = self.entry.line.state.directive();
-        if told == Directive::Cut {
+        let directive = self.guard.entry.state.directive();
+        if directive == Directive::Cut {
             self.peer = Peer::Gone;
             return Err(cut());
         }
-        Ok(told)
+        Ok(directive)
     }
 
-    /// Whether the connection, told to close a while ago, has nothing to wait for: no request is in
-    /// flight on it, and the peer has acknowledged what it was sent.
+    /// Whether a connection that was instructed to close a while ago can be closed now: no request is in
+    /// flight on it, and the peer has acknowledged what was sent.
     #[cold]
     fn expires(&self) -> bool {
-        let line = &self.entry.line;
-        let in_flight = if line.sniffer.is_http2() {
-            line.may_have_streams()
+        let entry = &self.guard.entry;
+        let in_flight = if entry.sniffer.is_http2() {
+            entry.may_have_streams()
         } else if !self.is_top() {
-            line.flags.has(BUSY)
+            entry.flags.has(BUSY)
         } else {
-            // Over HTTP/1 idle connections were closed when this one was told to, so it has been
-            // upgraded, its first request is running, or its first head is not whole.
+            // Idle HTTP/1 connections have already closed. So this connection was upgraded, or its first
+            // request is running, or its first head is incomplete.
             self.written > Written::Nothing || self.heads.first_is_whole()
         };
-        let responded = line.flags.has(RESPONDED);
+        let responded = entry.flags.has(RESPONDED);
         let owes = match self.io.as_ref().and_then(tcp).and_then(unacknowledged) {
             Some(left) => left > if responded { 0 } else { FAREWELL },
             None => responded,
         };
-        // What is spoken on IO of another kind is not known.
+        // Without `linger` the IO is no socket, and its protocol is unknown.
         self.linger.is_some() && !in_flight && !owes && !self.blocked
     }
 
     #[cold]
     fn wrote_while_stopping(&mut self, bytes: usize) {
-        if self.entry.line.flags.has(HANDSHAKE) {
+        if self.guard.entry.flags.has(HANDSHAKE) {
             return;
         }
         let bytes = u8::try_from(bytes).unwrap_or(u8::MAX);
         self.written_late = self.written_late.saturating_add(bytes);
-        if self.entry.line.sniffer.is_http1() || u32::from(self.written_late) > FAREWELL {
-            self.entry.line.flags.set(RESPONDED);
+        if self.guard.entry.sniffer.is_http1() || u32::from(self.written_late) > FAREWELL {
+            self.guard.entry.flags.set(RESPONDED);
         }
     }
 
-    /// Writes, and notes what came of it.
+    /// Writes, and records the result. `head` is the beginning of the bytes.
     #[inline]
     fn poll_writing(
         mut self: Pin<&mut Self>,
@@ -583,12 +599,12 @@ impl<I: 'static> GracefulIo<I> {
         let this = &mut *self;
         let is_top = this.is_top();
         if is_top {
-            this.entry.line.sniffer.note_write();
+            this.guard.entry.sniffer.note_write();
         }
-        let told = this.enter(WakerSlot::Write, cx)?;
-        if is_top && this.entry.line.flags.has(LOOKED_AT) {
-            // Before the client can send the next request.
-            requests::wrote(&this.entry.line, head);
+        let directive = this.enter(WakerSlot::Write, cx)?;
+        if is_top && this.guard.entry.flags.has(LOOKED_AT) {
+            // Before the write, because the client may send the next request right after it.
+            requests::wrote(&this.guard.entry, head);
         }
         let result = write(Pin::new(this.get_mut()), cx);
         let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
@@ -598,7 +614,7 @@ impl<I: 'static> GracefulIo<I> {
             Poll::Ready(Ok(bytes)) => {
                 let written = if upgrades {
                     if is_top {
-                        this.entry.line.upgraded();
+                        this.guard.entry.upgraded();
                     }
                     Written::Upgrade
                 } else {
@@ -607,9 +623,9 @@ impl<I: 'static> GracefulIo<I> {
                 this.written = this.written.max(written);
                 this.heads.wrote();
                 if this.layer > 0 && is_top {
-                    this.entry.line.flags.set(BUSY);
+                    this.guard.entry.flags.set(BUSY);
                 }
-                if told > Directive::Stay && is_top {
+                if directive > Directive::Stay && is_top {
                     this.wrote_while_stopping(*bytes);
                 }
             }
@@ -627,47 +643,47 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        let told = this.enter(WakerSlot::Read, cx)?;
+        let directive = this.enter(WakerSlot::Read, cx)?;
         let before = buf.filled().len();
         let room = buf.remaining() > 0;
         let is_top = this.is_top();
-        let line = &this.entry.line;
-        if is_top && line.sniffer.has_kept() {
-            line.sniffer.hand_on(buf);
+        let entry = &this.guard.entry;
+        if is_top && entry.sniffer.has_kept() {
+            entry.sniffer.hand_on(buf);
             return Poll::Ready(Ok(()));
         }
         let io = present(this.io.as_mut());
         let mut result = Pin::new(&mut *io).poll_read(cx, buf);
-        if result.is_pending() && told >= Directive::Close {
+        if result.is_pending() && directive >= Directive::Close {
             result = read_now(io, buf);
         }
         let read = &buf.filled()[before..];
         if !read.is_empty() {
-            if told > Directive::Stay {
-                line.read_while_stopping(told);
+            if directive > Directive::Stay {
+                entry.read_while_stopping(directive);
             }
             if !is_top {
                 return result;
             }
             this.activity.read(read);
-            if line.flags.has(LOOKED_AT) {
-                requests::read(line, read);
+            if entry.flags.has(LOOKED_AT) {
+                requests::read(entry, read);
             }
             this.heads.last(read);
             if this.written == Written::Nothing {
                 this.heads.first(read);
                 if this.layer > 0 && this.heads.first_is_whole() {
-                    line.flags.set(BUSY);
+                    entry.flags.set(BUSY);
                 }
             }
-            let lets_in = || told == Directive::Stay || line.owner.phase() < Phase::Draining;
-            let kept = line.sniffer.note(read, lets_in);
+            let lets_in = || directive == Directive::Stay || entry.owner.phase() < Phase::Draining;
+            let kept = entry.sniffer.note(read, lets_in);
             if kept > 0 {
                 let passed = buf.filled().len() - kept;
                 buf.set_filled(passed);
             }
-            if line.sniffer.is_refused() {
-                // Before the server has read a frame.
+            if entry.sniffer.is_refused() {
+                // The server must not read a frame.
                 buf.set_filled(before);
                 return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
             }
@@ -675,16 +691,16 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         }
         match &result {
             Poll::Pending if is_top => {
-                line.sniffer.note_nothing();
-                if this.activity.is_idle(&line.owner) {
-                    // To the server this is a peer that has closed.
+                entry.sniffer.note_nothing();
+                if this.activity.is_idle(&entry.owner) {
+                    // Reports the end of the stream, so that the server closes the connection.
                     return Poll::Ready(Ok(()));
                 }
             }
             Poll::Ready(Ok(())) if room => {
                 this.peer = Peer::Finished;
                 if is_top {
-                    line.sniffer.note_end();
+                    entry.sniffer.note_end();
                 }
             }
             Poll::Pending | Poll::Ready(Ok(())) => {}
@@ -735,7 +751,7 @@ impl<I: fmt::Debug + 'static> fmt::Debug for GracefulIo<I> {
             .field("io", self.get_ref())
             .field(
                 "cut",
-                &(self.entry.line.state.directive() == Directive::Cut),
+                &(self.guard.entry.state.directive() == Directive::Cut),
             )
             .finish_non_exhaustive()
     }

@@ -1,26 +1,31 @@
-//! Closing a connection so that its peer receives what was written.
+//! Closing a connection so that the peer receives everything that was written.
 //!
-//! A socket that is closed while its peer still sends resets the connection, and the kernel throws
-//! away what it has not delivered: the rest of a response, because a client of HTTP/2 has announced a
-//! window, answered a ping, pipelined a request, or has not finished its upload
-//! ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). So when a server lets go of a
-//! connection, its writing side is closed, and what the peer sends is read and discarded until the
-//! peer closes too. The connection counts as open until then.
+//! If a socket is closed while its peer still sends, the kernel resets the connection and discards
+//! what it has not delivered yet, such as the rest of a response. A peer may still send because it
+//! updates an HTTP/2 window, answers a ping, pipelines a request, or continues an upload
+//! ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). So when a server drops a
+//! connection, this module closes the writing side, and reads and discards what the peer sends until
+//! the peer closes too. The connection counts as open until then.
 //!
-//! It ends
-//! - when the peer has closed or reset the connection, and everything is delivered;
-//! - at once, where everything is delivered, nothing is unread, and the client is not in the middle of
-//!   an upload or of HTTP/2: an idle connection costs no time, and neither does one whose request had
-//!   no body;
-//! - when everything is delivered and the peer has been silent for [`SILENCE`] or [`STILL`], or has
+//! The socket is closed
+//! - when the peer has closed its side and everything is delivered, or the peer has reset the
+//!   connection;
+//! - at once, if everything is delivered, nothing is unread, and the peer will send nothing: it has
+//!   closed its side, its last request had no body, or the service is stopping and has sent no
+//!   response since the stop began. So an idle connection costs no time;
+//! - when everything is delivered, and the peer has sent nothing for [`STILL`] (for [`SILENCE`] if it
+//!   has sent something since, for [`STARVED`] while a listener waits for file descriptors), or has
 //!   not closed for [`MOST`];
-//! - while serving, when nothing has been delivered for [`STALLED`]. The kernel goes on trying;
-//! - where it was upgraded, [`STILL`] after the peer last took something, or has everything;
-//! - while the service stops, when the connection is cut: what is not delivered then is in the report.
+//! - while serving, when the peer has acknowledged nothing for [`STALLED`]. The kernel continues to
+//!   send;
+//! - after an upgrade: [`STILL`] after the peer last acknowledged something, or [`STILL`] after
+//!   everything was delivered;
+//! - while the service stops, when the connection is cut. The report gives the number of bytes that
+//!   were not delivered.
 //!
-//! Where it is not known what is delivered, because the operating system does not say so or the IO is
-//! not a socket of TCP, that counts as delivered which has been written; but then a connection on which
-//! something was written is never idle, and has the time of one whose response has just been sent.
+//! The number of delivered bytes is unknown if the operating system does not give it, or if the IO is
+//! not a TCP socket. Then all written bytes count as delivered. Such a connection is never closed at
+//! once if something was written on it: it stays open as long as one whose response was just sent.
 
 use std::{
     any::Any,
@@ -52,38 +57,41 @@ use crate::{
     sync::Ordering,
 };
 
-/// For how long a peer that sends is listened to after the last byte that came.
+/// How long the peer may be silent after its last byte, if it has sent something since everything was
+/// delivered.
 const SILENCE: Duration = Duration::from_secs(1);
 
-/// For how long one is listened to that has sent nothing since: it may be in the middle of an upload,
-/// or have a frame on its way.
+/// How long the peer may be silent if it has sent nothing since everything was delivered. It may be in
+/// the middle of an upload, or a frame may be in transit.
 const STILL: Duration = Duration::from_millis(250);
 
-/// The same, while a listener waits for descriptors.
+/// Replaces [`STILL`] while a listener waits for file descriptors, because this connection holds one.
 const STARVED: Duration = Duration::from_millis(25);
 
-/// For how long one that never stops is listened to.
+/// How long a peer that never stops sending is read from after everything was delivered.
 const MOST: Duration = Duration::from_secs(2);
 
-/// How long the peer may take nothing of what is left, while serving.
+/// How long the peer may acknowledge nothing while bytes are undelivered and the service is serving.
 const STALLED: Duration = Duration::from_secs(30);
 
-/// How often the operating system is asked what is delivered: soon, and then less often.
+/// The first and the longest interval between two queries of the undelivered bytes. Each interval is
+/// twice the one before.
 const FIRST_LOOK: Duration = Duration::from_millis(2);
 const LAST_LOOK: Duration = Duration::from_millis(100);
 
-/// How much is read before other tasks have their turn.
+/// The number of reads before the task yields to others, and the size of each read in bytes.
 const READS: usize = 16;
 const READ: usize = 4096;
 
-/// What a FIN counts for in the send queue.
+/// The kernel counts an unacknowledged FIN as one byte of the send queue.
 const FIN: u32 = 1;
 
-/// What a connection without a response says when it closes: frames of HTTP/2 (two GOAWAY and a PING,
-/// 17 bytes each) in records of TLS, an alert, a FIN.
+/// The most bytes that closing a connection sends without any response: HTTP/2 frames (two GOAWAY and
+/// a PING, 17 bytes each) in TLS records, a TLS alert, and a FIN. So many undelivered bytes or fewer
+/// may contain no response.
 pub(super) const FAREWELL: u32 = 192;
 
-/// Whether it is a socket of tokio's.
+/// Whether `io` is a `TcpStream` or `UnixStream` of tokio.
 pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
     #[cfg(unix)]
     if (io as &dyn Any).is::<UnixStream>() {
@@ -92,29 +100,30 @@ pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
     tcp(io).is_some()
 }
 
-/// Closes a connection that its server has let go of, if it is a socket of tokio's. Anything else is
-/// dropped.
-pub(super) fn socket<I: 'static>(socket: I, last: Last, entry: EntryGuard) {
+/// Closes a connection that its server has dropped, if the IO is a `TcpStream` or `UnixStream` of
+/// tokio. Other IO is dropped.
+pub(super) fn socket<I: 'static>(socket: I, last: Last, guard: EntryGuard) {
     let mut socket = Some(socket);
     let any: &mut dyn Any = &mut socket;
     if let Some(tcp) = any.downcast_mut::<Option<TcpStream>>() {
         if let Some(tcp) = tcp.take() {
-            io(tcp, last, entry);
+            io(tcp, last, guard);
         }
         return;
     }
     #[cfg(unix)]
     if let Some(unix) = any.downcast_mut::<Option<UnixStream>>() {
         if let Some(unix) = unix.take() {
-            io(unix, last, entry);
+            io(unix, last, guard);
         }
         return;
     }
-    drop((socket, entry));
+    drop((socket, guard));
 }
 
-/// Closes a connection that its server has let go of.
-pub(super) fn io<I>(io: I, last: Last, entry: EntryGuard)
+/// Closes a connection that its server has dropped. Spawns a task for that, unless the connection is
+/// idle or there is no runtime.
+pub(super) fn io<I>(io: I, last: Last, guard: EntryGuard)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -125,10 +134,10 @@ where
         eof: false,
         received: false,
         last,
-        entry,
+        guard,
     };
-    // Most connections are idle, and need no task. Only a socket is polled here, because other IO may
-    // panic, and this runs where a task may be unwinding already.
+    // Most connections are idle and need no task. Only a TCP socket is polled here: this runs in a
+    // `drop`, perhaps during a panic, and the poll of other IO may panic too, which would abort.
     if tcp(&lingering.io).is_some() {
         let noop = &mut Context::from_waker(Waker::noop());
         if lingering.poll_peer(noop).is_ready() && !lingering.eof {
@@ -138,7 +147,7 @@ where
     if lingering.is_idle() || thread::panicking() {
         return;
     }
-    lingering.entry.line.flags.set(LINGERS);
+    lingering.guard.entry.flags.set(LINGERS);
     if let Ok(runtime) = Handle::try_current() {
         drop(runtime.spawn(lingering.until_closed()));
     }
@@ -151,22 +160,22 @@ struct Lingering<I: 'static> {
     shut: bool,
     /// The peer's writing side is closed.
     eof: bool,
-    /// Something came since this was last looked at.
+    /// Bytes were received since `until_closed` last checked.
     received: bool,
     last: Last,
     // After the IO, so that the connection is closed before it is removed.
-    entry: EntryGuard,
+    guard: EntryGuard,
 }
 
 impl<I> Lingering<I>
 where
     I: AsyncRead + AsyncWrite + Unpin + 'static,
 {
-    /// Discards what comes. Ready when nothing more can: the connection is cut, its peer has closed
-    /// or reset it.
+    /// Closes the writing side, then reads and discards. Ready when the connection is cut, or when the
+    /// peer has closed or reset it.
     fn poll_peer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Self { io, stored, .. } = self;
-        if self.entry.line.state.enter(stored, WakerSlot::Read, cx) == Directive::Cut {
+        if self.guard.entry.state.enter(stored, WakerSlot::Read, cx) == Directive::Cut {
             return Poll::Ready(());
         }
         if !self.shut {
@@ -192,26 +201,29 @@ where
             }
             self.received = true;
         }
-        // Others want their turn, and the peer may never stop.
+        // Yields to other tasks, because the peer may never stop sending.
         cx.waker().wake_by_ref();
         Poll::Pending
     }
 
-    /// What the peer has not acknowledged of what it is owed, if it is known.
+    /// The number of unacknowledged bytes, or 0 if the rest contains nothing that must be waited for.
+    /// `None` if the number is unknown.
     fn undelivered(&self) -> Option<u32> {
         let left = unacknowledged(tcp(&self.io)?)?;
-        // To a client that sends nothing, the kernel delivers what is left.
+        // If the peer sends nothing, closing causes no reset, and the kernel delivers the rest.
         let little = self.last.request || !self.has_responded();
         let nothing = if little { FAREWELL } else { FIN };
         Some(if left > nothing { left } else { 0 })
     }
 
-    /// A response may just have been sent. While serving nothing else makes a server close first.
+    /// Whether a response may just have been sent. While serving, a server closes a connection first
+    /// only after a response.
     fn has_responded(&self) -> bool {
-        self.entry.line.state.directive() == Directive::Stay || self.entry.line.flags.has(RESPONDED)
+        self.guard.entry.state.directive() == Directive::Stay
+            || self.guard.entry.flags.has(RESPONDED)
     }
 
-    /// There is nothing to wait for.
+    /// Whether the connection can be closed at once.
     fn is_idle(&self) -> bool {
         let quiet = self.eof || self.last.request || !self.has_responded();
         quiet && !self.received && self.undelivered() == Some(0)
@@ -220,7 +232,7 @@ where
     async fn until_closed(mut self) {
         let mut look = FIRST_LOOK;
         let mut left = u32::MAX;
-        // When the peer last took something, and when it last sent something.
+        // When the peer last acknowledged something, and when it last sent something.
         let (mut took, mut sent) = (Instant::now(), Instant::now());
         let mut delivered = None;
         loop {
@@ -240,8 +252,8 @@ where
             }
             look = (look * 2).min(LAST_LOOK);
             if left > 0 {
-                let patience = match self.entry.line.state.directive() {
-                    // A handler has let go of it, after as much waiting as it found right.
+                let patience = match self.guard.entry.state.directive() {
+                    // The handler has dropped it, and has waited for the peer as long as it wanted.
                     _ if self.last.written == Written::Upgrade => STILL,
                     Directive::Stay => STALLED,
                     // The cut ends it.
@@ -262,8 +274,7 @@ where
             let most = if upgraded { STILL } else { MOST };
             let silence = if talks && !upgraded {
                 SILENCE
-            } else if known.is_some() && self.entry.line.owner.starved.is_waiting() {
-                // Its descriptor is needed.
+            } else if known.is_some() && self.guard.entry.owner.starved.is_waiting() {
                 STARVED
             } else {
                 STILL
@@ -272,9 +283,9 @@ where
                 return;
             }
         }
-        if self.entry.line.state.directive() == Directive::Cut {
+        if self.guard.entry.state.directive() == Directive::Cut {
             let left = self.undelivered().unwrap_or(0);
-            self.entry.line.undelivered.store(left, Ordering::Relaxed);
+            self.guard.entry.undelivered.store(left, Ordering::Relaxed);
         }
     }
 }

@@ -1,3 +1,5 @@
+//! Listeners whose connections are tracked, and that empty their accept queue before they close.
+
 use std::{any::Any, fmt, future, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::serve::{Listener, ListenerExt, TapIo};
@@ -27,14 +29,14 @@ use crate::{
 /// How long a listener may take to empty its accept queue, from the moment its task runs.
 const LAST_ACCEPTS: Duration = Duration::from_millis(100);
 
-/// How long handshakes that had begun are given to be completed: a few round trips between the
-/// machines of one site.
+/// How long TCP handshakes that had begun before the filter may take to complete: a few round trips
+/// between machines at one site.
 const HANDSHAKE: Duration = Duration::from_millis(5);
 
-/// How long a listener that cannot be asked for its queue goes on accepting.
+/// How long a listener keeps accepting if its queue cannot be emptied, because it is not tokio's.
 const UNASKED: Duration = Duration::from_millis(60);
 
-/// How often a listener that waits for descriptors tries again.
+/// The interval at which a listener that waits for file descriptors tries again.
 const TRY_AGAIN: Duration = Duration::from_millis(5);
 
 /// What [`Graceful::listener`] returns.
@@ -43,42 +45,21 @@ const TRY_AGAIN: Duration = Duration::from_millis(5);
 /// [`handshakes`](crate::HandshakeExt::handshakes) after it. For connect info of your own on axum's
 /// server, see [`GracefulListener::new`].
 ///
-/// An alias of axum's `TapIo` with a callback that does nothing, and not a type of this crate, because
-/// of `into_make_service_with_connect_info::<SocketAddr>()` on axum's server. axum implements
-/// `Connected` for the listeners inside a `TapIo` and for its own, and no other crate may implement it for
-/// `SocketAddr` (E0117: the trait, `SocketAddr` and `IncomingStream` are all foreign to it). Do not rely
-/// on the callback's type; name the alias.
+/// This is an alias of axum's `TapIo` with a callback that does nothing. It is not a type of this crate,
+/// so that `into_make_service_with_connect_info::<SocketAddr>()` works on axum's server: axum implements
+/// `Connected` for its own listeners and for every listener inside a `TapIo`, and no other crate may
+/// implement it for `SocketAddr` (E0117: the trait, `SocketAddr` and `IncomingStream` are all foreign).
+/// Use the name of the alias, and do not rely on the type of the callback.
 pub type TrackedListener<L> = TapIo<GracefulListener<L>, fn(&mut GracefulIo<<L as Listener>::Io>)>;
 
 impl Graceful {
-    /// Tracks every connection that is accepted through `listener`, which may be any of axum's:
-    /// TCP, Unix, one of your own.
+    /// Tracks every connection that `listener` accepts. `listener` may be any listener of axum: TCP,
+    /// Unix, or one of your own.
     ///
-    /// Connections count in [`connections`](Self::connections), upgraded ones until they close,
-    /// and are cut at the drain deadline. Where `L::Io` is a `TcpStream` and something has been
-    /// written on it, the cut is a reset, so that no half response looks like a whole one.
-    ///
-    /// Give it the `TcpListener` itself, and put `tap_io` after it: `graceful.listener(tcp).tap_io(…)`.
-    /// The queue of a `TcpListener` can be emptied to the last connection before it is closed: on
-    /// Linux exactly, elsewhere and for a `UnixListener` but for who comes between the last look
-    /// and the close. A listener that wraps one goes on accepting for 60 ms; who comes after that may
-    /// be reset. So put TLS after it as well:
-    /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes).
-    ///
-    /// A listener whose socket the next process has too is closed at the start of the stop, with its
-    /// queue as it is: see [`shared_listener`](crate::GracefulBuilder::shared_listener). That is the
-    /// default for a socket that was passed by socket activation (`LISTEN_FDS`).
-    ///
-    /// On Linux the close of any other listener uses a socket filter for some milliseconds, which
-    /// drops what would begin a new connection. Not on a socket that may have been passed by socket
-    /// activation, since the next process accepts from it. A `TcpListener` that accepts for the first time has any
-    /// filter detached that a killed process may have left on its socket. To keep a filter of your
-    /// own, lock it (`SO_LOCK_FILTER`).
-    ///
-    /// If the process has no file descriptors left when the listener is to be closed, idle
-    /// connections are closed to make room for those in the queue. The listener closes when the
-    /// queue is empty, and at the latest 250 ms before the drain deadline; what is reset then is
-    /// reported as [`queued`](crate::Remaining::queued).
+    /// Each connection counts in [`connections`](Self::connections) until it closes, also after an
+    /// upgrade, and is cut at the drain deadline. If `L::Io` is a `TcpStream` on which something has
+    /// been written, the cut is a reset, so that the peer does not take a partial response for a
+    /// complete one.
     ///
     /// ```no_run
     /// # #[tokio::main]
@@ -91,33 +72,66 @@ impl Graceful {
     ///     .await
     /// # }
     /// ```
+    ///
+    /// # Wrapped listeners
+    ///
+    /// Pass the `TcpListener` itself, and put `tap_io` and TLS after it: `graceful.listener(tcp).tap_io(…)`,
+    /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes). Connections in the
+    /// accept queue of a `TcpListener` or `UnixListener` are accepted before it closes. For a
+    /// `TcpListener` on Linux that includes every connection; otherwise a connection that arrives
+    /// between the last `accept` and the close is reset. A wrapped listener keeps accepting for 60 ms;
+    /// a connection that arrives later may be reset.
+    ///
+    /// # Shared sockets
+    ///
+    /// A listener whose socket is shared with the next process is closed at the start of the stop, and
+    /// its queue is left to that process: see
+    /// [`shared_listener`](crate::GracefulBuilder::shared_listener). This is the default for a socket
+    /// that was passed by socket activation (`LISTEN_FDS`).
+    ///
+    /// # Socket filter
+    ///
+    /// On Linux, closing a `TcpListener` attaches a socket filter for a few milliseconds, which drops
+    /// packets that begin a new connection. No filter is attached to a shared socket, or to one that
+    /// may have been passed by socket activation, because the next process accepts from it. The first
+    /// `accept` detaches any filter from the socket, because a killed process may have left one. To
+    /// keep a filter of your own, lock it (`SO_LOCK_FILTER`).
+    ///
+    /// # File descriptors
+    ///
+    /// If the process has no file descriptors left when the listener is to close, idle connections are
+    /// closed to make room for the connections in the queue. The listener closes when the queue is
+    /// empty, and at the latest 250 ms before the drain deadline. Connections that are reset then are
+    /// reported as [`queued`](crate::Remaining::queued).
     pub fn listener<L: Listener>(&self, listener: L) -> TrackedListener<L> {
         GracefulListener::new(self, listener).tap_io(|_| ())
     }
 }
 
-/// A listener whose connections are tracked, and that accepts what is queued before it closes.
+/// A listener that tracks its connections, and accepts the queued ones before it closes.
 ///
-/// The kernel completes connections before a server accepts them, and resets those still in its
-/// queue when the listener is closed. So when the time has come this accepts until nothing is
-/// queued, has no more handshakes begun where the system can do that, and closes. The service waits
-/// for that, and for what was accepted to be read, before the server is told to close its
-/// connections.
+/// The kernel completes TCP handshakes before a server accepts the connections. When a listener is
+/// closed, the kernel resets those still in its accept queue. So when this listener is to close, it
+/// accepts until the queue is empty, keeps new handshakes from beginning (a `TcpListener` on Linux),
+/// and then closes. The service waits for that, and for a read of each accepted connection, before it
+/// instructs the server to close its connections.
 pub struct GracefulListener<L: Listener> {
-    /// `None` once it was taken from the runtime, or closed.
+    /// `None` after it was removed from the runtime or closed.
     listener: Option<L>,
-    /// What is left of it while its queue cannot be emptied for want of descriptors.
+    /// Its socket, removed from the runtime, while handshakes are being completed or while the queue
+    /// cannot be emptied because there are no file descriptors.
     socket: Option<Arc<Socket>>,
-    /// What was found in the queue when the listener was closed.
+    /// Connections from the queue that are accepted but not yet returned, the latest first.
     last: Vec<(L::Io, L::Addr)>,
     closing_stages: watch::Receiver<ClosingStage>,
     closing: Closing,
-    /// It was passed to the process by socket activation, as far as is known, and other processes
+    /// The socket is shared, or may have been passed by socket activation, so that other processes may
     /// accept from it.
     is_passed: bool,
-    /// The next process accepts from it at the start of the stop, which is told here.
+    /// For a shared socket: the phase. The listener closes when it is no longer `Serving`.
     shared: Option<watch::Receiver<Phase>>,
-    /// There was no descriptor for some of the queue. What is accepted later may be too late.
+    /// There was no file descriptor for a part of the queue. Connections that are accepted later may
+    /// already be cut.
     was_starved: bool,
     graceful: Graceful,
 }
@@ -126,22 +140,23 @@ enum Closing {
     /// Nothing has been accepted yet.
     Unused,
     No,
-    /// As soon as nothing is queued, and at this instant whatever is.
+    /// Closes when the queue is empty, and at the latest at this instant.
     Until(Instant),
-    /// At this instant. No handshake begins any more, and those that had begun are being completed.
+    /// Closes at this instant. A tokio listener has a filter, so that only handshakes that had begun
+    /// complete; another listener keeps accepting.
     At(Instant),
-    /// When the process has descriptors again for the rest of the queue.
+    /// Closes when there are file descriptors for the rest of the queue.
     Starved,
-    /// Closed, and nothing is left of the queue.
+    /// Closed, and the queue is empty or given up.
     Done,
 }
 
 impl<L: Listener> GracefulListener<L> {
-    /// What [`Graceful::listener`] makes, outside a `TapIo`: for connect info of your own on axum's
-    /// server.
+    /// Makes a tracked listener for axum's server with connect info of your own. Otherwise use
+    /// [`Graceful::listener`], which returns the same listener inside a `TapIo`.
     ///
-    /// axum implements `Connected` for every `TapIo`, for the type of the listener's addresses alone,
-    /// and the compiler allows no other implementation beside that one (E0119).
+    /// axum implements `Connected` for every `TapIo` generically, so the compiler rejects an
+    /// implementation of your own for one (E0119).
     ///
     /// ```
     /// use axum::{extract::connect_info::Connected, serve::IncomingStream};
@@ -158,14 +173,15 @@ impl<L: Listener> GracefulListener<L> {
     /// }
     /// ```
     ///
-    /// On a server of [`serve`](Graceful::serve) connect info of your own is made from an
-    /// [`Accepted`](crate::Accepted), whatever the listener.
+    /// On a server of [`serve`](Graceful::serve), make connect info of your own from an
+    /// [`Accepted`](crate::Accepted), which works with any listener.
     pub fn new(graceful: &Graceful, listener: L) -> Self {
         tracked::note::<L::Io>();
         Self::within(graceful.clone(), listener)
     }
 
-    /// Its IO is wrapped again by whoever uses it.
+    /// As [`new`](Self::new), but does not register the IO as tracked: for `serve`, which tracks the
+    /// connections of this listener itself.
     pub(super) fn within(graceful: Graceful, listener: L) -> Self {
         let passed = passed(&listener);
         let is_shared = graceful.policy().shared_listener;
@@ -187,26 +203,26 @@ impl<L: Listener> GracefulListener<L> {
         let peer = (addr as &dyn Any).downcast_ref::<SocketAddr>();
         let io = GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::io));
         if self.was_starved && io.is_cut() {
-            // The cut has made room for it.
+            // The cut closed other connections, and so freed the descriptor for this one.
             self.graceful.shared().starved.were_reset(1);
         }
         io
     }
 
-    /// Has no more handshakes begun with this listener, if that harms no other process. Says
-    /// whether it does.
+    /// Keeps new handshakes from beginning, unless another process may accept from the socket. Returns
+    /// whether the filter was attached.
     fn turn_away(&self, listener: &dyn Any) -> bool {
         !self.is_passed && turn_away_handshakes(listener)
     }
 
-    /// Closes the listener, and leaves its queue to the next process.
+    /// Closes a shared listener without emptying the queue, which the next process accepts from.
     fn leave(&mut self) {
         self.listener = None;
         events::listener_left();
         self.closed();
     }
 
-    /// Closes the listener. What is still queued can be accepted after that.
+    /// Removes the listener from the runtime, and accepts what is queued. Closes it if that was all.
     fn close(&mut self) {
         let listener = self.listener.take();
         let socket = listener.and_then(|listener| into_socket(listener, self.is_passed));
@@ -218,7 +234,7 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
-    /// Takes what can be accepted, and drops the socket if that was all.
+    /// Accepts what is queued, and drops the socket if the queue is empty for good.
     fn accept_rest(&mut self, socket: Arc<Socket>) {
         let filtered = matches!(self.closing, Closing::At(_));
         let (last, want) = accept_all(&socket);
@@ -226,7 +242,7 @@ impl<L: Listener> GracefulListener<L> {
         let starved = &self.graceful.shared().starved;
         if want.is_some() {
             self.was_starved = true;
-            // For as long as this may last, nobody is to be kept away.
+            // The wait for descriptors may be long, and new connections must not be dropped that long.
             let_in_handshakes(&*socket);
             starved.begins(&socket);
             self.socket = Some(socket);
@@ -244,7 +260,7 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
-    /// Waits for what the socket waits for, and takes what can be accepted.
+    /// Waits until handshakes are complete or the next attempt is due, and accepts what is queued.
     ///
     /// Cancel safe: the socket stays where it is.
     async fn accept_starved(&mut self, socket: Arc<Socket>) {
@@ -266,25 +282,26 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
-    /// Has idle connections closed, whose descriptors the queue needs: by their server where it is
-    /// `serve`, and others by a look at their activity. New ones have as long to begin a request as
-    /// they have at any other close.
+    /// Closes idle connections, because the queue needs their file descriptors. Connections of `serve`
+    /// are instructed to close. The readers of other connections are woken, and check whether the
+    /// connection is idle. Connections that were opened within the last [`LINGER`] are left out: their
+    /// first request may be in transit.
     fn close_idle(&self) {
         let shared = self.graceful.shared();
-        let Some(tells) = shared.starved.begin_round() else {
+        let Some(instructs) = shared.starved.begin_round() else {
             return;
         };
         let before = Instant::now() - LINGER;
-        for line in shared.connections.opened_before(before) {
-            if !line.is_served() {
-                line.state.wake_reader();
-            } else if tells {
-                line.state.instruct(Directive::Close);
+        for entry in shared.connections.opened_before(before) {
+            if !entry.is_served() {
+                entry.state.wake_reader();
+            } else if instructs {
+                entry.state.instruct(Directive::Close);
             }
         }
     }
 
-    /// Leaves the queue as it is.
+    /// Gives up waiting for file descriptors. The rest of the queue is not accepted.
     fn give_up(&mut self) {
         if let Some(socket) = self.socket.take() {
             if matches!(self.closing, Closing::At(_)) {
@@ -295,7 +312,7 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
-    /// Says, once, that nothing more will be accepted.
+    /// Records, once, that the listener accepts nothing more.
     fn closed(&mut self) {
         if !matches!(self.closing, Closing::Unused | Closing::Done) {
             self.closing = Closing::Done;
@@ -307,11 +324,11 @@ impl<L: Listener> GracefulListener<L> {
 }
 
 /// Resolves when the listener is to be closed.
-async fn told(
+async fn close_due(
     closing_stages: &mut watch::Receiver<ClosingStage>,
     shared: Option<&mut watch::Receiver<Phase>>,
 ) {
-    // An error means that the service is gone, which the listener keeps alive.
+    // An error would mean that the lifecycle was dropped, but the listener keeps it alive.
     match shared {
         Some(phases) => drop(phases.wait_for(|phase| *phase > Phase::Serving).await),
         None => drop(
@@ -339,9 +356,9 @@ impl<L: Listener> Listener for GracefulListener<L> {
     type Io = GracefulIo<L::Io>;
     type Addr = L::Addr;
 
-    /// Accepts a connection; once the listener is closed, never again.
+    /// Accepts a connection. After the listener has closed, the future stays pending.
     ///
-    /// Cancel safe if the listener inside is.
+    /// Cancel safe if the inner listener is.
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         if matches!(self.closing, Closing::Unused) {
             self.closing = Closing::No;
@@ -349,7 +366,7 @@ impl<L: Listener> Listener for GracefulListener<L> {
             shared.mark_served();
             shared.connections.listener_opened(self.shared.is_some());
             if let Some(listener) = &self.listener {
-                // A process may have been killed before it could do that.
+                // A killed process may have left its filter on the socket.
                 let_in_handshakes(listener);
             }
         }
@@ -389,10 +406,10 @@ impl<L: Listener> Listener for GracefulListener<L> {
                         continue;
                     }
                     let mut accept = pin!(listener.accept());
-                    let told = told(&mut self.closing_stages, self.shared.as_mut());
+                    let close_due = close_due(&mut self.closing_stages, self.shared.as_mut());
                     let accepted = tokio::select! {
                         accepted = &mut accept => Some(accepted),
-                        () = told => None,
+                        () = close_due => None,
                     };
                     let now = Instant::now();
                     match accepted {
@@ -402,7 +419,7 @@ impl<L: Listener> Listener for GracefulListener<L> {
                             self.closing = Closing::Until(now + LAST_ACCEPTS);
                             continue;
                         }
-                        // What it has begun, a handshake perhaps, it may finish.
+                        // The same future is polled on, because it may be in the middle of a handshake.
                         None => {
                             self.closing = Closing::At(now + UNASKED);
                             time::timeout_at(now + UNASKED, accept).await.ok()

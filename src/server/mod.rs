@@ -1,12 +1,22 @@
-//! Connections: counted while they are open, cut when the time is over.
+//! Servers and connections: accepts, counts and closes connections, and cuts them at the drain deadline.
 //!
-//! A layer sees requests. What keeps a process from ending is often not one: half a request head,
-//! a peer that reads nothing of its response, a WebSocket. [`Graceful::track`] wraps the IO of a
-//! connection, and [`Graceful::listener`] wraps that of every connection that axum's server
-//! accepts, so that the service knows how many there are, waits for them, and can end them.
+//! A layer sees only requests. A process may also be kept from ending by an incomplete request head, by
+//! a peer that does not read its response, or by a WebSocket. So [`Graceful::track`] and
+//! [`Graceful::listener`] wrap the IO of connections. [`Graceful::serve`] is a whole server, and
+//! [`Graceful::run`] runs any other.
+//!
+//! This module promises that queued connections are accepted before a listener closes, that a response
+//! is not lost to a reset, and that after the cut every read and write fails. It calls `connection` for
+//! the entries and directives, and `shutdown` for phases and closing stages. Only `handle` and users
+//! call it.
+//!
+//! Do not reorder the calls in `io` that register wakers before they poll: `connection::state` has the
+//! argument and the models.
 //!
 //! [`Graceful::track`]: crate::Graceful::track
 //! [`Graceful::listener`]: crate::Graceful::listener
+//! [`Graceful::serve`]: crate::Graceful::serve
+//! [`Graceful::run`]: crate::Graceful::run
 
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod accept;
@@ -50,7 +60,7 @@ use crate::{
     shutdown::Shared,
 };
 
-/// A connection, which keeps its lifecycle alive.
+/// The entry of a connection. It keeps the lifecycle alive.
 type ConnectionEntry = table::ConnectionEntry<Shared>;
 
 impl ConnectionEntry {
@@ -59,7 +69,7 @@ impl ConnectionEntry {
         self.owner.connections.peer(self)
     }
 
-    /// What follows is another protocol than HTTP.
+    /// Records that the connection no longer speaks HTTP.
     #[cold]
     fn upgraded(&self) {
         self.flags.set(UPGRADES);

@@ -1,9 +1,10 @@
-//! The requests on a connection whose server is not ours, as reading and writing show them: for what is
-//! to be warned of, see [`outside`](crate::connection::outside) and [`upgraded`](crate::connection::upgraded).
+//! Recognizes HTTP/1 requests in the bytes of a connection, for servers other than `serve`. Two warnings
+//! need them: requests that the layer does not see ([`outside`](crate::connection::outside)), and open
+//! [`upgraded`](crate::connection::upgraded) connections.
 //!
-//! A request is recognized where a read must begin with one: at the start of the connection, and after
-//! that as long as each read was one whole request without a body. What is read otherwise ends the
-//! looking.
+//! A request is recognized only where a read must begin with one: at the start of the connection, and
+//! then as long as each read was one whole request without a body. After any other read the connection
+//! is no longer inspected.
 
 use std::{collections::HashMap, sync::Mutex};
 
@@ -18,70 +19,71 @@ use crate::{
     sync::lock,
 };
 
-/// How long the head of a first request may be.
+/// The longest request head that is inspected, in bytes.
 const MOST_BYTES: usize = 8 * 1024;
 
-/// How many requests of a connection are looked at.
+/// The number of requests that are inspected on one connection.
 const MOST_REQUESTS: u8 = 32;
 
-/// What is known of the requests of connections that are [looked at](LOOKED_AT). Here and not with each
-/// connection, because few are at a time and there may be very many.
+/// The request table: what is known about the requests of each [inspected](LOOKED_AT) connection. It is
+/// apart from the connection entries, because of very many connections few are inspected at a time.
 #[derive(Default)]
 pub(crate) struct Requests(Mutex<HashMap<usize, Box<Known>>>);
 
 #[derive(Default)]
 struct Known {
-    /// What has been read of a head that is not whole.
+    /// The part that has been read of an incomplete head.
     head: Vec<u8>,
-    /// A request has been read and not answered.
+    /// A request has been read, and its response has not been written.
     asked: bool,
-    /// The next read begins with another request.
+    /// After the response, the next read begins with another request.
     another: bool,
     requests: u8,
     window: Option<Window>,
 }
 
-/// Something was read.
+/// Inspects bytes that were read.
 #[cold]
 #[inline(never)]
-pub(super) fn read(line: &ConnectionEntry, read: &[u8]) {
-    look(line, |known| known.read(line, read));
+pub(super) fn read(entry: &ConnectionEntry, read: &[u8]) {
+    look(entry, |known| known.read(entry, read));
 }
 
-/// Something is to be written.
+/// Inspects bytes that are about to be written.
 #[cold]
 #[inline(never)]
-pub(super) fn wrote(line: &ConnectionEntry, written: &[u8]) {
-    look(line, |known| known.wrote(line, written));
+pub(super) fn wrote(entry: &ConnectionEntry, written: &[u8]) {
+    look(entry, |known| known.wrote(entry, written));
 }
 
-/// Looks, and says whether more can be known.
-fn look(line: &ConnectionEntry, look: impl FnOnce(&mut Known) -> bool) {
-    let requests = &line.owner.requests.0;
-    // Not under the lock, because it may log.
-    let mut known = lock!(requests).remove(&line.number()).unwrap_or_default();
+/// Calls `look` with what is known about the connection. If `look` returns false, the connection is no
+/// longer inspected.
+fn look(entry: &ConnectionEntry, look: impl FnOnce(&mut Known) -> bool) {
+    let requests = &entry.owner.requests.0;
+    // `look` may log, so the lock is not held.
+    let mut known = lock!(requests).remove(&entry.number()).unwrap_or_default();
     if look(&mut known) {
-        lock!(requests).insert(line.number(), known);
+        lock!(requests).insert(entry.number(), known);
     } else {
-        known.end(line);
-        line.flags.take(LOOKED_AT);
+        known.end(entry);
+        entry.flags.take(LOOKED_AT);
     }
 }
 
-/// The connection is dropped, or not to be looked at any more.
+/// Removes a connection that was dropped, or is no longer inspected.
 #[cold]
-pub(super) fn end(line: &ConnectionEntry) {
-    let known = lock!(line.owner.requests.0).remove(&line.number());
+pub(super) fn end(entry: &ConnectionEntry) {
+    let known = lock!(entry.owner.requests.0).remove(&entry.number());
     if let Some(known) = known {
-        known.end(line);
+        known.end(entry);
     }
 }
 
 impl Known {
-    /// Whether more can be known.
-    fn read(&mut self, line: &ConnectionEntry, read: &[u8]) -> bool {
+    /// Returns whether the connection is still to be inspected.
+    fn read(&mut self, entry: &ConnectionEntry, read: &[u8]) -> bool {
         if self.asked {
-            // A body, or the next request before its time.
+            // This is a body, or a pipelined request, so the next read may begin anywhere.
             self.another = false;
             return true;
         }
@@ -102,27 +104,30 @@ impl Known {
             upgrades |= name.eq_ignore_ascii_case("upgrade");
         }
         if upgrades {
-            line.flags.set(UPGRADES);
-            line.owner.upgraded.asked(line.number(), path, line.peer());
+            entry.flags.set(UPGRADES);
+            entry
+                .owner
+                .upgraded
+                .asked(entry.number(), path, entry.peer());
         }
-        if line.flags.has(WATCHED) {
-            self.window = Window::open(&line.owner, &method, path, line.peer(), false);
+        if entry.flags.has(WATCHED) {
+            self.window = Window::open(&entry.owner, &method, path, entry.peer(), false);
         }
         self.asked = true;
         self.requests += 1;
         self.another = whole
             && !body
             && !upgrades
-            && line.flags.has(WATCHED)
+            && entry.flags.has(WATCHED)
             && self.requests < MOST_REQUESTS
             && matches!(method, Method::GET | Method::HEAD);
         true
     }
 
-    /// Whether more can be known.
-    fn wrote(&mut self, line: &ConnectionEntry, written: &[u8]) -> bool {
+    /// Returns whether the connection is still to be inspected.
+    fn wrote(&mut self, entry: &ConnectionEntry, written: &[u8]) -> bool {
         if !self.asked {
-            // The rest of a response.
+            // This is the rest of a response, if there was a request.
             return self.requests > 0;
         }
         let status = written.strip_prefix(b"HTTP/1.1 ".as_slice());
@@ -135,27 +140,27 @@ impl Known {
             return true;
         }
         if let Some(window) = self.window.take() {
-            window.answered(&line.owner, status);
+            window.answered(&entry.owner, status);
         }
         self.asked = false;
         self.another
     }
 
-    fn end(&self, line: &ConnectionEntry) {
+    fn end(&self, entry: &ConnectionEntry) {
         if let Some(window) = self.window {
-            window.close(&line.owner);
+            window.close(&entry.owner);
         }
     }
 }
 
-/// Whether this may be the beginning of a request of HTTP/1.
+/// Whether these bytes may be the beginning of an HTTP/1 request.
 fn is_http1(head: &[u8]) -> bool {
     let line = head.split(|byte| *byte == b'\r').next().unwrap_or(head);
     let method = line.split(|byte| *byte == b' ').next().unwrap_or(line);
     method.len() <= "CONNECT".len() && method.iter().all(u8::is_ascii_uppercase)
 }
 
-/// The method, the path and the fields of a head.
+/// The method, the path and the header fields of a head.
 fn parse(head: &[u8]) -> Option<(Method, &str, impl Iterator<Item = &str>)> {
     let mut lines = std::str::from_utf8(head).ok()?.split("\r\n");
     let mut request = lines.next()?.split(' ');

@@ -1,4 +1,4 @@
-//! Running a server to its end, and the report of it.
+//! `Graceful::run`: runs a server until the service has stopped, and returns the report.
 
 use std::{future::poll_fn, pin::pin, task::Poll};
 
@@ -12,28 +12,27 @@ use crate::{
 };
 
 impl Graceful {
-    /// Runs `server` until the service has stopped, and reports.
+    /// Runs `server` until the service has stopped, and returns the [`Report`].
     ///
-    /// `server` is any future that ends once it has been told to: axum's `serve` or hyper or tonic
-    /// with [`drain`](Self::drain) or [`drain_on`](Self::drain_on) as its shutdown signal. `run`
-    /// itself stops nothing and listens for nothing. It adds three things to awaiting the server:
+    /// `server` is any future that ends after its shutdown signal: axum's `serve`, hyper or tonic with
+    /// [`drain`](Self::drain) or [`drain_on`](Self::drain_on) as the signal. `run` itself neither stops
+    /// the service nor handles signals. It does three things that `server.await` does not:
     ///
     /// - the service counts as [stopped](Self::stopped) only when the server has ended, with all
     ///   its bytes sent;
-    /// - a server that does not end is dropped shortly after the drain deadline, or when further
-    ///   signals say so, and the report says [`Forced`](crate::Outcome::Forced). Handlers that the
+    /// - a server that does not end is dropped shortly after the drain deadline, or after further signals
+    ///   that skip the rest of the stop, and the report says [`Forced`](crate::Outcome::Forced). Handlers that the
     ///   server owns are dropped with it, before the first cleanup step;
-    /// - a server that ends although nothing asked it to, in good order, with an error or by a
-    ///   panic, stops the service, and the report says why. The panic itself goes on.
+    /// - a server that ends before a stop was requested, whether normally, with an error or by a panic,
+    ///   stops the service, and the report gives the reason. A panic is propagated.
     ///
     /// Several servers may run on one `Graceful`: each `run` waits for all of them and returns the
-    /// same report. A `run` that is first polled after something has asked for a stop drops its
-    /// server unpolled, so that a signal or a [`shutdown`](Self::shutdown) during start-up is not
-    /// followed by serving. Dropping the future of `run` drops the server and triggers nothing.
+    /// same report. If a stop was requested before the first poll of `run`, by a signal or a
+    /// [`shutdown`](Self::shutdown) during start-up, the server is dropped without being polled. Dropping the future of `run` drops the server and triggers nothing.
     ///
-    /// A server that ends on [`stopped`](Self::stopped), such as one for metrics that answers to
-    /// the end, must not be given to `run`: the two would wait for each other until the deadline.
-    /// Spawn it, and await it after `run`.
+    /// Do not pass a server to `run` that ends on [`stopped`](Self::stopped), such as one that serves
+    /// metrics until the end: the two would wait for each other until the deadline. Spawn such a server,
+    /// and await it after `run`.
     ///
     /// ```no_run
     /// # #[tokio::main]
@@ -62,15 +61,15 @@ impl Graceful {
                 graceful.watch(server).await;
             } else {
                 drop(server);
-                // If nobody else serves either, there is nothing to delay.
+                // Records a server that has ended. If there is no other server, the stop need not wait.
                 drop(ServerGuard::take(&graceful));
             }
             graceful.stopped().await;
             let report = graceful.shared().report().unwrap_or_else(|| {
                 unreachable!("the report is written before the phase becomes Stopped")
             });
-            // The process may end as soon as this returns. After the lock that the report is taken
-            // under: the phase is there a moment before the last events are.
+            // The process may exit as soon as this returns. `report` takes the state lock, and the last
+            // events are queued before that lock is released, so `flush` includes them.
             events::flush();
             report
         }
@@ -78,15 +77,15 @@ impl Graceful {
 
     /// Polls the server until it ends or the service stops waiting for it.
     async fn watch(&self, server: impl Future<Output: Completion>) {
-        let mut seat = ServerGuard::take(self);
+        let mut guard = ServerGuard::take(self);
         let mut closing_stages = self.shared().closing_stages();
         let mut given_up = pin!(closing_stages.wait_for(|stage| *stage == ClosingStage::Servers));
         let mut server = pin!(server);
         let end = poll_fn(|cx| {
-            // If the server panics this is what became of it.
-            seat.end = ServerEnd::Failed("the server panicked".to_owned());
+            // The guard reports this end if the poll panics.
+            guard.end = ServerEnd::Failed("the server panicked".to_owned());
             let polled = server.as_mut().poll(cx);
-            seat.end = ServerEnd::Dropped;
+            guard.end = ServerEnd::Dropped;
             if let Poll::Ready(output) = polled {
                 let error = table::error(output);
                 return Poll::Ready(error.map_or(ServerEnd::Finished, ServerEnd::Failed));
@@ -94,11 +93,11 @@ impl Graceful {
             given_up.as_mut().poll(cx).map(|_| ServerEnd::Dropped)
         })
         .await;
-        seat.end = end;
+        guard.end = end;
     }
 }
 
-/// A server that is running. Dropping it says that it no longer is.
+/// Counts a running server. Dropping the guard reports how the server ended.
 struct ServerGuard {
     graceful: Graceful,
     end: ServerEnd,

@@ -1,30 +1,31 @@
-//! How much of what was written on a TCP connection its peer has not acknowledged.
+//! The number of bytes written on a TCP connection that the peer has not acknowledged.
 //!
-//! A response whose last byte was written is not delivered: the kernel may hold megabytes of it, and
-//! throws them away when the socket is closed and the peer sends something after that. Linux says
-//! how much it holds (`SIOCOUTQ`, tcp(7)). That call is an `ioctl`, for which there is no safe
-//! function, so this asks the same counter of `sock_diag(7)`, which is what `ss` does: one request
-//! and one answer on a netlink socket, some 2 µs. Any user may ask for any of its network
-//! namespace's sockets.
+//! A response is not delivered when its last byte has been written. The kernel may hold megabytes of
+//! it, and discards them if the socket is closed and the peer sends something afterwards. Linux gives
+//! the number of bytes it holds (`SIOCOUTQ`, tcp(7)) through an `ioctl`, for which there is no safe
+//! function. So this module reads the same counter through `sock_diag(7)`, as `ss` does: one request
+//! and one answer on a netlink socket, about 2 µs. Any user may query any socket of its network
+//! namespace.
 //!
-//! The socket is opened with the first connection, because there may be no descriptor left when it is
-//! needed. Where the question cannot be asked (another operating system, a sandbox that forbids
-//! `AF_NETLINK`) the answer is `None`.
+//! The netlink socket is opened with the first connection, because later there may be no file
+//! descriptor left for it. On other operating systems, and in a sandbox that forbids `AF_NETLINK`, the
+//! number is unknown (`None`).
 
 use tokio::net::TcpStream;
 
-/// Bytes that the peer has not acknowledged, with one more for a FIN that it has not acknowledged.
+/// The number of bytes that the peer has not acknowledged. An unacknowledged FIN counts as one byte.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn unacknowledged(tcp: &TcpStream) -> Option<u32> {
     match tcp.peer_addr() {
         Ok(peer) => diag::send_queue(tcp.local_addr().ok()?, peer),
-        // Both sides have closed, and everything is acknowledged; or the peer has reset it.
+        // Either both sides have closed and everything is acknowledged, or the peer has reset the
+        // connection.
         Err(error) if error.kind() == std::io::ErrorKind::NotConnected => Some(0),
         Err(_) => None,
     }
 }
 
-/// Sees to it that the question can be asked later.
+/// Opens the netlink socket, once for the process.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn prepare() {
     diag::prepare();
@@ -66,7 +67,7 @@ mod diag {
     const REQUEST: usize = HEADER + 56;
     const ANSWER: usize = HEADER + 72;
 
-    /// One for the process: each question takes it for some 2 µs.
+    /// One netlink socket for the process. Each query holds the lock for about 2 µs.
     static SOCKET: Mutex<Asking> = Mutex::new(Asking {
         socket: None,
         questions: 0,
@@ -74,7 +75,7 @@ mod diag {
 
     struct Asking {
         socket: Option<Socket>,
-        /// So far: the number of a question, which its answer repeats.
+        /// The number of queries so far. It is sent with the query, and the answer repeats it.
         questions: u32,
     }
 
@@ -93,8 +94,7 @@ mod diag {
         asking.questions = asking.questions.wrapping_add(1);
         let answer = ask(asking.socket.as_ref()?, asking.questions, local, peer);
         if answer.is_err() {
-            // What is still to be read from it, or another process reads, is not for the next
-            // question.
+            // Opens a new socket for the next query, which must not read a late answer to this one.
             asking.socket = None;
         }
         answer.ok()
@@ -106,12 +106,13 @@ mod diag {
             Type::DGRAM,
             Some(Protocol::from(NETLINK_SOCK_DIAG)),
         )?;
-        // The kernel answers before `send` returns, so there is nothing to wait for.
+        // The kernel answers before `send` returns, so the read never has to wait.
         socket.set_nonblocking(true)?;
         Ok(socket)
     }
 
-    /// A connection that is not found has nothing in its queue any more.
+    /// Sends a query and reads the answer. A connection that the kernel does not find has an empty
+    /// send queue.
     fn ask(socket: &Socket, number: u32, local: SocketAddr, peer: SocketAddr) -> io::Result<u32> {
         let request = request(number, local, peer);
         socket.send(&request)?;
@@ -140,7 +141,7 @@ mod diag {
         put(&mut request, 8, &number.to_ne_bytes());
         let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
         put(&mut request, HEADER, &[family, IPPROTO_TCP]);
-        // Whatever its state.
+        // All states.
         put(&mut request, HEADER + 4, &u32::MAX.to_ne_bytes());
         put(&mut request, HEADER + 8, &local.port().to_be_bytes());
         put(&mut request, HEADER + 10, &peer.port().to_be_bytes());
@@ -151,7 +152,7 @@ mod diag {
             }
         }
         if let SocketAddr::V6(local) = local {
-            // A link-local address is one of an interface.
+            // A link-local address is unique only together with its interface.
             put(&mut request, HEADER + 44, &local.scope_id().to_ne_bytes());
         }
         // No cookie.

@@ -1,4 +1,4 @@
-//! The server whose connections are ours: what it is given, and how it is set up.
+//! `Graceful::serve`: the server of this crate, which owns its connections, and its settings.
 
 use std::{
     convert::Infallible,
@@ -21,36 +21,19 @@ use super::{
 use crate::{handle::graceful::Graceful, report::Report};
 
 impl Graceful {
-    /// Serves `app` on `listener` over HTTP/1 and HTTP/2 until the service has stopped, and
-    /// reports. SIGTERM or SIGINT stop it, as with [`drain`](Self::drain).
+    /// Serves `app` on `listener` over HTTP/1 and HTTP/2 until the service has stopped, and returns the
+    /// [`Report`]. SIGTERM and SIGINT stop the service, as with [`drain`](Self::drain).
     ///
-    /// `app` is whatever axum's `serve` takes: a `Router`, a `MethodRouter`, a handler, a
-    /// make-service, with or without connect info; connect info of your own is made from an
-    /// [`Accepted`]. `listener` is any of axum's, see [`listener`](Self::listener). For TLS, or anything
-    /// else that comes before HTTP, it is
-    /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes): what is tracked already
-    /// is not tracked again.
+    /// `app` may be anything that axum's `serve` takes: a `Router`, a `MethodRouter`, a handler, or a
+    /// make-service, with or without connect info. Connect info of your own is made from an
+    /// [`Accepted`]. `listener` may be any listener of axum, see [`listener`](Self::listener). For TLS,
+    /// or anything else that comes before HTTP, pass
+    /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes). Connections that are
+    /// already tracked are not tracked twice.
     ///
     /// The call installs the signal handlers and returns a [`Serve`], which has the settings of the
-    /// server. Listening begins when the `Serve` is awaited. To give it to `tokio::spawn` or
+    /// server. Accepting begins when the `Serve` is awaited. To pass it to `tokio::spawn` or
     /// `tokio::select!`, call [`into_future`](IntoFuture::into_future) on it.
-    ///
-    /// It does what axum's `serve` does with [`listener`](Self::listener), [`drain`](Self::drain)
-    /// and [`run`](Self::run), and what only the owner of a connection can do besides:
-    ///
-    /// - peers that speak HTTP/2 are asked to leave by GOAWAY
-    ///   ([RFC 9113 §6.8](https://www.rfc-editor.org/rfc/rfc9113#section-6.8)): with their next
-    ///   response in the lame-duck phase; when draining starts, the remaining peers, and those that
-    ///   connect later while the listener is still open;
-    /// - over HTTP/1, a connection on which server-sent events end while the service drains is
-    ///   closed 25 ms later, unless another request has arrived on it: the client reconnects, and to
-    ///   an `EventSource` a refusal would be final;
-    /// - [`close_spread`](crate::GracefulBuilder::close_spread) is kept for each connection;
-    /// - a request head over HTTP/1 that does not arrive within
-    ///   [`header_read_timeout`](Serve::header_read_timeout) closes its connection. Idle connections
-    ///   stay open;
-    /// - at the drain deadline the handlers are dropped with their connections, whatever they wait
-    ///   for.
     ///
     /// ```no_run
     /// use axum::{Router, routing::get};
@@ -68,6 +51,23 @@ impl Graceful {
     ///     Ok(graceful.serve(listener, app).await.into())
     /// }
     /// ```
+    ///
+    /// # How it differs from axum's `serve`
+    ///
+    /// It does the same as axum's `serve` with [`listener`](Self::listener), [`drain`](Self::drain) and
+    /// [`run`](Self::run). Because it owns its connections, it does more:
+    ///
+    /// - It asks HTTP/2 peers to leave by GOAWAY
+    ///   ([RFC 9113 §6.8](https://www.rfc-editor.org/rfc/rfc9113#section-6.8)). In the lame-duck phase a
+    ///   peer gets it with its next response. When draining starts, the remaining peers get it, and so do
+    ///   peers that connect later while the listener is still open.
+    /// - If server-sent events end on an HTTP/1 connection while the service drains, it closes the
+    ///   connection 25 ms later, unless another request has arrived on it. Otherwise the `EventSource`
+    ///   would reconnect on the same connection and be refused, and it does not reconnect after a refusal.
+    /// - [`close_spread`](crate::GracefulBuilder::close_spread) spreads connections and not responses.
+    /// - It closes an HTTP/1 connection if a request head does not arrive within
+    ///   [`header_read_timeout`](Serve::header_read_timeout). Idle connections stay open.
+    /// - At the drain deadline it drops the handlers with their connections, whatever they wait for.
     pub fn serve<L, M, S>(&self, listener: L, app: M) -> Serve<L, M, S>
     where
         L: Listener,
@@ -87,11 +87,11 @@ impl Graceful {
     }
 }
 
-/// A server that is set up and not yet running. Made by [`Graceful::serve`].
+/// A configured server that is not running yet. Made by [`Graceful::serve`].
 ///
 /// Awaiting it runs the server until the service has stopped, and returns the [`Report`]. The
-/// methods change how the server speaks HTTP; each has a default, so none has to be called. They
-/// concern this server alone: two servers of one [`Graceful`] may differ.
+/// methods change the HTTP settings of this server only: two servers of one [`Graceful`] may differ.
+/// Each setting has a default.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -110,10 +110,10 @@ impl Graceful {
 /// # }
 /// ```
 ///
-/// No value of a setting is an error and none panics. What a zero or `Duration::MAX` means is
-/// said with each.
+/// Every value of a setting is accepted. Each method documents the meaning of zero and of
+/// `Duration::MAX`.
 ///
-/// Settings of hyper that are not here can be had with a server of your own: see
+/// For other settings of hyper, use a server of your own: see
 /// [`Graceful::track`] and [`Graceful::run`].
 #[must_use = "a server does nothing until it is awaited"]
 pub struct Serve<L: Listener, M, S> {
@@ -126,18 +126,18 @@ pub struct Serve<L: Listener, M, S> {
 
 impl<L: Listener, M, S> Serve<L, M, S> {
     /// How long a request head over HTTP/1 may take to arrive, from its first byte to its last,
-    /// before the connection is closed. Default: what the
-    /// [builder](crate::GracefulBuilder::header_read_timeout) says, 30 s.
+    /// before the connection is closed. Default: the value of the
+    /// [builder](crate::GracefulBuilder::header_read_timeout), which is 30 s unless it is set.
     ///
-    /// For bytes of a head that come together with the request before it, the time runs from the
-    /// end of that request's response. Empty lines between requests begin no head
+    /// If the first bytes of a head arrive together with the previous request, the time runs from the end
+    /// of the response to that request. Empty lines between requests do not begin a head
     /// ([RFC 9112 §2.2](https://www.rfc-editor.org/rfc/rfc9112#section-2.2)).
     ///
     /// `Duration::MAX` means no timeout. Zero closes every connection whose request head does not
     /// arrive in one piece. The resolution is 1 ms.
     ///
-    /// It does not limit how long a connection may be idle. axum's own server has no such setting
-    /// and waits without limit for the rest of a head.
+    /// The timeout does not limit how long a connection may be idle. axum's own server has no such
+    /// setting, and waits for the rest of a head without limit.
     pub fn header_read_timeout(mut self, timeout: Duration) -> Self {
         self.settings.header_read_timeout = timeout;
         self
@@ -145,8 +145,9 @@ impl<L: Listener, M, S> Serve<L, M, S> {
 
     /// Whether to answer an HTTP/1 client that closes its writing side after a whole request and
     /// before the response, as `nc -N`, `socat` and some health checks and proxies do
-    /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). Default: what the
-    /// [builder](crate::GracefulBuilder::half_close) says, false, as in hyper and axum.
+    /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). Default: the value of the
+    /// [builder](crate::GracefulBuilder::half_close), which is false unless it is set, as in hyper and
+    /// axum.
     ///
     /// A client that closes its writing side and a client that closes its connection send the same
     /// FIN, so each choice has a cost:
@@ -166,18 +167,19 @@ impl<L: Listener, M, S> Serve<L, M, S> {
         self
     }
 
-    /// How long nothing may arrive on an HTTP/2 connection before the server sends a PING
+    /// The time without any data from the peer after which the server sends a PING on an HTTP/2 connection
     /// ([RFC 9113 §6.7](https://www.rfc-editor.org/rfc/rfc9113#section-6.7)). Default: no PING is
     /// sent.
     ///
     /// If the peer does not acknowledge within
     /// [`http2_keep_alive_timeout`](Self::http2_keep_alive_timeout), the connection is closed and its
-    /// handlers are dropped. Use it where peers disappear without closing their connections:
-    /// machines that are switched off, mobile clients, NAT and firewalls that forget a connection.
-    /// Without it such a connection stays until TCP gives it up, which an idle one never does.
+    /// handlers are dropped. Use it if peers may disappear without closing their connections:
+    /// machines that are switched off, mobile clients, NAT and firewalls that drop the state of a
+    /// connection. Without it, such a connection stays open until TCP times out, which never happens on
+    /// an idle connection.
     ///
-    /// Each idle connection costs a PING and its acknowledgement in each interval. Zero, and 30
-    /// years or more, mean that no PING is sent. Over HTTP/1 there is none.
+    /// Each idle connection costs a PING and its acknowledgement in each interval. If the
+    /// interval is zero, or 30 years or more, no PING is sent. HTTP/1 has no PING.
     pub fn http2_keep_alive_interval(mut self, interval: Duration) -> Self {
         self.settings.set_keep_alive_interval(interval);
         self
@@ -187,8 +189,8 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) before its connection is
     /// closed. Default: 20 s, as in hyper. It has no effect without an interval.
     ///
-    /// `Duration::MAX` closes no connection. Zero closes each at its first PING, also of a peer that
-    /// is there: choose a value above the round trip time of your slowest clients.
+    /// `Duration::MAX` closes no connection. Zero closes each connection at its first PING, even if the
+    /// peer is alive. Choose a value above the round trip time of your slowest clients.
     pub fn http2_keep_alive_timeout(mut self, timeout: Duration) -> Self {
         self.settings.set_keep_alive_timeout(timeout);
         self
@@ -196,11 +198,11 @@ impl<L: Listener, M, S> Serve<L, M, S> {
 
     /// How many requests a peer may have open at once on one HTTP/2 connection
     /// ([RFC 9113 §5.1.2](https://www.rfc-editor.org/rfc/rfc9113#section-5.1.2)). Default: 200, as in
-    /// hyper. Further ones wait in the client, or are refused with `REFUSED_STREAM`.
+    /// hyper. Further requests wait in the client, or are refused with `REFUSED_STREAM`.
     ///
-    /// It limits each connection apart.
+    /// The limit holds for each connection.
     /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) is the limit for the whole service.
-    /// Zero counts as 1, because a client that may open no stream waits without end.
+    /// Zero counts as 1, because a client that may not open a stream would wait forever.
     pub fn http2_max_concurrent_streams(mut self, streams: u32) -> Self {
         self.settings.set_max_concurrent_streams(streams);
         self
@@ -226,7 +228,7 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// `Connection: close`. Neither `app` nor its layers see it, so probes over HTTP/1, such as
     /// those of Kubernetes, need a server of their own. Behind TLS, offer `h2` alone in ALPN.
     ///
-    /// Of [`http1_only`](Self::http1_only) and `http2_only` the one that is called last takes effect.
+    /// If both [`http1_only`](Self::http1_only) and `http2_only` are called, the last call takes effect.
     pub fn http2_only(mut self) -> Self {
         self.settings.set_http2_only();
         self
@@ -269,8 +271,8 @@ impl<L: Listener, M, S> fmt::Debug for Serve<L, M, S> {
 /// A running server: resolves to the [`Report`] when the service has stopped. Made from a [`Serve`]
 /// by `await` or by [`into_future`](IntoFuture::into_future).
 ///
-/// Dropping it closes the listener and aborts the connections. Those that have been upgraded belong
-/// to their handlers and stay until the service stops.
+/// Dropping it closes the listener and aborts the connections. Upgraded connections belong to their
+/// handlers: they stay open until the handlers drop them, or until the cut.
 ///
 /// ```no_run
 /// # use axum::Router;

@@ -1,4 +1,4 @@
-//! How `serve` speaks HTTP. Plain data, set once for a server.
+//! The HTTP settings of a server of `serve`. Plain data, set once for each server.
 
 use std::time::Duration;
 
@@ -6,13 +6,13 @@ use hyper_util::{rt::TokioTimer, server::conn::auto};
 
 use crate::config::policy::Policy;
 
-/// About thirty years: the clocks of all systems can add it to the present without an overflow.
+/// About 30 years. On every system this can be added to the current time without an overflow.
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub(super) header_read_timeout: Duration,
-    /// A client over HTTP/1 that has closed its writing side is answered.
+    /// Whether an HTTP/1 client that has closed its writing side is answered.
     pub(super) half_close: bool,
     versions: Versions,
     keep_alive_interval: Duration,
@@ -34,7 +34,7 @@ impl Settings {
             half_close: policy.half_close,
             versions: Versions::All,
             keep_alive_interval: Duration::MAX,
-            // hyper's own.
+            // The default of hyper.
             keep_alive_timeout: Duration::from_secs(20),
             max_concurrent_streams: None,
         }
@@ -68,8 +68,8 @@ impl Settings {
         self.versions == Versions::Http2
     }
 
-    /// Passes on to hyper what hyper does by itself. Which versions are spoken is not among it:
-    /// hyper-util ignores that for connections that may be upgraded.
+    /// Passes the settings to hyper. The versions are not among them: hyper-util ignores its own setting
+    /// for connections that may be upgraded, so `serve` checks the version itself.
     pub(super) fn apply<E>(&self, http: &mut auto::Builder<E>) {
         http.http1().half_close(self.half_close);
         let mut http2 = http.http2();
@@ -78,7 +78,7 @@ impl Settings {
         if let Some(streams) = self.max_concurrent_streams {
             http2.max_concurrent_streams(streams);
         }
-        // hyper adds both to the present, and panics where the sum overflows.
+        // hyper adds both to the current time, and panics if the sum overflows.
         if !self.keep_alive_interval.is_zero() && self.keep_alive_interval < FAR {
             http2
                 .timer(TokioTimer::new())

@@ -1,7 +1,8 @@
-//! Which IO is tracked already, so that [`serve`](crate::Graceful::serve) does not track it again.
+//! The types of IO that are already tracked, so that [`serve`](crate::Graceful::serve) does not track a
+//! connection twice.
 //!
-//! `serve` takes every listener, and a listener's IO may be any type. Listeners whose connections are
-//! tracked note the type of their IO here. There are as many entries as there are such types in the
+//! `serve` accepts any listener, and the IO of a listener may be any type. Each listener that tracks its
+//! connections registers the type of its IO here. The list has one entry for each such type in the
 //! program.
 
 use std::{
@@ -12,16 +13,16 @@ use std::{
 use super::{ConnectionEntry, io::GracefulIo};
 use crate::sync::lock;
 
-/// Finds the connection that the IO belongs to.
+/// Returns the connection that this IO belongs to.
 pub(super) type Find = fn(&dyn Any) -> Option<Arc<ConnectionEntry>>;
 
 static TYPES: Mutex<Vec<(TypeId, Find)>> = Mutex::new(Vec::new());
 
-/// Notes that some listener returns tracked IO of this type.
+/// Registers that a listener returns tracked IO that wraps an `I`.
 pub(super) fn note<I: 'static>() {
     fn find<I: 'static>(io: &dyn Any) -> Option<Arc<ConnectionEntry>> {
         let io: &GracefulIo<I> = io.downcast_ref()?;
-        Some(Arc::clone(io.line()))
+        Some(Arc::clone(io.entry()))
     }
 
     let id = TypeId::of::<GracefulIo<I>>();
@@ -31,7 +32,7 @@ pub(super) fn note<I: 'static>() {
     }
 }
 
-/// How to find the connection that IO of this type belongs to, if some listener has noted it.
+/// The function that finds the connection of IO of this type, if a listener has registered the type.
 #[cfg_attr(not(feature = "signal"), expect(dead_code))]
 pub(super) fn find<I: 'static>() -> Option<Find> {
     let id = TypeId::of::<I>();
