@@ -295,13 +295,13 @@ async fn step(step: Step) -> Result<(), &'static str> {
 
 async fn play_hold(hold: Hold, start: Instant, graceful: Graceful, world: Arc<World>) {
     sleep_until(start + ms(hold.at)).await;
-    let held = graceful.hold("hold");
+    let guard = graceful.hold("hold");
     let counted = Counted::new(&world.holds);
     match hold.lasts {
         Some(lasts) => sleep(ms(lasts)).await,
         None => pending().await,
     }
-    drop(held);
+    drop(guard);
     drop(counted);
 }
 
