@@ -2,8 +2,6 @@
 
 use std::{fmt, time::Duration};
 
-use super::plan::ConfigError;
-
 /// The rules that were set in the builder. None by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LeaveEarly {
@@ -30,7 +28,7 @@ pub(crate) struct WhenNoticed {
 }
 
 /// Why a rule for ending the lame-duck phase early was rejected. Part of
-/// [`ConfigError::LeaveEarly`].
+/// [`ConfigError::LeaveEarly`](crate::ConfigError::LeaveEarly).
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LeaveEarlyError {
@@ -76,7 +74,7 @@ impl LeaveEarly {
     }
 
     /// Checks the rules against the delay that they shorten.
-    pub(crate) fn check(&self, drain_delay: Duration) -> Result<(), ConfigError> {
+    pub(crate) fn check(&self, drain_delay: Duration) -> Result<(), LeaveEarlyError> {
         let error = match (self.quiet, self.noticed) {
             (Some(WhenQuiet { quiet_for, .. }), _) if quiet_for.is_zero() => {
                 LeaveEarlyError::NoSilence
@@ -102,7 +100,7 @@ impl LeaveEarly {
             (_, Some(_)) if drain_delay.is_zero() => LeaveEarlyError::NoDelay,
             _ => return Ok(()),
         };
-        Err(ConfigError::LeaveEarly(error))
+        Err(error)
     }
 }
 
@@ -140,7 +138,7 @@ impl fmt::Display for LeaveEarlyError {
     }
 }
 
-/// The text of `Display`, as for [`ConfigError`].
+/// The text of `Display`, as for [`ConfigError`](crate::ConfigError).
 impl fmt::Debug for LeaveEarlyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)

@@ -550,7 +550,8 @@ impl GracefulBuilder {
                 drain_delay: plan.drain_delay(),
             });
         }
-        self.policy.leave_early.check(plan.drain_delay())?;
+        let leave_early = self.policy.leave_early.check(plan.drain_delay());
+        leave_early.map_err(ConfigError::LeaveEarly)?;
         let drain = plan.drain();
         if self.policy.spreads_drain() && self.policy.drain_spread >= drain {
             return Err(ConfigError::DrainSpreadTooLong {

@@ -8,26 +8,16 @@ use tokio::{
     time::{self, Instant},
 };
 
-use super::{Shared, state::ClosingStage};
+use super::{
+    Shared,
+    state::{ABORT_TIME, ClosingStage, LEAST_TIMEOUT},
+};
 use crate::{
     config::plan::instant_after,
     events::Event,
     phase::Phase,
     report::{TaskKind, TaskOutcome},
 };
-
-/// How long an aborted task has to end before the next one begins.
-const ABORT_TIME: Duration = Duration::from_millis(50);
-
-/// The shortest timeout of a step. Every step runs, even if no time is left.
-const LEAST_TIMEOUT: Duration = Duration::from_millis(10);
-
-/// How long after the end of the plan the last step ends at the latest, whatever the steps do, as
-/// long as the runtime is not blocked: see `clean_up`.
-pub(super) fn most_overtime(steps: usize) -> Duration {
-    let waits = u32::try_from(steps).unwrap_or(u32::MAX).saturating_add(3);
-    (LEAST_TIMEOUT + ABORT_TIME).saturating_mul(waits)
-}
 
 /// A task that is aborted when this handle is dropped.
 struct Job(JoinHandle<()>);

@@ -344,7 +344,7 @@ impl Subject for Shared {
             }
         }
         let (_, update) = self.step_by(By::Control, |state, now| {
-            self.on_signal(state, trigger, now)
+            self.on_signal(state, trigger, now);
         });
         self.start_driver();
         self.notify();

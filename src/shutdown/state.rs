@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Shared, cleanup};
+use super::Shared;
 use crate::{
     admission::SinceServing,
     config::plan::{Deadlines, instant_after},
@@ -32,6 +32,19 @@ const EXPIRY: Duration = Duration::from_secs(1);
 
 /// Such a connection is closed at the latest this long before the cut.
 const BEFORE_CUT: Duration = Duration::from_millis(50);
+
+/// How long an aborted task has to end before the next one begins.
+pub(super) const ABORT_TIME: Duration = Duration::from_millis(50);
+
+/// The shortest timeout of a step. Every step runs, even if no time is left.
+pub(super) const LEAST_TIMEOUT: Duration = Duration::from_millis(10);
+
+/// How long after the end of the plan the last step ends at the latest, whatever the steps do, as
+/// long as the runtime is not blocked: see `clean_up`.
+fn most_overtime(steps: usize) -> Duration {
+    let waits = u32::try_from(steps).unwrap_or(u32::MAX).saturating_add(3);
+    (LEAST_TIMEOUT + ABORT_TIME).saturating_mul(waits)
+}
 
 /// How long before the end of the delay all remaining HTTP/2 peers are asked to leave.
 pub(super) const ASK_ALL_BEFORE: Duration = Duration::from_millis(25);
@@ -307,7 +320,7 @@ impl Shutdown {
                 begun: now,
                 after,
                 done: false,
-                until: instant_after(self.end.max(now), cleanup::most_overtime(work.steps())),
+                until: instant_after(self.end.max(now), most_overtime(work.steps())),
             });
         }
         begins
