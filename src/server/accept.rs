@@ -73,8 +73,8 @@ pub(super) async fn accept<L, M, S>(
     let mut connections = JoinSet::new();
     'accepting: loop {
         let (io, remote_addr) = {
-            // Kept across the inner loop: `listener` may be in the middle of a handshake, which dropping
-            // the future would lose.
+            // The future is kept until it is ready, because a listener of the user may be in the middle of
+            // a handshake, and dropping the future would lose that connection.
             let mut accept = pin!(listener.accept(&graceful));
             loop {
                 tokio::select! {

@@ -43,8 +43,9 @@ use crate::{
 ///
 /// The peer is asked to leave when the slot of the connection is reached: over HTTP/2 by GOAWAY, which
 /// loses no request; over HTTP/1 by the `Connection: close` header of a response. An idle HTTP/1
-/// connection is closed only when all connections are, because a request may be in transit. The one
-/// exception is a connection whose event stream has ended while the service drains.
+/// connection is closed only when all connections are, because a request may be in transit. There are two
+/// exceptions: a connection whose event stream has ended while the service drains, and idle connections
+/// while a listener waits for file descriptors.
 pub(super) fn serve<I, S>(
     mut io: GracefulIo<I>,
     service: S,
@@ -80,11 +81,12 @@ where
     };
     let connection = http.serve_connection_with_upgrades(TokioIo::new(io), service);
     Serving {
-        // `into_owned` moves the builder into the connection, so that the future is `'static`.
+        // `into_owned` copies the builder, so that the future is `'static`. hyper-util keeps the copy only
+        // until the version is known.
         connection: Some(connection.into_owned()),
         owner,
         settings: Arc::clone(settings),
-        stored: RegisteredWaker::default(),
+        waker: RegisteredWaker::default(),
         opening: None,
         opened: false,
         slot: None,
@@ -104,7 +106,7 @@ pin_project! {
         connection: Option<Connection<I, S>>,
         owner: Owner,
         settings: Arc<Settings>,
-        stored: RegisteredWaker,
+        waker: RegisteredWaker,
         // The head timeout until the protocol is known. After that hyper's timer keeps it for HTTP/1.
         opening: RareSleep,
         opened: bool,
@@ -132,7 +134,7 @@ where
         let this = self.project();
         let state = &this.owner.0.state;
         // The streams of HTTP/2 run in their own tasks, and this future ends after the last of them.
-        ready!(state.poll_streams_ended(this.stored, cx));
+        ready!(state.poll_streams_ended(this.waker, cx));
         state.owner_left();
         Poll::Ready(())
     }
@@ -147,7 +149,7 @@ where
     fn poll_connection(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let sniffer = &this.owner.0.sniffer;
-        let directive = this.owner.0.state.enter(this.stored, WakerSlot::Owner, cx);
+        let directive = this.owner.0.state.enter(this.waker, WakerSlot::Owner, cx);
         let Some(mut connection) = this.connection.as_mut().as_pin_mut() else {
             return Poll::Ready(());
         };
@@ -218,8 +220,8 @@ impl Drop for Running {
     }
 }
 
-/// The first `FIRST_READS` reads of a watched connection open a window, and then each read whose number
-/// is a multiple of `EVERY_READS`.
+/// A watched connection opens a window for each request within its first `FIRST_READS` reads. Later it
+/// opens one only for a request whose read has a number that is a multiple of `EVERY_READS`.
 const FIRST_READS: u32 = 32;
 const EVERY_READS: u32 = 256;
 
@@ -298,7 +300,8 @@ impl Owner {
         Window::open(shared, request.method(), path, peer, true)
     }
 
-    /// Closes the window of a request with its response. A failed gRPC call proves nothing.
+    /// Closes the window of a request with its response. A failed gRPC call is not evaluated,
+    /// like a response with an error status.
     #[cold]
     fn answered(&self, window: Window, response: &Response) {
         let shared = &self.0.owner;

@@ -121,7 +121,7 @@ impl Graceful {
 /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). So when a `GracefulIo` is
 /// dropped inside a runtime, a spawned task closes the writing side, and reads and discards what the
 /// peer sends until the peer closes too. The connection counts as [open](Graceful::connections) until
-/// then. The task closes the socket without waiting for the peer to close:
+/// its socket is closed. The task closes the socket earlier than the peer in these cases:
 ///
 /// - at once, if the connection is idle;
 /// - if the peer has received everything: when it has sent nothing for 250 ms, or for 1 s if it has sent
@@ -136,7 +136,7 @@ impl Graceful {
 pub struct GracefulIo<I: 'static> {
     /// `None` after `drop` has taken it.
     io: Option<I>,
-    stored: RegisteredWaker,
+    waker: RegisteredWaker,
     peer: Peer,
     written: Written,
     /// The last write returned `Pending`.
@@ -440,7 +440,7 @@ impl<I: 'static> GracefulIo<I> {
     fn with_entry(io: I, linger: Option<Linger<I>>, layer: u8, guard: EntryGuard) -> Self {
         Self {
             io: Some(io),
-            stored: RegisteredWaker::default(),
+            waker: RegisteredWaker::default(),
             peer: Peer::Open,
             written: Written::Nothing,
             blocked: false,
@@ -529,7 +529,7 @@ impl<I: 'static> GracefulIo<I> {
         if self.layer > 0 {
             return self.enter_above();
         }
-        let directive = self.guard.entry.state.enter(&mut self.stored, slot, cx);
+        let directive = self.guard.entry.state.enter(&mut self.waker, slot, cx);
         // Only reads expire: a write may belong to a response.
         let expires = || slot == WakerSlot::Read && self.expires();
         if directive >= Directive::Expire && (directive == Directive::Cut || expires()) {
@@ -539,7 +539,7 @@ impl<I: 'static> GracefulIo<I> {
         Ok(directive)
     }
 
-    /// The same for a layer above a handshake. The lowest layer registers the wakers when the TLS stream
+    /// As `enter`, for a layer above a handshake. The lowest layer registers the wakers when the TLS stream
     /// or other IO in between polls it.
     fn enter_above(&mut self) -> io::Result<Directive> {
         let directive = self.guard.entry.state.directive();

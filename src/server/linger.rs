@@ -129,7 +129,7 @@ where
 {
     let mut lingering = Lingering {
         io,
-        stored: RegisteredWaker::default(),
+        waker: RegisteredWaker::default(),
         shut: false,
         eof: false,
         received: false,
@@ -155,7 +155,7 @@ where
 
 struct Lingering<I: 'static> {
     io: I,
-    stored: RegisteredWaker,
+    waker: RegisteredWaker,
     /// The writing side is closed.
     shut: bool,
     /// The peer's writing side is closed.
@@ -174,8 +174,8 @@ where
     /// Closes the writing side, then reads and discards. Ready when the connection is cut, or when the
     /// peer has closed or reset it.
     fn poll_peer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Self { io, stored, .. } = self;
-        if self.guard.entry.state.enter(stored, WakerSlot::Read, cx) == Directive::Cut {
+        let Self { io, waker, .. } = self;
+        if self.guard.entry.state.enter(waker, WakerSlot::Read, cx) == Directive::Cut {
             return Poll::Ready(());
         }
         if !self.shut {

@@ -234,7 +234,8 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
-    /// Accepts what is queued, and drops the socket if the queue is empty for good.
+    /// Accepts what is queued. Then drops the socket, unless there are no file descriptors for the rest
+    /// of the queue, or a filter was attached and handshakes are being completed.
     fn accept_rest(&mut self, socket: Arc<Socket>) {
         let filtered = matches!(self.closing, Closing::At(_));
         let (last, want) = accept_all(&socket);

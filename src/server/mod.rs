@@ -6,9 +6,10 @@
 //! [`Graceful::run`] runs any other.
 //!
 //! This module promises that queued connections are accepted before a listener closes, that a response
-//! is not lost to a reset, and that after the cut every read and write fails. It calls `connection` for
-//! the entries and directives, and `shutdown` for phases and closing stages. Only `handle` and users
-//! call it.
+//! is not lost to a reset, and that after the cut every read and write fails. The module
+//! uses `connection` for entries and directives, and `shutdown` for phases and closing stages. Its
+//! methods of `Graceful` are called by users; inside the crate only `shutdown` imports from here, to
+//! store the request table.
 //!
 //! Do not reorder the calls in `io` that register wakers before they poll: `connection::state` has the
 //! argument and the models.
