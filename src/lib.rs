@@ -43,8 +43,9 @@
 //! - [`Graceful::draining`] notifies long-lived work. [`Graceful::until_draining`] ends a stream,
 //!   [`Hold::close_socket`] closes a WebSocket.
 //! - [`Graceful::run`] runs a server to its end and returns a [`Report`].
-//! - [`Graceful::serve`] is all of the above in one call. It owns its connections, so that it can
-//!   also ask HTTP/2 clients to leave. [`Serve`] has the settings of that server.
+//! - [`Graceful::serve`] runs a server: listener, drain and run in one call. Add the layer and the
+//!   probes yourself. It owns its connections, so that it can also ask HTTP/2 clients to leave.
+//!   [`Serve`] has the settings of that server.
 //!
 //! # The phases
 //!
@@ -87,8 +88,8 @@
 //! killed, and a draining process must not be.
 //!
 //! *Why is a limit on requests in this crate?* Because it is the same count. The number of requests
-//! that may be admitted and the number that a drain waits for are one atomic word, so the limit is
-//! exact and costs nothing more.
+//! that may be admitted and the number that a drain waits for are the same counter, so the limit is
+//! exact and free.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -166,6 +166,28 @@ impl<O> ConnectionTable<O> {
         open.connections.iter().any(|entry| entry.state.is_unread())
     }
 
+    /// Whether a task has still to notice that its connection is to close, as far as that is known: the
+    /// tasks of `serve` say when they have noticed. A connection that has been upgraded, and one whose
+    /// request may be dropped, has nothing to lose.
+    pub(crate) fn has_unnotified(&self) -> bool {
+        let open = lock!(self.open);
+        let mut connections = open.connections.iter();
+        connections.any(|entry| {
+            entry.flags.has(OWNED)
+                && !entry
+                    .flags
+                    .has(CLOSE_NOTICED | UPGRADES | UPGRADED | OWES_NOTHING)
+        })
+    }
+
+    /// How many connections belong to servers that do not say when they notice something.
+    pub(crate) fn unowned(&self) -> usize {
+        let open = lock!(self.open);
+        let connections = open.connections.iter();
+        let unowned = connections.filter(|entry| !entry.flags.has(OWNED | OWES_NOTHING | UPGRADED));
+        unowned.count()
+    }
+
     /// Whether a handshake is running whose peer has sent something.
     pub(crate) fn has_handshakes(&self) -> bool {
         let open = lock!(self.open);
@@ -418,6 +440,10 @@ pub(crate) const BODILESS: u16 = 1024;
 const RENAMED: u16 = 2048;
 /// What its client asked for is owed no answer: it may hang up.
 pub(crate) const OWES_NOTHING: u16 = 4096;
+/// The connection belongs to a task of `serve`.
+pub(crate) const OWNED: u16 = 8192;
+/// Its task has noticed that it is to close: no request that it reads from now on is unexpected.
+pub(crate) const CLOSE_NOTICED: u16 = 16384;
 
 /// The number of connections that are all watched at first. After them, at most one per
 /// `WATCH_EVERY` nanoseconds is watched.

@@ -138,6 +138,9 @@ impl GracefulBuilder {
     /// Requests that come in bursts look like traffic that has ended. Choose a `quiet_for` that is
     /// longer than the pauses between bursts. Requests outside the layer are not seen.
     ///
+    /// The phase does not end before [`close_spread`](Self::close_spread) is over, because until then
+    /// some clients have not been asked to leave.
+    ///
     /// After SIGINT it shortens [`interrupt_delay`](Self::interrupt_delay) in the same way, and after
     /// [`shutdown`](Graceful::shutdown) the `drain_delay`. A further SIGINT ends the phase at once.
     /// The log and the [report](crate::Report::left_early) say that the phase ended early, and why.
@@ -326,7 +329,7 @@ impl GracefulBuilder {
     ///
     /// | what keeps the socket | this option | what connects during the stop |
     /// |---|---|---|
-    /// | systemd socket activation, `systemd-socket-activate`, `systemfd` | set by itself | waits in the queue until the next process has started |
+    /// | systemd socket activation, `systemd-socket-activate`, `systemfd` without `--no-pid` | set by itself | waits in the queue until the next process has started |
     /// | circus, or another supervisor that names the descriptor in its own way | `true` | is accepted by another worker, or waits |
     /// | a restart in place by `ecdysis` or the like | `true` | is accepted by the new process, which runs already |
     /// | prefork: a parent binds, its children accept | `true` | is accepted by another child |

@@ -27,7 +27,9 @@ impl Graceful {
     /// work and end.
     ///
     /// A queue that requests fill is processed until the second moment, and then emptied. Every job
-    /// that was answered with 202 is done:
+    /// that was answered with 202 is done, if the backlog takes no longer than
+    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout); so make the channel no longer than
+    /// what the worker can finish in that time:
     ///
     /// ```
     /// use axum::{extract::State, http::StatusCode};
@@ -45,7 +47,7 @@ impl Graceful {
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), RegisterError> {
     /// # let graceful = Graceful::new();
-    /// let (sender, mut jobs) = mpsc::channel(1000); // the sender is the router's state
+    /// let (sender, mut jobs) = mpsc::channel(100); // the sender is the router's state
     /// graceful.worker("jobs", |stop| async move {
     ///     let mut idle = stop.idle();
     ///     loop {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use tower_service::Service;
 
 use super::{connection_close, peer, probe_route, probes::ProbeBody};
@@ -24,7 +24,16 @@ use crate::{
 };
 
 /// Header fields that proxies add to the requests that they forward.
-const ADDED_BY_PROXIES: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
+const ADDED_BY_PROXIES: [&str; 5] = [
+    "forwarded",
+    "via",
+    "x-real-ip",
+    "true-client-ip",
+    "cf-connecting-ip",
+];
+
+/// How the names of further such fields begin: those of most proxies, of Envoy, and of Linkerd.
+const PREFIXES_OF_PROXIES: [&str; 3] = ["x-forwarded-", "x-envoy-", "l5d-"];
 
 impl Graceful {
     /// A route for the `preStop` hook of Kubernetes: it starts the stop, and answers when the
@@ -65,12 +74,14 @@ impl Graceful {
     /// Every client that reaches this route can stop the service. So the route answers 403 to
     ///
     /// - every peer that is neither loopback nor [allowed](PreStop::allow);
-    /// - every request with a header field that proxies add: `Forwarded`, `X-Forwarded-For`,
-    ///   `X-Real-IP` or `Via`. A sidecar or reverse proxy on the same host connects from loopback,
+    /// - every request with a header field that proxies add: `Forwarded`, `Via`, `X-Real-IP`,
+    ///   `True-Client-IP`, `CF-Connecting-IP`, and all fields that begin with `X-Forwarded-`,
+    ///   `X-Envoy-` or `l5d-`. A sidecar or reverse proxy on the same host connects from loopback,
     ///   for any client;
     /// - every request whose peer address is unknown.
     ///
-    /// A proxy that adds none of these fields is not recognized. Examples are a layer-4 proxy, and
+    /// A proxy that adds none of these fields is not recognized. Examples are nginx without a
+    /// `proxy_set_header` for one of them, a layer-4 proxy, and
     /// a kernel that rewrites source addresses (Kubernetes Services with `externalTrafficPolicy:
     /// Cluster` make traffic appear to come from a node). In such a network, put the route on a
     /// separate port that no Service and no Ingress exposes.
@@ -175,10 +186,14 @@ impl PreStop {
             );
         };
         let headers = request.headers();
-        if let Some(field) = ADDED_BY_PROXIES
-            .iter()
-            .find(|it| headers.contains_key(**it))
-        {
+        let is_of_proxy = |name: &&str| {
+            ADDED_BY_PROXIES.contains(name)
+                || PREFIXES_OF_PROXIES
+                    .iter()
+                    .any(|prefix| name.starts_with(prefix))
+        };
+        // Names of header fields are in lower case here.
+        if let Some(field) = headers.keys().map(HeaderName::as_str).find(is_of_proxy) {
             return Err(format!(
                 "the call from {peer} has the field {field} of a proxy"
             ));

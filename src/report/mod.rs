@@ -97,7 +97,11 @@ impl fmt::Display for LeftEarly {
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum Outcome {
-    /// Everything in flight was completed and every server ended. Exit code 0.
+    /// Nothing was given up because of the stop, and every server ended. Exit code 0.
+    ///
+    /// Requests that failed by themselves during the stop are in [`Requests::dropped`] and do not
+    /// change the outcome: the handler or the response body panicked or failed, or the client
+    /// disconnected.
     Clean,
     /// Some work was lost or given up. Exit code 1. At least one of these happened:
     ///

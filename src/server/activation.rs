@@ -3,8 +3,8 @@
 //! Such a socket outlives the process: the supervisor keeps it open, and the next process accepts from
 //! the same queue. A change to the socket, such as a filter, affects that process too.
 //!
-//! The sockets are descriptors 3 up to 3 + `LISTEN_FDS`, if `LISTEN_PID` is unset or is this
-//! process. Libraries may remove these variables from the environment and duplicate the descriptors. So
+//! The sockets are descriptors 3 up to 3 + `LISTEN_FDS`, if `LISTEN_PID` is this process. If it is unset,
+//! the variable may be inherited, and descriptor 3 may be a socket of the process itself. Libraries may remove these variables from the environment and duplicate the descriptors. So
 //! this module also reads the initial environment of the process, and compares sockets by inode.
 //!
 //! If a passed descriptor was closed or is no longer a socket, or if sockets cannot be compared, any
@@ -39,30 +39,35 @@ pub(super) fn find(socket: &impl AsRawFd) -> Passed {
         value.map(|value| value.as_bytes())
     });
     let initial = fs::read("/proc/self/environ").unwrap_or_default();
-    let passed = passed(fds, pid).max(passed_in(&initial));
+    let (passed, is_named) = passed(fds, pid).max(passed_in(&initial));
     if passed <= 0 {
         return Passed::No;
     }
     let end = FIRST.saturating_add(passed);
-    among(
+    let found = among(
         File::open_as(socket.as_raw_fd()),
         (FIRST..end).map(File::open_as),
-    )
+    );
+    match found {
+        Passed::Yes if !is_named => Passed::Perhaps,
+        found => found,
+    }
 }
 
-/// The number of sockets that were passed to this process, from the values of the two variables.
-fn passed(fds: Option<&[u8]>, pid: Option<&[u8]>) -> RawFd {
+/// The number of sockets that were passed to this process, from the values of the two variables, and
+/// whether they name this process.
+fn passed(fds: Option<&[u8]>, pid: Option<&[u8]>) -> (RawFd, bool) {
     let number = |value: &[u8]| str::from_utf8(value).ok()?.parse::<RawFd>().ok();
     let ours = RawFd::try_from(process::id()).ok();
     match pid {
-        Some(pid) if number(pid).is_none() || number(pid) != ours => 0,
-        _ => fds.and_then(number).unwrap_or(0),
+        Some(pid) if number(pid).is_none() || number(pid) != ours => (0, false),
+        _ => (fds.and_then(number).unwrap_or(0), pid.is_some()),
     }
 }
 
 /// The number of sockets that were passed to this process, from an environment in the format of the
 /// kernel: `name=value` pairs, each followed by a zero byte.
-fn passed_in(environ: &[u8]) -> RawFd {
+fn passed_in(environ: &[u8]) -> (RawFd, bool) {
     let value = |name: &[u8]| {
         let mut variables = environ.split(|byte| *byte == 0);
         variables.find_map(|variable| variable.strip_prefix(name)?.strip_prefix(b"="))
@@ -123,18 +128,18 @@ mod tests {
     #[test]
     fn sockets_are_passed_to_this_process_or_to_an_unnamed_one() {
         let ours = ours();
-        assert_eq!(passed(Some(b"2"), None), 2);
-        assert_eq!(passed(Some(b"2"), Some(ours.as_bytes())), 2);
-        assert_eq!(passed(Some(b"2"), Some(b"1")), 0);
-        assert_eq!(passed(None, None), 0);
-        assert_eq!(passed(None, Some(ours.as_bytes())), 0);
+        assert_eq!(passed(Some(b"2"), None), (2, false));
+        assert_eq!(passed(Some(b"2"), Some(ours.as_bytes())), (2, true));
+        assert_eq!(passed(Some(b"2"), Some(b"1")), (0, false));
+        assert_eq!(passed(None, None).0, 0);
+        assert_eq!(passed(None, Some(ours.as_bytes())).0, 0);
     }
 
     #[test]
     fn values_that_are_no_numbers_pass_nothing() {
         for value in [&b""[..], b"x", b"1 ", b"\xff", b"99999999999999999999"] {
-            assert_eq!(passed(Some(value), None), 0, "{value:?}");
-            assert_eq!(passed(Some(b"1"), Some(value)), 0, "{value:?}");
+            assert_eq!(passed(Some(value), None).0, 0, "{value:?}");
+            assert_eq!(passed(Some(b"1"), Some(value)).0, 0, "{value:?}");
         }
     }
 
@@ -142,11 +147,11 @@ mod tests {
     fn an_initial_environment_is_read() {
         let ours = ours();
         let environ = |pid: &str| format!("A=\0LISTEN_FDS=3\0LISTEN_PID={pid}\0B=LISTEN_FDS=4\0");
-        assert_eq!(passed_in(environ(&ours).as_bytes()), 3);
-        assert_eq!(passed_in(environ("1").as_bytes()), 0);
-        assert_eq!(passed_in(b"XLISTEN_FDS=3\0LISTEN_FDSX=3\0LISTEN_FDS"), 0);
-        assert_eq!(passed_in(b"LISTEN_FDS=1"), 1);
-        assert_eq!(passed_in(b""), 0);
+        assert_eq!(passed_in(environ(&ours).as_bytes()).0, 3);
+        assert_eq!(passed_in(environ("1").as_bytes()).0, 0);
+        assert_eq!(passed_in(b"XLISTEN_FDS=3\0LISTEN_FDSX=3\0LISTEN_FDS").0, 0);
+        assert_eq!(passed_in(b"LISTEN_FDS=1").0, 1);
+        assert_eq!(passed_in(b"").0, 0);
     }
 
     #[test]

@@ -32,7 +32,7 @@ use crate::{
         sniffer::{Awaited, Sniffer},
         stagger::SLOT_REACHED,
         state::{Directive, RegisteredWaker, WakerSlot},
-        table::{OWES_NOTHING, RESPONDED, UPGRADES, WATCHED},
+        table::{CLOSE_NOTICED, OWES_NOTHING, OWNED, RESPONDED, UPGRADES, WATCHED},
     },
     middleware::{connection_close, peer::TrackedPeer},
     phase::Phase,
@@ -57,6 +57,7 @@ where
     S::Future: Send,
 {
     let owner = Owner(io.begin_serving());
+    owner.0.flags.set(OWNED);
     if owner.phase() > Phase::Serving {
         owner.0.sniffer.joins_during_stop();
     }
@@ -129,6 +130,7 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         if self.connection.is_some() {
             ready!(self.as_mut().poll_connection(cx));
+            self.owner.0.flags.set(CLOSE_NOTICED);
             self.as_mut().project().connection.set(None);
         }
         let this = self.project();
@@ -182,6 +184,9 @@ where
                 Directive::Close | Directive::Expire | Directive::Cut => true,
             };
             if !leaves || *this.asked == directive {
+                if directive >= Directive::Close {
+                    this.owner.0.flags.set(CLOSE_NOTICED);
+                }
                 return Poll::Pending;
             }
             *this.asked = directive;

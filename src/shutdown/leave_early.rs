@@ -154,14 +154,20 @@ impl Evidence {
     }
 
     /// When the lame-duck phase may end if no further request or probe arrives, and by which rule.
-    pub(super) fn leaves_at(&self, rules: LeaveEarly) -> Option<(Instant, LeftEarly)> {
+    pub(super) fn leaves_at(
+        &self,
+        rules: LeaveEarly,
+        close_spread: Duration,
+    ) -> Option<(Instant, LeftEarly)> {
         let seen = lock!(self.0);
         let began = seen.began?;
         let quiet = rules.quiet.and_then(|rule| seen.quiet_at(rule, began));
         let noticed = rules.noticed.and_then(|rule| seen.noticed_at(rule, began));
         let quiet = quiet.map(|at| (at, LeftEarly::Quiet));
         let noticed = noticed.map(|at| (at, LeftEarly::Noticed));
-        quiet.into_iter().chain(noticed).min_by_key(|(at, _)| *at)
+        let (at, why) = quiet.into_iter().chain(noticed).min_by_key(|(at, _)| *at)?;
+        // Until then some clients have not been asked to leave.
+        Some((at.max(instant_after(began, close_spread)), why))
     }
 }
 

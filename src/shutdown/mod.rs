@@ -100,6 +100,7 @@ pub(crate) struct Lifecycle {
     pub(crate) requests: Requests,
     pub(crate) evidence: Evidence,
     /// Set when something needs the peer addresses of requests.
+    #[cfg(feature = "axum")]
     pub(crate) wants_peers: AtomicBool,
     pub(crate) upgraded: Upgraded,
     /// Set when the user tracks connections that the user's own code accepts.
@@ -153,6 +154,7 @@ enum By {
 impl Lifecycle {
     pub(crate) fn new(plan: Plan, policy: Arc<Policy>) -> Self {
         let driver_waker = Arc::new(DriverWaker::new(|id| CONTROL.notify(id)));
+        #[cfg(feature = "axum")]
         let wants_peers = policy.leave_early.noticed.is_some();
         Self {
             plan,
@@ -164,6 +166,7 @@ impl Lifecycle {
             outside: Outside::default(),
             requests: Requests::default(),
             evidence: Evidence::default(),
+            #[cfg(feature = "axum")]
             wants_peers: AtomicBool::new(wants_peers),
             upgraded: Upgraded::default(),
             tracks: AtomicBool::new(false),

@@ -137,7 +137,12 @@ impl Shared {
                 Reason::LeftEarly(why),
             )
         });
-        let reason = if std::mem::take(&mut shutdown.skip_phase) {
+        let skipped = std::mem::take(&mut shutdown.skip_phase);
+        if skipped && shutdown.delay_over.is_some() {
+            // The delay is over already: the signal ends the waits below.
+            return Step::To(Phase::Draining, Reason::Signal);
+        }
+        let reason = if skipped {
             Reason::Signal
         } else if let Some(reason) = shutdown.delay_over {
             reason
@@ -150,7 +155,8 @@ impl Shared {
         } else if now < ask_all_at {
             return Step::Until(ask_all_at);
         } else {
-            shutdown.asks_all = true;
+            // An early end may be put off by a request, and with it the end of a spread.
+            shutdown.asks_all |= now >= shutdown.ask_all_at || !self.policy.is_spread();
             return Step::Until(until);
         };
         shutdown.delay_over = Some(reason);
@@ -166,11 +172,14 @@ impl Shared {
             }
         }
         if let (true, Some(since)) = (shared, shutdown.closes_since) {
-            // A request may arrive before its connection has seen the directive to close, and is
-            // still served. Once every connection that is left has a request in flight, no such
-            // request can arrive.
+            // A request may arrive before the task of its connection has noticed that it is to close,
+            // and is still served. Tasks of other servers do not say when they have noticed; there,
+            // no such request can arrive once every connection has a request in flight.
             let until = shutdown.drain_until.min(since + MOST_UNREAD);
-            if now < until && self.connections.len() > self.in_flight() {
+            let waits = || {
+                self.connections.has_unnotified() || self.connections.unowned() > self.in_flight()
+            };
+            if now < until && waits() {
                 return Step::Until(until.min(now + LOOK));
             }
         }
@@ -185,7 +194,7 @@ impl Shared {
         if !rules.is_on() || self.work.has_hook() {
             return None;
         }
-        self.evidence.leaves_at(rules)
+        self.evidence.leaves_at(rules, self.policy.close_spread)
     }
 
     fn settle_draining(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) -> Step {

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     connection::{
         state::{RegisteredWaker, WakerSlot},
-        table::ConnectionEntry,
+        table::{CLOSE_NOTICED, ConnectionEntry, OWNED},
     },
     handle::{builder::GracefulBuilder, graceful::Graceful},
     report::Outcome,
@@ -722,17 +722,65 @@ async fn a_rule_never_makes_a_delay_longer() {
 /// As at the end of a full delay, an HTTP/2 peer is asked to leave before requests are rejected.
 #[tokio::test(start_paused = true)]
 async fn peers_are_asked_to_leave_before_a_phase_that_ends_early() {
-    let mut stop = Stop::new(5000, 5000, |it| when_quiet(it.close_spread(ms(5000))));
+    let mut stop = Stop::new(5000, 5000, when_quiet);
     let entry = stop.connect_and_read();
     stop.terminate();
     stop.at(50).await;
     five_requests(&stop);
     stop.at(970).await;
-    assert_eq!(entry.state.directive(), Directive::LeaveInSlot);
+    assert_eq!(entry.state.directive(), Directive::Stopping);
     stop.at(985).await;
     assert_eq!(entry.state.directive(), Directive::Leave);
     assert_eq!(stop.phase(), Phase::LameDuck);
     stop.at(1005).await;
+    assert!(stop.phase() > Phase::LameDuck);
+    stop.leave(&entry);
+}
+
+/// The clients that have not been asked to leave yet would otherwise all be asked at once.
+#[tokio::test(start_paused = true)]
+async fn a_phase_does_not_end_before_its_spread() {
+    let mut stop = Stop::new(5000, 5000, |it| when_quiet(it.close_spread(ms(3000))));
+    let entry = stop.connect_and_read();
+    stop.terminate();
+    stop.at(50).await;
+    five_requests(&stop);
+    stop.at(2990).await;
+    assert_eq!(entry.state.directive(), Directive::LeaveInSlot);
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    stop.at(3005).await;
+    assert!(stop.phase() > Phase::LameDuck);
+    stop.leave(&entry);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sigint_ends_the_wait_for_the_connections_of_a_shared_listener() {
+    let mut stop = Stop::new(300, 5000, |it| it.shared_listener(true));
+    stop.listen();
+    let entry = stop.connect_and_read();
+    stop.terminate();
+    stop.close_listener();
+    stop.at(400).await;
+    // The delay is over, and the task of the connection may not have noticed that it is to close.
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    stop.interrupt();
+    assert!(stop.phase() > Phase::LameDuck);
+    stop.leave(&entry);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_connections_of_a_shared_listener_that_have_noticed_the_close_are_not_waited_for() {
+    let mut stop = Stop::new(300, 5000, |it| it.shared_listener(true));
+    stop.listen();
+    let entry = stop.connect_and_read();
+    entry.flags.set(OWNED);
+    stop.terminate();
+    stop.close_listener();
+    stop.at(400).await;
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    // Half a request head keeps it open.
+    entry.flags.set(CLOSE_NOTICED);
+    stop.at(410).await;
     assert!(stop.phase() > Phase::LameDuck);
     stop.leave(&entry);
 }

@@ -194,7 +194,16 @@ async fn only_loopback_and_allowed_addresses_stop_the_service() {
 /// A sidecar connects from loopback, for any client.
 #[tokio::test]
 async fn a_call_through_a_proxy_is_refused() {
-    for field in ["forwarded", "x-forwarded-for", "X-Real-IP", "via"] {
+    for field in [
+        "forwarded",
+        "x-forwarded-for",
+        "x-forwarded-client-cert",
+        "x-envoy-attempt-count",
+        "l5d-dst-override",
+        "cf-connecting-ip",
+        "X-Real-IP",
+        "via",
+    ] {
         let graceful = Graceful::new();
         let mut request = local();
         let name = http::HeaderName::from_bytes(field.as_bytes()).unwrap();
