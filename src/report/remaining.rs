@@ -155,8 +155,9 @@ impl fmt::Display for CutHold {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct CutConnection {
-    /// The address of the peer, if the listener's addresses are `SocketAddr`s. `None` for other
-    /// listeners, and for IO passed to [`Graceful::track`](crate::Graceful::track).
+    /// The address of the peer: of a listener whose addresses are `SocketAddr`s, of a `TcpStream` that
+    /// was passed to [`Graceful::track`](crate::Graceful::track), or as set by
+    /// [`set_peer`](crate::GracefulIo::set_peer). `None` for others.
     pub peer: Option<SocketAddr>,
     /// How long it had been open.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]

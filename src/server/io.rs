@@ -123,7 +123,8 @@ impl Graceful {
 /// peer sends until the peer closes too. The connection counts as [open](Graceful::connections) until
 /// its socket is closed. The task closes the socket earlier than the peer in these cases:
 ///
-/// - at once, if the connection is idle;
+/// - at once, if the connection is idle, if nothing was written on it, or if a read or write has failed;
+///   while serving, also if the peer closed first;
 /// - if the peer has received everything: when it has sent nothing for 250 ms, or for 1 s if it has sent
 ///   something since, and after 2 s in any case. Only Linux tells what the peer has received; on other
 ///   systems all written bytes count as received;

@@ -26,7 +26,7 @@ const MOST_BYTES: usize = 8 * 1024;
 const MOST_REQUESTS: u8 = 32;
 
 /// The request table: what is known about the requests of each [inspected](LOOKED_AT) connection. It is
-/// apart from the connection entries, because of very many connections few are inspected at a time.
+/// apart from the connection entries, because few connections have a request that is being inspected at a time.
 #[derive(Default)]
 pub(crate) struct Requests(Mutex<HashMap<usize, Box<Known>>>);
 

@@ -61,7 +61,8 @@ impl Graceful {
                 graceful.watch(server).await;
             } else {
                 drop(server);
-                // Records a server that has ended. If there is no other server, the stop need not wait.
+                // Records a server that has ended. If there is no other server, the
+                // lame-duck phase ends at once.
                 drop(ServerGuard::take(&graceful));
             }
             graceful.stopped().await;
