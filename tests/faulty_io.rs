@@ -38,7 +38,7 @@ enum Call {
 enum How {
     Errors,
     Panics,
-    /// Pending, and nobody is woken.
+    /// Pending, without a wake-up.
     Hangs,
 }
 
@@ -200,13 +200,13 @@ impl Server {
         );
     }
 
-    async fn wait_for_nobody(&self, what: &dyn fmt::Debug) {
-        let nobody = async {
+    async fn wait_for_none(&self, what: &dyn fmt::Debug) {
+        let none_left = async {
             while (self.graceful.connections(), self.graceful.in_flight()) != (0, 0) {
                 sleep(Duration::from_millis(1)).await;
             }
         };
-        let waited = timeout(BOUND, nobody).await;
+        let waited = timeout(BOUND, none_left).await;
         assert!(waited.is_ok(), "{what:?}: {:?}", self.graceful);
     }
 }
@@ -247,14 +247,14 @@ async fn takes_only_itself(form: Form, how: How) {
         let met = server.met.load(Ordering::Relaxed);
         for request in [h1("keep-alive"), h1("close"), h2()] {
             let mut client = server.connect(Some(fault));
-            // There may be nobody left to read it.
+            // The reader may be gone.
             let _ = client.write_all(&request).await;
             let mut piece = [0; 1024];
             let read = async { while matches!(client.read(&mut piece).await, Ok(1..)) {} };
             let _ = timeout(Duration::from_millis(3), read).await;
             drop(client);
             server
-                .wait_for_nobody(&(fault, String::from_utf8_lossy(&request)))
+                .wait_for_none(&(fault, String::from_utf8_lossy(&request)))
                 .await;
         }
         let met = server.met.load(Ordering::Relaxed) - met;

@@ -420,7 +420,7 @@ async fn after_a_subscription(kind: &'static str, pipelined: &str) -> String {
 const EVENTS: &str = "text/event-stream";
 const ASKED: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
 
-/// Else whoever comes back on it, as an `EventSource` does, is refused, and gives up for good.
+/// A client that reconnects on it, such as an `EventSource`, would be refused, and would give up for good.
 #[tokio::test]
 async fn events_that_end_while_draining_take_their_connection_along() {
     assert_eq!(after_a_subscription(EVENTS, "").await, "0\r\n\r\n");
