@@ -2,9 +2,11 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
-use std::{fmt::Write, future, io, time::Duration};
+mod pipes;
 
-use axum::{Router, body::Bytes, extract::Path, routing, serve::Listener};
+use std::{fmt::Write, time::Duration};
+
+use axum::{Router, body::Bytes, extract::Path, routing};
 use proptest::{prelude::*, sample::Index};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
@@ -13,28 +15,11 @@ use tokio::{
 };
 use tower_graceful::Graceful;
 
+use crate::pipes::Pipes;
+
 const TIMEOUT: Duration = Duration::from_secs(30);
 const ALMOST: Duration = Duration::from_secs(29);
 const HEAD: &str = "GET /0 HTTP/1.1\r\nhost: test\r\nx-note: a: b\r\n\r\n";
-
-/// Accepts what a test sends it: connections without a network, so that the clock can be paused.
-struct Pipes(mpsc::UnboundedReceiver<DuplexStream>);
-
-impl Listener for Pipes {
-    type Io = DuplexStream;
-    type Addr = ();
-
-    async fn accept(&mut self) -> (DuplexStream, ()) {
-        match self.0.recv().await {
-            Some(pipe) => (pipe, ()),
-            None => future::pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 async fn answer(Path(ms): Path<u64>, _body: Bytes) -> &'static str {
     if ms > 0 {

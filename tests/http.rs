@@ -3,9 +3,10 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
+mod pipes;
+
 use std::{
     future::{self, IntoFuture},
-    io,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -16,7 +17,6 @@ use std::{
 use axum::{
     Router,
     routing::{MethodRouter, get},
-    serve::Listener,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
@@ -25,28 +25,11 @@ use tokio::{
 };
 use tower_graceful::{Graceful, Phase, Serve};
 
+use crate::pipes::Pipes;
+
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n";
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
-
-/// Accepts what a test sends it: connections without a network, so that the clock can be paused.
-struct Pipes(mpsc::UnboundedReceiver<DuplexStream>);
-
-impl Listener for Pipes {
-    type Io = DuplexStream;
-    type Addr = ();
-
-    async fn accept(&mut self) -> (DuplexStream, ()) {
-        match self.0.recv().await {
-            Some(pipe) => (pipe, ()),
-            None => future::pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 type OwnServe = Serve<Pipes, Router, Router>;
 
