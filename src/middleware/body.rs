@@ -292,9 +292,8 @@ impl Drop for NamedEnd<'_> {
         if let Some((named, permit)) = self.held.take() {
             // Remove the entry while the request is in flight.
             drop(named);
-            match self.state {
-                BodyState::Failed => permit.fail(),
-                BodyState::Open | BodyState::Ended => drop(permit),
+            if self.state == BodyState::Failed {
+                permit.fail();
             }
         }
     }
