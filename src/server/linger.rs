@@ -45,10 +45,7 @@ use tokio::{
 #[cfg(unix)]
 use tokio::net::UnixStream;
 
-use super::{
-    io::{EntryGuard, Last, Written, tcp},
-    send_queue::unacknowledged,
-};
+use super::{entry_guard::EntryGuard, send_queue::unacknowledged, socket::tcp};
 use crate::{
     connection::{
         state::{Directive, RegisteredWaker, WakerSlot},
@@ -91,13 +88,22 @@ const FIN: u32 = 1;
 /// may contain no response.
 pub(super) const FAREWELL: u32 = 192;
 
-/// Whether `io` is a `TcpStream` or `UnixStream` of tokio.
-pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
-    #[cfg(unix)]
-    if (io as &dyn Any).is::<UnixStream>() {
-        return true;
-    }
-    tcp(io).is_some()
+/// What was written on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Written {
+    Nothing,
+    Something,
+    /// A `101 Switching Protocols` was written, so the connection is passed to a handler.
+    Upgrade,
+}
+
+/// What was last read and written on a dropped connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Last {
+    pub(super) written: Written,
+    /// The last bytes read are an HTTP/1 request without a body. Then the client sends nothing more until
+    /// it has read the response.
+    pub(super) request: bool,
 }
 
 /// Closes a connection that its server has dropped, if the IO is a `TcpStream` or `UnixStream` of

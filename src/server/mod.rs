@@ -29,6 +29,7 @@ mod accepted;
 mod activation;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod connection;
+mod entry_guard;
 #[cfg(feature = "axum")]
 mod handshakes;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
@@ -43,6 +44,8 @@ mod send_queue;
 mod serve;
 #[cfg(all(feature = "axum", feature = "signal"))]
 mod settings;
+mod socket;
+mod track;
 #[cfg(feature = "axum")]
 mod tracked;
 

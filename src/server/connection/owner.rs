@@ -1,0 +1,184 @@
+//! What a connection of `serve` and its requests share.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use axum::response::Response;
+use http::Version;
+use tokio::time;
+
+use crate::{
+    connection::{
+        outside::Window,
+        sniffer::Awaited,
+        state::Directive,
+        table::{OWES_NOTHING, RESPONDED, UPGRADES},
+    },
+    middleware::connection_close,
+    phase::Phase,
+    server::{ConnectionEntry, settings::Settings},
+};
+
+/// A watched connection opens a window for each request within its first `FIRST_READS` reads. Later it
+/// opens one only for a request whose read has a number that is a multiple of `EVERY_READS`.
+const FIRST_READS: u32 = 32;
+const EVERY_READS: u32 = 256;
+
+/// Boxed to keep connections small: most never need the timer, and there may be very many.
+pub(super) type RareSleep = Option<Pin<Box<time::Sleep>>>;
+
+/// What a connection and its requests share.
+#[derive(Clone)]
+pub(super) struct Owner(pub(super) Arc<ConnectionEntry>);
+
+impl Owner {
+    pub(super) fn phase(&self) -> Phase {
+        self.0.owner.phase()
+    }
+
+    /// When the slot of this connection is reached.
+    pub(super) fn slot_time(&self) -> time::Instant {
+        self.0.owner.slot_time(self.0.place)
+    }
+
+    pub(super) fn poll_slot(&self, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
+        let sleep = sleep.get_or_insert_with(|| Box::pin(time::sleep_until(self.slot_time())));
+        sleep.as_mut().poll(cx)
+    }
+
+    /// Ready when the awaited head has begun and has not been completed within the timeout.
+    pub(super) fn poll_head(
+        &self,
+        head: Awaited,
+        settings: &Settings,
+        sleep: &mut RareSleep,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
+        let sleep = match sleep {
+            Some(sleep) => sleep,
+            none => {
+                if !self.0.sniffer.has_begun(head) {
+                    return Poll::Pending;
+                }
+                none.insert(Box::pin(time::sleep(settings.header_read_timeout)))
+            }
+        };
+        sleep.as_mut().poll(cx)
+    }
+
+    /// Whether connections are asked to leave one after another in this phase.
+    pub(super) fn is_spread(&self, phase: Phase) -> bool {
+        phase == Phase::LameDuck && self.0.owner.policy.is_spread()
+    }
+
+    /// Counts an HTTP/1 request that was dropped without a response because its client has closed its
+    /// writing side: the client may have waited for the response. Counts only while the service stops, and
+    /// not after the cut: cut connections are reported as such.
+    #[cold]
+    pub(super) fn dropped_unanswered(&self) {
+        let shared = &self.0.owner;
+        if self.0.sniffer.has_ended()
+            && shared.phase() > Phase::Serving
+            && self.0.state.directive() < Directive::Cut
+            && !self.0.flags.has(OWES_NOTHING)
+        {
+            shared.connections.half_closed();
+        }
+    }
+
+    /// Opens a window to check whether the layer sees this request: for the first requests of a
+    /// connection, and then for one in many.
+    #[cold]
+    pub(super) fn watch<B>(&self, request: &http::Request<B>) -> Option<Window> {
+        let reads = self.0.sniffer.reads();
+        if reads >= FIRST_READS && reads % EVERY_READS != 0 {
+            return None;
+        }
+        let (shared, peer) = (&self.0.owner, self.0.peer());
+        let path = request.uri().path();
+        Window::open(shared, request.method(), path, peer, true)
+    }
+
+    /// Closes the window of a request with its response. A failed gRPC call is not evaluated,
+    /// like a response with an error status.
+    #[cold]
+    pub(super) fn answered(&self, window: Window, response: &Response) {
+        let shared = &self.0.owner;
+        let grpc = response.headers().get("grpc-status");
+        if grpc.is_none_or(|status| status == "0") {
+            window.answered(shared, response.status());
+        } else {
+            window.close(shared);
+        }
+    }
+
+    /// Records that a request asks for an upgrade. Not over HTTP/2, where a tunnel is one stream of many
+    /// and the connection itself is not upgraded.
+    #[cold]
+    pub(super) fn asks_for_upgrade<B>(&self, request: &http::Request<B>) {
+        if request.version() < Version::HTTP_2 {
+            let path = match request.uri().path() {
+                // The target of a `CONNECT` is a host and has no path.
+                "" => &*request.uri().to_string(),
+                path => path,
+            };
+            self.0.flags.set(UPGRADES);
+            let upgraded = &self.0.owner.upgraded;
+            upgraded.asked(self.0.number(), path, self.0.peer());
+        }
+    }
+
+    /// Records that the connection speaks another protocol from now on.
+    #[cold]
+    pub(super) fn upgraded(&self) {
+        self.0.sniffer.upgraded();
+        self.0.upgraded();
+    }
+
+    /// Asks the peer to leave with this response, if the slot of the connection has been reached.
+    #[cold]
+    pub(super) fn ask_to_leave(&self, response: &mut Response, version: Version, phase: Phase) {
+        self.0.flags.set(RESPONDED);
+        let http2 = version == Version::HTTP_2;
+        if self.is_spread(phase) {
+            if time::Instant::now() < self.slot_time() {
+                if http2 {
+                    // The connection may have been opened after the others were instructed.
+                    self.0.state.instruct(Directive::LeaveInSlot);
+                }
+                return;
+            }
+        } else if http2
+            && self.0.sniffer.joined_during_stop()
+            && phase == Phase::LameDuck
+            && !self.0.owner.connections.asks_all()
+        {
+            // The client connected although the service is stopping, so it may know no other server. It
+            // would reconnect here, and be asked to leave again with each request.
+            return;
+        }
+        connection_close::say_close(response, version);
+        if http2 {
+            self.0.state.instruct(Directive::Leave);
+        }
+    }
+}
+
+/// Counts the task of a stream, or a piece of a response body, until it is dropped.
+pub(super) struct Running(Owner);
+
+impl Running {
+    pub(super) fn new(owner: Owner) -> Self {
+        owner.0.state.stream_began();
+        Self(owner)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.0.state.stream_ended();
+    }
+}

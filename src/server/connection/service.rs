@@ -1,0 +1,192 @@
+//! The service that `serve` gives to hyper: it calls the user's service, and asks the peer to leave with the
+//! response when that is due.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::atomic::Ordering,
+    task::{Context, Poll, ready},
+};
+
+use axum::{body::Body, extract::Request, response::Response};
+use http::{HeaderValue, Method, StatusCode, Version, header};
+use http_body::Body as _;
+use hyper::body::Incoming;
+use hyper_util::service::TowerToHyperService;
+use pin_project_lite::pin_project;
+use tokio::time;
+use tower_service::Service;
+
+use super::{body::OwnedBody, owner::Owner};
+use crate::{
+    connection::{outside::Window, stagger::SLOT_REACHED, table::WATCHED},
+    middleware::{connection_close, peer::TrackedPeer},
+    phase::Phase,
+};
+
+/// A service whose responses ask the peer to leave when it is due.
+///
+/// It implements hyper's `Service` and not tower's. hyper calls its own service as soon as it has read a
+/// request head. A tower service would be called only when the response is polled, which never happens
+/// if the client has closed its writing side by then.
+pub(super) struct Owned<S> {
+    pub(super) inner: TowerToHyperService<S>,
+    pub(super) owner: Owner,
+    pub(super) half_close: bool,
+    pub(super) http2_only: bool,
+}
+
+impl<S> hyper::service::Service<http::Request<Incoming>> for Owned<S>
+where
+    S: Service<Request, Response = Response, Error = Infallible> + Clone,
+{
+    type Response = http::Response<OwnedBody>;
+    type Error = Infallible;
+    type Future = OwnedFuture<Inner<S>>;
+
+    fn call(&self, mut request: http::Request<Incoming>) -> Self::Future {
+        let version = request.version();
+        if self.http2_only && version < Version::HTTP_2 {
+            return OwnedFuture {
+                inner: None,
+                version,
+                connect: false,
+                is_lost_by_fin: false,
+                window: None,
+                owner: None,
+            };
+        }
+        // hyper inserts an extension only for a request that may become an upgrade.
+        if !request.extensions().is_empty() {
+            self.owner.asks_for_upgrade(&request);
+        }
+        if self.owner.0.owner.wants_peers.load(Ordering::Relaxed) {
+            if let Some(peer) = self.owner.0.peer() {
+                request.extensions_mut().insert(TrackedPeer(peer));
+            }
+        }
+        let watched = self.owner.0.flags.has(WATCHED);
+        OwnedFuture {
+            window: if watched {
+                self.owner.watch(&request)
+            } else {
+                None
+            },
+            version,
+            connect: request.method() == Method::CONNECT,
+            is_lost_by_fin: version < Version::HTTP_2
+                && !self.half_close
+                && self.owner.phase() < Phase::Draining,
+            owner: Some(self.owner.clone()),
+            inner: Some(self.inner.call(request.map(Body::new))),
+        }
+    }
+}
+
+pub(super) type Inner<S> = <TowerToHyperService<S> as hyper::service::Service<Request>>::Future;
+
+pin_project! {
+    pub(super) struct OwnedFuture<F> {
+        // `None` for an HTTP/1 request to a server that speaks HTTP/2 only.
+        #[pin]
+        inner: Option<F>,
+        version: Version,
+        connect: bool,
+        // An HTTP/1 request that arrived while requests were admitted, and that a FIN of its client drops.
+        is_lost_by_fin: bool,
+        // Checks whether the layer sees the request.
+        window: Option<Window>,
+        // Moves to the body.
+        owner: Option<Owner>,
+    }
+
+    impl<F> PinnedDrop for OwnedFuture<F> {
+        fn drop(this: Pin<&mut Self>) {
+            let this = this.project();
+            if let Some(owner) = this.owner {
+                if let Some(window) = this.window.take() {
+                    window.close(&owner.0.owner);
+                }
+                if *this.is_lost_by_fin {
+                    owner.dropped_unanswered();
+                }
+            }
+        }
+    }
+}
+
+impl<F> Future for OwnedFuture<F>
+where
+    F: Future<Output = Result<Response, Infallible>>,
+{
+    type Output = Result<http::Response<OwnedBody>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let Some(inner) = this.inner.as_pin_mut() else {
+            return Poll::Ready(Ok(version_not_supported(*this.version)));
+        };
+        let Some(owner) = this.owner else {
+            return Poll::Pending;
+        };
+        let polled = if owner.is_spread(owner.phase()) {
+            let slot_reached = time::Instant::now() >= owner.slot_time();
+            SLOT_REACHED.sync_scope(slot_reached, || inner.poll(cx))
+        } else {
+            inner.poll(cx)
+        };
+        let Ok(mut response) = ready!(polled);
+        if *this.version < Version::HTTP_2 && is_upgrade(&response, *this.connect) {
+            owner.upgraded();
+        }
+        if let Some(window) = this.window.take() {
+            owner.answered(window, &response);
+        }
+        let phase = owner.phase();
+        if phase > Phase::Serving {
+            owner.ask_to_leave(&mut response, *this.version, phase);
+        }
+        let http2 = *this.version == Version::HTTP_2;
+        let reconnects = *this.version < Version::HTTP_2 && is_event_stream(&response);
+        let owner = this.owner.take().filter(|_| reconnects || http2);
+        Poll::Ready(Ok(response.map(|inner| OwnedBody {
+            inner,
+            owner,
+            http2,
+        })))
+    }
+}
+
+/// The response to an HTTP/1 client of a server that speaks HTTP/2 only
+/// ([RFC 9110 §15.6.6](https://www.rfc-editor.org/rfc/rfc9110#section-15.6.6)).
+#[cold]
+fn version_not_supported(version: Version) -> http::Response<OwnedBody> {
+    let mut response = Response::new(Body::from("this server speaks HTTP/2 only\n"));
+    *response.status_mut() = StatusCode::HTTP_VERSION_NOT_SUPPORTED;
+    let text = HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, text);
+    connection_close::say_close(&mut response, version);
+    response.map(|inner| OwnedBody {
+        inner,
+        owner: None,
+        http2: false,
+    })
+}
+
+/// Whether the connection speaks another protocol after this response.
+fn is_upgrade(response: &Response, connect: bool) -> bool {
+    let status = response.status();
+    status == StatusCode::SWITCHING_PROTOCOLS || connect && status.is_success()
+}
+
+fn is_event_stream(response: &Response) -> bool {
+    const EVENTS: &[u8] = b"text/event-stream";
+    // An event stream has no known length, and most other bodies have one. This check is cheaper than
+    // the search for the header.
+    if response.body().size_hint().exact().is_some() {
+        return false;
+    }
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    let kind = kind.and_then(|kind| kind.as_bytes().get(..EVENTS.len()));
+    kind.is_some_and(|kind| kind.eq_ignore_ascii_case(EVENTS))
+}

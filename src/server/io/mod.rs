@@ -1,0 +1,260 @@
+//! The tracked IO of a connection: it records what is read and written, and fails after the cut.
+
+mod heads;
+#[cfg(feature = "axum")]
+mod layers;
+mod poll;
+
+use std::{fmt, net::SocketAddr};
+
+use self::heads::Heads;
+use super::{
+    entry_guard::EntryGuard,
+    linger::{FAREWELL, Last, Written},
+    requests,
+    send_queue::{self, unacknowledged},
+    socket::{reset, tcp},
+};
+use crate::{
+    connection::{
+        descriptors::Activity,
+        state::{Directive, RegisteredWaker},
+        table::{BODILESS, LOOKED_AT, RESPONDED, UPGRADED, UPGRADES},
+    },
+    handle::graceful::Graceful,
+    sync::Ordering,
+};
+
+/// A tracked connection: it is counted, cut at the drain deadline, and closed so that the peer receives
+/// everything that was written. Made by [`Graceful::track`] and by the listener of [`Graceful::listener`].
+///
+/// Reads and writes, vectored writes included, are passed to the wrapped IO. After the cut, every read,
+/// write, flush and shutdown fails with
+/// [`ConnectionAborted`](std::io::ErrorKind::ConnectionAborted). The cut wakes every task that waits for the
+/// connection.
+///
+/// # Dropping
+///
+/// If a socket is closed while its peer still sends, the connection is reset, and the peer loses the part
+/// of the response that is in transit
+/// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). So when a `GracefulIo` is
+/// dropped inside a runtime, a spawned task closes the writing side, and reads and discards what the
+/// peer sends until the peer closes too. The connection counts as [open](Graceful::connections) until
+/// its socket is closed. The task closes the socket earlier than the peer in these cases:
+///
+/// - at once, if the connection is idle, if nothing was written on it, or if a read or write has failed;
+///   while serving, also if the peer closed first;
+/// - if the peer has received everything: when it has sent nothing for 250 ms, or for 1 s if it has sent
+///   something since, and after 2 s in any case. Only Linux tells what the peer has received; on other
+///   systems all written bytes count as received;
+/// - if the peer has not received everything: after 30 s in which it has acknowledged nothing. While
+///   the service stops, the task waits until the drain deadline instead, and the number of bytes that
+///   the peer has not received is in the [report](crate::CutConnection::undelivered);
+/// - after an upgrade, such as to a WebSocket: when the peer has acknowledged nothing for 250 ms, or
+///   250 ms after it has received everything. To wait for the answer to a close frame, use
+///   [`Hold::close_socket`](crate::Hold::close_socket).
+pub struct GracefulIo<I: 'static> {
+    /// `None` after `drop` has taken it.
+    io: Option<I>,
+    waker: RegisteredWaker,
+    peer: Peer,
+    written: Written,
+    /// The last write returned `Pending`.
+    blocked: bool,
+    heads: Heads,
+    /// The number of bytes written while the service stops. Saturates at 255, which is more than
+    /// `FAREWELL`.
+    written_late: u8,
+    /// Shows whether the connection is idle, when a listener needs its file descriptor.
+    activity: Activity,
+    linger: Option<Linger<I>>,
+    /// 0 for the accepted IO. The IO that a handshake returns, such as a TLS stream, is the next layer,
+    /// and shares the connection entry.
+    layer: u8,
+    // Declared after the IO, so that the socket is closed before the entry is removed.
+    guard: EntryGuard,
+}
+
+/// The state of the peer, as far as reads and writes show it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Peer {
+    Open,
+    /// The peer has closed its writing side.
+    Finished,
+    /// A read or a write has failed, so the drop does not wait for the peer.
+    Gone,
+}
+
+impl<I: 'static> Drop for GracefulIo<I> {
+    fn drop(&mut self) {
+        let Some(io) = self.io.take() else { return };
+        let is_top = self.is_top();
+        let entry = &self.guard.entry;
+        if is_top && entry.flags.has(LOOKED_AT) {
+            requests::end(entry);
+        }
+        if is_top && entry.flags.has(UPGRADES) {
+            entry.owner.upgraded.ended(entry.number());
+        }
+        if is_top && entry.sniffer.is_unanswered() {
+            self.guard.half_closed();
+        }
+        let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();
+        let entry = &self.guard.entry;
+        if self.layer > 0 {
+            // The lowest layer closes the connection when it is dropped, and needs these flags then.
+            if is_top {
+                let upgraded = self.written == Written::Upgrade;
+                let upgraded = if upgraded { UPGRADED } else { 0 };
+                entry
+                    .flags
+                    .set(upgraded | if request { BODILESS } else { 0 });
+            }
+            return;
+        }
+        let directive = entry.state.directive();
+        if directive == Directive::Cut {
+            let left = tcp(&io).and_then(unacknowledged).unwrap_or(0);
+            if left > FAREWELL || entry.flags.has(RESPONDED) {
+                entry.undelivered.store(left, Ordering::Relaxed);
+            }
+            // The peer must not take a partial response for a complete one.
+            if entry.state.is_cut_short() {
+                reset(&io);
+            }
+            return;
+        }
+        // While serving, a peer that has closed first waits for nothing more.
+        let leaves = match self.peer {
+            Peer::Open => false,
+            Peer::Finished => directive == Directive::Stay,
+            Peer::Gone => true,
+        };
+        if leaves || self.written == Written::Nothing {
+            return;
+        }
+        if let Some(linger) = self.linger {
+            let last = if is_top {
+                Last {
+                    written: self.written,
+                    request,
+                }
+            } else {
+                Last {
+                    written: if entry.flags.has(UPGRADED) {
+                        Written::Upgrade
+                    } else {
+                        self.written
+                    },
+                    request: entry.flags.has(BODILESS),
+                }
+            };
+            linger(io, last, self.guard.hand_over());
+        }
+    }
+}
+
+/// Closes the connection of a dropped `GracefulIo`.
+pub(super) type Linger<I> = fn(I, Last, EntryGuard);
+
+/// Unwraps the IO, which is present until its wrapper is dropped.
+#[inline]
+fn present<T>(io: Option<T>) -> T {
+    match io {
+        Some(io) => io,
+        None => unreachable!("it is taken by the drop of its wrapper alone"),
+    }
+}
+
+impl<I: 'static> GracefulIo<I> {
+    /// `linger` closes the connection after the drop. Without it the IO is only dropped.
+    pub(super) fn new(
+        graceful: &Graceful,
+        io: I,
+        address: Option<SocketAddr>,
+        linger: Option<Linger<I>>,
+    ) -> Self {
+        send_queue::prepare();
+        let shared = graceful.shared();
+        let entry = shared.connections.insert(shared.clone(), address);
+        shared.mark_served();
+        Self::with_entry(io, linger, 0, EntryGuard { entry })
+    }
+
+    fn with_entry(io: I, linger: Option<Linger<I>>, layer: u8, guard: EntryGuard) -> Self {
+        Self {
+            io: Some(io),
+            waker: RegisteredWaker::default(),
+            peer: Peer::Open,
+            written: Written::Nothing,
+            blocked: false,
+            heads: Heads::default(),
+            written_late: 0,
+            activity: Activity::default(),
+            linger,
+            layer,
+            guard,
+        }
+    }
+
+    /// Whether this is the topmost layer, which the server reads and writes.
+    #[inline]
+    fn is_top(&self) -> bool {
+        self.guard.entry.sniffer.layer() == self.layer
+    }
+
+    /// The peer's address, as in the [report](crate::Report::connections_cut). It is the address that was
+    /// [set](Self::set_peer) last. Otherwise it is the remote address of a tracked `TcpStream`, or the
+    /// address that a listener returned, if that is a `SocketAddr`.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.guard.entry.peer()
+    }
+
+    /// Sets the peer's address for the report. Use it for IO that wraps a `TcpStream`, or behind a proxy
+    /// that sends the address of its client.
+    ///
+    /// Inside a [handshake](crate::HandshakeExt::handshakes) it also sets the address that the listener
+    /// returns, and so `ConnectInfo<SocketAddr>`.
+    pub fn set_peer(&self, peer: SocketAddr) {
+        let entry = &self.guard.entry;
+        entry.owner.connections.rename(entry, peer);
+    }
+
+    /// Sets the peer's address and returns the connection, to be chained to [`Graceful::track`].
+    ///
+    /// ```
+    /// # use std::net::SocketAddr;
+    /// # use tower_graceful::{Graceful, GracefulIo};
+    /// # use tokio::io::DuplexStream;
+    /// # fn accepted(stream: DuplexStream, peer: SocketAddr, graceful: &Graceful) -> GracefulIo<DuplexStream> {
+    /// graceful.track(stream).with_peer(peer)
+    /// # }
+    /// ```
+    #[must_use = "dropping the returned IO closes the connection"]
+    pub fn with_peer(self, peer: SocketAddr) -> Self {
+        self.set_peer(peer);
+        self
+    }
+
+    /// The wrapped IO.
+    pub fn get_ref(&self) -> &I {
+        present(self.io.as_ref())
+    }
+
+    /// The wrapped IO. The cut does not affect direct reads and writes on it.
+    pub fn get_mut(&mut self) -> &mut I {
+        present(self.io.as_mut())
+    }
+}
+
+impl<I: fmt::Debug + 'static> fmt::Debug for GracefulIo<I> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GracefulIo")
+            .field("io", self.get_ref())
+            .field(
+                "cut",
+                &(self.guard.entry.state.directive() == Directive::Cut),
+            )
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,259 @@
+//! Reads and writes of the tracked IO: what each records, and what it refuses after the cut.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{GracefulIo, Peer, present};
+use crate::{
+    connection::{
+        state::{Directive, WakerSlot},
+        table::{BUSY, HANDSHAKE, LOOKED_AT, RESPONDED},
+    },
+    phase::Phase,
+    server::{
+        linger::{FAREWELL, Written},
+        requests,
+        send_queue::unacknowledged,
+        socket::{read_now, tcp},
+    },
+};
+
+/// The beginning of a response after which the connection no longer speaks HTTP/1.
+const SWITCHING_PROTOCOLS: &[u8] = b"HTTP/1.1 101";
+
+#[cold]
+fn cut() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::ConnectionAborted,
+        "the connection was cut, because the time to shut down is over",
+    )
+}
+
+impl<I: 'static> GracefulIo<I> {
+    /// Called before each poll of the wrapped IO. Registers the waker of the task, so that the cut wakes
+    /// it. Fails if the connection has been cut, or has expired.
+    #[inline]
+    fn enter(&mut self, slot: WakerSlot, cx: &Context<'_>) -> io::Result<Directive> {
+        if self.layer > 0 {
+            return self.enter_above();
+        }
+        let directive = self.guard.entry.state.enter(&mut self.waker, slot, cx);
+        // Only reads expire: a write may belong to a response.
+        let expires = || slot == WakerSlot::Read && self.expires();
+        if directive >= Directive::Expire && (directive == Directive::Cut || expires()) {
+            self.peer = Peer::Gone;
+            return Err(cut());
+        }
+        Ok(directive)
+    }
+
+    /// As `enter`, for a layer above a handshake. The lowest layer registers the wakers when the TLS stream
+    /// or other IO in between polls it.
+    fn enter_above(&mut self) -> io::Result<Directive> {
+        let directive = self.guard.entry.state.directive();
+        if directive == Directive::Cut {
+            self.peer = Peer::Gone;
+            return Err(cut());
+        }
+        Ok(directive)
+    }
+
+    /// Whether a connection that was instructed to close a while ago can be closed now: no request is in
+    /// flight on it, and the peer has acknowledged what was sent.
+    #[cold]
+    fn expires(&self) -> bool {
+        let entry = &self.guard.entry;
+        let in_flight = if entry.sniffer.is_http2() {
+            entry.may_have_streams()
+        } else if !self.is_top() {
+            entry.flags.has(BUSY)
+        } else {
+            // Idle HTTP/1 connections have already closed. So this connection was upgraded, or its first
+            // request is running, or its first head is incomplete.
+            self.written > Written::Nothing || self.heads.first_is_whole()
+        };
+        let responded = entry.flags.has(RESPONDED);
+        let owes = match self.io.as_ref().and_then(tcp).and_then(unacknowledged) {
+            Some(left) => left > if responded { 0 } else { FAREWELL },
+            None => responded,
+        };
+        // Without `linger` the IO is no socket, and its protocol is unknown.
+        self.linger.is_some() && !in_flight && !owes && !self.blocked
+    }
+
+    #[cold]
+    fn wrote_while_stopping(&mut self, bytes: usize) {
+        if self.guard.entry.flags.has(HANDSHAKE) {
+            return;
+        }
+        let bytes = u8::try_from(bytes).unwrap_or(u8::MAX);
+        self.written_late = self.written_late.saturating_add(bytes);
+        if self.guard.entry.sniffer.is_http1() || u32::from(self.written_late) > FAREWELL {
+            self.guard.entry.flags.set(RESPONDED);
+        }
+    }
+
+    /// Writes, and records the result. `head` is the beginning of the bytes.
+    #[inline]
+    fn poll_writing(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        head: &[u8],
+        write: impl FnOnce(Pin<&mut I>, &mut Context<'_>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>>
+    where
+        I: Unpin,
+    {
+        let this = &mut *self;
+        let is_top = this.is_top();
+        if is_top {
+            this.guard.entry.sniffer.note_write();
+        }
+        let directive = this.enter(WakerSlot::Write, cx)?;
+        if is_top && this.guard.entry.flags.has(LOOKED_AT) {
+            // Before the write, because the client may send the next request right after it.
+            requests::wrote(&this.guard.entry, head);
+        }
+        let result = write(Pin::new(this.get_mut()), cx);
+        let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
+        this.activity.wrote(upgrades, result.is_ready());
+        this.blocked = result.is_pending();
+        match &result {
+            Poll::Ready(Ok(bytes)) => {
+                let written = if upgrades {
+                    if is_top {
+                        this.guard.entry.upgraded();
+                    }
+                    Written::Upgrade
+                } else {
+                    Written::Something
+                };
+                this.written = this.written.max(written);
+                this.heads.wrote();
+                if this.layer > 0 && is_top {
+                    this.guard.entry.flags.set(BUSY);
+                }
+                if directive > Directive::Stay && is_top {
+                    this.wrote_while_stopping(*bytes);
+                }
+            }
+            Poll::Ready(Err(_)) => this.peer = Peer::Gone,
+            Poll::Pending => {}
+        }
+        result
+    }
+}
+
+impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let directive = this.enter(WakerSlot::Read, cx)?;
+        let before = buf.filled().len();
+        let room = buf.remaining() > 0;
+        let is_top = this.is_top();
+        let entry = &this.guard.entry;
+        if is_top && entry.sniffer.has_kept() {
+            entry.sniffer.hand_on(buf);
+            return Poll::Ready(Ok(()));
+        }
+        let io = present(this.io.as_mut());
+        let mut result = Pin::new(&mut *io).poll_read(cx, buf);
+        if result.is_pending() && directive >= Directive::Close {
+            result = read_now(io, buf);
+        }
+        let read = &buf.filled()[before..];
+        if !read.is_empty() {
+            if directive > Directive::Stay {
+                entry.read_while_stopping(directive);
+            }
+            if !is_top {
+                return result;
+            }
+            this.activity.read(read);
+            if entry.flags.has(LOOKED_AT) {
+                requests::read(entry, read);
+            }
+            this.heads.last(read);
+            if this.written == Written::Nothing {
+                this.heads.first(read);
+                if this.layer > 0 && this.heads.first_is_whole() {
+                    entry.flags.set(BUSY);
+                }
+            }
+            let lets_in = || directive == Directive::Stay || entry.owner.phase() < Phase::Draining;
+            let kept = entry.sniffer.note(read, lets_in);
+            if kept > 0 {
+                let passed = buf.filled().len() - kept;
+                buf.set_filled(passed);
+            }
+            if entry.sniffer.is_refused() {
+                // The server must not read a frame.
+                buf.set_filled(before);
+                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+            }
+            return result;
+        }
+        match &result {
+            Poll::Pending if is_top => {
+                entry.sniffer.note_nothing();
+                if this.activity.is_idle(&entry.owner) {
+                    // Reports the end of the stream, so that the server closes the connection.
+                    return Poll::Ready(Ok(()));
+                }
+            }
+            Poll::Ready(Ok(())) if room => {
+                this.peer = Peer::Finished;
+                if is_top {
+                    entry.sniffer.note_end();
+                }
+            }
+            Poll::Pending | Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(_)) => this.peer = Peer::Gone,
+        }
+        result
+    }
+}
+
+impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_writing(cx, buf, |io, cx| io.poll_write(cx, buf))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.enter(WakerSlot::Write, cx)?;
+        let result = Pin::new(present(self.io.as_mut())).poll_flush(cx);
+        self.activity.flushed(result.is_ready());
+        result
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.enter(WakerSlot::Write, cx)?;
+        Pin::new(present(self.io.as_mut())).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let head = bufs.first().map_or(&[][..], |head| head);
+        self.poll_writing(cx, head, |io, cx| io.poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.get_ref().is_write_vectored()
+    }
+}

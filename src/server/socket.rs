@@ -1,0 +1,53 @@
+//! What tracked IO does with a socket of tokio, if it is one.
+
+use std::{
+    any::Any,
+    io::{self, Read},
+    task::Poll,
+    time::Duration,
+};
+
+use socket2::SockRef;
+#[cfg(unix)]
+use tokio::net::UnixStream;
+use tokio::{io::ReadBuf, net::TcpStream};
+
+pub(super) fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
+    (io as &dyn Any).downcast_ref()
+}
+
+/// Reads from the operating system directly, after the runtime has reported that there is nothing to
+/// read.
+///
+/// A busy runtime may not have polled the operating system for milliseconds. An idle HTTP/1 connection
+/// that is instructed to close is closed after this read, and a request that the read misses is lost.
+pub(super) fn read_now<I: 'static>(io: &I, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    let Some(tcp) = tcp(io) else {
+        return Poll::Pending;
+    };
+    let read = (&*SockRef::from(tcp)).read(buf.initialize_unfilled());
+    match read {
+        Ok(read) => {
+            buf.advance(read);
+            Poll::Ready(Ok(()))
+        }
+        // The runtime reports a lasting error at the next poll.
+        Err(_) => Poll::Pending,
+    }
+}
+
+/// Makes the drop of a TCP connection reset it.
+pub(super) fn reset<I: 'static>(io: &I) {
+    if let Some(tcp) = tcp(io) {
+        let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
+    }
+}
+
+/// Whether `io` is a `TcpStream` or `UnixStream` of tokio.
+pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
+    #[cfg(unix)]
+    if (io as &dyn Any).is::<UnixStream>() {
+        return true;
+    }
+    tcp(io).is_some()
+}
