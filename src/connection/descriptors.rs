@@ -20,10 +20,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::{
-    shutdown::Shared,
-    sync::{AtomicU32, Ordering, lock},
-};
+use crate::sync::{AtomicU32, Ordering, lock};
 
 /// The most connections accepted from one queue. More than an accept queue holds with usual
 /// settings; a bound, because clients may refill the queue.
@@ -321,15 +318,21 @@ impl Activity {
         };
     }
 
-    /// Whether the connection is certainly idle. Called when there is nothing to read.
+    /// Whether the connection is certainly idle. Called when there is nothing to read. `in_flight` counts
+    /// the requests of the whole service.
     #[inline]
-    pub(crate) fn is_idle(&mut self, shared: &Shared) -> bool {
-        let round = shared.starved.round.load(Ordering::Relaxed);
-        round != 0 && self.is_idle_in(round, shared)
+    pub(crate) fn is_idle(&mut self, starved: &Starved, in_flight: impl FnOnce() -> usize) -> bool {
+        let round = starved.round.load(Ordering::Relaxed);
+        round != 0 && self.is_idle_in(round, starved, in_flight)
     }
 
     #[cold]
-    fn is_idle_in(&mut self, round: u32, shared: &Shared) -> bool {
+    fn is_idle_in(
+        &mut self,
+        round: u32,
+        starved: &Starved,
+        in_flight: impl FnOnce() -> usize,
+    ) -> bool {
         let round = (round % 255) as u8;
         if self.quiet == 0 {
             self.quiet = round + 1;
@@ -341,7 +344,7 @@ impl Activity {
         match self.state {
             State::Silent => true,
             // Without a layer no request is counted.
-            State::Answered => shared.starved.layered.get().is_some() && shared.in_flight() == 0,
+            State::Answered => starved.layered.get().is_some() && in_flight() == 0,
             State::Asked | State::Unsent | State::Other => false,
         }
     }
@@ -375,7 +378,7 @@ mod tests {
         let looks = (first + 1..=first + 1 + rounds).map(|round| {
             lock!(shared.starved.waits).rounds = round;
             shared.starved.round.store(round, Ordering::Relaxed);
-            activity.is_idle(shared)
+            activity.is_idle(&shared.starved, || shared.in_flight())
         });
         looks.last().unwrap()
     }
@@ -465,7 +468,8 @@ mod tests {
     fn nothing_is_idle_while_no_listener_waits() {
         let graceful = Graceful::new();
         let mut activity = after(&[]);
-        assert!((0..9).all(|_| !activity.is_idle(graceful.shared())));
+        let shared = graceful.shared();
+        assert!((0..9).all(|_| !activity.is_idle(&shared.starved, || shared.in_flight())));
     }
 
     #[test]

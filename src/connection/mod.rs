@@ -13,6 +13,7 @@
 #[cfg_attr(not(feature = "axum"), allow(dead_code))]
 pub(crate) mod descriptors;
 pub(crate) mod outside;
+pub(crate) mod requests;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
 pub(crate) mod sniffer;
 pub(crate) mod stagger;

@@ -29,15 +29,12 @@
 //! - On a server other than [`serve`](crate::Graceful::serve): everything but HTTP/1 without TLS,
 //!   because there only the bytes of the connection are known.
 
-use std::{net::SocketAddr, num::NonZeroU32, sync::Mutex, time::Duration};
+use std::{num::NonZeroU32, sync::Mutex, time::Duration};
 
-use http::{Method, StatusCode};
 use tokio::time::Instant;
 
 use crate::{
-    phase::Phase,
     report::{OutsideLayer, Warning},
-    shutdown::Shared,
     sync::{AtomicUsize, Ordering::Relaxed, lock},
 };
 
@@ -99,6 +96,56 @@ impl Outside {
         self.probed.fetch_add(1, Relaxed);
     }
 
+    /// The number of requests that probes have answered.
+    pub(crate) fn probes(&self) -> usize {
+        self.probed.load(Relaxed)
+    }
+
+    /// Opens a window, unless another one is open that may have a result. `noise`: the number of requests
+    /// that were answered without an admission. `served`: the server is one of `serve`.
+    pub(crate) fn open(
+        &self,
+        request: impl FnOnce() -> OutsideLayer,
+        noise: usize,
+        served: bool,
+        has_admitted: impl FnOnce() -> bool,
+        clear_admitted: impl FnOnce(),
+    ) -> Option<Window> {
+        let now = Instant::now();
+        let mut state = lock!(self.state);
+        let open = state.open.as_ref();
+        let open = open.is_some_and(|open| now.saturating_duration_since(open.since) < OPEN);
+        // A window in which another request was admitted has no result, and is replaced.
+        if state.warned || open && !has_admitted() {
+            return None;
+        }
+        state.window = state.window.wrapping_add(1).max(1);
+        clear_admitted();
+        state.open = Some(Open {
+            since: now,
+            request: request(),
+            served,
+            noise,
+        });
+        NonZeroU32::new(state.window).map(Window)
+    }
+
+    /// Closes a window. `is_unseen` says, from the noise at its start, whether the layer has not seen the
+    /// request.
+    pub(crate) fn close(&self, window: Window, is_unseen: impl FnOnce(usize) -> bool) {
+        let mut state = lock!(self.state);
+        if state.window != window.0.get() {
+            return;
+        }
+        let Some(open) = state.open.take() else {
+            return;
+        };
+        if state.request.is_none() && is_unseen(open.noise) {
+            state.request = Some(open.request);
+            state.served = open.served;
+        }
+    }
+
     /// The warning that is due, at most once. `certain`: later requests cannot change it.
     pub(crate) fn warning(
         &self,
@@ -125,92 +172,6 @@ impl Outside {
 }
 
 /// A check whether the layer sees a request. Only a number, because one is kept with each watched
-/// request; the details are in the lifecycle.
+/// request; the details are in [`Outside`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Window(NonZeroU32);
-
-impl Window {
-    /// Opens a window for a request that has arrived. Returns `None` if the layer need not see this
-    /// request, or if another window is open. `served`: on a server of `serve`.
-    #[cold]
-    pub(crate) fn open(
-        shared: &Shared,
-        method: &Method,
-        path: &str,
-        peer: Option<SocketAddr>,
-        served: bool,
-    ) -> Option<Self> {
-        let others = [Method::OPTIONS, Method::CONNECT, Method::TRACE];
-        // Compares the end of the path: a router inside `nest` sees, and exempts, the path without
-        // the prefix.
-        let mut exempt = shared.policy.exempt.iter();
-        if shared.phase() >= Phase::Draining
-            || others.contains(method)
-            || exempt.any(|exempt| path.ends_with(&**exempt))
-        {
-            return None;
-        }
-        let now = Instant::now();
-        let mut state = lock!(shared.outside.state);
-        let open = state.open.as_ref();
-        let open = open.is_some_and(|open| now.saturating_duration_since(open.since) < OPEN);
-        // A window in which another request was admitted has no result, and is replaced.
-        if state.warned || open && !shared.has_admitted() {
-            return None;
-        }
-        state.window = state.window.wrapping_add(1).max(1);
-        shared.clear_admitted();
-        state.open = Some(Open {
-            since: now,
-            request: OutsideLayer {
-                method: method.clone(),
-                path: path.to_owned(),
-                peer,
-            },
-            served,
-            noise: noise(shared),
-        });
-        NonZeroU32::new(state.window).map(Self)
-    }
-
-    /// Closes the window when the response goes out, and records the result.
-    #[cold]
-    pub(crate) fn answered(self, shared: &Shared, status: StatusCode) {
-        let succeeds = status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS;
-        {
-            let mut state = lock!(shared.outside.state);
-            let Some(open) = self.take(&mut state) else {
-                return;
-            };
-            if succeeds
-                && state.request.is_none()
-                && !shared.has_admitted()
-                && open.noise == noise(shared)
-                && shared.phase() < Phase::Draining
-            {
-                state.request = Some(open.request);
-                state.served = open.served;
-            }
-        }
-        shared.warn_of_outside();
-    }
-
-    /// Closes the window of a request without a response, or with one that proves nothing.
-    #[cold]
-    pub(crate) fn close(self, shared: &Shared) {
-        let closed = self.take(&mut lock!(shared.outside.state));
-        drop(closed);
-    }
-
-    /// The details of this window, unless it was replaced.
-    fn take(self, state: &mut State) -> Option<Open> {
-        (state.window == self.0.get()).then(|| state.open.take())?
-    }
-}
-
-/// The number of requests that were answered without an admission: by probes, or with a refusal by
-/// the layer.
-fn noise(shared: &Shared) -> usize {
-    let refusals = shared.refusals();
-    shared.outside.probed.load(Relaxed) + refusals.draining + refusals.full
-}

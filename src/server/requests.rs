@@ -6,17 +6,13 @@
 //! then as long as each read was one whole request without a body. After any other read the connection
 //! is no longer inspected.
 
-use std::{collections::HashMap, sync::Mutex};
-
 use http::{Method, StatusCode};
 
 use super::ConnectionEntry;
-use crate::{
-    connection::{
-        outside::Window,
-        table::{LOOKED_AT, UPGRADES, WATCHED},
-    },
-    sync::lock,
+use crate::connection::{
+    outside::Window,
+    requests::{Known, is_http1, parse},
+    table::{LOOKED_AT, UPGRADES, WATCHED},
 };
 
 /// The longest request head that is inspected, in bytes.
@@ -24,23 +20,6 @@ const MOST_BYTES: usize = 8 * 1024;
 
 /// The number of requests that are inspected on one connection.
 const MOST_REQUESTS: u8 = 32;
-
-/// The request table: what is known about the requests of each [inspected](LOOKED_AT) connection. It is
-/// apart from the connection entries, because few connections have a request that is being inspected at a time.
-#[derive(Default)]
-pub(crate) struct Requests(Mutex<HashMap<usize, Box<Known>>>);
-
-#[derive(Default)]
-struct Known {
-    /// The part that has been read of an incomplete head.
-    head: Vec<u8>,
-    /// A request has been read, and its response has not been written.
-    asked: bool,
-    /// After the response, the next read begins with another request.
-    another: bool,
-    requests: u8,
-    window: Option<Window>,
-}
 
 /// Inspects bytes that were read.
 #[cold]
@@ -59,11 +38,11 @@ pub(super) fn wrote(entry: &ConnectionEntry, written: &[u8]) {
 /// Calls `look` with what is known about the connection. If `look` returns false, the connection is no
 /// longer inspected.
 fn look(entry: &ConnectionEntry, look: impl FnOnce(&mut Known) -> bool) {
-    let requests = &entry.owner.requests.0;
+    let requests = &entry.owner.requests;
     // `look` may log, so the lock is not held.
-    let mut known = lock!(requests).remove(&entry.number()).unwrap_or_default();
+    let mut known = requests.take(entry.number()).unwrap_or_default();
     if look(&mut known) {
-        lock!(requests).insert(entry.number(), known);
+        requests.put(entry.number(), known);
     } else {
         known.end(entry);
         entry.flags.take(LOOKED_AT);
@@ -73,8 +52,7 @@ fn look(entry: &ConnectionEntry, look: impl FnOnce(&mut Known) -> bool) {
 /// Removes a connection that was dropped, or is no longer inspected.
 #[cold]
 pub(super) fn end(entry: &ConnectionEntry) {
-    let known = lock!(entry.owner.requests.0).remove(&entry.number());
-    if let Some(known) = known {
+    if let Some(known) = entry.owner.requests.take(entry.number()) {
         known.end(entry);
     }
 }
@@ -151,23 +129,4 @@ impl Known {
             window.close(&entry.owner);
         }
     }
-}
-
-/// Whether these bytes may be the beginning of an HTTP/1 request.
-fn is_http1(head: &[u8]) -> bool {
-    let line = head.split(|byte| *byte == b'\r').next().unwrap_or(head);
-    let method = line.split(|byte| *byte == b' ').next().unwrap_or(line);
-    method.len() <= "CONNECT".len() && method.iter().all(u8::is_ascii_uppercase)
-}
-
-/// The method, the path and the header fields of a head.
-fn parse(head: &[u8]) -> Option<(Method, &str, impl Iterator<Item = &str>)> {
-    let mut lines = std::str::from_utf8(head).ok()?.split("\r\n");
-    let mut request = lines.next()?.split(' ');
-    let (method, target, version) = (request.next()?, request.next()?, request.next()?);
-    if request.next().is_some() || !matches!(version, "HTTP/1.1" | "HTTP/1.0") {
-        return None;
-    }
-    let path = target.split(['?', '#']).next()?;
-    Some((Method::from_bytes(method.as_bytes()).ok()?, path, lines))
 }

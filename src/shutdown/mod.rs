@@ -24,6 +24,7 @@ pub(crate) mod step;
 #[cfg(all(test, feature = "axum", feature = "signal", not(tower_graceful_loom)))]
 mod tests;
 mod warn;
+mod window;
 
 use std::{
     sync::{
@@ -57,6 +58,7 @@ use crate::{
     connection::{
         descriptors::Starved,
         outside::Outside,
+        requests::Requests,
         stagger::{Place, SLOT_REACHED},
         state::Directive,
         table::{ConnectionTable, Pieces},
@@ -66,7 +68,6 @@ use crate::{
     events::{self, Event, Origin, Transition},
     phase::Phase,
     report::{Report, Trigger, Warning, request_table::RequestTable},
-    server::requests::Requests,
     sync::lock,
     tasks::table::Work,
     waiting::waiters::{Moment, Waiters},

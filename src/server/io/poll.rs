@@ -205,7 +205,8 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         match &result {
             Poll::Pending if is_top => {
                 entry.sniffer.note_nothing();
-                if this.activity.is_idle(&entry.owner) {
+                let owner = &entry.owner;
+                if this.activity.is_idle(&owner.starved, || owner.in_flight()) {
                     // Reports the end of the stream, so that the server closes the connection.
                     return Poll::Ready(Ok(()));
                 }
