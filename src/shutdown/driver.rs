@@ -17,15 +17,23 @@
 //! runtime spawns a new driver there. Tasks that can no longer be run are reported as not run or
 //! cut.
 
-use std::{future::pending, sync::Arc};
+use std::{
+    future::pending,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
-use tokio::{sync::oneshot, time};
+use tokio::{
+    runtime,
+    sync::oneshot,
+    time::{self, Instant},
+};
 
-use super::{Shared, WeakShared};
-use crate::control::DriverWaker;
+use super::{Shared, WeakShared, state::Clock};
+use crate::control::{DriverWaker, clock};
 
 /// Sleeps until the next step is due, and takes it, until the service has stopped.
-pub(super) struct Driver {
+struct Driver {
     gate: WeakShared,
     waker: Arc<DriverWaker>,
     /// The driver has been polled at least once.
@@ -33,7 +41,7 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    pub(super) fn new(gate: WeakShared, waker: Arc<DriverWaker>) -> Self {
+    fn new(gate: WeakShared, waker: Arc<DriverWaker>) -> Self {
         Self {
             gate,
             waker,
@@ -43,7 +51,7 @@ impl Driver {
 
     /// Waits until a stop passes it the lifecycle, and then drives the stop. Ends at once if the
     /// lifecycle is dropped first.
-    pub(super) async fn run(mut self, mut started: oneshot::Receiver<Shared>) {
+    async fn run(mut self, mut started: oneshot::Receiver<Shared>) {
         self.ran = true;
         let gate = loop {
             tokio::select! {
@@ -100,5 +108,98 @@ impl Drop for Driver {
         if let Some(gate) = self.gate.upgrade() {
             gate.driver_ended(self.ran);
         }
+    }
+}
+
+impl Shared {
+    /// Spawns a driver if there is none and the caller is inside a runtime. Starts it if a stop is
+    /// under way.
+    pub(crate) fn drive(&self) {
+        self.spawn_driver();
+        self.start_driver();
+    }
+
+    pub(super) fn spawn_driver(&self) {
+        let Ok(runtime) = runtime::Handle::try_current() else {
+            return;
+        };
+        let clock = clock_here();
+        let (start, started) = oneshot::channel();
+        {
+            let mut state = self.state();
+            if clock == Clock::Tokio && state.driven {
+                // The clock was paused after the driver had been spawned.
+                state.clock = clock;
+            }
+            if state.driven || state.report.is_some() {
+                return;
+            }
+            state.driven = true;
+            self.driven.store(true, Ordering::Release);
+            state.clock = clock;
+            state.driver_gone = None;
+            state.start = Some(start);
+        }
+        let driver = Driver::new(self.downgrade(), Arc::clone(&self.driver_waker));
+        // `sleep` panics if the runtime has no timers. Here the panic reaches the caller. In the
+        // driver task it would stay unnoticed.
+        drop(time::sleep(Duration::ZERO));
+        // After the lock is released: a runtime that is shutting down drops the driver here, which
+        // calls `driver_ended`.
+        drop(runtime.spawn(driver.run(started)));
+    }
+
+    /// Records that the driver has ended, because its runtime has shut down or because nothing is
+    /// left to do. `ran` is false if the runtime dropped it before its first poll.
+    fn driver_ended(&self, ran: bool) {
+        {
+            let mut state = self.state();
+            state.driven = false;
+            self.driven.store(false, Ordering::Release);
+            state.clock = Clock::Real;
+            if state.report.is_some() {
+                return;
+            }
+            if ran {
+                state.driver_gone = Some(Instant::now());
+            }
+        }
+        if ran {
+            // One of the waiting tasks may run in another runtime, and spawns a driver there.
+            self.waiters.wake_all();
+        }
+        self.change(|_, _| ());
+    }
+
+    /// Passes the lifecycle to the driver if a stop is under way. The driver then keeps it alive,
+    /// so that the stop completes even if every handle is dropped.
+    pub(super) fn start_driver(&self) {
+        let start = {
+            let mut state = self.state();
+            if state.shutdown.is_none() {
+                return;
+            }
+            state.start.take()
+        };
+        if let Some(start) = start {
+            // If the driver has ended, `send` returns the lifecycle, and it is dropped here.
+            drop(start.send(self.clone()));
+        }
+    }
+
+    /// Takes every step that is due. Called by the driver. Returns when to check again, if ever.
+    fn tick(&self) -> Option<Instant> {
+        let clock = clock_here();
+        #[cfg(feature = "signal")]
+        self.act_on_signals();
+        self.step(|state, _| state.clock = clock)
+    }
+}
+
+fn clock_here() -> Clock {
+    if clock::is_real() {
+        Clock::Real
+    } else {
+        Clock::Tokio
     }
 }

@@ -9,16 +9,17 @@ use std::{
 use tokio::time::{Duration, Instant, sleep_until};
 
 use super::{
-    Directive, Phase, Shared, Trigger,
+    Shared,
     state::{ClosingStage, ServerEnd},
 };
 use crate::{
     connection::{
-        state::{RegisteredWaker, WakerSlot},
+        state::{Directive, RegisteredWaker, WakerSlot},
         table::{CLOSE_NOTICED, ConnectionEntry, OWNED},
     },
     handle::{builder::GracefulBuilder, graceful::Graceful},
-    report::Outcome,
+    phase::Phase,
+    report::{Outcome, Trigger},
 };
 
 const fn ms(ms: u64) -> Duration {

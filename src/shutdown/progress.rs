@@ -1,0 +1,108 @@
+//! What a stop waits for: in the log while it drains, and in the watchdog's last words.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Shared, state::State};
+#[cfg(all(unix, feature = "signal"))]
+use crate::phase::Phase;
+use crate::{
+    config::plan::instant_after,
+    events::{self, Event, Transition},
+};
+
+/// How often a drain logs what it waits for.
+const PROGRESS: Duration = Duration::from_secs(2);
+
+impl Shared {
+    /// Adds the transitions to the log, and from time to time what the drain waits for. Returns
+    /// when to check again.
+    pub(super) fn note_progress(
+        &self,
+        state: &mut State,
+        next: Option<Instant>,
+        now: Instant,
+        transitions: &mut Vec<Transition>,
+    ) -> Option<Instant> {
+        let events = transitions.drain(..).map(Event::Transition);
+        state.events.extend(events);
+        let (next, since) = (next?, state.draining_since());
+        let Some(since) = since else {
+            return Some(next);
+        };
+        let at = *state
+            .progress_at
+            .get_or_insert_with(|| instant_after(since, PROGRESS));
+        if now < at {
+            return Some(next.min(at));
+        }
+        let phase = self.phase();
+        let ends = state.shutdown.as_ref().and_then(|it| it.ends(phase));
+        if let Some(ends) = ends {
+            let mut oldest = self.request_table.list(now);
+            oldest.truncate(3);
+            state.events.push(Event::Progress(events::Progress {
+                phase,
+                in_flight: self.in_flight(),
+                connections: self.connections.len(),
+                time_left: ends.saturating_duration_since(now),
+                oldest,
+            }));
+        }
+        let at = instant_after(now, PROGRESS);
+        state.progress_at = Some(at);
+        Some(next.min(at))
+    }
+
+    /// Whether nothing is left that the stop waited for. The tasks of a runtime that is gone have
+    /// ended.
+    #[cfg(feature = "signal")]
+    pub(super) fn has_ended(&self, runtime_gone: bool) -> bool {
+        let workless = || {
+            let tasks = self.work.tasks();
+            let mut tasks = tasks.iter();
+            runtime_gone || tasks.all(|it| it.began.is_none() || it.ended.is_some())
+        };
+        self.in_flight() == 0 && self.connections.len() == 0 && workless()
+    }
+
+    /// The watchdog's message if the grace period is over and the service has not stopped, or work
+    /// that it has given up has not ended.
+    #[cfg(all(unix, feature = "signal"))]
+    pub(super) fn describe_end(&self) -> Option<String> {
+        let runtime_gone = self.state().driver_gone.is_some();
+        if self.phase() == Phase::Stopped && self.has_ended(runtime_gone) {
+            return None;
+        }
+        let now = Instant::now();
+        let mut text = format!(
+            "shutdown: the grace period is over, and the service is {}: in flight {}, connections \
+             {}; ended by the watchdog",
+            self.phase(),
+            self.in_flight(),
+            self.connections.len(),
+        );
+        let requests = self
+            .request_table
+            .list(now)
+            .into_iter()
+            .map(|it| it.to_string());
+        let holds = self
+            .work
+            .list_holds(now)
+            .into_iter()
+            .map(|it| it.to_string());
+        let tasks = self
+            .work
+            .tasks()
+            .into_iter()
+            .filter(|task| task.ended.is_none());
+        let tasks = tasks.map(|task| format!("{} has not ended", task.name));
+        for entry in requests.take(3).chain(holds.take(3)).chain(tasks) {
+            text.push_str("\n  ");
+            text.push_str(&entry);
+        }
+        Some(text)
+    }
+}

@@ -1,0 +1,265 @@
+//! A pass of the timeline under the lock, and what it publishes when the lock is released.
+//!
+//! Each of the published values only moves forward, so an older update that is published late changes
+//! nothing.
+
+use std::task::Context;
+
+use tokio::{sync::watch, time::Instant};
+
+#[cfg(feature = "signal")]
+use super::WeakShared;
+use super::{
+    CONTROL, Shared,
+    state::{Clock, ClosingStage, State},
+};
+#[cfg(feature = "signal")]
+use crate::report::Trigger;
+use crate::{
+    background::shielded,
+    connection::{stagger::Place, state::Directive},
+    control::Subject,
+    events::{self, Event, Origin},
+    phase::Phase,
+    sync::lock,
+    waiting::waiters::Moment,
+};
+
+/// What a step publishes after the lock is released. Each of the published values only moves
+/// forward, so an older update that is published late changes nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Update {
+    connections: Directive,
+    /// How often connections with nothing left to wait for were told to close
+    /// ([`Directive::Expire`]).
+    expiries: u32,
+    closing_stage: ClosingStage,
+    phase: Phase,
+    waiters: Moment,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    /// A call that changes something, or the driver.
+    User,
+    /// The control thread.
+    Control,
+}
+
+impl Subject for Shared {
+    #[cfg(feature = "signal")]
+    type Weak = WeakShared;
+
+    #[cfg(feature = "signal")]
+    fn upgrade(weak: &WeakShared) -> Option<Self> {
+        weak.upgrade()
+    }
+
+    fn look(&self) -> Option<Box<dyn FnOnce() + Send>> {
+        self.driver_waker.looks();
+        self.driver_waker.wake_driver();
+        let (_, update) = self.step_by(By::Control, |_, _| ());
+        self.to_publish(update)
+    }
+
+    #[cfg(feature = "signal")]
+    fn hear(&self, trigger: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
+        {
+            let mut state = self.state();
+            if state.clock == Clock::Tokio {
+                // Only the driver can read the paused clock.
+                state.pending_signals.push(trigger);
+                drop(state);
+                self.notify();
+                return None;
+            }
+        }
+        let (_, update) = self.step_by(By::Control, |state, now| {
+            self.on_signal(state, trigger, now);
+        });
+        self.start_driver();
+        self.notify();
+        self.to_publish(update)
+    }
+
+    #[cfg(all(unix, feature = "signal"))]
+    fn describe(&self) -> Option<String> {
+        self.describe_end()
+    }
+}
+
+impl Shared {
+    /// Makes a change, takes every step that is then due, and notifies the driver.
+    pub(super) fn change(&self, change: impl FnOnce(&mut State, Instant)) {
+        self.step(change);
+        self.notify();
+    }
+
+    pub(super) fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
+        let (next, update) = self.step_by(By::User, change);
+        self.publish(update);
+        next
+    }
+
+    /// Makes a change and takes every step that is then due. Returns when to check again, and the
+    /// update that the caller must publish.
+    fn step_by(
+        &self,
+        by: By,
+        change: impl FnOnce(&mut State, Instant),
+    ) -> (Option<Instant>, Update) {
+        let now = Instant::now();
+        let origin = (by == By::User).then(Origin::here).flatten();
+        let mut transitions = Vec::new();
+        let mut state = self.state();
+        change(&mut state, now);
+        let is_real = state.clock == Clock::Real;
+        let stopping = state.shutdown.is_some() && state.report.is_none();
+        let was_engaged = if stopping && is_real {
+            self.driver_waker.engage(true)
+        } else {
+            self.driver_waker.engage(false)
+        };
+        let next = if by == By::Control && !is_real {
+            None
+        } else {
+            if stopping {
+                // Registered before the check, so that work that ends after the check notifies the
+                // driver.
+                let _ = self.poll_idle(&mut Context::from_waker(&self.idle));
+            }
+            let next = self.settle(&mut state, now, &mut transitions);
+            let next = self.note_progress(&mut state, next, now, &mut transitions);
+            self.warn_of_unheld(&mut state, next, now)
+        };
+        let ended = match next {
+            Some(next) if is_real => {
+                CONTROL.schedule(self.driver_waker.id(), self, next, state.driven);
+                None
+            }
+            _ if was_engaged || stopping && is_real => {
+                self.driver_waker.engage(false);
+                CONTROL.end(self.driver_waker.id())
+            }
+            _ => None,
+        };
+        let stopped = stopping && state.report.is_some();
+        if let (true, Some(report)) = (stopped, &state.report) {
+            let queued = report.remaining().queued;
+            if queued > 0 {
+                state.events.push(Event::QueueReset(queued));
+            }
+        }
+        #[cfg(feature = "signal")]
+        if stopped {
+            let has_ended = self.has_ended(state.driver_gone.is_some());
+            CONTROL.stopped(self.driver_waker.id(), has_ended);
+        }
+        // A service that has stopped keeps no reference to a subscriber.
+        let origin = origin.or_else(|| state.origin.take());
+        let events = std::mem::take(&mut state.events);
+        self.log.push(events, is_real, origin.as_ref());
+        let former = if stopping && !stopped {
+            std::mem::replace(&mut state.origin, origin)
+        } else {
+            origin
+        };
+        let phase = self.phase();
+        let update = Update {
+            connections: self.directive(&state),
+            expiries: state.shutdown.as_ref().map_or(0, |it| it.expiries),
+            closing_stage: state
+                .shutdown
+                .as_ref()
+                .map_or(ClosingStage::Open, |it| it.closing_stage),
+            phase,
+            waiters: self.moment(&state, now),
+        };
+        let undriven = stopped && !state.driven;
+        drop(state);
+        drop((ended, former));
+        if undriven {
+            let shared = self.clone();
+            CONTROL.aside(Box::new(move || shared.give_up_work()));
+        }
+        if by == By::Control {
+            // The log thread writes the events, because a subscriber is user code.
+            events::work();
+        }
+        (next, update)
+    }
+
+    /// The job that publishes an update of the control thread, to be run on another thread. `None`
+    /// if nothing has changed since the last one.
+    fn to_publish(&self, update: Update) -> Option<Box<dyn FnOnce() + Send>> {
+        if lock!(self.published).replace(update) == Some(update) {
+            return None;
+        }
+        let shared = self.clone();
+        Some(Box::new(move || shared.publish(update)))
+    }
+
+    /// Publishes an update to connections, servers and waiters. No lock may be held, because wakers
+    /// may call back. A panic in one of them does not keep the others from being notified.
+    fn publish(&self, update: Update) {
+        shielded(|| self.connections.instruct(update.connections));
+        if update.expiries > 1 {
+            // Connections that had something to wait for at the last check may have nothing left
+            // now.
+            shielded(|| self.connections.wake_all());
+        }
+        shielded(|| advance(&self.closing_stages, update.closing_stage));
+        shielded(|| advance(&self.phases, update.phase));
+        if update.waiters.phase > Phase::LameDuck {
+            self.waiters.notify(update.waiters);
+        }
+        self.log.write();
+    }
+
+    /// The moment up to which waiters are notified: the phase, and during a spread drain the place
+    /// in it.
+    fn moment(&self, state: &State, now: Instant) -> Moment {
+        let phase = self.phase();
+        let spreading = (phase == Phase::Draining).then(|| state.draining_since());
+        let place = spreading.flatten().map_or(Place::LAST, |since| {
+            let elapsed = now.saturating_duration_since(since);
+            Place::after(elapsed, self.policy.drain_spread)
+        });
+        Moment { phase, place }
+    }
+
+    /// The directive for all connections.
+    fn directive(&self, state: &State) -> Directive {
+        let Some(shutdown) = &state.shutdown else {
+            return Directive::Stay;
+        };
+        // A connection that is registered after the stop is cut as well.
+        if shutdown.cut.is_some() || state.report.is_some() {
+            return Directive::Cut;
+        }
+        let phase = self.phase();
+        if shutdown.expiries > 0 {
+            Directive::Expire
+        } else if shutdown.closing_stage >= ClosingStage::Connections {
+            Directive::Close
+        } else if phase >= Phase::Draining || shutdown.asks_all {
+            Directive::Leave
+        } else if phase == Phase::LameDuck && self.policy.is_spread() {
+            Directive::LeaveInSlot
+        } else if phase > Phase::Serving {
+            Directive::Stopping
+        } else {
+            Directive::Stay
+        }
+    }
+}
+
+/// Moves a watched value forward, never back. Values are published after the lock is released, so a
+/// newer value may have been published before an older one.
+fn advance<T: Ord + Copy>(watched: &watch::Sender<T>, to: T) {
+    watched.send_if_modified(|value| {
+        let moves = *value < to;
+        *value = to.max(*value);
+        moves
+    });
+}
