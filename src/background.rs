@@ -28,7 +28,7 @@ const STUCK: Duration = Duration::from_millis(20);
 
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
-pub(crate) struct Aside {
+pub(crate) struct JobThreads {
     name: &'static str,
     most_threads: usize,
     queue: Mutex<Queue>,
@@ -53,7 +53,7 @@ pub(crate) fn shielded(code: impl FnOnce()) {
     }
 }
 
-impl Aside {
+impl JobThreads {
     pub(crate) fn new(name: &'static str, most_threads: usize) -> Self {
         Self {
             name,
@@ -175,25 +175,25 @@ mod models {
     #[test]
     fn a_job_is_never_left_without_a_thread() {
         model(|| {
-            let aside = Arc::new(Aside::new("model", 1));
+            let threads = Arc::new(JobThreads::new("model", 1));
             let done = Arc::new(AtomicUsize::new(0));
-            let queue = |aside: &Arc<Aside>, done: &Arc<AtomicUsize>| {
+            let queue = |threads: &Arc<JobThreads>, done: &Arc<AtomicUsize>| {
                 let done = Arc::clone(done);
-                aside.queue(Box::new(move || {
+                threads.queue(Box::new(move || {
                     done.fetch_add(1, Ordering::Relaxed);
                 }));
-                if aside.claim() {
-                    aside.drain();
+                if threads.claim() {
+                    threads.drain();
                 }
             };
             let other = {
-                let (aside, done) = (Arc::clone(&aside), Arc::clone(&done));
-                thread::spawn(move || queue(&aside, &done))
+                let (threads, done) = (Arc::clone(&threads), Arc::clone(&done));
+                thread::spawn(move || queue(&threads, &done))
             };
-            queue(&aside, &done);
+            queue(&threads, &done);
             other.join().unwrap();
             assert_eq!(done.load(Ordering::Relaxed), 2);
-            assert_eq!(lock!(aside.queue).threads, 0);
+            assert_eq!(lock!(threads.queue).threads, 0);
         });
     }
 }
@@ -204,22 +204,22 @@ mod tests {
 
     use super::*;
 
-    fn aside(most_threads: usize) -> &'static Aside {
-        Box::leak(Box::new(Aside::new("test-aside", most_threads)))
+    fn threads(most_threads: usize) -> &'static JobThreads {
+        Box::leak(Box::new(JobThreads::new("test-jobs", most_threads)))
     }
 
-    fn run(aside: &'static Aside, job: impl FnOnce() + Send + 'static) {
-        aside.queue(Box::new(job));
-        aside.work();
+    fn run(threads: &'static JobThreads, job: impl FnOnce() + Send + 'static) {
+        threads.queue(Box::new(job));
+        threads.work();
     }
 
     #[test]
     fn jobs_of_one_thread_keep_their_order_and_a_panic_ends_one_of_them() {
-        let aside = aside(1);
+        let threads = threads(1);
         let (send, done) = mpsc::channel();
         for n in 0..100 {
             let send = send.clone();
-            run(aside, move || {
+            run(threads, move || {
                 send.send(n).unwrap();
                 if n % 10 == 0 {
                     panic::resume_unwind(Box::new("as the test wants it to"));
@@ -228,36 +228,36 @@ mod tests {
         }
         drop(send);
         assert!(done.iter().eq(0..100));
-        aside.flush(Duration::from_secs(10));
-        assert_eq!(lock!(aside.queue).threads, 0, "no thread is left");
+        threads.flush(Duration::from_secs(10));
+        assert_eq!(lock!(threads.queue).threads, 0, "no thread is left");
     }
 
     #[test]
     fn a_job_that_blocks_delays_no_other() {
-        let aside = aside(4);
+        let threads = threads(4);
         let (release, blocked) = mpsc::channel::<()>();
-        run(aside, move || {
+        run(threads, move || {
             let _ = blocked.recv();
         });
         let (send, done) = mpsc::channel();
-        run(aside, move || send.send(()).unwrap());
-        while let Some(look) = aside.relieve() {
+        run(threads, move || send.send(()).unwrap());
+        while let Some(look) = threads.relieve() {
             thread::sleep(look.saturating_duration_since(Instant::now()));
         }
         done.recv_timeout(Duration::from_secs(10)).unwrap();
         drop(release);
-        aside.flush(Duration::from_secs(10));
-        assert_eq!(lock!(aside.queue).threads, 0, "no thread is left");
+        threads.flush(Duration::from_secs(10));
+        assert_eq!(lock!(threads.queue).threads, 0, "no thread is left");
     }
 
     #[test]
     fn waiting_for_a_job_that_blocks_has_an_end() {
-        let aside = aside(1);
+        let threads = threads(1);
         let (release, blocked) = mpsc::channel::<()>();
-        run(aside, move || {
+        run(threads, move || {
             let _ = blocked.recv();
         });
-        aside.flush(Duration::from_millis(10));
+        threads.flush(Duration::from_millis(10));
         drop(release);
     }
 }

@@ -21,7 +21,7 @@ use tracing::{Dispatch, dispatcher, level_filters::LevelFilter, subscriber::NoSu
 
 #[cfg(feature = "tracing")]
 use crate::{
-    background::{Aside, shielded},
+    background::{JobThreads, shielded},
     sync::{Mutex, lock},
 };
 use crate::{
@@ -32,7 +32,7 @@ use crate::{
 };
 
 #[cfg(feature = "tracing")]
-static LOG: LazyLock<Aside> = LazyLock::new(|| Aside::new("graceful-log", 1));
+static LOG: LazyLock<JobThreads> = LazyLock::new(|| JobThreads::new("graceful-log", 1));
 
 /// A log event.
 pub(crate) enum Event {

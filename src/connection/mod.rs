@@ -12,6 +12,9 @@
 
 #[cfg_attr(not(feature = "axum"), allow(dead_code))]
 pub(crate) mod descriptors;
+pub(crate) mod directive;
+pub(crate) mod entry;
+pub(crate) mod flags;
 pub(crate) mod outside;
 pub(crate) mod requests;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
@@ -20,3 +23,4 @@ pub(crate) mod stagger;
 pub(crate) mod state;
 pub(crate) mod table;
 pub(crate) mod upgraded;
+pub(crate) mod wakers;

@@ -16,7 +16,7 @@
 //! 3. Other requests set flags too. Then the window has no result, and a later one may have one.
 //!
 //! A window is opened for a few requests of a connection and not for every connection
-//! ([`WATCHED`](crate::connection::table::WATCHED)). No request waits for a window.
+//! ([`WATCHED`](crate::connection::flags::WATCHED)). No request waits for a window.
 //!
 //! # Requests that are not reported
 //!

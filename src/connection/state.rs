@@ -27,78 +27,13 @@ use std::{
     task::{Context, Waker},
 };
 
+use super::{
+    directive::Directive,
+    wakers::{RegisteredWaker, WakerSlot, Wakers},
+};
 #[cfg(all(feature = "axum", feature = "signal"))]
 use crate::sync::AtomicU32;
 use crate::sync::{AtomicBool, AtomicU8, Mutex, Ordering, lock};
-
-/// What a connection has to do. Directives only move forward.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
-pub(crate) enum Directive {
-    /// Go on.
-    #[default]
-    Stay,
-    /// The service stops. The connection goes on, but what passes is recorded from now on.
-    Stopping,
-    /// Leave when the connection's slot in the spread has been reached.
-    LeaveInSlot,
-    /// Leave, if the peer can be informed without losing a request: by the GOAWAY of HTTP/2.
-    Leave,
-    /// Close when the last response is out, or at once if there is none to wait for.
-    Close,
-    /// Close now if nothing is in flight and the peer is silent.
-    Expire,
-    /// Close now.
-    Cut,
-}
-
-impl Directive {
-    #[inline]
-    const fn of(byte: u8) -> Self {
-        match byte {
-            0 => Self::Stay,
-            1 => Self::Stopping,
-            2 => Self::LeaveInSlot,
-            3 => Self::Leave,
-            4 => Self::Close,
-            5 => Self::Expire,
-            _ => Self::Cut,
-        }
-    }
-}
-
-/// What a task waits for: reading and writing, which may happen in two tasks; directives (the owner
-/// of the connection); and the end of the tasks that run beside the connection (streams).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum WakerSlot {
-    Read,
-    Write,
-    Owner,
-    Streams,
-}
-
-impl WakerSlot {
-    const fn bit(self) -> u8 {
-        1 << self as u8
-    }
-
-    /// The bits of both slots that the same poller uses.
-    const fn bits_of_poller(self) -> u8 {
-        match self {
-            Self::Read | Self::Write => Self::Read.bit() | Self::Write.bit(),
-            Self::Owner | Self::Streams => Self::Owner.bit() | Self::Streams.bit(),
-        }
-    }
-}
-
-/// One for each [`WakerSlot`].
-type Each<T> = [T; 4];
-
-fn only(slot: WakerSlot) -> Each<bool> {
-    let mut each = [false; 4];
-    each[slot as usize] = true;
-    each
-}
 
 #[derive(Debug)]
 pub(crate) struct ConnectionState {
@@ -278,120 +213,6 @@ impl ConnectionState {
     }
 }
 
-/// The waker that a poller has stored, so that it need not be stored again. The task or tasks that
-/// read and write are one poller, and the owner is another.
-#[derive(Debug, Default)]
-pub(crate) struct RegisteredWaker(Option<Waker>);
-
-impl RegisteredWaker {
-    #[inline]
-    fn is(&self, waker: &Waker) -> bool {
-        let stored = self.0.as_ref();
-        stored.is_some_and(|stored| stored.will_wake(waker))
-    }
-}
-
-/// The stored wakers. Usually one task does all the waiting, and there may be very many
-/// connections, so that case takes no allocation.
-#[derive(Debug)]
-enum Wakers {
-    None,
-    One(Waker, Each<bool>),
-    Several(Box<Each<Option<Waker>>>),
-}
-
-impl Wakers {
-    /// Stores a waker. Returns a former one, which the caller drops after the lock is released.
-    fn store(&mut self, slot: WakerSlot, waker: &Waker) -> Option<Waker> {
-        let index = slot as usize;
-        match self {
-            Self::None => *self = Self::One(waker.clone(), only(slot)),
-            Self::One(one, waits) if one.will_wake(waker) => waits[index] = true,
-            Self::One(one, waits) if *waits == only(slot) => {
-                return Some(mem::replace(one, waker.clone()));
-            }
-            Self::One(one, waits) => {
-                let mut several = Box::new(waits.map(|waits| waits.then(|| one.clone())));
-                several[index] = Some(waker.clone());
-                *self = Self::Several(several);
-            }
-            Self::Several(several) => {
-                let former = several[index].replace(waker.clone());
-                self.merge();
-                return former;
-            }
-        }
-        None
-    }
-
-    /// If all wakers belong to one task again, as after an upgrade, one of them is enough.
-    fn merge(&mut self) {
-        let Self::Several(several) = self else {
-            return;
-        };
-        let mut all = several.iter().flatten();
-        let Some(first) = all.next() else {
-            return;
-        };
-        if all.all(|other| other.will_wake(first)) {
-            let waits = several.each_ref().map(Option::is_some);
-            *self = Self::One(first.clone(), waits);
-        }
-    }
-
-    fn have(&self, slot: WakerSlot) -> bool {
-        match self {
-            Self::None => false,
-            Self::One(_, waits) => waits[slot as usize],
-            Self::Several(several) => several[slot as usize].is_some(),
-        }
-    }
-
-    /// A copy of the waker in this slot.
-    fn of(&self, slot: WakerSlot) -> Self {
-        let waker = match self {
-            Self::One(one, waits) if waits[slot as usize] => one,
-            Self::Several(several) => match &several[slot as usize] {
-                Some(waker) => waker,
-                None => return Self::None,
-            },
-            Self::None | Self::One(..) => return Self::None,
-        };
-        Self::One(waker.clone(), only(slot))
-    }
-
-    /// Removes the waker in this slot. The caller drops the result after the lock is released.
-    #[cfg(all(feature = "axum", feature = "signal"))]
-    fn forget(&mut self, slot: WakerSlot) -> Self {
-        match self {
-            Self::None => Self::None,
-            Self::One(_, waits) => {
-                waits[slot as usize] = false;
-                if waits.contains(&true) {
-                    Self::None
-                } else {
-                    mem::replace(self, Self::None)
-                }
-            }
-            Self::Several(several) => {
-                let Some(waker) = several[slot as usize].take() else {
-                    return Self::None;
-                };
-                self.merge();
-                Self::One(waker, only(slot))
-            }
-        }
-    }
-
-    fn wake(self) {
-        match self {
-            Self::None => {}
-            Self::One(waker, _) => waker.wake(),
-            Self::Several(several) => several.into_iter().flatten().for_each(Waker::wake),
-        }
-    }
-}
-
 #[cfg(all(test, tower_graceful_loom))]
 mod models {
     use std::{sync::Arc, task::Poll};
@@ -485,7 +306,7 @@ mod tests {
         task::Wake,
     };
 
-    use super::*;
+    use super::{super::wakers::Each, *};
 
     #[derive(Default)]
     struct Task(AtomicUsize);

@@ -27,15 +27,25 @@ use std::{cmp::Reverse, collections::HashMap, fmt, net::SocketAddr, sync::Arc, t
 use tokio::time::Instant;
 
 use super::{
+    directive::Directive,
+    entry::{ConnectionEntry, OpenAtCut},
+    flags::{
+        ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, LOOKED_AT, OWES_NOTHING, OWNED, RENAMED, UPGRADED,
+        UPGRADES, WATCHED,
+    },
     sniffer::Sniffer,
     stagger::Place,
-    state::{ConnectionState, Directive},
+    state::ConnectionState,
 };
 use crate::{
     phase::Phase,
-    report::CutConnection,
-    sync::{AtomicU8, AtomicU16, AtomicU32, Mutex, Ordering, lock},
+    sync::{AtomicU8, AtomicU32, Mutex, Ordering, lock},
 };
+
+/// The number of connections that are all watched at first. After them, at most one per
+/// `WATCH_EVERY` nanoseconds is watched.
+const ALL_WATCHED: u64 = 8;
+const WATCH_EVERY: u64 = 20_000_000;
 
 /// Each entry keeps its owner `O` alive.
 pub(crate) struct ConnectionTable<O> {
@@ -270,12 +280,12 @@ impl<O> ConnectionTable<O> {
 
     /// The connections that are open at the cut, oldest first. The other values of each are final
     /// only after it has been closed.
-    pub(crate) fn list(&self, now: Instant) -> Vec<Left<O>> {
+    pub(crate) fn list(&self, now: Instant) -> Vec<OpenAtCut<O>> {
         let mut list: Vec<_> = {
             let open = lock!(self.open);
             let first = now.saturating_duration_since(open.first.unwrap_or(now));
             let connections = open.connections.iter().cloned();
-            let left = connections.map(|entry| Left {
+            let left = connections.map(|entry| OpenAtCut {
                 age: first.saturating_sub(Duration::from_nanos(entry.opened)),
                 peer: open.renamed.get(&entry.number()).copied().or(entry.peer),
                 entry,
@@ -334,177 +344,6 @@ impl<O> fmt::Debug for ConnectionTable<O> {
         f.debug_struct("ConnectionTable")
             .field("open", &self.len())
             .finish_non_exhaustive()
-    }
-}
-
-/// One connection. All its data is in one small allocation, because there may be very many
-/// connections.
-pub(crate) struct ConnectionEntry<O> {
-    pub(crate) owner: O,
-    peer: Option<SocketAddr>,
-    /// When it was opened, in nanoseconds after the first connection.
-    opened: u64,
-    /// The index in the table. Changes under the table's lock.
-    index: AtomicU32,
-    #[cfg_attr(not(all(feature = "axum", feature = "signal")), expect(dead_code))]
-    pub(crate) place: Place,
-    pub(crate) sniffer: Sniffer,
-    pub(crate) flags: Flags,
-    /// The number of guards that must be dropped before the connection is removed. `Relaxed` when a
-    /// guard is added, because another guard exists; `AcqRel` when one is dropped, so that the last
-    /// drop is ordered after all others.
-    pub(crate) entries: AtomicU8,
-    /// Bytes that the peer had not acknowledged when the connection was cut.
-    pub(crate) undelivered: AtomicU32,
-    pub(crate) state: ConnectionState,
-}
-
-impl<O> ConnectionEntry<O> {
-    /// A number that no other open connection has.
-    pub(crate) fn number(&self) -> usize {
-        std::ptr::from_ref(self).addr()
-    }
-}
-
-/// An owner that knows how many pieces of responses its servers hold.
-pub(crate) trait Pieces {
-    fn pieces(&self) -> usize;
-}
-
-impl<O> ConnectionEntry<O> {
-    /// Records a read while the service stops.
-    #[inline]
-    pub(crate) fn read_while_stopping(&self, directive: Directive) {
-        if directive < Directive::Leave && self.flags.has(ACTIVE) {
-            return;
-        }
-        self.note_read(directive);
-    }
-
-    fn note_read(&self, directive: Directive) {
-        let asked = if self.is_served() {
-            Directive::Leave
-        } else {
-            Directive::Close
-        };
-        let answers = if directive >= asked { ANSWERS } else { 0 };
-        self.flags.set(ACTIVE | answers);
-    }
-
-    /// Whether HTTP/2 streams may be open, or responses may be left in the server, a while after
-    /// the peer was asked to leave. On `serve` this is known. Other servers send the GOAWAY with a
-    /// ping; a live peer answers it, and then the connection closes with its last stream.
-    pub(crate) fn may_have_streams(&self) -> bool
-    where
-        O: Pieces,
-    {
-        #[cfg(all(feature = "axum", feature = "signal"))]
-        if self.is_served() {
-            return self.state.has_streams();
-        }
-        self.flags.has(ANSWERS) || self.owner.pieces() > 0
-    }
-
-    /// Whether the connection belongs to `serve`, which sends the GOAWAY as soon as the connection
-    /// is instructed to leave. Other servers send it when they close their connections.
-    pub(crate) fn is_served(&self) -> bool {
-        self.sniffer.is_listened_to()
-    }
-}
-
-/// Something was read since the flag was last cleared. Only set while the service stops, and on
-/// insertion.
-pub(crate) const ACTIVE: u16 = 1;
-/// Something was read since the peer was asked to leave.
-const ANSWERS: u16 = 2;
-/// The server has dropped the IO, and the connection waits for the peer to take the rest.
-pub(crate) const LINGERS: u16 = 4;
-/// A response went out while the service stopped.
-pub(crate) const RESPONDED: u16 = 8;
-/// Some requests of this connection are checked for whether the layer sees them.
-pub(crate) const WATCHED: u16 = 16;
-/// The connection has asked for an upgrade, and is in the table of upgraded connections.
-pub(crate) const UPGRADES: u16 = 32;
-/// The bytes are searched for requests: on a server other than `serve`, and as long as requests can
-/// be told apart.
-pub(crate) const LOOKED_AT: u16 = 64;
-/// A handshake is running on the connection.
-pub(crate) const HANDSHAKE: u16 = 128;
-/// After a handshake: something was written, or the first HTTP/1 head is complete.
-pub(crate) const BUSY: u16 = 256;
-/// After a handshake: the connection was upgraded from HTTP/1.
-pub(crate) const UPGRADED: u16 = 512;
-/// After a handshake: the last bytes read were an HTTP/1 request without a body.
-pub(crate) const BODILESS: u16 = 1024;
-/// The peer's address is in the table of renamed peers.
-const RENAMED: u16 = 2048;
-/// What its client asked for is owed no answer: it may hang up.
-pub(crate) const OWES_NOTHING: u16 = 4096;
-/// The connection belongs to a task of `serve`.
-pub(crate) const OWNED: u16 = 8192;
-/// Its task has noticed that it is to close: no request that it reads from now on is unexpected.
-pub(crate) const CLOSE_NOTICED: u16 = 16384;
-
-/// The number of connections that are all watched at first. After them, at most one per
-/// `WATCH_EVERY` nanoseconds is watched.
-const ALL_WATCHED: u64 = 8;
-const WATCH_EVERY: u64 = 20_000_000;
-
-/// Facts about a connection, one bit each. `Relaxed`: they publish nothing else in memory.
-#[derive(Debug)]
-pub(crate) struct Flags(AtomicU16);
-
-impl Flags {
-    fn new(flags: u16) -> Self {
-        Self(AtomicU16::new(flags))
-    }
-
-    pub(crate) fn has(&self, flag: u16) -> bool {
-        self.0.load(Ordering::Relaxed) & flag != 0
-    }
-
-    /// Writes only if something changes.
-    pub(crate) fn set(&self, flags: u16) {
-        if self.0.load(Ordering::Relaxed) & flags != flags {
-            self.0.fetch_or(flags, Ordering::Relaxed);
-        }
-    }
-
-    /// Clears a flag, and returns whether it was set.
-    pub(crate) fn take(&self, flag: u16) -> bool {
-        self.has(flag) && self.0.fetch_and(!flag, Ordering::Relaxed) & flag != 0
-    }
-}
-
-/// A connection that was open at the cut.
-pub(crate) struct Left<O> {
-    pub(crate) entry: Arc<ConnectionEntry<O>>,
-    peer: Option<SocketAddr>,
-    age: Duration,
-}
-
-impl<O> Left<O> {
-    pub(crate) fn undelivered(&self) -> u32 {
-        self.entry.undelivered.load(Ordering::Relaxed)
-    }
-
-    /// Whether a response went out on the connection while the service stopped.
-    pub(crate) fn responded(&self) -> bool {
-        self.entry.flags.has(RESPONDED)
-    }
-
-    /// Whether the server had dropped the IO before, so that no request is counted for the bytes
-    /// that the peer had not taken.
-    pub(crate) fn lingered(&self) -> bool {
-        self.entry.flags.has(LINGERS)
-    }
-
-    pub(crate) fn describe(&self) -> CutConnection {
-        CutConnection {
-            peer: self.peer,
-            age: self.age,
-            undelivered: self.undelivered().into(),
-        }
     }
 }
 

@@ -27,7 +27,7 @@
 //!    handler leaves its signal in memory, where only its own process finds it. The byte that a
 //!    child writes to the parent's socket only wakes the parent, which finds no signal.
 //!
-//! The lock and the socket are the operating system's, and loom cannot model them. `rest` contains
+//! The lock and the socket are the operating system's, and loom cannot model them. `thread_state` contains
 //! the decisions of points 1 and 2, and models of them with loom's lock and a socket made of loom's
 //! parts. The models fail if a wake-up does not write to the socket, if the thread records that it
 //! sleeps after it has released the lock, and if it ends after that. `driver_waker` has its own
@@ -36,28 +36,27 @@
 //! Inside a runtime whose clock is paused, tokio's clock applies, and this thread leaves the
 //! deadlines to the driver: see [`clock`].
 
-mod board;
 pub(crate) mod clock;
+mod deadlines;
 mod driver_waker;
 #[cfg(all(unix, feature = "signal"))]
 mod exit;
-mod rest;
+mod needs;
 #[cfg(feature = "signal")]
 mod signals;
+mod thread_state;
 
-#[cfg(all(unix, feature = "signal"))]
-use std::collections::BTreeSet;
-#[cfg(feature = "signal")]
-use std::collections::HashMap;
 use std::{io, process, sync::MutexGuard, thread, time::Duration};
 
 use tokio::time::Instant;
 
 pub(crate) use self::driver_waker::DriverWaker;
+#[cfg(all(unix, feature = "signal"))]
+use self::needs::Watched;
+use self::needs::{DueWork, Needs};
 #[cfg(feature = "signal")]
 use self::signals::Signals;
-use self::{board::Board, rest::Rest};
-use crate::background::{Aside, shielded};
+use crate::background::{JobThreads, shielded};
 use crate::{config::plan::instant_after, sync::lock};
 #[cfg(feature = "signal")]
 use crate::{events, report::Trigger};
@@ -109,73 +108,17 @@ pub(crate) trait Subject: Clone + Send + Sync + 'static {
 
 pub(crate) struct Control<S: Subject> {
     // Not from `sync`: a socket cannot be modelled.
-    inner: std::sync::Mutex<Inner<S>>,
+    inner: std::sync::Mutex<Needs<S>>,
     needed: std::sync::Condvar,
-    notifiers: Aside,
-}
-
-struct Inner<S: Subject> {
-    rest: Rest,
-    /// Until when the thread sleeps.
-    sleeps_until: Option<Instant>,
-    board: Board<S>,
-    #[cfg(feature = "signal")]
-    hearing: Hearing<S>,
-    #[cfg(all(unix, feature = "signal"))]
-    watched: Watched<S>,
-}
-
-/// The lifecycles that listen for signals.
-#[cfg(feature = "signal")]
-struct Hearing<S: Subject> {
-    signals: Option<Signals>,
-    listeners: HashMap<Id, S::Weak>,
-    /// Set when the last listener has stopped: until then signals are not given back to the
-    /// operating system.
-    late_until: Option<Instant>,
-}
-
-/// The lifecycles with a watchdog: the process must not outlive their grace periods.
-#[cfg(all(unix, feature = "signal"))]
-struct Watched<S: Subject> {
-    services: HashMap<Id, (Option<Instant>, S::Weak)>,
-    due: BTreeSet<(Instant, Id)>,
-}
-
-/// What the thread has to do now.
-struct Todo<S: Subject> {
-    due: Vec<S>,
-    #[cfg(feature = "signal")]
-    signals: Vec<Trigger>,
-    #[cfg(feature = "signal")]
-    listeners: Vec<S::Weak>,
-    #[cfg(feature = "signal")]
-    is_late: bool,
-    #[cfg(all(unix, feature = "signal"))]
-    overdue: Vec<S::Weak>,
+    notifiers: JobThreads,
 }
 
 impl<S: Subject> Control<S> {
     pub(crate) fn new() -> Self {
         Self {
-            inner: std::sync::Mutex::new(Inner {
-                rest: Rest::new(),
-                sleeps_until: None,
-                board: Board::default(),
-                #[cfg(feature = "signal")]
-                hearing: Hearing {
-                    signals: None,
-                    listeners: HashMap::new(),
-                    late_until: None,
-                },
-                #[cfg(all(unix, feature = "signal"))]
-                watched: Watched {
-                    services: HashMap::new(),
-                    due: BTreeSet::new(),
-                },
-            }),
+            inner: std::sync::Mutex::new(Needs::new()),
             needed: std::sync::Condvar::new(),
-            notifiers: Aside::new("graceful-tell", MOST_STUCK),
+            notifiers: JobThreads::new("graceful-tell", MOST_STUCK),
         }
     }
 
@@ -184,13 +127,13 @@ impl<S: Subject> Control<S> {
     pub(crate) fn schedule(&'static self, id: Id, subject: &S, at: Instant, driven: bool) {
         let mut inner = lock!(self.inner);
         let at = if driven {
-            let many = u32::try_from(inner.board.len() / 256).unwrap_or(u32::MAX);
+            let many = u32::try_from(inner.deadlines.len() / 256).unwrap_or(u32::MAX);
             let tick = TICK.saturating_mul(many.saturating_add(1));
             at.min(instant_after(clock::real_now(), tick))
         } else {
             at
         };
-        inner.board.schedule(id, subject, at);
+        inner.deadlines.schedule(id, subject, at);
         let is_earlier = inner.sleeps_until.is_none_or(|until| at < until);
         let _ = self.need(&mut inner, is_earlier);
     }
@@ -198,8 +141,8 @@ impl<S: Subject> Control<S> {
     /// Ends the checks of a stop. The caller drops the result after all locks are released.
     pub(crate) fn end(&'static self, id: Id) -> Option<S> {
         let mut inner = lock!(self.inner);
-        let ended = inner.board.end(id);
-        if inner.board.is_empty() {
+        let ended = inner.deadlines.end(id);
+        if inner.deadlines.is_empty() {
             // The thread may be able to end.
             self.wake(&mut inner);
         }
@@ -208,7 +151,7 @@ impl<S: Subject> Control<S> {
 
     pub(crate) fn notify(&'static self, id: Id) {
         let mut inner = lock!(self.inner);
-        inner.board.notify(id);
+        inner.deadlines.notify(id);
         self.wake(&mut inner);
     }
 
@@ -217,17 +160,17 @@ impl<S: Subject> Control<S> {
     #[cfg(feature = "signal")]
     pub(crate) fn listen(&'static self, id: Id, weak: impl FnOnce() -> S::Weak) -> io::Result<()> {
         let mut inner = lock!(self.inner);
-        if !inner.hearing.listeners.contains_key(&id) {
-            match &mut inner.hearing.signals {
+        if !inner.listening.listeners.contains_key(&id) {
+            match &mut inner.listening.signals {
                 Some(signals) => signals.adopt()?,
                 none => *none = Some(Signals::install(|| self.poke())?),
             }
             // The thread must exist before signals lose their default action.
             self.need(&mut inner, true)?;
-            inner.hearing.listeners.insert(id, weak());
-            inner.hearing.late_until = None;
+            inner.listening.listeners.insert(id, weak());
+            inner.listening.late_until = None;
         }
-        if let Some(signals) = &inner.hearing.signals {
+        if let Some(signals) = &inner.listening.signals {
             signals.keep();
         }
         Ok(())
@@ -246,8 +189,8 @@ impl<S: Subject> Control<S> {
         }
         #[cfg(not(unix))]
         let _ = has_ended;
-        if inner.hearing.listeners.remove(&id).is_some() && inner.hearing.listeners.is_empty() {
-            inner.hearing.late_until = Some(clock::real_now() + LATE);
+        if inner.listening.listeners.remove(&id).is_some() && inner.listening.listeners.is_empty() {
+            inner.listening.late_until = Some(clock::real_now() + LATE);
         }
         self.wake(&mut inner);
     }
@@ -258,8 +201,8 @@ impl<S: Subject> Control<S> {
         let mut inner = lock!(self.inner);
         #[cfg(unix)]
         inner.watched.remove(id);
-        if inner.hearing.listeners.remove(&id).is_some() {
-            inner.hearing.give_back_if_unused();
+        if inner.listening.listeners.remove(&id).is_some() {
+            inner.listening.give_back_if_unused();
         }
         self.wake(&mut inner);
     }
@@ -286,19 +229,19 @@ impl<S: Subject> Control<S> {
     }
 
     /// Runs code that does not belong to this crate on another thread.
-    pub(crate) fn aside(&'static self, job: Box<dyn FnOnce() + Send>) {
+    pub(crate) fn run_elsewhere(&'static self, job: Box<dyn FnOnce() + Send>) {
         self.notifiers.queue(job);
         self.notifiers.work();
     }
 
     /// Wakes the thread if it sleeps.
-    fn wake(&self, inner: &mut Inner<S>) {
-        if !inner.rest.wakes() {
+    fn wake(&self, inner: &mut Needs<S>) {
+        if !inner.thread.wakes() {
             return;
         }
         self.needed.notify_one();
         #[cfg(all(unix, feature = "signal"))]
-        if let Some(signals) = &inner.hearing.signals {
+        if let Some(signals) = &inner.listening.signals {
             signals.poke();
         }
     }
@@ -310,9 +253,9 @@ impl<S: Subject> Control<S> {
     }
 
     /// Starts the thread unless this process has one. Otherwise wakes it if `wake` is set.
-    fn need(&'static self, inner: &mut Inner<S>, wake: bool) -> io::Result<()> {
+    fn need(&'static self, inner: &mut Needs<S>, wake: bool) -> io::Result<()> {
         let process = process::id();
-        if inner.rest.has_thread(process) {
+        if inner.thread.has_thread(process) {
             if wake {
                 self.wake(inner);
             }
@@ -325,32 +268,32 @@ impl<S: Subject> Control<S> {
                 format!("the control thread cannot be started: {error}"),
             )
         })?;
-        inner.rest.started(process);
+        inner.thread.started(process);
         Ok(())
     }
 
     fn run(&'static self) {
         let mut inner = lock!(self.inner);
         loop {
-            inner.rest.looks();
+            inner.thread.looks();
             let now = Instant::now();
-            let todo = inner.take(now);
-            if !todo.is_empty() {
+            let due = inner.take(now);
+            if !due.is_empty() {
                 drop(inner);
-                self.act(todo);
+                self.act(due);
                 inner = lock!(self.inner);
                 continue;
             }
             #[cfg(feature = "signal")]
-            if inner.hearing.late_until.is_some_and(|until| now >= until) {
-                inner.hearing.late_until = None;
-                inner.hearing.give_back_if_unused();
+            if inner.listening.late_until.is_some_and(|until| now >= until) {
+                inner.listening.late_until = None;
+                inner.listening.give_back_if_unused();
                 // A signal that arrived a moment earlier is still recorded: take it in the next
                 // round.
                 continue;
             }
             if !inner.has_need() {
-                inner.rest.leaves();
+                inner.thread.leaves();
                 return;
             }
             // The threads that run notifications may be blocked.
@@ -361,13 +304,13 @@ impl<S: Subject> Control<S> {
     }
 
     /// Sleeps until the thread is woken or `sleeps_until` is reached.
-    fn sleep<'a>(&'a self, mut inner: MutexGuard<'a, Inner<S>>) -> MutexGuard<'a, Inner<S>> {
-        inner.rest.sleeps();
+    fn sleep<'a>(&'a self, mut inner: MutexGuard<'a, Needs<S>>) -> MutexGuard<'a, Needs<S>> {
+        inner.thread.sleeps();
         let left = inner.sleeps_until.map_or(LONGEST, |until| {
             until.saturating_duration_since(Instant::now()).min(LONGEST)
         });
         #[cfg(all(unix, feature = "signal"))]
-        if let Some(signals) = &inner.hearing.signals {
+        if let Some(signals) = &inner.listening.signals {
             let alarm = signals.alarm();
             drop(inner);
             alarm.wait(left);
@@ -377,23 +320,23 @@ impl<S: Subject> Control<S> {
         slept.unwrap_or_else(std::sync::PoisonError::into_inner).0
     }
 
-    fn act(&'static self, todo: Todo<S>) {
+    fn act(&'static self, due: DueWork<S>) {
         // The last reference to a lifecycle drops values that its user has put into it, so the
         // references are dropped on another thread.
         let mut held = Vec::new();
-        for subject in todo.due {
+        for subject in due.checks {
             shielded(|| {
                 if let Some(notify) = subject.look() {
-                    self.aside(notify);
+                    self.run_elsewhere(notify);
                 }
             });
             held.push(subject);
         }
         #[cfg(feature = "signal")]
-        for signal in todo.signals {
-            let listeners: Vec<_> = todo.listeners.iter().filter_map(S::upgrade).collect();
+        for signal in due.signals {
+            let listeners: Vec<_> = due.listeners.iter().filter_map(S::upgrade).collect();
             if listeners.is_empty() {
-                if todo.is_late {
+                if due.is_late {
                     events::late_signal(signal);
                 } else {
                     signals::default_action(signal);
@@ -402,110 +345,18 @@ impl<S: Subject> Control<S> {
             for listener in listeners {
                 shielded(|| {
                     if let Some(notify) = listener.hear(signal) {
-                        self.aside(notify);
+                        self.run_elsewhere(notify);
                     }
                 });
                 held.push(listener);
             }
         }
         #[cfg(all(unix, feature = "signal"))]
-        for overdue in todo.overdue {
+        for overdue in due.overdue {
             crate::control::exit::end(move || S::upgrade(&overdue)?.describe());
         }
         if !held.is_empty() {
-            self.aside(Box::new(move || drop(held)));
+            self.run_elsewhere(Box::new(move || drop(held)));
         }
-    }
-}
-
-impl<S: Subject> Inner<S> {
-    fn take(&mut self, now: Instant) -> Todo<S> {
-        #[cfg(feature = "signal")]
-        let signals = self.hearing.signals.as_ref().map(Signals::take);
-        #[cfg(feature = "signal")]
-        let signals = signals.unwrap_or_default();
-        Todo {
-            due: self.board.take(now, instant_after(now, OTHERWISE)),
-            #[cfg(feature = "signal")]
-            listeners: if signals.is_empty() {
-                Vec::new()
-            } else {
-                self.hearing.listeners.values().cloned().collect()
-            },
-            #[cfg(feature = "signal")]
-            signals,
-            #[cfg(feature = "signal")]
-            is_late: self.hearing.late_until.is_some(),
-            #[cfg(all(unix, feature = "signal"))]
-            overdue: self.watched.take(now),
-        }
-    }
-
-    fn has_need(&self) -> bool {
-        #[cfg(feature = "signal")]
-        if !self.hearing.listeners.is_empty() || self.hearing.late_until.is_some() {
-            return true;
-        }
-        #[cfg(all(unix, feature = "signal"))]
-        if !self.watched.services.is_empty() {
-            return true;
-        }
-        !self.board.is_empty()
-    }
-
-    fn next(&self) -> Option<Instant> {
-        let next = self.board.next().into_iter();
-        #[cfg(feature = "signal")]
-        let next = next.chain(self.hearing.late_until);
-        #[cfg(all(unix, feature = "signal"))]
-        let next = next.chain(self.watched.due.first().map(|(at, _)| *at));
-        next.min()
-    }
-}
-
-#[cfg(feature = "signal")]
-impl<S: Subject> Hearing<S> {
-    /// From now on a signal does what it did before this crate listened.
-    fn give_back_if_unused(&self) {
-        if self.listeners.is_empty() && self.late_until.is_none() {
-            if let Some(signals) = &self.signals {
-                signals.give_back();
-            }
-        }
-    }
-}
-
-#[cfg(all(unix, feature = "signal"))]
-impl<S: Subject> Watched<S> {
-    fn remove(&mut self, id: Id) {
-        if let Some((Some(at), _)) = self.services.remove(&id) {
-            self.due.remove(&(at, id));
-        }
-    }
-
-    fn take(&mut self, now: Instant) -> Vec<S::Weak> {
-        let mut overdue = Vec::new();
-        while let Some(&(at, id)) = self.due.first() {
-            if at > now {
-                break;
-            }
-            self.due.pop_first();
-            overdue.extend(self.services.remove(&id).map(|(_, weak)| weak));
-        }
-        overdue
-    }
-}
-
-impl<S: Subject> Todo<S> {
-    fn is_empty(&self) -> bool {
-        #[cfg(feature = "signal")]
-        if !self.signals.is_empty() {
-            return false;
-        }
-        #[cfg(all(unix, feature = "signal"))]
-        if !self.overdue.is_empty() {
-            return false;
-        }
-        self.due.is_empty()
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::ConnectionEntry;
 use crate::{
-    connection::{state::Directive, table::OWES_NOTHING},
+    connection::{directive::Directive, flags::OWES_NOTHING},
     phase::Phase,
     sync::Ordering,
 };

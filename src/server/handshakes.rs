@@ -11,7 +11,7 @@ use tokio::{
 
 use super::{ConnectionEntry, io::GracefulIo, tracked};
 use crate::{
-    connection::table::{ACTIVE, HANDSHAKE, LOOKED_AT},
+    connection::flags::{ACTIVE, HANDSHAKE, LOOKED_AT},
     events,
 };
 

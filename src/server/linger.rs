@@ -48,8 +48,9 @@ use tokio::net::UnixStream;
 use super::{entry_guard::EntryGuard, send_queue::unacknowledged, socket::tcp};
 use crate::{
     connection::{
-        state::{Directive, RegisteredWaker, WakerSlot},
-        table::{LINGERS, RESPONDED},
+        directive::Directive,
+        flags::{LINGERS, RESPONDED},
+        wakers::{RegisteredWaker, WakerSlot},
     },
     sync::Ordering,
 };

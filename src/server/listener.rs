@@ -18,7 +18,7 @@ use super::{
 use crate::{
     connection::{
         descriptors::{Passed, Socket},
-        state::Directive,
+        directive::Directive,
     },
     events,
     handle::graceful::Graceful,

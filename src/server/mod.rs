@@ -60,12 +60,12 @@ pub use self::{
     serve::{Serve, ServeFuture},
 };
 use crate::{
-    connection::table::{self, UPGRADES},
+    connection::{entry, flags::UPGRADES},
     shutdown::Shared,
 };
 
 /// The entry of a connection. It keeps the lifecycle alive.
-type ConnectionEntry = table::ConnectionEntry<Shared>;
+type ConnectionEntry = entry::ConnectionEntry<Shared>;
 
 impl ConnectionEntry {
     /// The peer's address, if it is known.

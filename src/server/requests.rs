@@ -10,9 +10,9 @@ use http::{Method, StatusCode};
 
 use super::ConnectionEntry;
 use crate::connection::{
+    flags::{LOOKED_AT, UPGRADES, WATCHED},
     outside::Window,
     requests::{Known, is_http1, parse},
-    table::{LOOKED_AT, UPGRADES, WATCHED},
 };
 
 /// The longest request head that is inspected, in bytes.

@@ -53,10 +53,11 @@ use crate::{
     },
     connection::{
         descriptors::Starved,
+        entry::Pieces,
         outside::Outside,
         requests::Requests,
         stagger::{Place, SLOT_REACHED},
-        table::{ConnectionTable, Pieces},
+        table::ConnectionTable,
         upgraded::Upgraded,
     },
     control::{Control, DriverWaker},

@@ -8,7 +8,7 @@ use super::Shared;
 use crate::{
     admission::SinceServing,
     config::plan::{Deadlines, instant_after},
-    connection::table::Left,
+    connection::entry::OpenAtCut,
     events::{Event, Origin, Reason},
     phase::Phase,
     report::{
@@ -193,7 +193,7 @@ pub(crate) struct Cut {
     pub(crate) given_up: GivenUp,
     /// The connections that were open at the cut. Whether one of them lost data is known only after
     /// it has closed.
-    pub(crate) connections: Vec<Left<Shared>>,
+    pub(crate) connections: Vec<OpenAtCut<Shared>>,
     /// The cut was caused by a signal while the connections were being closed, not by a deadline.
     pub(crate) skipped: bool,
 }
@@ -346,7 +346,7 @@ impl Shutdown {
         let lost = || left().filter(|left| !left.lingered() || left.undelivered() > 0);
         remaining.connections = lost().count();
         let given_up = cut.map(|cut| GivenUp {
-            connections: lost().map(Left::describe).collect(),
+            connections: lost().map(OpenAtCut::describe).collect(),
             ..cut.given_up.clone()
         });
         // After a server has dropped a connection, no request is counted for the bytes that the

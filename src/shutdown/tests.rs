@@ -14,8 +14,10 @@ use super::{
 };
 use crate::{
     connection::{
-        state::{Directive, RegisteredWaker, WakerSlot},
-        table::{CLOSE_NOTICED, ConnectionEntry, OWNED},
+        directive::Directive,
+        entry::ConnectionEntry,
+        flags::{CLOSE_NOTICED, OWNED},
+        wakers::{RegisteredWaker, WakerSlot},
     },
     handle::{builder::GracefulBuilder, graceful::Graceful},
     phase::Phase,
@@ -586,7 +588,7 @@ async fn a_sigint_that_ends_the_wait_for_servers_hides_no_other_loss() {
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_is_cut_loses_its_undelivered_bytes() {
     use crate::{
-        connection::table::{LINGERS, RESPONDED},
+        connection::flags::{LINGERS, RESPONDED},
         sync::Ordering,
     };
 
@@ -648,7 +650,7 @@ async fn pieces_of_responses_count_as_cut_requests_at_most_once_per_open_connect
 #[tokio::test(start_paused = true)]
 async fn a_lingering_connection_counts_in_addition_to_the_pieces_that_servers_hold() {
     use crate::{
-        connection::table::{LINGERS, RESPONDED},
+        connection::flags::{LINGERS, RESPONDED},
         sync::Ordering,
     };
 

@@ -17,7 +17,7 @@ use super::{
 use crate::report::Trigger;
 use crate::{
     background::shielded,
-    connection::{stagger::Place, state::Directive},
+    connection::{directive::Directive, stagger::Place},
     control::Subject,
     events::{self, Event, Origin},
     phase::Phase,
@@ -180,7 +180,7 @@ impl Shared {
         drop((ended, former));
         if undriven {
             let shared = self.clone();
-            CONTROL.aside(Box::new(move || shared.give_up_work()));
+            CONTROL.run_elsewhere(Box::new(move || shared.give_up_work()));
         }
         if by == By::Control {
             // The log thread writes the events, because a subscriber is user code.

@@ -11,7 +11,7 @@ use http_body::{Frame, SizeHint};
 use tokio::time;
 
 use super::owner::{Owner, Running};
-use crate::{connection::state::Directive, phase::Phase, shutdown::step::LINGER};
+use crate::{connection::directive::Directive, phase::Phase, shutdown::step::LINGER};
 
 /// The body of a response.
 ///

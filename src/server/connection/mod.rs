@@ -29,9 +29,10 @@ use self::{
 use super::{io::GracefulIo, settings::Settings};
 use crate::{
     connection::{
+        directive::Directive,
+        flags::{CLOSE_NOTICED, OWNED},
         sniffer::Sniffer,
-        state::{Directive, RegisteredWaker, WakerSlot},
-        table::{CLOSE_NOTICED, OWNED},
+        wakers::{RegisteredWaker, WakerSlot},
     },
     phase::Phase,
 };

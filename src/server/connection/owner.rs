@@ -12,10 +12,10 @@ use tokio::time;
 
 use crate::{
     connection::{
+        directive::Directive,
+        flags::{OWES_NOTHING, RESPONDED, UPGRADES},
         outside::Window,
         sniffer::Awaited,
-        state::Directive,
-        table::{OWES_NOTHING, RESPONDED, UPGRADES},
     },
     middleware::connection_close,
     phase::Phase,

@@ -19,7 +19,7 @@ use tower_service::Service;
 
 use super::{body::OwnedBody, owner::Owner};
 use crate::{
-    connection::{outside::Window, stagger::SLOT_REACHED, table::WATCHED},
+    connection::{flags::WATCHED, outside::Window, stagger::SLOT_REACHED},
     middleware::{connection_close, peer::TrackedPeer},
     phase::Phase,
 };

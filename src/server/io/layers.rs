@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::GracefulIo;
 use crate::{
-    connection::{state::Directive, table::LOOKED_AT},
+    connection::{directive::Directive, flags::LOOKED_AT},
     server::{ConnectionEntry, entry_guard::EntryGuard, requests},
 };
 

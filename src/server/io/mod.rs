@@ -18,8 +18,9 @@ use super::{
 use crate::{
     connection::{
         descriptors::Activity,
-        state::{Directive, RegisteredWaker},
-        table::{BODILESS, LOOKED_AT, RESPONDED, UPGRADED, UPGRADES},
+        directive::Directive,
+        flags::{BODILESS, LOOKED_AT, RESPONDED, UPGRADED, UPGRADES},
+        wakers::RegisteredWaker,
     },
     handle::graceful::Graceful,
     sync::Ordering,

@@ -11,8 +11,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::{GracefulIo, Peer, present};
 use crate::{
     connection::{
-        state::{Directive, WakerSlot},
-        table::{BUSY, HANDSHAKE, LOOKED_AT, RESPONDED},
+        directive::Directive,
+        flags::{BUSY, HANDSHAKE, LOOKED_AT, RESPONDED},
+        wakers::WakerSlot,
     },
     phase::Phase,
     server::{

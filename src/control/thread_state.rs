@@ -2,14 +2,14 @@
 
 use std::mem;
 
-pub(super) struct Rest {
+pub(super) struct ThreadState {
     /// The process that the thread runs in, if there is a thread.
     thread: Option<u32>,
     /// The thread checks everything before it sleeps again.
     awake: bool,
 }
 
-impl Rest {
+impl ThreadState {
     pub(super) fn new() -> Self {
         Self {
             thread: None,
@@ -82,7 +82,7 @@ mod models {
     }
 
     struct Inner {
-        rest: Rest,
+        thread: ThreadState,
         /// How many entries the thread has to check, and how many it has seen.
         entered: usize,
         seen: usize,
@@ -94,7 +94,7 @@ mod models {
         fn new(on: On, needs: usize) -> Arc<Self> {
             Arc::new(Self {
                 inner: Mutex::new(Inner {
-                    rest: Rest::new(),
+                    thread: ThreadState::new(),
                     entered: 0,
                     seen: 0,
                     needs,
@@ -107,7 +107,7 @@ mod models {
         }
 
         fn wake(&self, inner: &mut Inner) {
-            if inner.rest.wakes() {
+            if inner.thread.wakes() {
                 self.needed.notify_one();
                 *self.bytes.lock().unwrap() += 1;
                 self.written.notify_one();
@@ -118,18 +118,18 @@ mod models {
         fn enter(&self) -> bool {
             let mut inner = self.inner.lock().unwrap();
             inner.entered += 1;
-            if inner.rest.has_thread(1) {
+            if inner.thread.has_thread(1) {
                 self.wake(&mut inner);
                 return false;
             }
-            inner.rest.started(1);
+            inner.thread.started(1);
             true
         }
 
         fn run(&self) {
             let mut inner = self.inner.lock().unwrap();
             loop {
-                inner.rest.looks();
+                inner.thread.looks();
                 if inner.seen < inner.entered {
                     inner.seen = inner.entered;
                     // Entries are handled without the lock.
@@ -138,7 +138,7 @@ mod models {
                     continue;
                 }
                 if inner.seen >= inner.needs {
-                    inner.rest.leaves();
+                    inner.thread.leaves();
                     return;
                 }
                 inner = self.sleep(inner);
@@ -146,7 +146,7 @@ mod models {
         }
 
         fn sleep<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
-            inner.rest.sleeps();
+            inner.thread.sleeps();
             if matches!(self.on, On::Condition) {
                 return self.needed.wait(inner).unwrap();
             }
@@ -212,7 +212,7 @@ mod models {
             }
             let inner = control.inner.lock().unwrap();
             assert_eq!(inner.seen, 2);
-            assert!(!inner.rest.has_thread(1));
+            assert!(!inner.thread.has_thread(1));
         });
     }
 }

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::Id;
 
 /// Each stop keeps its owner `S` alive.
-pub(super) struct Board<S> {
+pub(super) struct Deadlines<S> {
     stops: HashMap<Id, Stop<S>>,
     /// One entry for each stop.
     due: BTreeSet<(Instant, Id)>,
@@ -19,7 +19,7 @@ struct Stop<S> {
     at: Instant,
 }
 
-impl<S> Default for Board<S> {
+impl<S> Default for Deadlines<S> {
     fn default() -> Self {
         Self {
             stops: HashMap::new(),
@@ -29,7 +29,7 @@ impl<S> Default for Board<S> {
     }
 }
 
-impl<S: Clone> Board<S> {
+impl<S: Clone> Deadlines<S> {
     /// Schedules the check of a stop at this instant, in place of the instant set before.
     pub(super) fn schedule(&mut self, id: Id, owner: &S, at: Instant) {
         let stop = self.stops.entry(id).or_insert_with(|| Stop {
@@ -97,26 +97,26 @@ mod tests {
     fn a_stop_is_checked_when_it_is_due_or_notified_and_once_for_both() {
         let now = Instant::now();
         let in_seconds = |n| now + Duration::from_secs(n);
-        let mut board = Board::default();
-        board.schedule(1, &"one", in_seconds(1));
-        board.schedule(2, &"two", in_seconds(2));
-        assert_eq!(board.next(), Some(in_seconds(1)));
-        assert!(board.take(now, in_seconds(9)).is_empty());
-        board.notify(2);
-        board.notify(2);
-        board.notify(3);
-        assert_eq!(board.take(in_seconds(2), in_seconds(9)), ["one", "two"]);
+        let mut deadlines = Deadlines::default();
+        deadlines.schedule(1, &"one", in_seconds(1));
+        deadlines.schedule(2, &"two", in_seconds(2));
+        assert_eq!(deadlines.next(), Some(in_seconds(1)));
+        assert!(deadlines.take(now, in_seconds(9)).is_empty());
+        deadlines.notify(2);
+        deadlines.notify(2);
+        deadlines.notify(3);
+        assert_eq!(deadlines.take(in_seconds(2), in_seconds(9)), ["one", "two"]);
         assert_eq!(
-            board.next(),
+            deadlines.next(),
             Some(in_seconds(9)),
             "neither check has set another instant"
         );
-        board.schedule(1, &"one", in_seconds(3));
-        assert_eq!(board.end(2), Some("two"));
-        assert_eq!(board.end(2), None);
-        assert_eq!(board.next(), Some(in_seconds(3)));
-        assert_eq!(board.end(1), Some("one"));
-        assert_eq!(board.next(), None);
-        assert!(board.is_empty());
+        deadlines.schedule(1, &"one", in_seconds(3));
+        assert_eq!(deadlines.end(2), Some("two"));
+        assert_eq!(deadlines.end(2), None);
+        assert_eq!(deadlines.next(), Some(in_seconds(3)));
+        assert_eq!(deadlines.end(1), Some("one"));
+        assert_eq!(deadlines.next(), None);
+        assert!(deadlines.is_empty());
     }
 }

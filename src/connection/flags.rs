@@ -1,0 +1,62 @@
+//! Facts about a connection.
+
+use crate::sync::{AtomicU16, Ordering};
+
+/// Facts about a connection, one bit each. `Relaxed`: they publish nothing else in memory.
+#[derive(Debug)]
+pub(crate) struct Flags(AtomicU16);
+
+impl Flags {
+    pub(super) fn new(flags: u16) -> Self {
+        Self(AtomicU16::new(flags))
+    }
+
+    pub(crate) fn has(&self, flag: u16) -> bool {
+        self.0.load(Ordering::Relaxed) & flag != 0
+    }
+
+    /// Writes only if something changes.
+    pub(crate) fn set(&self, flags: u16) {
+        if self.0.load(Ordering::Relaxed) & flags != flags {
+            self.0.fetch_or(flags, Ordering::Relaxed);
+        }
+    }
+
+    /// Clears a flag, and returns whether it was set.
+    pub(crate) fn take(&self, flag: u16) -> bool {
+        self.has(flag) && self.0.fetch_and(!flag, Ordering::Relaxed) & flag != 0
+    }
+}
+
+/// Something was read since the flag was last cleared. Only set while the service stops, and on
+/// insertion.
+pub(crate) const ACTIVE: u16 = 1;
+/// Something was read since the peer was asked to leave.
+pub(super) const ANSWERS: u16 = 2;
+/// The server has dropped the IO, and the connection waits for the peer to take the rest.
+pub(crate) const LINGERS: u16 = 4;
+/// A response went out while the service stopped.
+pub(crate) const RESPONDED: u16 = 8;
+/// Some requests of this connection are checked for whether the layer sees them.
+pub(crate) const WATCHED: u16 = 16;
+/// The connection has asked for an upgrade, and is in the table of upgraded connections.
+pub(crate) const UPGRADES: u16 = 32;
+/// The bytes are searched for requests: on a server other than `serve`, and as long as requests can
+/// be told apart.
+pub(crate) const LOOKED_AT: u16 = 64;
+/// A handshake is running on the connection.
+pub(crate) const HANDSHAKE: u16 = 128;
+/// After a handshake: something was written, or the first HTTP/1 head is complete.
+pub(crate) const BUSY: u16 = 256;
+/// After a handshake: the connection was upgraded from HTTP/1.
+pub(crate) const UPGRADED: u16 = 512;
+/// After a handshake: the last bytes read were an HTTP/1 request without a body.
+pub(crate) const BODILESS: u16 = 1024;
+/// The peer's address is in the table of renamed peers.
+pub(super) const RENAMED: u16 = 2048;
+/// What its client asked for is owed no answer: it may hang up.
+pub(crate) const OWES_NOTHING: u16 = 4096;
+/// The connection belongs to a task of `serve`.
+pub(crate) const OWNED: u16 = 8192;
+/// Its task has noticed that it is to close: no request that it reads from now on is unexpected.
+pub(crate) const CLOSE_NOTICED: u16 = 16384;

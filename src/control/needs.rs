@@ -1,0 +1,168 @@
+//! What needs the control thread, and what it has to do now. Protected by the lock of `Control`.
+
+#[cfg(all(unix, feature = "signal"))]
+use std::collections::BTreeSet;
+#[cfg(feature = "signal")]
+use std::collections::HashMap;
+
+use tokio::time::Instant;
+
+#[cfg(feature = "signal")]
+use super::{Id, signals::Signals};
+use super::{OTHERWISE, Subject, deadlines::Deadlines, thread_state::ThreadState};
+use crate::config::plan::instant_after;
+#[cfg(feature = "signal")]
+use crate::report::Trigger;
+
+/// Everything that the thread knows.
+pub(super) struct Needs<S: Subject> {
+    pub(super) thread: ThreadState,
+    /// Until when the thread sleeps.
+    pub(super) sleeps_until: Option<Instant>,
+    pub(super) deadlines: Deadlines<S>,
+    #[cfg(feature = "signal")]
+    pub(super) listening: SignalListeners<S>,
+    #[cfg(all(unix, feature = "signal"))]
+    pub(super) watched: Watched<S>,
+}
+
+/// The lifecycles that listen for signals.
+#[cfg(feature = "signal")]
+pub(super) struct SignalListeners<S: Subject> {
+    pub(super) signals: Option<Signals>,
+    pub(super) listeners: HashMap<Id, S::Weak>,
+    /// Set when the last listener has stopped: until then signals are not given back to the
+    /// operating system.
+    pub(super) late_until: Option<Instant>,
+}
+
+/// The lifecycles with a watchdog: the process must not outlive their grace periods.
+#[cfg(all(unix, feature = "signal"))]
+pub(super) struct Watched<S: Subject> {
+    pub(super) services: HashMap<Id, (Option<Instant>, S::Weak)>,
+    pub(super) due: BTreeSet<(Instant, Id)>,
+}
+
+/// What the thread has to do now.
+pub(super) struct DueWork<S: Subject> {
+    pub(super) checks: Vec<S>,
+    #[cfg(feature = "signal")]
+    pub(super) signals: Vec<Trigger>,
+    #[cfg(feature = "signal")]
+    pub(super) listeners: Vec<S::Weak>,
+    #[cfg(feature = "signal")]
+    pub(super) is_late: bool,
+    #[cfg(all(unix, feature = "signal"))]
+    pub(super) overdue: Vec<S::Weak>,
+}
+
+impl<S: Subject> Needs<S> {
+    pub(super) fn new() -> Self {
+        Self {
+            thread: ThreadState::new(),
+            sleeps_until: None,
+            deadlines: Deadlines::default(),
+            #[cfg(feature = "signal")]
+            listening: SignalListeners {
+                signals: None,
+                listeners: HashMap::new(),
+                late_until: None,
+            },
+            #[cfg(all(unix, feature = "signal"))]
+            watched: Watched {
+                services: HashMap::new(),
+                due: BTreeSet::new(),
+            },
+        }
+    }
+
+    pub(super) fn take(&mut self, now: Instant) -> DueWork<S> {
+        #[cfg(feature = "signal")]
+        let signals = self.listening.signals.as_ref().map(Signals::take);
+        #[cfg(feature = "signal")]
+        let signals = signals.unwrap_or_default();
+        DueWork {
+            checks: self.deadlines.take(now, instant_after(now, OTHERWISE)),
+            #[cfg(feature = "signal")]
+            listeners: if signals.is_empty() {
+                Vec::new()
+            } else {
+                self.listening.listeners.values().cloned().collect()
+            },
+            #[cfg(feature = "signal")]
+            signals,
+            #[cfg(feature = "signal")]
+            is_late: self.listening.late_until.is_some(),
+            #[cfg(all(unix, feature = "signal"))]
+            overdue: self.watched.take(now),
+        }
+    }
+
+    pub(super) fn has_need(&self) -> bool {
+        #[cfg(feature = "signal")]
+        if !self.listening.listeners.is_empty() || self.listening.late_until.is_some() {
+            return true;
+        }
+        #[cfg(all(unix, feature = "signal"))]
+        if !self.watched.services.is_empty() {
+            return true;
+        }
+        !self.deadlines.is_empty()
+    }
+
+    pub(super) fn next(&self) -> Option<Instant> {
+        let next = self.deadlines.next().into_iter();
+        #[cfg(feature = "signal")]
+        let next = next.chain(self.listening.late_until);
+        #[cfg(all(unix, feature = "signal"))]
+        let next = next.chain(self.watched.due.first().map(|(at, _)| *at));
+        next.min()
+    }
+}
+
+#[cfg(feature = "signal")]
+impl<S: Subject> SignalListeners<S> {
+    /// From now on a signal does what it did before this crate listened.
+    pub(super) fn give_back_if_unused(&self) {
+        if self.listeners.is_empty() && self.late_until.is_none() {
+            if let Some(signals) = &self.signals {
+                signals.give_back();
+            }
+        }
+    }
+}
+
+#[cfg(all(unix, feature = "signal"))]
+impl<S: Subject> Watched<S> {
+    pub(super) fn remove(&mut self, id: Id) {
+        if let Some((Some(at), _)) = self.services.remove(&id) {
+            self.due.remove(&(at, id));
+        }
+    }
+
+    pub(super) fn take(&mut self, now: Instant) -> Vec<S::Weak> {
+        let mut overdue = Vec::new();
+        while let Some(&(at, id)) = self.due.first() {
+            if at > now {
+                break;
+            }
+            self.due.pop_first();
+            overdue.extend(self.services.remove(&id).map(|(_, weak)| weak));
+        }
+        overdue
+    }
+}
+
+impl<S: Subject> DueWork<S> {
+    pub(super) fn is_empty(&self) -> bool {
+        #[cfg(feature = "signal")]
+        if !self.signals.is_empty() {
+            return false;
+        }
+        #[cfg(all(unix, feature = "signal"))]
+        if !self.overdue.is_empty() {
+            return false;
+        }
+        self.checks.is_empty()
+    }
+}
