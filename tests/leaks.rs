@@ -1,6 +1,6 @@
 //! What a lifecycle leaves behind: nothing, unless its layer has made a service.
 //!
-//! `.ci/leaks` runs these tests under `LeakSanitizer`, which finds what nothing points at any more.
+//! `.ci/leaks` runs these tests under valgrind or `LeakSanitizer`, which find memory that nothing points to.
 
 use allocation_counter::{AllocationInfo, measure};
 use tower_graceful::{Graceful, GracefulLayer};
@@ -68,7 +68,7 @@ fn twenty_thousand_lifecycles_are_cheap() {
     assert!((1..3_500).contains(&each), "{each} bytes are left of each");
 }
 
-/// Fails under `LeakSanitizer`, or else the other tests show nothing there.
+/// Fails under valgrind and `LeakSanitizer`, or else the other tests show nothing there.
 #[test]
 #[ignore = "loses memory"]
 fn what_is_lost_is_found() {
