@@ -39,7 +39,7 @@
 
 use tokio::io::ReadBuf;
 
-use crate::sync::{AtomicU8, AtomicU32, Ordering::Relaxed};
+use crate::sync::{AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
 
 /// Written by the task that reads the connection, and read without a lock. All accesses are
 /// `Relaxed`: no other memory is published through these fields.
@@ -50,53 +50,65 @@ pub(crate) struct Sniffer {
     /// How much of the HTTP/2 preface has been read, or that the connection began with something
     /// else.
     preface: AtomicU8,
-    /// The end of the last read that is held back: an index into [`KEPT`].
-    kept: AtomicU8,
-    flags: AtomicU8,
+    /// The flags below, and in the highest bits the end of the last read that is held back, as an index
+    /// into [`KEPT`].
+    flags: AtomicU16,
     /// The number of the layer that records.
     layer: AtomicU8,
 }
 
 /// The connection belongs to a server of `serve`.
-const LISTENING: u8 = 1;
-/// The server has waited for the first head.
-const AWAITED: u8 = 1 << 1;
+const LISTENING: u16 = 1;
+/// The server waits for a head.
+const AWAITING: u16 = 1 << 1;
 /// The last read returned bytes, and the last of them is not part of a line break.
-const MID_LINE: u8 = 1 << 2;
+const MID_LINE: u16 = 1 << 2;
 /// The peer has closed its writing side.
-const ENDED: u8 = 1 << 3;
+const ENDED: u16 = 1 << 3;
 /// The connection was accepted when other connections had already been asked to leave.
-const LATE: u8 = 1 << 4;
+const LATE: u16 = 1 << 4;
 /// The last bytes that passed were read, and may be the end of a request.
-const ASKED: u8 = 1 << 5;
+const ASKED: u16 = 1 << 5;
 /// The server speaks HTTP/1 only.
-const HTTP1_ONLY: u8 = 1 << 6;
-
-/// The state of the connection when the server began to wait for a head.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Awaited {
-    reads: u32,
-    /// The first bytes of the head came with the previous request.
-    has_begun: bool,
-}
+const HTTP1_ONLY: u16 = 1 << 6;
+/// The awaited head has begun. Has no meaning while no head is awaited.
+const BEGUN: u16 = 1 << 7;
+/// A head was completed since the flag was last cleared.
+const COMPLETED: u16 = 1 << 8;
+/// The position of the index into [`KEPT`].
+const KEPT_SHIFT: u32 = 12;
 
 impl Sniffer {
     /// Not a read-modify-write: only one task writes, so no change is lost.
     #[inline]
-    fn set(&self, flag: u8, on: bool) {
-        let others = self.flags.load(Relaxed) & !flag;
-        self.flags
-            .store(if on { others | flag } else { others }, Relaxed);
+    fn change(&self, clear: u16, set: u16) {
+        let flags = self.flags.load(Relaxed) & !clear | set;
+        self.flags.store(flags, Relaxed);
     }
 
     #[inline]
-    fn has(&self, flag: u8) -> bool {
+    fn set(&self, flag: u16, on: bool) {
+        self.change(flag, if on { flag } else { 0 });
+    }
+
+    #[inline]
+    fn has(&self, flag: u16) -> bool {
         self.flags.load(Relaxed) & flag != 0
     }
 
-    /// The connection belongs to `serve`: everything read from now on is recorded.
+    #[inline]
+    fn kept(&self) -> u16 {
+        self.flags.load(Relaxed) >> KEPT_SHIFT
+    }
+
+    fn keep(&self, kept: u16) {
+        self.change(u16::MAX << KEPT_SHIFT, kept << KEPT_SHIFT);
+    }
+
+    /// The connection belongs to `serve`: everything read from now on is recorded. The first head is
+    /// awaited from here on, because some of its bytes are read to tell HTTP/1 from HTTP/2.
     pub(crate) fn listen(&self) {
-        self.set(LISTENING, true);
+        self.set(LISTENING | AWAITING, true);
     }
 
     /// The connection belongs to a server of `serve`.
@@ -114,9 +126,8 @@ impl Sniffer {
     #[cfg_attr(not(feature = "axum"), expect(dead_code))]
     pub(crate) fn begin_layer(&self) -> u8 {
         self.reads.store(0, Relaxed);
-        for byte in [&self.preface, &self.kept, &self.flags] {
-            byte.store(0, Relaxed);
-        }
+        self.preface.store(0, Relaxed);
+        self.flags.store(0, Relaxed);
         // Layers beyond the 255th share the last number.
         let layer = self.layer().saturating_add(1);
         self.layer.store(layer, Relaxed);
@@ -150,7 +161,7 @@ impl Sniffer {
         };
         let length = KEPT[usize::from(kept)].len();
         if length > 0 {
-            self.kept.store(kept, Relaxed);
+            self.keep(kept);
         }
         self.note_passed(&read[..read.len() - length]);
         length
@@ -159,17 +170,17 @@ impl Sniffer {
     /// Whether the end of the last read is held back.
     #[inline]
     pub(crate) fn has_kept(&self) -> bool {
-        self.kept.load(Relaxed) != 0
+        self.kept() != 0
     }
 
     /// Passes on the bytes that were held back, as if the network had split the read there.
     #[cold]
     pub(crate) fn hand_on(&self, buf: &mut ReadBuf<'_>) {
-        let kept = KEPT[usize::from(self.kept.load(Relaxed))];
+        let kept = KEPT[usize::from(self.kept())];
         let (passed, rest) = kept.split_at(kept.len().min(buf.remaining()));
         buf.put_slice(passed);
         self.note_passed(passed);
-        self.kept.store(open_line_of(rest), Relaxed);
+        self.keep(open_line_of(rest));
     }
 
     #[inline]
@@ -184,10 +195,12 @@ impl Sniffer {
     fn note_passed(&self, passed: &[u8]) {
         self.note_preface(passed);
         let mid_line = passed.last().is_some_and(|byte| !is_line_break(*byte));
-        self.set(MID_LINE, mid_line);
         if mid_line || !passed.iter().all(|byte| is_line_break(*byte)) {
+            self.change(MID_LINE, if mid_line { MID_LINE | BEGUN } else { BEGUN });
             let reads = self.reads().wrapping_add(1);
             self.reads.store(reads, Relaxed);
+        } else {
+            self.change(MID_LINE, 0);
         }
     }
 
@@ -229,32 +242,32 @@ impl Sniffer {
     }
 
     /// The server calls this when hyper begins to wait for a head.
-    pub(crate) fn await_head(&self) -> Awaited {
-        if self.has(AWAITED) {
-            return Awaited {
-                reads: self.reads(),
-                has_begun: self.has(MID_LINE),
-            };
+    pub(crate) fn await_head(&self) {
+        // The first head is awaited already.
+        if !self.has(AWAITING) {
+            let begun = if self.has(MID_LINE) { BEGUN } else { 0 };
+            self.change(BEGUN, AWAITING | begun);
         }
-        self.set(AWAITED, true);
-        Self::FIRST
     }
 
-    /// The first head is awaited from the start of the connection, because some of its bytes are
-    /// read to tell HTTP/1 from HTTP/2.
-    pub(crate) const FIRST: Awaited = Awaited {
-        reads: 0,
-        has_begun: false,
-    };
-
-    /// Whether the head that has been awaited since `awaited` has begun.
-    pub(crate) fn has_begun(&self, awaited: Awaited) -> bool {
-        awaited.has_begun || self.reads() != awaited.reads
+    /// The server calls this when a head is complete.
+    #[inline]
+    pub(crate) fn head_is_complete(&self) {
+        self.change(AWAITING, COMPLETED);
     }
 
-    /// Whether the protocol of the peer is known.
-    pub(crate) fn is_decided(&self) -> bool {
-        self.preface.load(Relaxed) >= WHOLE
+    /// Whether a head is awaited and has begun.
+    #[inline]
+    pub(crate) fn head_has_begun(&self) -> bool {
+        let both = AWAITING | BEGUN;
+        self.flags.load(Relaxed) & both == both && !self.is_http2()
+    }
+
+    /// Whether a head was completed since the last call.
+    pub(crate) fn take_completed(&self) -> bool {
+        let completed = self.has(COMPLETED);
+        self.set(COMPLETED, false);
+        completed
     }
 
     /// Whether the peer speaks HTTP/1, or the protocol that the connection was upgraded to.
@@ -301,7 +314,7 @@ const KEPT: [&[u8]; 6] = [b"", b"\r", b"\n", b"\r\n", b"\n\r", b"\r\n\r"];
 /// 0 if the bytes consist of line breaks only: they are empty lines or the rest of one. Also 0 for
 /// other sequences of line breaks, which end a head or cannot occur in one.
 #[inline]
-fn open_line(read: &[u8]) -> u8 {
+fn open_line(read: &[u8]) -> u16 {
     let (kept, before) = match read {
         [before @ .., b'\r', b'\n', b'\r'] => (5, before),
         [before @ .., b'\n', b'\r'] => (4, before),
@@ -317,7 +330,7 @@ fn open_line(read: &[u8]) -> u8 {
 }
 
 /// The index of these bytes in [`KEPT`].
-fn open_line_of(bytes: &[u8]) -> u8 {
+fn open_line_of(bytes: &[u8]) -> u16 {
     let kept = KEPT.iter().position(|kept| *kept == bytes);
     kept.and_then(|kept| kept.try_into().ok()).unwrap_or(0)
 }
@@ -366,54 +379,72 @@ mod tests {
         let bytes: Vec<_> = PREFACE.chunks(1).collect();
         assert!(sniffer(&bytes).is_http2());
         assert!(!sniffer(&bytes[..23]).is_http2());
-        assert!(!sniffer(&bytes[..23]).is_decided());
+        assert!(!sniffer(&bytes[..23]).is_http1());
     }
 
     #[test]
     fn no_other_bytes_are_taken_for_the_preface() {
-        assert!(!sniffer(&[]).is_decided());
-        assert!(sniffer(&[b"PO"]).is_decided());
+        assert!(!sniffer(&[]).is_http1());
+        assert!(sniffer(&[b"PO"]).is_http1());
         assert!(!sniffer(&[b"GET / HTTP/1.1\r\n\r\n", &PREFACE]).is_http2());
         assert!(!sniffer(&[b"PRI * HTTP/1", &PREFACE]).is_http2());
         assert!(!sniffer(&[b"P", b"P", &PREFACE[1..]]).is_http2());
         assert!(!sniffer(&[&PREFACE[..5], b"x", &PREFACE[5..]]).is_http2());
     }
 
+    /// Whether the next head has begun, when the server waits for it.
+    fn next_has_begun(sniffer: &Sniffer) -> bool {
+        sniffer.head_is_complete();
+        assert!(!sniffer.head_has_begun());
+        sniffer.await_head();
+        assert!(sniffer.take_completed() && !sniffer.take_completed());
+        sniffer.head_has_begun()
+    }
+
     #[test]
     fn the_first_head_is_awaited_from_the_start_and_the_next_from_where_it_begins() {
         let sniffer = sniffer(&[b"GET"]);
-        assert!(sniffer.has_begun(sniffer.await_head()));
+        assert!(sniffer.head_has_begun());
+        sniffer.await_head();
+        assert!(sniffer.head_has_begun() && !sniffer.take_completed());
         sniffer.note(b" / HTTP/1.1\r\n\r\n", || true);
-        let next = sniffer.await_head();
-        assert!(!sniffer.has_begun(next));
+        assert!(!next_has_begun(&sniffer));
         sniffer.note(b"G", || true);
-        assert!(sniffer.has_begun(next));
+        assert!(sniffer.head_has_begun());
     }
 
     #[test]
     fn a_head_whose_first_bytes_came_with_the_request_before_has_begun() {
         let sniffer = sniffer(&[b"GET / HTTP/1.1\r\n\r\n"]);
         sniffer.await_head();
-        sniffer.note(b"GET / HTTP/1.1\r\n\r\nG", || true);
-        assert!(sniffer.has_begun(sniffer.await_head()));
+        sniffer.note(b" / HTTP/1.1\r\n\r\nG", || true);
+        assert!(next_has_begun(&sniffer));
         sniffer.note(b"GET / HTTP/1.1\r\n\r\nG", || true);
         sniffer.note_nothing();
-        assert!(!sniffer.has_begun(sniffer.await_head()), "all was consumed");
+        assert!(!next_has_begun(&sniffer), "all was consumed");
     }
 
     #[test]
     fn empty_lines_begin_no_head() {
         for lines in [&b"\r\n"[..], b"\n", b"\r", b"\r\n\r\n", b"\r\n\r"] {
             let sniffer = sniffer(&[]);
-            let first = sniffer.await_head();
+            sniffer.await_head();
             assert_eq!(sniffer.note(lines, || true), 0);
-            assert!(!sniffer.has_begun(first), "{lines:?}");
-            let next = sniffer.await_head();
+            assert!(!sniffer.head_has_begun(), "{lines:?}");
+            assert!(!next_has_begun(&sniffer));
             sniffer.note(lines, || true);
-            assert!(!sniffer.has_begun(next), "{lines:?}");
+            assert!(!sniffer.head_has_begun(), "{lines:?}");
             sniffer.note(&[lines, b"G"].concat(), || true);
-            assert!(sniffer.has_begun(next), "{lines:?}");
+            assert!(sniffer.head_has_begun(), "{lines:?}");
         }
+    }
+
+    #[test]
+    fn http2_has_no_heads_that_are_awaited() {
+        let sniffer = sniffer(&[&PREFACE[..20]]);
+        assert!(sniffer.head_has_begun());
+        sniffer.note(&PREFACE[20..], || true);
+        assert!(!sniffer.head_has_begun());
     }
 
     #[test]
@@ -424,7 +455,7 @@ mod tests {
             let sniffer = sniffer(&[]);
             assert_eq!(sniffer.note(&line, || true), line_break.len());
             sniffer.await_head();
-            assert!(sniffer.has_begun(sniffer.await_head()));
+            assert!(next_has_begun(&sniffer));
             // The bytes are passed on in order, as many as there is room for.
             let mut passed = Vec::new();
             while sniffer.has_kept() {
@@ -432,7 +463,7 @@ mod tests {
                 let mut buf = ReadBuf::new(&mut memory);
                 sniffer.hand_on(&mut buf);
                 passed.extend_from_slice(buf.filled());
-                assert!(!sniffer.has_begun(sniffer.await_head()));
+                assert!(!next_has_begun(&sniffer));
             }
             assert_eq!(passed, line_break);
         }

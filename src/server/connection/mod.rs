@@ -22,7 +22,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tower_service::Service;
 
 use self::{
-    head_timer::HeadTimer,
+    head_timer::{HeadTimeout, HeadTimer},
     owner::{Owner, RareSleep, Running},
     service::Owned,
 };
@@ -31,7 +31,6 @@ use crate::{
     connection::{
         directive::Directive,
         flags::{CLOSE_NOTICED, OWNED},
-        sniffer::Sniffer,
         wakers::{RegisteredWaker, WakerSlot},
     },
     phase::Phase,
@@ -63,13 +62,9 @@ where
         owner.0.sniffer.refuse_http2();
     }
     let mut http = auto::Builder::new(Streams(owner.clone()));
-    let timer = HeadTimer {
-        owner: owner.clone(),
-        settings: Arc::clone(settings),
-    };
-    // hyper requires a duration here. `HeadTimer` ignores it and uses the one in the settings.
+    // hyper requires a duration here, which `HeadTimer` ignores.
     http.http1()
-        .timer(timer)
+        .timer(HeadTimer(owner.clone()))
         .header_read_timeout(Duration::from_secs(1));
     settings.apply(&mut http);
     let service = Owned {
@@ -86,8 +81,7 @@ where
         owner,
         settings: Arc::clone(settings),
         waker: RegisteredWaker::default(),
-        opening: None,
-        opened: false,
+        head: HeadTimeout::default(),
         slot: None,
         asked: Directive::Stay,
     }
@@ -106,9 +100,7 @@ pin_project! {
         owner: Owner,
         settings: Arc<Settings>,
         waker: RegisteredWaker,
-        // The head timeout until the protocol is known. After that hyper's timer keeps it for HTTP/1.
-        opening: RareSleep,
-        opened: bool,
+        head: HeadTimeout,
         slot: RareSleep,
         asked: Directive,
     }
@@ -161,16 +153,8 @@ where
             if connection.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(());
             }
-            if !*this.opened && sniffer.is_decided() {
-                *this.opened = true;
-                *this.opening = None;
-            }
-            if !*this.opened
-                && this
-                    .owner
-                    .poll_head(Sniffer::FIRST, this.settings, this.opening, cx)
-                    .is_ready()
-            {
+            let timeout = this.settings.header_read_timeout;
+            if this.head.poll(sniffer, timeout, cx).is_ready() {
                 return Poll::Ready(());
             }
             let leaves = match directive {

@@ -15,11 +15,10 @@ use crate::{
         directive::Directive,
         flags::{OWES_NOTHING, RESPONDED, UPGRADES},
         outside::Window,
-        sniffer::Awaited,
     },
     middleware::connection_close,
     phase::Phase,
-    server::{ConnectionEntry, settings::Settings},
+    server::ConnectionEntry,
 };
 
 /// A watched connection opens a window for each request within its first `FIRST_READS` reads. Later it
@@ -46,26 +45,6 @@ impl Owner {
 
     pub(super) fn poll_slot(&self, sleep: &mut RareSleep, cx: &mut Context<'_>) -> Poll<()> {
         let sleep = sleep.get_or_insert_with(|| Box::pin(time::sleep_until(self.slot_time())));
-        sleep.as_mut().poll(cx)
-    }
-
-    /// Ready when the awaited head has begun and has not been completed within the timeout.
-    pub(super) fn poll_head(
-        &self,
-        head: Awaited,
-        settings: &Settings,
-        sleep: &mut RareSleep,
-        cx: &mut Context<'_>,
-    ) -> Poll<()> {
-        let sleep = match sleep {
-            Some(sleep) => sleep,
-            none => {
-                if !self.0.sniffer.has_begun(head) {
-                    return Poll::Pending;
-                }
-                none.insert(Box::pin(time::sleep(settings.header_read_timeout)))
-            }
-        };
         sleep.as_mut().poll(cx)
     }
 

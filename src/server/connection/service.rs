@@ -46,6 +46,9 @@ where
 
     fn call(&self, mut request: http::Request<Incoming>) -> Self::Future {
         let version = request.version();
+        if version < Version::HTTP_2 {
+            self.owner.0.sniffer.head_is_complete();
+        }
         if self.http2_only && version < Version::HTTP_2 {
             return OwnedFuture {
                 inner: None,
