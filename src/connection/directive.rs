@@ -13,6 +13,8 @@ pub(crate) enum Directive {
     LeaveInSlot,
     /// Leave, if the peer can be informed without losing a request: by the GOAWAY of HTTP/2.
     Leave,
+    /// As `Leave`, and read once more, because the connection is about to be closed.
+    Read,
     /// Close when the last response is out, or at once if there is none to wait for.
     Close,
     /// Close now if nothing is in flight and the peer is silent.
@@ -29,8 +31,9 @@ impl Directive {
             1 => Self::Stopping,
             2 => Self::LeaveInSlot,
             3 => Self::Leave,
-            4 => Self::Close,
-            5 => Self::Expire,
+            4 => Self::Read,
+            5 => Self::Close,
+            6 => Self::Expire,
             _ => Self::Cut,
         }
     }

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
     directive::Directive,
-    flags::{ACTIVE, ANSWERS, Flags, LINGERS, RESPONDED},
+    flags::{ACTIVE, ANSWERS, CLOSE_NOTICED, Flags, LINGERS, RESPONDED},
     sniffer::Sniffer,
     stagger::Place,
     state::ConnectionState,
@@ -66,6 +66,14 @@ impl<O> ConnectionEntry<O> {
         };
         let answers = if directive >= asked { ANSWERS } else { 0 };
         self.flags.set(ACTIVE | answers);
+    }
+
+    /// Records that there was nothing to read although the connection is about to be closed. A connection of
+    /// `serve` is not done with that: its task has still to obey.
+    pub(crate) fn was_read_once_more(&self) {
+        if !self.is_served() {
+            self.flags.set(CLOSE_NOTICED);
+        }
     }
 
     /// Whether HTTP/2 streams may be open, or responses may be left in the server, a while after

@@ -58,5 +58,6 @@ pub(super) const RENAMED: u16 = 2048;
 pub(crate) const OWES_NOTHING: u16 = 4096;
 /// The connection belongs to a task of `serve`.
 pub(crate) const OWNED: u16 = 8192;
-/// Its task has noticed that it is to close: no request that it reads from now on is unexpected.
+/// Its task has noticed that it is to close: no request that it reads from now on is unexpected. On
+/// servers other than `serve`: it has been read once more, and nothing was there.
 pub(crate) const CLOSE_NOTICED: u16 = 16384;

@@ -121,6 +121,9 @@ impl ConnectionState {
                 Directive::LeaveInSlot | Directive::Leave | Directive::Close => {
                     wakers.of(WakerSlot::Owner)
                 }
+                // The task of an owner reads before it closes the connection.
+                Directive::Read if wakers.have(WakerSlot::Owner) => Wakers::None,
+                Directive::Read => wakers.of(WakerSlot::Read),
                 Directive::Expire | Directive::Cut => self.take_all(&mut wakers),
             }
         };

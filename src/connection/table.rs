@@ -30,8 +30,8 @@ use super::{
     directive::Directive,
     entry::{ConnectionEntry, OpenAtCut},
     flags::{
-        ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, LOOKED_AT, OWES_NOTHING, OWNED, RENAMED, UPGRADED,
-        UPGRADES, WATCHED,
+        ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, LINGERS, LOOKED_AT, OWES_NOTHING, OWNED, RENAMED,
+        UPGRADED, UPGRADES, WATCHED,
     },
     sniffer::Sniffer,
     stagger::Place,
@@ -188,6 +188,16 @@ impl<O> ConnectionTable<O> {
                     .flags
                     .has(CLOSE_NOTICED | UPGRADES | UPGRADED | OWES_NOTHING)
         })
+    }
+
+    /// How many connections of servers that do not say when they notice something have not been read since
+    /// they were told to [read once more](Directive::Read).
+    pub(crate) fn unnoticed(&self) -> usize {
+        const OTHERS: u16 =
+            OWNED | CLOSE_NOTICED | UPGRADES | UPGRADED | OWES_NOTHING | HANDSHAKE | LINGERS;
+        let open = lock!(self.open);
+        let connections = open.connections.iter();
+        connections.filter(|entry| !entry.flags.has(OTHERS)).count()
     }
 
     /// How many connections belong to servers that do not say when they notice something.

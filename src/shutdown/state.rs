@@ -117,6 +117,8 @@ pub(crate) enum ClosingStage {
     Open,
     /// Accept the queued connections, and close the listener.
     Listeners,
+    /// Read every connection once more.
+    Reads,
     /// Close each connection after its last response.
     Connections,
     /// Cleanup begins. Servers that have not ended are dropped, with the handlers that they own.
@@ -129,6 +131,8 @@ pub(crate) struct Shutdown {
     pub(crate) closing_stage: ClosingStage,
     /// When the listeners were told to close.
     pub(crate) closing_begun: Option<Instant>,
+    /// When the connections were told to read once more.
+    pub(crate) reads_since: Option<Instant>,
     /// When the connections were told to close.
     pub(crate) closes_since: Option<Instant>,
     /// When activity on a connection was last seen. Checked only while the listeners close.
@@ -219,6 +223,7 @@ impl Shutdown {
             trigger,
             closing_stage: ClosingStage::Open,
             closing_begun: None,
+            reads_since: None,
             closes_since: None,
             last_activity: None,
             last_handshake: None,

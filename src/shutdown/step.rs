@@ -34,6 +34,9 @@ const MOST_UNREAD: Duration = Duration::from_secs(1);
 /// closed.
 const LOOK: Duration = Duration::from_millis(5);
 
+/// How soon to check whether every connection has been read once more. Usually this takes microseconds.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+
 /// How much the delay may be extended for a listener that waits for file descriptors. Work that is
 /// told to end only when draining starts may be using them.
 const STARVED_DELAY: Duration = Duration::from_secs(1);
@@ -350,7 +353,7 @@ impl Shared {
             return None;
         }
         let begun = *shutdown.closing_begun.get_or_insert(now);
-        shutdown.closing_stage = ClosingStage::Listeners;
+        shutdown.closing_stage = shutdown.closing_stage.max(ClosingStage::Listeners);
         let listeners = self.connections.listeners();
         // Without a listener of this crate it is unknown when connections are accepted, so there is
         // nothing to wait for.
@@ -389,9 +392,31 @@ impl Shared {
             if now < until {
                 return Some(until);
             }
+            if let Some(until) = self.read_once_more(shutdown, begun, now) {
+                return Some(until);
+            }
         }
         shutdown.close_connections(now);
         None
+    }
+
+    /// Has every connection read once more. A server that is told to close closes its idle connections
+    /// without a look, and on an overloaded machine a request may wait on one of them although nothing was
+    /// read for a while. The servers of `serve` look by themselves. Returns when to check again, until
+    /// every idle connection has been read, or the wait that began at `begun` has been long enough.
+    fn read_once_more(
+        &self,
+        shutdown: &mut Shutdown,
+        begun: Instant,
+        now: Instant,
+    ) -> Option<Instant> {
+        let since = *shutdown.reads_since.get_or_insert(now);
+        shutdown.closing_stage = ClosingStage::Reads;
+        let until = shutdown.drain_until.min(begun + MOST_UNREAD);
+        let look = if now == since { FIRST_LOOK } else { LOOK };
+        // A connection whose handler runs may not be read.
+        let waits = now < until && self.connections.unnoticed() > self.in_flight();
+        waits.then(|| until.min(now + look))
     }
 
     /// Cuts everything that is left, and records it for the report.

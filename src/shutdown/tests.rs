@@ -98,6 +98,15 @@ impl Stop {
         *self.shared().closing_stages().borrow()
     }
 
+    /// Asserts that the connection is to be read once more, and to be closed after that.
+    async fn assert_closed_after_one_more_read(&self, entry: &ConnectionEntry<Shared>) {
+        assert_eq!(entry.state.directive(), Directive::Read);
+        assert_eq!(self.closing_stage(), ClosingStage::Reads);
+        entry.was_read_once_more();
+        sleep_until(Instant::now() + ms(6)).await;
+        assert_eq!(entry.state.directive(), Directive::Close);
+    }
+
     /// Waits until `after` milliseconds after the stop began.
     async fn at(&self, after: u64) {
         sleep_until(self.begun + ms(after)).await;
@@ -302,7 +311,7 @@ async fn connections_are_closed_after_25_ms_of_silence() {
     stop.at(23).await;
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(27).await;
-    assert_eq!(entry.state.directive(), Directive::Close);
+    stop.assert_closed_after_one_more_read(&entry).await;
 
     // At the end of the delay the stop began long ago, and so did the connection.
     let mut stop = Stop::new(500, 1000, unchanged);
@@ -311,7 +320,7 @@ async fn connections_are_closed_after_25_ms_of_silence() {
     let entry = stop.connect_and_read();
     stop.terminate();
     stop.at(502).await;
-    assert_eq!(entry.state.directive(), Directive::Close);
+    stop.assert_closed_after_one_more_read(&entry).await;
 
     // Something is read shortly before the end of the delay.
     let mut stop = Stop::new(500, 1000, unchanged);
@@ -324,7 +333,7 @@ async fn connections_are_closed_after_25_ms_of_silence() {
     stop.at(522).await;
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(527).await;
-    assert_eq!(entry.state.directive(), Directive::Close);
+    stop.assert_closed_after_one_more_read(&entry).await;
 
     // Something is read again and again: the wait is limited.
     let mut stop = Stop::new(0, 1000, unchanged);
@@ -341,7 +350,36 @@ async fn connections_are_closed_after_25_ms_of_silence() {
     entry.read_while_stopping(entry.state.directive());
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(152).await;
-    assert_eq!(entry.state.directive(), Directive::Close);
+    stop.assert_closed_after_one_more_read(&entry).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_is_told_to_close_when_its_idle_connections_have_been_read_once_more() {
+    let mut stop = Stop::new(0, 3000, unchanged);
+    stop.listen();
+    stop.close_listener();
+    let idle = stop.connect_and_read();
+    let busy = stop.connect_and_read();
+    // The handler of one connection runs, so it may not be read.
+    let hold = stop.graceful.hold("work");
+    stop.terminate();
+    stop.at(2790).await;
+    stop.assert_closed_after_one_more_read(&idle).await;
+    stop.leave(&idle);
+    drop(hold);
+    stop.leave(&busy);
+
+    // A connection that is never read is not waited for longer than a second.
+    let mut stop = Stop::new(0, 3000, unchanged);
+    stop.listen();
+    stop.close_listener();
+    let idle = stop.connect_and_read();
+    stop.terminate();
+    stop.at(998).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Reads);
+    stop.at(1002).await;
+    assert_eq!(idle.state.directive(), Directive::Close);
+    stop.leave(&idle);
 }
 
 #[tokio::test(start_paused = true)]

@@ -242,6 +242,8 @@ impl Shared {
             Directive::Expire
         } else if shutdown.closing_stage >= ClosingStage::Connections {
             Directive::Close
+        } else if shutdown.closing_stage >= ClosingStage::Reads {
+            Directive::Read
         } else if phase >= Phase::Draining || shutdown.asks_all {
             Directive::Leave
         } else if phase == Phase::LameDuck && self.policy.is_spread() {

@@ -162,7 +162,7 @@ where
                 Directive::LeaveInSlot => {
                     sniffer.is_http2() && this.owner.poll_slot(this.slot, cx).is_ready()
                 }
-                Directive::Leave => sniffer.is_http2(),
+                Directive::Leave | Directive::Read => sniffer.is_http2(),
                 Directive::Close | Directive::Expire | Directive::Cut => true,
             };
             if !leaves || *this.asked == directive {

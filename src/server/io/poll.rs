@@ -168,8 +168,11 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         }
         let io = present(this.io.as_mut());
         let mut result = Pin::new(&mut *io).poll_read(cx, buf);
-        if result.is_pending() && directive >= Directive::Close {
+        if result.is_pending() && directive >= Directive::Read {
             result = read_now(io, buf);
+            if result.is_pending() && this.layer == 0 {
+                this.guard.entry.was_read_once_more();
+            }
         }
         let read = &buf.filled()[before..];
         if !read.is_empty() {
