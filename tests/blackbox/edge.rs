@@ -33,6 +33,11 @@ pub(crate) const TESTS: &[Test] = &[
         Form::CUTTING,
         silent,
     ),
+    (
+        "edge::requests_that_wait_while_the_only_thread_is_blocked_are_answered",
+        Form::CUTTING,
+        blocked,
+    ),
 ];
 
 const GET: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
@@ -167,4 +172,27 @@ fn answered_at_the_signal(server: &mut Server, mut connections: Vec<Connection>)
     for (i, mut connection) in connections.into_iter().enumerate() {
         assert_answered(&connection.try_response("GET"), i);
     }
+}
+
+/// A handler blocks the only thread of the runtime. Meanwhile the stop begins, and requests arrive on
+/// connections that were idle. Nothing has read them when the handler ends, and with it the last request
+/// that is in flight.
+fn blocked(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "threads=1"]);
+    let mut connections: Vec<_> = (0..40).map(|_| server.connect()).collect();
+    for connection in &mut connections {
+        connection.get("/").assert_ok();
+    }
+    let mut blocking = server.connect();
+    blocking.send("GET /block/500 HTTP/1.1\r\nhost: test\r\n\r\n");
+    thread::sleep(Duration::from_millis(100));
+    server.terminate();
+    for connection in &mut connections {
+        connection.send(GET);
+    }
+    for (i, mut connection) in connections.into_iter().enumerate() {
+        assert_answered(&connection.try_response("GET"), i);
+    }
+    assert_answered(&blocking.try_response("GET"), 40);
+    server.exit().assert_clean();
 }
