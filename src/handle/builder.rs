@@ -1,4 +1,6 @@
 //! The builder: all settings of a lifecycle.
+//!
+//! Most of this file is documentation of public items.
 
 use std::time::Duration;
 

@@ -1,4 +1,6 @@
 //! `Graceful`: the handle with which a service is observed and stopped.
+//!
+//! Most of this file is documentation of public items.
 
 use std::{
     fmt,

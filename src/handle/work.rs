@@ -1,4 +1,6 @@
 //! The registration of workers, hooks and cleanup steps.
+//!
+//! Most of this file is documentation of public items.
 
 use std::{
     borrow::Cow,

@@ -9,6 +9,8 @@
 //!
 //! The text form is at most 80 columns wide, and exit codes are stable: the tests in `text` and in
 //! this file pin both.
+//!
+//! Most of this file is documentation of public items.
 
 #[cfg(feature = "serde")]
 pub(crate) mod json;

@@ -1,4 +1,6 @@
 //! Handshakes (TLS, the PROXY protocol, and others) that run in their own tasks while the listener accepts.
+//!
+//! Most of this file is documentation of public items.
 
 use std::{any::Any, error::Error, fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -23,7 +23,7 @@ use crate::{
     events,
     handle::graceful::Graceful,
     phase::Phase,
-    shutdown::{state::ClosingStage, step::LINGER},
+    shutdown::{closing::QUIET_BEFORE_CLOSE, state::ClosingStage},
 };
 
 /// How long a listener may take to empty its accept queue, from the moment its task runs.
@@ -285,14 +285,14 @@ impl<L: Listener> GracefulListener<L> {
 
     /// Closes idle connections, because the queue needs their file descriptors. Connections of `serve`
     /// are instructed to close. The readers of other connections are woken, and check whether the
-    /// connection is idle. Connections that were opened within the last [`LINGER`] are left out: their
+    /// connection is idle. Connections that were opened within the last [`QUIET_BEFORE_CLOSE`] are left out: their
     /// first request may be in transit.
     fn close_idle(&self) {
         let shared = self.graceful.shared();
         let Some(instructs) = shared.starved.begin_round() else {
             return;
         };
-        let before = Instant::now() - LINGER;
+        let before = Instant::now() - QUIET_BEFORE_CLOSE;
         for entry in shared.connections.opened_before(before) {
             if !entry.is_served() {
                 entry.state.wake_reader();

@@ -1,4 +1,6 @@
 //! `Graceful::serve`: the server of this crate, which owns its connections, and its settings.
+//!
+//! Most of this file is documentation of public items.
 
 use std::{
     convert::Infallible,

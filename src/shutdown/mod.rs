@@ -5,11 +5,12 @@
 //! (`triggers`: a signal, a server that ends), and so do the control thread and the driver when a deadline
 //! passes. So a trigger takes effect before it returns, on any thread and without a runtime.
 //!
-//! This file has what one lifecycle consists of. `state` contains the data of a stop and builds the report,
-//! `driver` is the task that runs what needs a runtime, `cleanup` runs hooks, workers and cleanup steps,
-//! `leave_early` decides when the lame-duck phase may end early, `progress` says what the stop waits for,
-//! and `warn` and `window` detect mistakes in the set-up. `handle`, `server`, the middleware and `control`
-//! call the methods of [`Shared`] and may change nothing else.
+//! This file has what one lifecycle consists of. `state` contains the data of a stop, and `report`
+//! makes the report of it. `closing` is the order in which listeners and connections close. `driver`
+//! is the task that runs what needs a runtime, `cleanup` runs hooks, workers and cleanup steps,
+//! `leave_early` decides when the lame-duck phase may end early, `progress` says what the stop waits
+//! for, and `warn` and `window` detect mistakes in the set-up. `handle`, `server`, the middleware and
+//! `control` call the methods of [`Shared`] and may change nothing else.
 //!
 //! User code may block and panic, so none of it runs under the lock. Log events are queued under
 //! the lock and written later ([`events`]). Wakers are called after the lock is released, and never
@@ -17,9 +18,11 @@
 //! lock.
 
 mod cleanup;
+pub(crate) mod closing;
 mod driver;
 pub(crate) mod leave_early;
 mod progress;
+mod report;
 pub(crate) mod state;
 pub(crate) mod step;
 #[cfg(all(test, feature = "axum", feature = "signal", not(tower_graceful_loom)))]

@@ -9,10 +9,7 @@ use std::{
 
 use crate::{
     Test,
-    client::{
-        Connection,
-        frames::{self, DATA, END_STREAM, GOAWAY, HEADERS},
-    },
+    client::frames::{self, DATA, END_STREAM, GOAWAY, HEADERS},
     process::{Server, wait_for},
     server::Form,
 };

@@ -75,7 +75,7 @@ const MS: fn(u64) -> Duration = Duration::from_millis;
 const KNOBS: &[&str] = &["delay=200", "drain=800"];
 /// Half a second after that deadline.
 const IN_TIME: Duration = Duration::from_millis(1500);
-const SOON: Duration = Duration::from_millis(2000);
+const SOON: Duration = Duration::from_secs(2);
 
 /// The bytes that a peer sends first, and the bytes that it sends in every round.
 struct Peer {

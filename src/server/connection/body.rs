@@ -11,7 +11,9 @@ use http_body::{Frame, SizeHint};
 use tokio::time;
 
 use super::owner::{Owner, Running};
-use crate::{connection::directive::Directive, phase::Phase, shutdown::step::LINGER};
+use crate::{
+    connection::directive::Directive, phase::Phase, shutdown::closing::QUIET_BEFORE_CLOSE,
+};
 
 /// The body of a response.
 ///
@@ -63,7 +65,7 @@ impl OwnedBody {
         }
         let reads = owner.0.sniffer.reads();
         tokio::spawn(async move {
-            time::sleep(LINGER).await;
+            time::sleep(QUIET_BEFORE_CLOSE).await;
             // A request that has arrived in the meantime is answered instead.
             if owner.0.sniffer.reads() == reads {
                 owner.0.state.instruct(Directive::Close);
