@@ -171,13 +171,13 @@ fn a_runtime_that_is_kept_but_not_driven_does_not_hang_a_stop() {
     let (report, [draining, stopped]) = elsewhere.join().unwrap();
     assert!(draining < MS(1_000), "{report}");
     assert!(stopped < 2 * END, "{report}");
-    let fates: Vec<_> = report
+    let outcomes: Vec<_> = report
         .tasks()
         .iter()
         .map(|task| task.outcome.clone())
         .collect();
     assert_eq!(
-        fates,
+        outcomes,
         [TaskOutcome::NotRun, TaskOutcome::Cut, TaskOutcome::NotRun],
         "{report}"
     );

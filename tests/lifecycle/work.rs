@@ -49,7 +49,7 @@ fn rows(report: &Report) -> Vec<Row> {
         .collect()
 }
 
-fn fates(report: &Report) -> Vec<TaskOutcome> {
+fn outcomes(report: &Report) -> Vec<TaskOutcome> {
     report
         .tasks()
         .iter()

@@ -8,7 +8,7 @@ use tower_graceful::{
     Graceful, Outcome, Phase, RegisterError, Remaining, Report, TaskKind, TaskOutcome,
 };
 
-use super::{Diary, END, fates, panics, report, row, rows, sleep_for, stop, until};
+use super::{Diary, END, outcomes, panics, report, row, rows, sleep_for, stop, until};
 use crate::support::{
     DELAY, LET_GO, does_not_hang, graceful, let_others_run, ms, pass, paused_runtime, request, s,
     serve, server, watched, without_delay,
@@ -209,7 +209,7 @@ async fn a_failed_server_and_a_forced_stop_outweigh_a_failed_step() {
         .run(std::future::ready(Err::<(), _>("broken")))
         .await;
     assert_eq!(report.outcome(), Outcome::ServerFailed);
-    assert_eq!(fates(&report), [TaskOutcome::Failed("no".into())]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Failed("no".into())]);
 
     let graceful = without_delay();
     graceful
@@ -218,7 +218,7 @@ async fn a_failed_server_and_a_forced_stop_outweigh_a_failed_step() {
     let _held = request(&graceful);
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::Forced);
-    assert_eq!(fates(&report), [TaskOutcome::Failed("no".into())]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Failed("no".into())]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -227,7 +227,7 @@ async fn a_step_that_ends_just_before_its_timeout_is_done() {
     let step = sleep_for(s(2) - ms(1));
     graceful.cleanup("step", s(2), step).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [TaskOutcome::Done]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done]);
     assert_eq!(report.duration(), s(2) - ms(1));
 }
 
@@ -252,7 +252,7 @@ async fn the_drain_cannot_use_up_the_share_that_is_kept_for_cleanup() {
     assert_eq!(report.time_in(Phase::Closing), LET_GO);
     assert_eq!(report.cleanup_time(), s(5) - LET_GO);
     assert_eq!(report.duration(), END);
-    assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Cut]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Cut, TaskOutcome::Cut]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -298,7 +298,7 @@ async fn without_a_share_every_step_still_runs() {
         ("gone", begun + LEAST * 2 + ms(5)),
     ]);
     assert_eq!(
-        fates(&report),
+        outcomes(&report),
         [TaskOutcome::Cut, TaskOutcome::Cut, TaskOutcome::Done]
     );
     assert!(report.duration() < s(30));
@@ -357,7 +357,7 @@ async fn a_step_without_a_bound_leaves_its_part_to_one_that_has_one() {
     hangs(&graceful, "A", Duration::MAX);
     graceful.cleanup("B", s(1), sleep_for(ms(900))).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
     assert!(report.duration() < END);
 }
 
@@ -369,7 +369,7 @@ async fn a_step_with_a_timeout_of_zero_is_polled() {
     graceful.cleanup("endless", ZERO, endless).unwrap();
     let report = stop(&graceful).await;
     assert!(log.polled() && log.dropped().is_some());
-    assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     assert_eq!(times(&report), [ZERO, LEAST]);
 }
 
@@ -414,7 +414,7 @@ async fn a_step_may_be_registered_until_the_drain_is_over() {
     drop(connection);
     let report = report(&graceful).await;
     assert_eq!(
-        fates(&report),
+        outcomes(&report),
         [TaskOutcome::Done, TaskOutcome::Done, TaskOutcome::Done]
     );
     let names: Vec<_> = report.tasks().iter().map(|task| &*task.name).collect();
@@ -448,7 +448,7 @@ async fn a_step_may_use_the_service_and_cannot_prolong_its_end() {
     };
     graceful.cleanup("step", s(2), step).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [TaskOutcome::Done]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done]);
     assert_eq!(report.outcome(), Outcome::Clean);
     assert_eq!(report.duration(), s(1));
 }
@@ -459,7 +459,7 @@ async fn a_step_that_waits_for_the_end_is_cut() {
     let stopped = graceful.stopped();
     graceful.cleanup("circular", s(2), stopped).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [TaskOutcome::Cut]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Cut]);
     assert_eq!(report.duration(), s(2));
 }
 
@@ -474,7 +474,7 @@ async fn calls_of_shutdown_during_cleanup_do_not_shorten_it() {
         graceful.shutdown();
     }
     let report = report(&graceful).await;
-    assert_eq!(fates(&report), [TaskOutcome::Done]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done]);
     assert_eq!(report.duration(), s(3));
 }
 
@@ -516,7 +516,7 @@ fn a_step_registered_and_asked_for_outside_a_runtime_runs_in_the_next() {
     assert!(!log.polled());
     paused_runtime().block_on(async {
         let report = report(&graceful).await;
-        assert_eq!(fates(&report), [TaskOutcome::Done]);
+        assert_eq!(outcomes(&report), [TaskOutcome::Done]);
         assert_eq!(report.outcome(), Outcome::Clean);
     });
 }
@@ -544,7 +544,7 @@ fn steps_of_a_runtime_that_is_dropped_are_given_up_and_the_stop_completes_in_the
             let report = report(&graceful).await;
             assert!(!waiting_log.polled());
             assert_eq!(
-                fates(&report),
+                outcomes(&report),
                 [TaskOutcome::Done, TaskOutcome::Cut, TaskOutcome::NotRun]
             );
             assert_eq!(report.outcome(), Outcome::CleanupFailed);
@@ -581,6 +581,6 @@ async fn a_step_that_holds_the_only_thread_for_too_long_counts_as_cut() {
     graceful.cleanup("blocks", ms(50), blocks).unwrap();
     graceful.cleanup("after", s(1), async {}).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
 }

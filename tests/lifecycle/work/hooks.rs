@@ -5,7 +5,7 @@ use std::{future::pending, io, time::Duration};
 use tokio::time::sleep;
 use tower_graceful::{Graceful, Outcome, Phase, RegisterError, TaskKind, TaskOutcome};
 
-use super::{Diary, fates, panics, report, row, rows, sleep_for, stop, until};
+use super::{Diary, outcomes, panics, report, row, rows, sleep_for, stop, until};
 use crate::support::{
     DELAY, does_not_hang, graceful, let_others_run, ms, pass, paused_runtime, plan, request, s,
     serve, server, watched, without_delay,
@@ -127,7 +127,7 @@ async fn a_hook_that_ends_exactly_at_its_timeout_or_at_the_end_of_the_delay_is_d
     assert_eq!(report.duration(), DELAY);
     let failed = TaskOutcome::Failed("at the last moment".into());
     assert_eq!(
-        fates(&report),
+        outcomes(&report),
         [TaskOutcome::Done, TaskOutcome::Done, failed]
     );
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
@@ -144,7 +144,7 @@ async fn a_hook_timeout_of_zero_is_one_poll() {
     assert!(log.polled());
     assert!(log.dropped().is_some());
     assert_eq!(
-        fates(&report(&graceful).await),
+        outcomes(&report(&graceful).await),
         [TaskOutcome::Done, TaskOutcome::Cut]
     );
 }
@@ -185,7 +185,7 @@ async fn without_a_delay_and_without_anything_in_flight_a_hook_runs_too() {
     let log = two_hooks(&graceful);
     let report = stop(&graceful).await;
     assert!(log.polled());
-    assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     assert_eq!(report.outcome(), Outcome::Clean);
     assert_eq!(report.duration(), ZERO);
 }
@@ -198,7 +198,7 @@ async fn without_a_delay_a_hook_runs_beside_a_server_that_ends_at_once() {
     graceful.shutdown();
     let report = run.await.unwrap();
     assert!(log.polled());
-    assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     assert_eq!(report.duration(), ZERO);
 }
 
@@ -210,7 +210,7 @@ async fn a_hook_runs_when_a_server_ends_by_itself() {
         .run(std::future::ready(Err::<(), _>("broken")))
         .await;
     assert!(log.polled());
-    assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     assert_eq!(report.outcome(), Outcome::ServerFailed);
     assert_eq!(report.duration(), ZERO);
 }
@@ -223,7 +223,7 @@ async fn a_hook_that_fails_or_panics_is_reported_as_a_failure() {
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
     assert_eq!(report.duration(), DELAY);
-    assert_eq!(fates(&report), [TaskOutcome::Failed("503".into())]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Failed("503".into())]);
 
     let graceful = plan().build().unwrap();
     let panicking = async {
@@ -296,7 +296,7 @@ async fn a_hook_may_use_the_service() {
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::Clean, "{report}");
     assert_eq!(
-        fates(&report),
+        outcomes(&report),
         [TaskOutcome::Done, TaskOutcome::Done, TaskOutcome::Done]
     );
     assert_eq!(report.duration(), DELAY);
@@ -311,7 +311,7 @@ fn a_hook_of_a_stop_asked_for_outside_a_runtime_runs_in_the_next() {
     paused_runtime().block_on(async {
         let report = report(&graceful).await;
         assert!(log.polled());
-        assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
+        assert_eq!(outcomes(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
     });
 }
 
@@ -330,7 +330,7 @@ fn a_runtime_dropped_with_its_hooks_does_not_hold_the_stop() {
         assert!(log.dropped().is_some());
         paused_runtime().block_on(async {
             let report = report(&graceful).await;
-            assert_eq!(fates(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
+            assert_eq!(outcomes(&report), [TaskOutcome::Done, TaskOutcome::Cut]);
             assert_eq!(report.outcome(), Outcome::Clean);
         });
     });

@@ -6,7 +6,7 @@ use tokio::{sync::mpsc, time::Instant};
 use tokio_test::{assert_pending, assert_ready, task};
 use tower_graceful::{Outcome, Phase, Stop, TaskOutcome};
 
-use super::{Diary, fates, report, stop, until};
+use super::{Diary, outcomes, report, stop, until};
 use crate::support::{
     DEADLINE, DELAY, graceful, let_others_run, ms, pass, plan, request, s, without_delay,
 };
@@ -61,7 +61,7 @@ async fn a_forced_cut_counts_as_the_second_moment() {
     diary.assert(&[("idle", DEADLINE - DELAY)]);
     assert_eq!(report.outcome(), Outcome::Forced);
     assert_eq!(
-        fates(&report),
+        outcomes(&report),
         [TaskOutcome::Done],
         "before workers are joined"
     );
@@ -117,7 +117,7 @@ async fn the_worker_timeout_begins_at_the_second_moment() {
     drop(held);
     let report = report(&graceful).await;
     assert_eq!(begun.elapsed(), s(11));
-    assert_eq!(fates(&report), [TaskOutcome::Cut]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Cut]);
 }
 
 #[tokio::test(start_paused = true)]

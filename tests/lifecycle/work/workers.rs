@@ -18,7 +18,7 @@ use tower_graceful::{
     Graceful, Outcome, Phase, RegisterError, Stop, TaskKind, TaskOutcome, Trigger,
 };
 
-use super::{Diary, END, fates, panics, report, row, rows, stop, until};
+use super::{Diary, END, outcomes, panics, report, row, rows, stop, until};
 use crate::support::{
     DELAY, LET_GO, does_not_hang, graceful, let_others_run, ms, pass, paused_runtime, plan,
     request, s, serve, server, watched, without_delay,
@@ -263,7 +263,7 @@ async fn a_worker_that_panics_is_reported_with_what_it_said() {
     assert_eq!(report.duration(), DELAY);
     let panicked = |message: &str| TaskOutcome::Panicked(message.into());
     assert_eq!(
-        fates(&report),
+        outcomes(&report),
         [
             panicked("in the closure"),
             panicked("at once"),
@@ -366,7 +366,7 @@ async fn a_critical_worker_that_ends_with_the_stop_is_an_ordinary_worker() {
     let report = stop(&graceful).await;
     assert_eq!(report.trigger(), Trigger::Shutdown);
     assert_eq!(report.outcome(), Outcome::Clean);
-    assert_eq!(fates(&report), [TaskOutcome::Done]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done]);
 }
 
 /// An error with a source, whose text may include that of the source.
@@ -421,7 +421,7 @@ async fn an_error_is_reported_with_its_sources_and_each_of_them_once() {
     let report = stop(&graceful).await;
     let failed = |text: &str| TaskOutcome::Failed(text.into());
     assert_eq!(
-        fates(&report),
+        outcomes(&report),
         [
             failed("closing the pool: disk full"),
             failed("closing the pool: flushing: disk full"),
@@ -454,7 +454,7 @@ async fn an_error_whose_display_panics_is_a_panic() {
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
     let panicked = TaskOutcome::Panicked("speechless".into());
-    assert_eq!(fates(&report), [panicked.clone(), panicked]);
+    assert_eq!(outcomes(&report), [panicked.clone(), panicked]);
 }
 
 /// Panics when it is dropped.
@@ -498,7 +498,7 @@ async fn what_panics_when_it_is_dropped_has_panicked_and_was_not_cut() {
         panicked,
         TaskOutcome::Done,
     ];
-    assert_eq!(fates(&report), expected);
+    assert_eq!(outcomes(&report), expected);
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
 }
 
@@ -602,7 +602,7 @@ async fn a_timeout_of_zero_waits_for_no_worker() {
     drop(held);
     let report = report(&graceful).await;
     diary.assert(&[("worker is dropped", s(6))]);
-    assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
     assert_eq!(report.remaining().workers, 1);
 }
 
@@ -639,7 +639,7 @@ async fn a_worker_that_ends_just_before_its_timeout_is_done() {
     graceful.worker("worker", work).unwrap();
     let report = stop(&graceful).await;
     assert_eq!(report.duration(), s(2) - ms(1));
-    assert_eq!(fates(&report), [TaskOutcome::Done]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -651,7 +651,7 @@ async fn a_worker_that_fails_while_another_is_cut_is_a_forced_stop() {
     let report = stop(&graceful).await;
     assert_eq!(report.outcome(), Outcome::Forced);
     assert_eq!(
-        fates(&report),
+        outcomes(&report),
         [TaskOutcome::Cut, TaskOutcome::Failed("broken".into())]
     );
 }
@@ -674,7 +674,7 @@ async fn workers_are_joined_after_a_forced_cut_too() {
     assert_eq!(report.remaining().to_string(), "1 request");
     assert_eq!(report.time_in(Phase::Closing), LET_GO);
     assert_eq!(report.cleanup_time(), s(1) - LET_GO);
-    assert_eq!(fates(&report), [TaskOutcome::Done]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Done]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -837,7 +837,7 @@ async fn a_worker_that_waits_for_the_end_is_cut() {
     let stopped = graceful.stopped();
     graceful.worker("circular", |_| stopped).unwrap();
     let report = stop(&graceful).await;
-    assert_eq!(fates(&report), [TaskOutcome::Cut]);
+    assert_eq!(outcomes(&report), [TaskOutcome::Cut]);
     assert_eq!(report.duration(), DELAY + s(1));
 }
 
@@ -888,7 +888,7 @@ fn a_worker_whose_runtime_is_gone_is_reported() {
         runtime.block_on(async {
             let report = stop(&graceful).await;
             assert_eq!(report.outcome(), Outcome::Forced);
-            assert_eq!(fates(&report), [TaskOutcome::Cut]);
+            assert_eq!(outcomes(&report), [TaskOutcome::Cut]);
             assert_eq!(report.duration(), ZERO);
         });
     });
@@ -911,7 +911,7 @@ fn a_runtime_dropped_while_workers_are_joined_leaves_the_steps_to_the_next() {
         assert_eq!(graceful.phase(), Phase::Closing);
         paused_runtime().block_on(async {
             let report = report(&graceful).await;
-            assert_eq!(fates(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
+            assert_eq!(outcomes(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
             assert_eq!(report.outcome(), Outcome::Forced);
         });
     });
