@@ -438,7 +438,10 @@ async fn progress_that_waits_for_requests_alone_has_no_names() {
     pass(s(3)).await;
     drop(held);
     let progress = log.progress();
-    assert!(!progress[0].fields.contains_key("waits_for"), "{progress:?}");
+    assert!(
+        !progress[0].fields.contains_key("waits_for"),
+        "{progress:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
