@@ -21,6 +21,7 @@
 
 use std::{
     collections::BTreeSet,
+    fmt,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -86,6 +87,19 @@ pub(crate) struct Lively {
     /// The phases that the answers name.
     pub(crate) phases: BTreeSet<String>,
     unanswered: u32,
+}
+
+impl fmt::Display for Lively {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let phases: Vec<_> = self.phases.iter().map(String::as_str).collect();
+        write!(
+            f,
+            "/livez answered {} times, in: {}; missing between two: {}",
+            self.answered,
+            phases.join(", "),
+            self.gaps
+        )
+    }
 }
 
 /// The end of a pod.
@@ -261,20 +275,18 @@ impl Kubelet {
                     let lively = lively.into_inner().unwrap_or_else(PoisonError::into_inner);
                     return Ok(Death { deleted, terminated, hook, ended, lively, restarts });
                 }
-                status = container.wait() => {
-                    let lively = lively.into_inner().unwrap_or_else(PoisonError::into_inner);
-                    let phases: Vec<_> = lively.phases.into_iter().collect();
-                    format!(
-                        "ended by itself, {}; /livez answered in: {}; answers missing between two: {}",
-                        status?, phases.join(", "), lively.gaps
-                    )
-                }
+                status = container.wait() => format!("ended by itself, {}", status?),
                 failed = self.watch(&lively) => {
                     let (_, _, ended) = self.stop(&mut container, Instant::now()).await?;
                     let by = if ended.killed { "SIGKILL" } else { "SIGTERM" };
-                    format!("stopped because its {failed} probe failed, ended after {by}")
+                    format!(
+                        "stopped because its {failed} probe failed, ended after {by}, {}",
+                        ended.status
+                    )
                 }
             };
+            let lively = lively.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let watched = format!("{watched}; {lively}");
             let restarts = self.status.borrow().restarts + 1;
             if restarts > MOST_RESTARTS {
                 container.must_run("again and again").await?;

@@ -196,14 +196,11 @@ async fn drains(sweep: &Sweep, hook: Hook) -> Result<Life, Problem> {
     let answer = request.await;
     let phases: Vec<_> = death.lively.phases.iter().map(String::as_str).collect();
     life.seen = format!(
-        "SIGTERM {:.1} s and exit {:.1} s after the deletion, {}; /livez answered {} times, in: {}; \
-         missing between two: {}",
+        "SIGTERM {:.1} s and exit {:.1} s after the deletion, {}; {}",
         (death.terminated - death.deleted).as_secs_f64(),
         (death.ended.exited - death.deleted).as_secs_f64(),
         death.ended.status,
-        death.lively.answered,
-        phases.join(", "),
-        death.lively.gaps,
+        death.lively,
     );
     let answered = matches!(answer, Ok(Ok(status)) if status.is_success());
     life.must("the request is answered", answered);
@@ -253,11 +250,10 @@ async fn asked_often(sweep: &Sweep) -> Result<Life, Problem> {
     let death = pod.delete().await?;
     let took = death.ended.exited - death.deleted;
     life.seen = format!(
-        "exit {:.1} s after the deletion, {}; /livez answered {} times; missing between two: {}",
+        "exit {:.1} s after the deletion, {}; {}",
         took.as_secs_f64(),
         death.ended.status,
-        death.lively.answered,
-        death.lively.gaps,
+        death.lively,
     );
     life.must(
         "exit code 0",
@@ -289,8 +285,10 @@ async fn signalled(sweep: &Sweep) -> Result<Life, Problem> {
     pod.ready().await?;
     life.seen = format!("{}; then ready again", events(&pod).join("; "));
     life.must("the request is answered", answered && told);
-    let by_itself = life.seen.contains("ended by itself, exit status: 0");
-    life.must("no probe stops it", by_itself);
+    // A probe may come in the last moment, when the port is closed and the process has not ended. The
+    // kubelet then sends SIGTERM, which changes nothing.
+    let is_whole = life.seen.contains("exit status: 0") && !life.seen.contains("SIGKILL");
+    life.must("no probe cuts it", is_whole);
     life.must(
         "/livez answers while draining",
         life.seen.contains("draining"),
