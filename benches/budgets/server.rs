@@ -131,8 +131,8 @@ async fn serve(form: Form) {
         Form::AxumServer => {
             let listener = listener.into_std().expect("a listener");
             let server = axum_server::from_tcp(listener).expect("a server");
-            let served = server.serve(app().into_make_service());
-            served.await.expect("a server");
+            let app = app().into_make_service();
+            server.serve(app).await.expect("a server");
         }
         Form::TlsPlain | Form::TlsListener | Form::TlsServe | Form::TlsAxumServer => {
             unreachable!("served with TLS")
@@ -169,8 +169,8 @@ async fn serve_tls(form: Form, config: Arc<ServerConfig>) {
             let tcp = tcp.into_std().expect("a listener");
             let config = RustlsConfig::from_config(config);
             let server = axum_server::from_tcp_rustls(tcp, config).expect("a server");
-            let served = server.serve(app().into_make_service());
-            served.await.expect("a server");
+            let app = app().into_make_service();
+            server.serve(app).await.expect("a server");
         }
         _ => unreachable!("served without TLS"),
     }

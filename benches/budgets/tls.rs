@@ -1,6 +1,6 @@
 //! TLS for the servers and clients of `throughput`.
 
-use std::{io, str, sync::Arc};
+use std::{fmt::Write as _, io, str, sync::Arc};
 
 use axum::serve::Listener;
 use rcgen::CertifiedKey;
@@ -33,8 +33,13 @@ impl Identity {
     }
 
     pub(crate) fn to_text(&self) -> String {
-        let hex =
-            |bytes: &[u8]| -> String { bytes.iter().map(|byte| format!("{byte:02x}")).collect() };
+        let hex = |bytes: &[u8]| {
+            let mut text = String::new();
+            for byte in bytes {
+                let _ = write!(text, "{byte:02x}");
+            }
+            text
+        };
         let key = hex(self.key.secret_pkcs8_der());
         format!("{}:{key}", hex(&self.certificate))
     }

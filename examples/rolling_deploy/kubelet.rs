@@ -22,6 +22,7 @@
 use std::{
     collections::BTreeSet,
     fmt,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -260,23 +261,35 @@ impl Kubelet {
         loop {
             let mut container = Instance::start(&self.spec.command, self.port)?;
             let lively = Mutex::new(Lively::default());
+            let mut watch = pin!(self.watch(&lively));
+            let seen =
+                || std::mem::take(&mut *lively.lock().unwrap_or_else(PoisonError::into_inner));
             let watched = tokio::select! {
                 biased;
                 _ = &mut deletion => {
                     let restarts = self.status.borrow().restarts;
                     self.status.send_modify(|status| status.deleted = true);
                     let deleted = Instant::now();
-                    let stopped = self.stop(&mut container, deleted);
-                    let (terminated, hook, ended) = tokio::select! {
-                        stopped = stopped => stopped?,
-                        // Readiness is still probed. Neither probe has an effect on the stop.
-                        never = self.watch_to_the_end(&lively) => match never {},
+                    // A probe that is in flight is not given up. No probe has an effect on the stop.
+                    let probes = async {
+                        watch.await;
+                        self.watch_to_the_end(&lively).await
                     };
-                    let lively = lively.into_inner().unwrap_or_else(PoisonError::into_inner);
-                    return Ok(Death { deleted, terminated, hook, ended, lively, restarts });
+                    let (terminated, hook, ended) = tokio::select! {
+                        stopped = self.stop(&mut container, deleted) => stopped?,
+                        never = probes => match never {},
+                    };
+                    return Ok(Death {
+                        deleted,
+                        terminated,
+                        hook,
+                        ended,
+                        lively: seen(),
+                        restarts,
+                    });
                 }
                 status = container.wait() => format!("ended by itself, {}", status?),
-                failed = self.watch(&lively) => {
+                failed = &mut watch => {
                     let (_, _, ended) = self.stop(&mut container, Instant::now()).await?;
                     let by = if ended.killed { "SIGKILL" } else { "SIGTERM" };
                     format!(
@@ -285,8 +298,7 @@ impl Kubelet {
                     )
                 }
             };
-            let lively = lively.into_inner().unwrap_or_else(PoisonError::into_inner);
-            let watched = format!("{watched}; {lively}");
+            let watched = format!("{watched}; {}", seen());
             let restarts = self.status.borrow().restarts + 1;
             if restarts > MOST_RESTARTS {
                 container.must_run("again and again").await?;

@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::{
     balancer::Balancer,
-    instance::{Problem, free_port},
+    instance::{Ended, Problem, free_port},
     kubelet::{Hook, Pod},
     kubernetes::{DRAIN_DELAY, Sweep},
     load,
@@ -63,6 +63,12 @@ impl Life {
     fn must(&mut self, what: &str, is: bool) {
         if !is {
             self.wrong.push(what.to_owned());
+        }
+    }
+
+    fn exits_with_0(&mut self, ended: &Ended) {
+        if !ended.status.success() || ended.killed {
+            self.wrong.push(format!("exit code 0\n{}", ended.output));
         }
     }
 }
@@ -204,10 +210,7 @@ async fn drains(sweep: &Sweep, hook: Hook) -> Result<Life, Problem> {
     );
     let answered = matches!(answer, Ok(Ok(status)) if status.is_success());
     life.must("the request is answered", answered);
-    life.must(
-        "exit code 0",
-        death.ended.status.success() && !death.ended.killed,
-    );
+    life.exits_with_0(&death.ended);
     life.must(
         "/livez answers while draining",
         phases.contains(&"draining"),
@@ -255,10 +258,7 @@ async fn asked_often(sweep: &Sweep) -> Result<Life, Problem> {
         death.ended.status,
         death.lively,
     );
-    life.must(
-        "exit code 0",
-        death.ended.status.success() && !death.ended.killed,
-    );
+    life.exits_with_0(&death.ended);
     life.must("/livez answers without a gap", death.lively.gaps == 0);
     // If a probe prolonged the drain, the drain would end at its deadline, 24 s after the deletion.
     let in_time = took < sweep.time(DRAIN_DELAY) + sweep.time(19.0) / 2;
@@ -311,10 +311,7 @@ async fn missing_hook(sweep: &Sweep) -> Result<Life, Problem> {
         "SIGTERM starts the stop",
         output.contains("shutdown by SIGTERM"),
     );
-    life.must(
-        "exit code 0",
-        death.ended.status.success() && !death.ended.killed,
-    );
+    life.exits_with_0(&death.ended);
     Ok(life)
 }
 

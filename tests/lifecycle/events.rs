@@ -424,8 +424,8 @@ async fn progress_names_the_workers_and_then_the_step_that_the_stop_waits_for() 
             format!("{closing} cleanup first"),
         ]
     );
-    let awaited = progress.iter().map(|line| &*line.fields["waits_for"]);
-    assert_eq!(awaited.last(), Some("cleanup first"));
+    let last = progress.last().unwrap();
+    assert_eq!(last.fields["waits_for"], "cleanup first");
 }
 
 #[tokio::test(start_paused = true)]
