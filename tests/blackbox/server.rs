@@ -202,9 +202,7 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
 }
 
 async fn serve(knobs: &Knobs<'_>) -> ExitCode {
-    if let Some(files) = knobs.number("files") {
-        allow_files(files);
-    }
+    let _ = knobs.number("files").map(allow_files);
     let graceful = match builder(knobs).build() {
         Ok(graceful) => graceful,
         Err(error) => {
