@@ -1,5 +1,5 @@
 //! Log events: the plan once, one event per transition, one per repeated signal, and a progress
-//! line while the drain waits. Without the `tracing` feature, nothing is logged.
+//! line while the stop waits. Without the `tracing` feature, nothing is logged.
 //!
 //! The timeline (`shutdown`) and the server log here. A subscriber may block, and may panic: a
 //! subscriber that writes to a closed pipe panics, and closed pipes are common at shutdown. So no
@@ -27,8 +27,8 @@ use crate::{
 use crate::{
     config::plan::EffectivePlan,
     phase::Phase,
-    report::{CutRequest, LeftEarly, TaskKind, TaskOutcome, Trigger, Warning},
-    tasks::table::Task,
+    report::{CutRequest, LeftEarly, TaskOutcome, Trigger, Warning},
+    tasks::table::{Awaited, Task},
 };
 
 #[cfg(feature = "tracing")]
@@ -286,13 +286,14 @@ fn transition(transition: &Transition) {
     }
 }
 
-/// What the drain waits for.
+/// What the stop waits for.
 pub(crate) struct Progress {
     pub(crate) phase: Phase,
     pub(crate) in_flight: usize,
     pub(crate) connections: usize,
     pub(crate) time_left: Duration,
     pub(crate) oldest: Vec<CutRequest>,
+    pub(crate) awaited: Awaited,
 }
 
 fn progress(progress: &Progress) {
@@ -302,12 +303,17 @@ fn progress(progress: &Progress) {
         connections,
         time_left,
         oldest,
+        awaited,
     } = progress;
     let oldest: Vec<_> = oldest.iter().map(CutRequest::to_string).collect();
     let oldest = match &*oldest {
         [] => String::new(),
         oldest => format!(", oldest {}", oldest.join("; ")),
     };
+    // A field without a value is left out.
+    let waits_for = (!awaited.is_nothing()).then(|| awaited.to_string());
+    let waits_for = waits_for.as_deref();
+    let named = waits_for.map_or_else(String::new, |names| format!(", waits for {names}"));
     event!(
         info,
         {
@@ -315,18 +321,15 @@ fn progress(progress: &Progress) {
             in_flight = *in_flight,
             connections = *connections,
             seconds_left = seconds(*time_left),
+            waits_for = waits_for,
         },
-        "shutdown: {phase}, in flight {in_flight}, connections {connections}{oldest}"
+        "shutdown: {phase}, in flight {in_flight}, connections {connections}{oldest}{named}"
     );
 }
 
 /// Logs the end of a worker, a hook or a cleanup step.
 fn task(task: &Task) {
-    let kind = match task.kind {
-        TaskKind::LameDuck => "hook",
-        TaskKind::Worker => "worker",
-        TaskKind::Cleanup => "cleanup",
-    };
+    let kind = task.kind.as_str();
     let Some((_, outcome)) = &task.ended else {
         return;
     };

@@ -9,6 +9,8 @@ use std::{
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use super::tls::Identity;
+
 /// The argument that makes this program the server.
 pub(crate) const ROLE: &str = "--server";
 
@@ -32,10 +34,37 @@ pub(crate) enum Form {
     Listener,
     /// `Graceful::serve`, with the layer.
     Serve,
+    /// axum-server.
+    AxumServer,
+    /// axum with a listener that performs TLS handshakes.
+    TlsPlain,
+    /// As `Listener`, with TLS by `handshakes`.
+    TlsListener,
+    /// As `Serve`, with TLS by `handshakes`.
+    TlsServe,
+    /// axum-server with its own TLS.
+    TlsAxumServer,
 }
 
 impl Form {
-    pub(crate) const ALL: [Self; 8] = [
+    const ALL: [Self; 13] = [
+        Self::Plain,
+        Self::Passed,
+        Self::Wrapped,
+        Self::Counted,
+        Self::Layer,
+        Self::Tracked,
+        Self::Listener,
+        Self::Serve,
+        Self::AxumServer,
+        Self::TlsPlain,
+        Self::TlsListener,
+        Self::TlsServe,
+        Self::TlsAxumServer,
+    ];
+
+    /// The forms whose memory is measured.
+    pub(crate) const MEMORY: [Self; 8] = [
         Self::Plain,
         Self::Passed,
         Self::Wrapped,
@@ -61,7 +90,19 @@ impl Form {
             Self::Tracked => "listener alone",
             Self::Listener => "listener",
             Self::Serve => "serve",
+            Self::AxumServer => "axum-server",
+            Self::TlsPlain => "axum with TLS",
+            Self::TlsListener => "listener with TLS",
+            Self::TlsServe => "serve with TLS",
+            Self::TlsAxumServer => "axum-server with TLS",
         }
+    }
+
+    pub(crate) fn is_tls(self) -> bool {
+        matches!(
+            self,
+            Self::TlsPlain | Self::TlsListener | Self::TlsServe | Self::TlsAxumServer
+        )
     }
 }
 
@@ -75,8 +116,17 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn start(form: Form, workers: usize) -> Self {
+        Self::start_with(form, workers, "")
+    }
+
+    /// Starts a server with TLS.
+    pub(crate) fn start_tls(form: Form, identity: &Identity) -> Self {
+        Self::start_with(form, 0, &identity.to_text())
+    }
+
+    fn start_with(form: Form, workers: usize, identity: &str) -> Self {
         let mut child = Command::new(env::current_exe().expect("this program"))
-            .args([ROLE, form.name(), &workers.to_string()])
+            .args([ROLE, form.name(), &workers.to_string(), identity])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -69,9 +69,9 @@ fn resident(form: Form, count: usize) -> f64 {
 
 pub(crate) fn measure_memory(rows: &mut Rows) {
     let count = many();
-    let mut all = Form::ALL.map(|_| Vec::new());
+    let mut all = Form::MEMORY.map(|_| Vec::new());
     for _ in 0..ROUNDS {
-        for (bytes, form) in all.iter_mut().zip(Form::ALL) {
+        for (bytes, form) in all.iter_mut().zip(Form::MEMORY) {
             bytes.push(resident(form, count));
         }
     }
@@ -87,7 +87,7 @@ pub(crate) fn measure_memory(rows: &mut Rows) {
         plain,
         Budget::None,
     );
-    for (form, with) in Form::ALL[2..].iter().zip(others) {
+    for (form, with) in Form::MEMORY[2..].iter().zip(others) {
         // The budget is for the memory of a tracked connection. A layer makes routes larger, and axum
         // copies the routes for each connection: rows with a layer have their budget over one that
         // does nothing.

@@ -12,10 +12,13 @@ use http_body_util::{BodyExt, Empty};
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
     task::JoinSet,
 };
+use tokio_rustls::client::TlsStream;
+
+use super::tls::Identity;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Version {
@@ -30,6 +33,7 @@ const REQUESTS: usize = 32;
 pub(crate) enum Load {
     /// The connections, and the length of a response, which is always the same.
     Http1(Vec<TcpStream>, usize),
+    Tls(Vec<TlsStream<TcpStream>>, usize),
     Http2(Vec<SendRequest<Empty<Bytes>>>),
 }
 
@@ -43,16 +47,7 @@ impl Load {
                 let mut length = 0;
                 for _ in 0..REQUESTS {
                     let mut stream = TcpStream::connect(address).await.expect("a connection");
-                    stream.write_all(REQUEST).await.expect("a server");
-                    let mut response = Vec::new();
-                    while !response.ends_with(b"hello") {
-                        let read = stream.read_buf(&mut response).await;
-                        assert!(
-                            read.expect("a response") > 0,
-                            "the server closed the connection"
-                        );
-                    }
-                    length = response.len();
+                    length = first_request(&mut stream).await;
                     streams.push(stream);
                 }
                 Self::Http1(streams, length)
@@ -62,10 +57,39 @@ impl Load {
                 for _ in 0..2 {
                     let stream = TcpStream::connect(address).await.expect("a connection");
                     let _ = stream.set_nodelay(true);
-                    let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
-                    let (peer, connection) = handshake.await.expect("a server of HTTP/2");
-                    tokio::spawn(connection);
-                    peers.extend(vec![peer; REQUESTS / 2]);
+                    peers.extend(vec![http2_peer(stream).await; REQUESTS / 2]);
+                }
+                Self::Http2(peers)
+            }
+        }
+    }
+
+    /// As [`connect`](Self::connect), with TLS.
+    pub(crate) async fn connect_tls(
+        address: SocketAddr,
+        version: Version,
+        identity: &Identity,
+    ) -> Self {
+        let connect = || async {
+            let tcp = TcpStream::connect(address).await.expect("a connection");
+            let _ = tcp.set_nodelay(true);
+            identity.connect(tcp, version).await
+        };
+        match version {
+            Version::Http1 => {
+                let mut streams = Vec::new();
+                let mut length = 0;
+                for _ in 0..REQUESTS {
+                    let mut stream = connect().await;
+                    length = first_request(&mut stream).await;
+                    streams.push(stream);
+                }
+                Self::Tls(streams, length)
+            }
+            Version::Http2 => {
+                let mut peers = Vec::new();
+                for _ in 0..2 {
+                    peers.extend(vec![http2_peer(connect().await).await; REQUESTS / 2]);
                 }
                 Self::Http2(peers)
             }
@@ -78,17 +102,8 @@ impl Load {
         let end = start + time;
         let mut answered = 0;
         match self {
-            Self::Http1(streams, length) => {
-                let mut clients = JoinSet::new();
-                for stream in streams.drain(..) {
-                    clients.spawn(http1_client(stream, *length, end));
-                }
-                while let Some(client) = clients.join_next().await {
-                    let (stream, count) = client.expect("a client");
-                    streams.push(stream);
-                    answered += count;
-                }
-            }
+            Self::Http1(streams, length) => answered += http1_clients(streams, *length, end).await,
+            Self::Tls(streams, length) => answered += http1_clients(streams, *length, end).await,
             Self::Http2(peers) => {
                 let mut clients = JoinSet::new();
                 for peer in peers {
@@ -103,16 +118,62 @@ impl Load {
     }
 }
 
-async fn http1_client(mut stream: TcpStream, length: usize, end: Instant) -> (TcpStream, u32) {
+/// Sends a first request, and returns the length of the response.
+async fn first_request(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> usize {
+    stream.write_all(REQUEST).await.expect("a server");
+    stream.flush().await.expect("a server");
+    let mut response = Vec::new();
+    while !response.ends_with(b"hello") {
+        let read = stream.read_buf(&mut response).await;
+        assert!(
+            read.expect("a response") > 0,
+            "the server closed the connection"
+        );
+    }
+    response.len()
+}
+
+/// Runs all clients, and returns the number of responses. The connections stay open.
+async fn http1_clients<S>(streams: &mut Vec<S>, length: usize, end: Instant) -> u32
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut clients = JoinSet::new();
+    for stream in streams.drain(..) {
+        clients.spawn(http1_client(stream, length, end));
+    }
+    let mut answered = 0;
+    while let Some(client) = clients.join_next().await {
+        let (stream, count) = client.expect("a client");
+        streams.push(stream);
+        answered += count;
+    }
+    answered
+}
+
+async fn http1_client<S>(mut stream: S, length: usize, end: Instant) -> (S, u32)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let mut response = vec![0; length];
     let mut answered = 0;
     while Instant::now() < end {
         stream.write_all(REQUEST).await.expect("a server");
+        stream.flush().await.expect("a server");
         stream.read_exact(&mut response).await.expect("a response");
         answered += 1;
     }
     assert!(response.ends_with(b"hello"));
     (stream, answered)
+}
+
+async fn http2_peer(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+) -> SendRequest<Empty<Bytes>> {
+    let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+    let (peer, connection) = handshake.await.expect("a server of HTTP/2");
+    tokio::spawn(connection);
+    peer
 }
 
 async fn http2_client(mut peer: SendRequest<Empty<Bytes>>, end: Instant) -> u32 {

@@ -29,6 +29,8 @@ mod server;
 #[cfg(target_os = "linux")]
 mod throughput;
 #[cfg(target_os = "linux")]
+mod tls;
+#[cfg(target_os = "linux")]
 mod wake;
 
 #[cfg(not(target_os = "linux"))]

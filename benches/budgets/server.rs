@@ -4,7 +4,9 @@
 use std::{
     convert::identity,
     io::{BufRead, stdin},
-    process, thread,
+    process,
+    sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -15,14 +17,19 @@ use axum::{
     response::Response,
     routing::{any, get, post},
 };
+use axum_server::tls_rustls::RustlsConfig;
 use futures_util::stream;
 use http_body_util::BodyExt;
 use tokio::{net::TcpListener, runtime};
-use tower::{layer::util::Identity, util::MapResponseLayer};
-use tower_graceful::{Graceful, Phase};
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
+use tower::{layer::util, util::MapResponseLayer};
+use tower_graceful::{Graceful, HandshakeExt, Phase};
 use tower_http::metrics::InFlightRequestsLayer;
 
-use super::child::{Form, allow_files, status};
+use super::{
+    child::{Form, allow_files, status},
+    tls::{Identity, TlsListener},
+};
 
 /// The drain timeout of the server: the time from the start of the stop until connections are cut.
 const DRAIN: Duration = Duration::from_millis(800);
@@ -45,10 +52,11 @@ async fn never(_request: Request) -> &'static str {
     std::future::pending().await
 }
 
-/// Runs `--server FORM WORKERS`. With 0 workers everything runs on this thread.
+/// Runs `--server FORM WORKERS IDENTITY`. With 0 workers everything runs on this thread. The identity is
+/// empty without TLS.
 pub(crate) fn run(args: &[String]) {
-    let [form, workers] = args else {
-        panic!("a form and a number of workers")
+    let [form, workers, identity] = args else {
+        panic!("a form, a number of workers and an identity")
     };
     allow_files();
     let runtime = match workers.parse().expect("a number") {
@@ -58,10 +66,17 @@ pub(crate) fn run(args: &[String]) {
             .enable_all()
             .build(),
     };
-    runtime.expect("a runtime").block_on(serve(Form::of(form)));
+    let form = Form::of(form);
+    let runtime = runtime.expect("a runtime");
+    if form.is_tls() {
+        runtime.block_on(serve_tls(form, Identity::of(identity).server()));
+    } else {
+        runtime.block_on(serve(form));
+    }
 }
 
-async fn serve(form: Form) {
+/// The lifecycle, and the listener whose address the parent process knows.
+async fn start() -> (Graceful, TcpListener) {
     let graceful = Graceful::builder()
         .drain_delay(Duration::ZERO)
         .drain_timeout(DRAIN)
@@ -71,11 +86,16 @@ async fn serve(form: Form) {
     println!("{}", listener.local_addr().expect("an address"));
     let asked = graceful.clone();
     thread::spawn(move || answer(&asked));
+    (graceful, listener)
+}
+
+async fn serve(form: Form) {
+    let (graceful, listener) = start().await;
     let layered = app().layer(graceful.layer());
     match form {
         Form::Plain => axum::serve(listener, app()).await.expect("a server"),
         Form::Passed => {
-            axum::serve(listener, app().layer(Identity::new()))
+            axum::serve(listener, app().layer(util::Identity::new()))
                 .await
                 .expect("a server");
         }
@@ -108,8 +128,52 @@ async fn serve(form: Form) {
             let server = graceful.serve(listener, layered);
             drop(server.header_read_timeout(Duration::from_secs(3600)).await);
         }
+        Form::AxumServer => {
+            let listener = listener.into_std().expect("a listener");
+            let server = axum_server::from_tcp(listener).expect("a server");
+            let app = app().into_make_service();
+            server.serve(app).await.expect("a server");
+        }
+        Form::TlsPlain | Form::TlsListener | Form::TlsServe | Form::TlsAxumServer => {
+            unreachable!("served with TLS")
+        }
     }
     // The thread that answers questions ends the process.
+    std::future::pending::<()>().await;
+}
+
+async fn serve_tls(form: Form, config: Arc<ServerConfig>) {
+    /// The clients connect at once.
+    const HANDSHAKE: Duration = Duration::from_secs(30);
+
+    let (graceful, tcp) = start().await;
+    let layered = app().layer(graceful.layer());
+    let acceptor = TlsAcceptor::from(Arc::clone(&config));
+    match form {
+        Form::TlsPlain => {
+            let listener = TlsListener { tcp, acceptor };
+            axum::serve(listener, app()).await.expect("a server");
+        }
+        Form::TlsListener => {
+            let listener = graceful.listener(tcp);
+            let listener = listener.handshakes(HANDSHAKE, move |io| acceptor.accept(io));
+            let server = axum::serve(listener, layered).with_graceful_shutdown(graceful.drain());
+            drop(graceful.run(server).await);
+        }
+        Form::TlsServe => {
+            let listener = graceful.listener(tcp);
+            let listener = listener.handshakes(HANDSHAKE, move |io| acceptor.accept(io));
+            drop(graceful.serve(listener, layered).await);
+        }
+        Form::TlsAxumServer => {
+            let tcp = tcp.into_std().expect("a listener");
+            let config = RustlsConfig::from_config(config);
+            let server = axum_server::from_tcp_rustls(tcp, config).expect("a server");
+            let app = app().into_make_service();
+            server.serve(app).await.expect("a server");
+        }
+        _ => unreachable!("served without TLS"),
+    }
     std::future::pending::<()>().await;
 }
 

@@ -11,10 +11,13 @@ use super::{
     figures::{Figures, pairs},
     load::{Load, Version},
     rows::{Budget, Rows},
+    tls::Identity,
 };
 
 /// A form, the form it is compared with, and the budget of the ratio.
-const ROWS: [(Form, Form, Budget); 9] = [
+type Row = (Form, Form, Budget);
+
+const ROWS: [Row; 11] = [
     (Form::Wrapped, Form::Plain, Budget::None),
     (Form::Counted, Form::Plain, Budget::None),
     (Form::Layer, Form::Plain, Budget::None),
@@ -24,9 +27,11 @@ const ROWS: [(Form, Form, Budget); 9] = [
     (Form::Listener, Form::Counted, Budget::AtLeast(0.98)),
     (Form::Serve, Form::Plain, Budget::None),
     (Form::Serve, Form::Counted, Budget::None),
+    (Form::AxumServer, Form::Plain, Budget::None),
+    (Form::Serve, Form::AxumServer, Budget::None),
 ];
 
-const FORMS: [Form; 7] = [
+const FORMS: [Form; 8] = [
     Form::Plain,
     Form::Wrapped,
     Form::Counted,
@@ -34,6 +39,21 @@ const FORMS: [Form; 7] = [
     Form::Tracked,
     Form::Listener,
     Form::Serve,
+    Form::AxumServer,
+];
+
+const TLS_ROWS: [Row; 4] = [
+    (Form::TlsListener, Form::TlsPlain, Budget::None),
+    (Form::TlsServe, Form::TlsPlain, Budget::None),
+    (Form::TlsAxumServer, Form::TlsPlain, Budget::None),
+    (Form::TlsServe, Form::TlsAxumServer, Budget::None),
+];
+
+const TLS_FORMS: [Form; 4] = [
+    Form::TlsPlain,
+    Form::TlsListener,
+    Form::TlsServe,
+    Form::TlsAxumServer,
 ];
 const ROUNDS: usize = 21;
 const SLOT: Duration = Duration::from_millis(250);
@@ -50,9 +70,17 @@ struct Measured {
 
 impl Measured {
     async fn new(form: Form, version: Version) -> Self {
-        let server = Server::start(form, 0);
+        let (server, load);
+        if form.is_tls() {
+            let identity = Identity::new();
+            server = Server::start_tls(form, &identity);
+            load = Load::connect_tls(server.address, version, &identity).await;
+        } else {
+            server = Server::start(form, 0);
+            load = Load::connect(server.address, version).await;
+        }
         Self {
-            load: Load::connect(server.address, version).await,
+            load,
             server,
             requests: Vec::new(),
             cpu: Vec::new(),
@@ -72,15 +100,23 @@ pub(crate) fn measure(rows: &mut Rows) {
     let runtime = runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.expect("a runtime");
     runtime.block_on(async {
-        measure_version(rows, "h1", Version::Http1).await;
-        measure_version(rows, "h2", Version::Http2).await;
+        for (forms, listed) in [(&FORMS[..], &ROWS[..]), (&TLS_FORMS, &TLS_ROWS)] {
+            measure_version(rows, "h1", Version::Http1, forms, listed).await;
+            measure_version(rows, "h2", Version::Http2, forms, listed).await;
+        }
     });
 }
 
-async fn measure_version(rows: &mut Rows, name: &str, version: Version) {
+async fn measure_version(
+    rows: &mut Rows,
+    name: &str,
+    version: Version,
+    forms: &[Form],
+    listed: &[Row],
+) {
     let mut all = Vec::new();
-    for form in FORMS {
-        all.push(Measured::new(form, version).await);
+    for form in forms {
+        all.push(Measured::new(*form, version).await);
     }
     for measured in &mut all {
         measured.round().await;
@@ -93,12 +129,12 @@ async fn measure_version(rows: &mut Rows, name: &str, version: Version) {
             all[next].round().await;
         }
     }
-    let of = |form| &all[FORMS.iter().position(|it| *it == form).expect("measured")];
-    for (form, peer_form, budget) in ROWS {
+    let of = |form| &all[forms.iter().position(|it| *it == form).expect("measured")];
+    for &(form, peer_form, budget) in listed {
         let [ours, peer] = [form, peer_form].map(of);
         let row = |what: &str| {
             let over = match peer_form {
-                Form::Plain => String::new(),
+                Form::Plain | Form::TlsPlain => String::new(),
                 peer => format!(", over {}", peer.name()),
             };
             format!("{what} {name}, {}{over}", form.name())

@@ -25,7 +25,7 @@ use hyper_util::{
 };
 use tokio::{net::TcpListener, task::JoinHandle, time::sleep};
 
-use crate::load;
+use crate::{instance::Problem, load};
 
 /// The header of responses that the balancer itself makes. Its value is the reason.
 pub(crate) const ERROR: &str = "x-balancer-error";
@@ -122,6 +122,26 @@ impl Balancer {
     /// When the balancer stopped sending requests to this backend.
     pub(crate) fn down_since(&self, port: u16) -> Option<Instant> {
         self.with(|backends| backends.iter().find(|one| one.port == port)?.down_since)
+    }
+
+    /// Waits until these are the backends, for at most a minute.
+    pub(crate) async fn has(&self, ports: &[u16]) -> Result<(), Problem> {
+        let begun = Instant::now();
+        loop {
+            let listed = self.with(|backends| {
+                let has = |port| backends.iter().any(|one| one.port == port);
+                backends.len() == ports.len() && ports.iter().all(|port| has(*port))
+            });
+            if listed {
+                return Ok(());
+            }
+            if begun.elapsed() > Duration::from_secs(60) {
+                return Err(Problem(format!(
+                    "the balancer has other backends than {ports:?}"
+                )));
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut Vec<Backend>) -> T) -> T {

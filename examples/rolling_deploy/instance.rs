@@ -149,6 +149,12 @@ impl Instance {
         Instant::now()
     }
 
+    /// Waits until the process has ended by itself.
+    pub(crate) async fn wait(&mut self) -> Result<ExitStatus, Problem> {
+        let status = self.child.wait().await;
+        status.map_err(|error| Problem(format!("cannot wait for it: {error}")))
+    }
+
     /// Waits until the process has ended. Kills it when `grace` has passed since `signalled`.
     pub(crate) async fn ended(
         &mut self,

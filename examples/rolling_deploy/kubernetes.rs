@@ -5,35 +5,32 @@
 //! cargo run --example rolling_deploy -- --kubernetes            # times scaled to a fifth
 //! cargo run --example rolling_deploy -- --kubernetes --scale 1  # real times, some minutes
 //! cargo run --example rolling_deploy -- --kubernetes --removals 0,3,8
+//! cargo run --example rolling_deploy -- --kubernetes --life     # a pod's life, event by event
 //! ```
 //!
-//! The deletion of a pod starts two things. The removal of its address reaches the balancer after the
-//! removal delay. The balancer is like kube-proxy, without checks and retries. At the same time the
-//! preStop sleep begins, and SIGTERM is sent after it. SIGKILL is sent when the grace period is over, counted
-//! from the deletion. A new pod becomes ready when a probe succeeds, and its address arrives at the balancer
-//! after the same delay.
+//! `kubelet.rs` has the rules. The balancer is like kube-proxy, without checks and retries. Every change of
+//! the endpoints reaches it after the removal delay.
 //!
 //! The readiness probe does not speed up the removal, because the deletion has already started it.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, fmt::Write as _, sync::Arc, time::Duration};
 
 use tokio::time::sleep;
 
 use crate::{
     balancer::Balancer,
-    instance::{Instance, Problem, free_port},
-    load::{self, Load, Paths, Tally},
+    instance::{Problem, free_port},
+    kubelet::{Death, Hook, Pod, Probe, Spec},
+    load::{Load, Paths, Tally},
 };
 
 /// In seconds. These are the defaults of this crate and of Kubernetes.
-const DRAIN_DELAY: f64 = 5.0;
+pub(crate) const DRAIN_DELAY: f64 = 5.0;
 const GRACE_PERIOD: f64 = 30.0;
-/// `periodSeconds` of the readiness probe, and `minReadySeconds`.
-const PROBE_PERIOD: f64 = 2.0;
+/// `minReadySeconds`.
 const MIN_READY: f64 = 5.0;
+/// The time that the kubelet adds after a hook that outlasts the grace period.
+const EXTENSION: f64 = 2.0;
 /// Seconds of load after the stop.
 const AFTER: f64 = 2.0;
 
@@ -43,6 +40,8 @@ pub(crate) struct Sweep {
     pub(crate) removals: Vec<f64>,
     /// The factor for all times, also those of the service.
     pub(crate) scale: f64,
+    /// Whether to show a pod's life in place of the sweep.
+    pub(crate) life: bool,
 }
 
 impl Default for Sweep {
@@ -50,113 +49,196 @@ impl Default for Sweep {
         Self {
             removals: vec![0.0, 1.0, 2.0, 3.0, 4.0, 4.5, 5.0, 5.5, 6.0, 8.0, 10.0],
             scale: 0.2,
+            life: false,
         }
     }
 }
 
 impl Sweep {
-    fn time(&self, seconds: f64) -> Duration {
+    pub(crate) fn time(&self, seconds: f64) -> Duration {
         Duration::from_secs_f64(seconds * self.scale)
     }
 
-    fn seconds(&self, seconds: f64) -> String {
+    pub(crate) fn seconds(&self, seconds: f64) -> String {
         self.time(seconds).as_secs_f64().to_string()
+    }
+
+    /// The probes of `examples/kubernetes/deployment.yaml`, but with a liveness probe that is as strict as
+    /// possible: every second, and one missing answer is enough.
+    pub(crate) fn pod(&self, command: Vec<String>, pre_stop: Hook) -> Spec {
+        let probe = |path, period, failure_threshold| Probe {
+            path,
+            period: self.time(period),
+            // Not scaled: a busy machine answers no faster.
+            timeout: Duration::from_secs(3),
+            success_threshold: 1,
+            failure_threshold,
+        };
+        Spec {
+            command,
+            startup: probe("/livez", 1.0, 60),
+            readiness: probe("/readyz", 2.0, 1),
+            liveness: probe("/livez", 1.0, 1),
+            pre_stop,
+            grace_period: self.time(GRACE_PERIOD),
+            extension: self.time(EXTENSION),
+        }
+    }
+
+    /// The command of this program's own backend with the default plan.
+    pub(crate) fn backend(&self, options: &[&str]) -> Result<Vec<String>, Problem> {
+        let (delay, grace) = (self.seconds(DRAIN_DELAY), self.seconds(GRACE_PERIOD));
+        let plan = ["graceful", "{port}", "--delay", &delay, "--grace", &grace];
+        command(&[&plan, options].concat())
     }
 }
 
-/// Prints a row for each removal delay: failed requests of all requests.
-pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<(), Problem> {
+/// The command that starts this program as a backend.
+fn command(words: &[&str]) -> Result<Vec<String>, Problem> {
     let program = std::env::current_exe()
         .map_err(|error| Problem(format!("cannot find this program's file: {error}")))?
         .display()
         .to_string();
-    let command = |words: &[&str]| -> Vec<String> {
-        let start = [program.as_str(), "--backend"];
-        start.iter().chain(words).map(ToString::to_string).collect()
-    };
-    let plain = command(&["plain", "{port}"]);
-    let (delay, grace) = (sweep.seconds(DRAIN_DELAY), sweep.seconds(GRACE_PERIOD));
-    let graceful = command(&["graceful", "{port}", "--delay", &delay, "--grace", &grace]);
+    let start = [program.as_str(), "--backend"];
+    Ok(start.iter().chain(words).map(ToString::to_string).collect())
+}
+
+/// A column of the table.
+struct Column {
+    title: &'static str,
+    pod: Spec,
+    deaths: Vec<Death>,
+}
+
+/// Prints a row for each removal delay, "failed requests of all requests", and then how the stops went.
+/// Returns whether the stops of this crate went as they must, whatever the requests that came too late.
+pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<bool, Problem> {
+    let sleeps = Hook::Sleep(sweep.time(DRAIN_DELAY));
+    let gets = Hook::HttpGet("/prestop");
+    let plain = command(&["plain", "{port}"])?;
+    let mut columns = [
+        ("plain axum", plain.clone(), Hook::None),
+        ("plain axum, preStop sleep 5 s", plain, sleeps),
+        ("tower-graceful, delay 5 s", sweep.backend(&[])?, Hook::None),
+        (
+            "the same, preStop httpGet",
+            sweep.backend(&["--pre-stop", "yes"])?,
+            gets,
+        ),
+    ]
+    .map(|(title, command, hook)| Column {
+        title,
+        pod: sweep.pod(command, hook),
+        deaths: Vec::new(),
+    });
 
     println!("times are multiplied by {}\n", sweep.scale);
-    println!(
-        "| removal after | plain axum | plain axum, preStop sleep 5 s | tower-graceful, delay 5 s |"
-    );
-    println!("|---|---|---|---|");
+    let titles: Vec<_> = columns.iter().map(|column| column.title).collect();
+    println!("| removal after | {} |", titles.join(" | "));
+    println!("|{}", "---|".repeat(columns.len() + 1));
     for removal in &sweep.removals {
-        // All three run at the same time, each with its own pods, balancer and load.
-        let (plain, slept, graceful) = tokio::try_join!(
-            delete_one(sweep, paths, &plain, *removal, 0.0),
-            delete_one(sweep, paths, &plain, *removal, DRAIN_DELAY),
-            delete_one(sweep, paths, &graceful, *removal, 0.0),
+        // All columns run at the same time, each with its own pods, balancer and load.
+        let [one, two, three, four] = &columns;
+        let (one, two, three, four) = tokio::try_join!(
+            replace_one(sweep, paths, &one.pod, *removal),
+            replace_one(sweep, paths, &two.pod, *removal),
+            replace_one(sweep, paths, &three.pod, *removal),
+            replace_one(sweep, paths, &four.pod, *removal),
         )?;
-        let [plain, slept, graceful] = [plain, slept, graceful]
-            .map(|tally| format!("{} of {}", tally.failures.len(), tally.total()));
-        println!("| {removal:.1} s | {plain} | {slept} | {graceful} |");
+        let mut row = format!("| {removal:.1} s |");
+        for (column, (tally, death)) in columns.iter_mut().zip([one, two, three, four]) {
+            let _ = write!(row, " {} of {} |", tally.failures.len(), tally.total());
+            column.deaths.push(death);
+        }
+        println!("{row}");
     }
-    Ok(())
+    println!("\n{}", summary(&columns));
+    Ok(columns[2..].iter().all(went_well))
+}
+
+/// How the stops of each column went.
+fn summary(columns: &[Column]) -> String {
+    let mut text = String::from(
+        "| stops | longest | SIGTERM after the deletion | exit codes | killed | restarts | answers of /livez \
+         | missing between two |\n|---|---|---|---|---|---|---|---|\n",
+    );
+    for column in columns {
+        let deaths = &column.deaths;
+        let longest = deaths.iter().map(|it| it.ended.exited - it.deleted).max();
+        let signals = deaths.iter().map(|it| it.terminated - it.deleted);
+        let codes: BTreeSet<_> = deaths.iter().map(|it| it.ended.status.code()).collect();
+        let codes: Vec<_> = codes
+            .into_iter()
+            .map(|code| code.map_or_else(|| "none".to_owned(), |code| code.to_string()))
+            .collect();
+        let sum = |of: fn(&Death) -> u32| deaths.iter().map(of).sum::<u32>();
+        let _ = writeln!(
+            text,
+            "| {} | {:.2} s | {:.2} s to {:.2} s | {} | {} | {} | {} | {} |",
+            column.title,
+            longest.unwrap_or_default().as_secs_f64(),
+            signals.clone().min().unwrap_or_default().as_secs_f64(),
+            signals.max().unwrap_or_default().as_secs_f64(),
+            codes.join(", "),
+            sum(|it| it.ended.killed.into()),
+            sum(|it| it.restarts),
+            sum(|it| it.lively.answered),
+            sum(|it| it.lively.gaps),
+        );
+    }
+    text
+}
+
+/// Whether no container was killed, restarted by a probe, or left a probe without an answer between two
+/// that it answered.
+fn went_well(column: &Column) -> bool {
+    column.deaths.iter().all(|death| {
+        death.ended.status.success()
+            && !death.ended.killed
+            && death.restarts == 0
+            && death.lively.gaps == 0
+            && death.hook != Some(false)
+    })
 }
 
 /// Replaces one of two pods under load.
-async fn delete_one(
+async fn replace_one(
     sweep: &Sweep,
     paths: &Paths,
-    command: &[String],
-    removal: f64,
-    pre_stop: f64,
-) -> Result<Tally, Problem> {
+    spec: &Spec,
+    late: f64,
+) -> Result<(Tally, Death), Problem> {
+    let late = sweep.time(late);
     let running = Balancer::start(None).await;
     let running = running.map_err(|error| Problem(format!("no balancer: {error}")))?;
     let balancer = &running.balancer;
-    let mut old = start(sweep, command).await?;
-    let _other = {
-        let other = start(sweep, command).await?;
-        balancer.add(old.port);
-        balancer.add(other.port);
-        other
-    };
+    let start = || Pod::start(spec.clone(), free_port());
+    let (mut old, mut other) = (start(), start());
+    tokio::try_join!(old.ready(), other.ready())?;
+    // These two are older than the rollout, so the balancer has them already.
+    for pod in [&old, &other] {
+        pod.expose(Arc::clone(balancer), late);
+    }
+    balancer.has(&[old.port, other.port]).await?;
     let load = Load::start(balancer.address().to_string(), paths.clone());
 
     // maxSurge 1, maxUnavailable 0: the new pod starts first.
-    let new = start(sweep, command).await?;
-    sleep(sweep.time(removal)).await;
-    balancer.add(new.port);
-    sleep(sweep.time(MIN_READY)).await;
+    let mut new = start();
+    new.ready().await?;
+    new.expose(Arc::clone(balancer), late);
+    sleep(late + sweep.time(MIN_READY)).await;
 
-    let deleted = Instant::now();
-    let removed = remove(Arc::clone(balancer), old.port, sweep.time(removal));
-    let stopped = async {
-        sleep(sweep.time(pre_stop)).await;
-        old.terminate();
-        old.ended(deleted, sweep.time(GRACE_PERIOD)).await
-    };
-    let (ended, ()) = tokio::join!(stopped, removed);
-    ended?;
-    sleep(sweep.time(AFTER)).await;
-    Ok(load.stop().await)
-}
-
-async fn remove(balancer: Arc<Balancer>, port: u16, after: Duration) {
-    sleep(after).await;
-    balancer.remove(port);
-}
-
-/// Starts a pod, and returns when its readiness probe has succeeded once.
-async fn start(sweep: &Sweep, command: &[String]) -> Result<Instance, Problem> {
-    let mut pod = Instance::start(command, free_port())?;
-    let begun = Instant::now();
-    loop {
-        sleep(sweep.time(PROBE_PERIOD)).await;
-        pod.must_run("before it was ready").await?;
-        let answer = load::get(pod.port, "/readyz").await;
-        if answer.is_ok_and(|status| status.is_success()) {
-            return Ok(pod);
-        }
-        if begun.elapsed() > Duration::from_secs(60) {
+    let death = old.delete().await?;
+    // The address is removed late, also if the container ended long before.
+    let rest = late.saturating_sub(death.deleted.elapsed());
+    sleep(rest + sweep.time(AFTER)).await;
+    let tally = load.stop().await;
+    for pod in [other, new] {
+        if pod.status().restarts > 0 {
             return Err(Problem(format!(
-                "the pod on port {} does not get ready",
-                pod.port
+                "a pod that nothing deleted ended: {pod:?}"
             )));
         }
     }
+    Ok((tally, death))
 }

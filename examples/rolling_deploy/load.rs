@@ -15,8 +15,8 @@ use std::{
 use futures_util::stream;
 use http_body_util::{BodyExt, Empty, StreamBody, combinators::BoxBody};
 use hyper::{
-    Request, StatusCode,
-    body::{Bytes, Frame},
+    Request, Response, StatusCode,
+    body::{Bytes, Frame, Incoming},
     client::conn::http1::{SendRequest, handshake},
     header,
 };
@@ -303,18 +303,35 @@ pub(crate) async fn once(
     path: &str,
     bound: Duration,
 ) -> Result<StatusCode, How> {
-    let target = format!("127.0.0.1:{port}");
+    let exchange = async { Ok(begin(port, method, path).await?.status()) };
+    timeout(bound, exchange).await.unwrap_or(Err(How::TimedOut))
+}
+
+/// Sends one `GET` on a new connection, and returns the status and the body as text.
+pub(crate) async fn text(
+    port: u16,
+    path: &str,
+    bound: Duration,
+) -> Result<(StatusCode, String), How> {
     let exchange = async {
-        let mut sender = connect(&target).await?;
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header(header::HOST, &target)
-            .header(header::CONNECTION, "close")
-            .body(Empty::new().boxed())
-            .map_err(|_| How::Reset)?;
-        let response = sender.send_request(request).await.map_err(|_| How::Reset)?;
-        Ok(response.status())
+        let response = begin(port, "GET", path).await?;
+        let status = response.status();
+        let body = response.into_body().collect().await;
+        let body = body.map_err(|_| How::Truncated)?.to_bytes();
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
     };
     timeout(bound, exchange).await.unwrap_or(Err(How::TimedOut))
+}
+
+async fn begin(port: u16, method: &str, path: &str) -> Result<Response<Incoming>, How> {
+    let target = format!("127.0.0.1:{port}");
+    let mut sender = connect(&target).await?;
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(header::HOST, &target)
+        .header(header::CONNECTION, "close")
+        .body(Empty::new().boxed())
+        .map_err(|_| How::Reset)?;
+    sender.send_request(request).await.map_err(|_| How::Reset)
 }

@@ -28,7 +28,11 @@ mod deploy;
 #[cfg(unix)]
 mod instance;
 #[cfg(unix)]
+mod kubelet;
+#[cfg(unix)]
 mod kubernetes;
+#[cfg(unix)]
+mod life;
 #[cfg(unix)]
 mod load;
 #[cfg(unix)]
@@ -93,7 +97,11 @@ async fn measure(args: Vec<String>) -> Result<bool, instance::Problem> {
         }
         options::Task::Compare(plan) => return compare::run(&plan).await,
         options::Task::Kubernetes(sweep, paths) => {
-            return kubernetes::run(&sweep, &paths).await.map(|()| true);
+            return if sweep.life {
+                life::run(&sweep).await
+            } else {
+                kubernetes::run(&sweep, &paths).await
+            };
         }
         options::Task::Check(plan) => plan,
     };

@@ -18,6 +18,8 @@ A rolling update under load, and how many requests it loses.
                                               and PORT in its environment is set
   rolling_deploy --kubernetes                 a pod's stop, for removals of its address that arrive
                                               later and later; --scale and --removals only
+  rolling_deploy --kubernetes --life          the lives of single pods: probes, preStop hooks, SIGKILL;
+                                              --scale only
   rolling_deploy --backend KIND PORT          only the backend of the first form: graceful,
                                               plain, or deaf, which ignores SIGTERM
 
@@ -87,6 +89,10 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
             kubernetes = true;
             continue;
         }
+        if arg == "--life" {
+            sweep.life = true;
+            continue;
+        }
         let value = args.next();
         let value = value.ok_or_else(|| Problem(format!("{arg} wants a value (--help)")))?;
         match arg.as_str() {
@@ -128,6 +134,9 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
             ports,
             settle,
         };
+    }
+    if sweep.life && !kubernetes {
+        return Err(Problem("--life wants --kubernetes (--help)".into()));
     }
     Ok(match (kubernetes, plan.command.is_empty()) {
         (true, _) => Task::Kubernetes(sweep, plan.paths),

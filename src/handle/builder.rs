@@ -140,6 +140,13 @@ impl GracefulBuilder {
     /// Requests that come in bursts look like traffic that has ended. Choose a `quiet_for` that is
     /// longer than the pauses between bursts. Requests outside the layer are not seen.
     ///
+    /// The rule never makes the phase longer than its delay. With a listening socket that was passed
+    /// by socket activation, the default of the delay is 500 ms
+    /// ([`shared_listener`](Self::shared_listener)). `build` cannot know this, and accepts a `minimum`
+    /// that is longer; the rule has no effect then. If you set [`drain_delay`](Self::drain_delay), the
+    /// rule applies. There it sees only requests on the connections that exist, because new
+    /// connections wait for the next process.
+    ///
     /// The phase does not end before [`close_spread`](Self::close_spread) is over, because until then
     /// some clients have not been asked to leave.
     ///
@@ -200,6 +207,8 @@ impl GracefulBuilder {
     /// - 64 probers are remembered. If there are more, the whole delay passes.
     /// - A prober that is set to need more failures than `failures` has not noticed. The requests it
     ///   still sends put off the end, at the latest to the end of the delay.
+    /// - With a [shared listener](Self::shared_listener), a prober that opens a connection for each
+    ///   check reaches the next process, and so the whole delay passes. Its default is 500 ms there.
     ///
     /// Signals and the report are as in [`leave_when_quiet`](Self::leave_when_quiet).
     pub fn leave_when_noticed(mut self, failures: u32, probers: usize) -> Self {

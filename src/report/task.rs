@@ -17,6 +17,17 @@ pub enum TaskKind {
     Cleanup,
 }
 
+impl TaskKind {
+    /// The word for a task of this kind in log events.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::LameDuck => "hook",
+            Self::Worker => "worker",
+            Self::Cleanup => "cleanup",
+        }
+    }
+}
+
 /// How a task ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]

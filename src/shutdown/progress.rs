@@ -16,7 +16,7 @@ use crate::{
 const PROGRESS: Duration = Duration::from_secs(2);
 
 impl Shared {
-    /// Adds the transitions to the log, and from time to time what the drain waits for. Returns
+    /// Adds the transitions to the log, and from time to time what the stop waits for. Returns
     /// when to check again.
     pub(super) fn note_progress(
         &self,
@@ -38,7 +38,9 @@ impl Shared {
             return Some(next.min(at));
         }
         let phase = self.phase();
-        let ends = state.shutdown.as_ref().and_then(|it| it.ends(phase));
+        let shutdown = state.shutdown.as_ref();
+        let ends = shutdown.and_then(|it| it.ends(phase));
+        let cleans_up = shutdown.is_some_and(|it| it.cleanup.is_some());
         if let Some(ends) = ends {
             let mut oldest = self.request_table.list(now);
             oldest.truncate(3);
@@ -48,6 +50,7 @@ impl Shared {
                 connections: self.connections.len(),
                 time_left: ends.saturating_duration_since(now),
                 oldest,
+                awaited: self.work.awaited(cleans_up),
             }));
         }
         let at = instant_after(now, PROGRESS);

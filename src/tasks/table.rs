@@ -97,6 +97,41 @@ pub(crate) struct Task {
     pub(crate) ended: Option<(Instant, TaskOutcome)>,
 }
 
+/// What a stop waits for, apart from requests and connections: the first names, and how many more.
+pub(crate) struct Awaited {
+    names: Vec<String>,
+    more: usize,
+}
+
+impl Awaited {
+    /// How many names a progress line has.
+    const MOST: usize = 3;
+
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.names.is_empty()
+    }
+
+    fn add<'a>(&mut self, kind: &str, names: impl Iterator<Item = &'a Name>) {
+        for name in names {
+            if self.names.len() < Self::MOST {
+                self.names.push(format!("{kind} {name}"));
+            } else {
+                self.more += 1;
+            }
+        }
+    }
+}
+
+impl fmt::Display for Awaited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.names.join(", "))?;
+        match self.more {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
+}
+
 impl Work {
     pub(crate) fn hold(&self, name: Name) -> usize {
         lock!(self.holds).insert((name, Instant::now()))
@@ -136,6 +171,22 @@ impl Work {
         };
         list.sort_by_key(|hold| Reverse(hold.age));
         list
+    }
+
+    /// The holds, and during the cleanup also the tasks that have begun and not ended. The steps run
+    /// one after another, so at most one of them is named.
+    pub(crate) fn awaited(&self, cleans_up: bool) -> Awaited {
+        let (names, more) = (Vec::new(), 0);
+        let mut awaited = Awaited { names, more };
+        awaited.add("hold", lock!(self.holds).iter().map(|(_, (name, _))| name));
+        if cleans_up {
+            let list = lock!(self.list);
+            let run = |task: &&Task| task.began.is_some() && task.ended.is_none();
+            for task in list.tasks.values().filter(run) {
+                awaited.add(task.kind.as_str(), iter::once(&task.name));
+            }
+        }
+        awaited
     }
 
     /// Registers a hook or a step. Returns false if the hooks or steps have already been taken.

@@ -1,11 +1,17 @@
 //! Rules that end the lame-duck phase before its delay is over, and the `preStop` route.
 
 use std::{
+    net::TcpListener,
     thread,
     time::{Duration, Instant},
 };
 
-use crate::{Test, client::Connection, process::Server, server::Form};
+use crate::{
+    Test,
+    client::Connection,
+    process::{Server, wait_for},
+    server::Form,
+};
 
 pub(crate) const TESTS: &[Test] = &[
     (
@@ -22,6 +28,16 @@ pub(crate) const TESTS: &[Test] = &[
         "readiness::the_phase_ends_when_traffic_has_ended",
         Form::CUTTING,
         quiet,
+    ),
+    (
+        "activation::a_rule_that_needs_longer_than_the_delay_of_a_passed_socket_has_no_effect",
+        Form::CUTTING,
+        quiet_on_a_passed_socket,
+    ),
+    (
+        "activation::traffic_that_has_ended_ends_a_delay_that_was_set",
+        Form::CUTTING,
+        quiet_with_a_delay,
     ),
     (
         "signals::a_pre_stop_call_is_answered_when_draining_starts_and_sigterm_changes_nothing",
@@ -93,6 +109,59 @@ fn quiet(form: Form) {
         thread::sleep(Duration::from_millis(5));
     }
     let exit = server.exit();
+    exit.assert_clean();
+    assert!(
+        exit.report.contains("ended early: new requests"),
+        "{exit:?}"
+    );
+    assert!(exit.after >= Duration::from_millis(500), "{exit:?}");
+}
+
+/// Sends SIGTERM, and then a request on each of these connections but the last two. The last two keep the
+/// phase from ending because every connection has closed.
+fn stop_under_requests(server: &mut Server) -> Vec<Connection> {
+    let mut connections = [(); 10].map(|()| server.connect());
+    for connection in &mut connections {
+        connection.get("/").assert_ok();
+    }
+    server.terminate();
+    let mut connections = Vec::from(connections);
+    let idle = connections.split_off(8);
+    // The first responses may be sent before the signal arrives.
+    let mut first = connections.pop().unwrap();
+    wait_for("a response that asks to leave", || {
+        let response = first.get("/");
+        response.assert_ok();
+        response.says_close()
+    });
+    for connection in &mut connections {
+        connection.get("/").assert_ok();
+        thread::sleep(Duration::from_millis(5));
+    }
+    idle
+}
+
+fn quiet_on_a_passed_socket(form: Form) {
+    let shared = TcpListener::bind("127.0.0.1:0").unwrap();
+    // The rule fits the default delay of 5 s, so `build` accepts it.
+    let knobs = ["delay=default", "quiet=2000:100"];
+    let mut server = Server::start_on(&shared, form, &knobs);
+    let idle = stop_under_requests(&mut server);
+    let exit = server.exit();
+    drop(idle);
+    exit.assert_clean();
+    assert!(!exit.report.contains("ended early"), "{exit:?}");
+    assert!(exit.log.contains("because the delay is over"), "{exit:?}");
+    // The delay is the one of a shared listener, and not the 5 s that `build` has checked.
+    exit.assert_within(Duration::from_millis(500), Duration::from_secs(4));
+}
+
+fn quiet_with_a_delay(form: Form) {
+    let shared = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut server = Server::start_on(&shared, form, &[DELAY, "quiet=500:100"]);
+    let idle = stop_under_requests(&mut server);
+    let exit = server.exit();
+    drop(idle);
     exit.assert_clean();
     assert!(
         exit.report.contains("ended early: new requests"),

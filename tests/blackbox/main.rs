@@ -49,6 +49,8 @@ mod restarts;
 #[cfg(unix)]
 mod server;
 #[cfg(unix)]
+mod shared;
+#[cfg(unix)]
 mod signals;
 #[cfg(unix)]
 mod starved;
@@ -97,6 +99,7 @@ fn main() -> ExitCode {
         long_lived::TESTS,
         misuse::TESTS,
         refusal::TESTS,
+        shared::TESTS,
         signals::TESTS,
         starved::TESTS,
         whole::TESTS,

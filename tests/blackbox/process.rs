@@ -181,21 +181,34 @@ impl Server {
     /// until it listens. The socket is descriptor 3. The server listens on a duplicate of it, as with
     /// some libraries.
     pub(crate) fn start_on(shared: &TcpListener, form: Form, knobs: &[&str]) -> Self {
+        Self::start_on_socket(
+            OwnedFd::from(shared.try_clone().unwrap()),
+            form,
+            &[knobs, &["listener=stdin"]].concat(),
+        )
+    }
+
+    /// As [`start_on`](Self::start_on), with a listening socket of any kind.
+    pub(crate) fn start_on_socket(socket: OwnedFd, form: Form, knobs: &[&str]) -> Self {
         const PASS_ON: &str = r#"export LISTEN_FDS=1 LISTEN_PID=$$; exec "$0" "$@" 3<&0"#;
 
-        Self::start_by(PASS_ON, shared, form, knobs)
+        Self::start_with(PASS_ON, socket, form, knobs)
     }
 
     /// Starts a server by the shell script `words`, with this socket as its standard input, and waits until
     /// it listens.
     pub(crate) fn start_by(words: &str, shared: &TcpListener, form: Form, knobs: &[&str]) -> Self {
+        let socket = OwnedFd::from(shared.try_clone().unwrap());
+        Self::start_with(words, socket, form, &[knobs, &["listener=stdin"]].concat())
+    }
+
+    fn start_with(words: &str, socket: OwnedFd, form: Form, knobs: &[&str]) -> Self {
         let mut command = Command::new("sh");
         command
             .args(["-c", words])
             .arg(std::env::current_exe().unwrap())
-            .stdin(OwnedFd::from(shared.try_clone().unwrap()));
-        let knobs = [knobs, &["listener=stdin"]].concat();
-        let mut server = Self::run(command, form, &knobs);
+            .stdin(socket);
+        let mut server = Self::run(command, form, knobs);
         server.expect_line("starting");
         let listening = server.expect_line("listening");
         server.address = listening.parse().unwrap();

@@ -202,9 +202,7 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
 }
 
 async fn serve(knobs: &Knobs<'_>) -> ExitCode {
-    if let Some(files) = knobs.number("files") {
-        allow_files(files);
-    }
+    let _ = knobs.number("files").map(allow_files);
     let graceful = match builder(knobs).build() {
         Ok(graceful) => graceful,
         Err(error) => {
@@ -217,6 +215,9 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
     }
     register(&graceful, knobs);
     let app = app(&graceful, knobs);
+    if knobs.text("listener") == Some("unix") {
+        return serve_unix(graceful, app, knobs).await;
+    }
     let listener = match knobs.text("listener") {
         Some("stdin") => listener_on_stdin(),
         _ => listener_on(knobs.number("port")).await,
@@ -296,6 +297,29 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
                 .unwrap();
             println!("stopped");
             return ExitCode::SUCCESS;
+        }
+        other => panic!("no such form: {other}"),
+    };
+    end(knobs, report).await
+}
+
+/// Serves a Unix listener that is the standard input.
+async fn serve_unix(graceful: Graceful, app: Router, knobs: &Knobs<'_>) -> ExitCode {
+    use std::os::fd::AsFd;
+
+    let socket = io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let listener = std::os::unix::net::UnixListener::from(socket);
+    listener.set_nonblocking(true).unwrap();
+    let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+    // The tests expect an address. This one stands for a socket that has none.
+    println!("starting 0.0.0.0:0");
+    println!("listening 0.0.0.0:0");
+    let report = match knobs.text("form").unwrap() {
+        "Serve" => graceful.serve(listener, app).await,
+        "Run" => {
+            let server = axum::serve(graceful.listener(listener), app)
+                .with_graceful_shutdown(graceful.drain());
+            graceful.run(server).await
         }
         other => panic!("no such form: {other}"),
     };

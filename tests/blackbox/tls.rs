@@ -143,7 +143,7 @@ mod trusting {
     }
 }
 
-fn config() -> Arc<ClientConfig> {
+pub(crate) fn config() -> Arc<ClientConfig> {
     let config = ClientConfig::builder()
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(trusting::Verifier))
@@ -151,11 +151,24 @@ fn config() -> Arc<ClientConfig> {
     Arc::new(config)
 }
 
-fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+pub(crate) fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let tcp = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
     tcp.set_read_timeout(Some(BOUND))?;
     tcp.set_nodelay(true)?;
     Ok(tcp)
+}
+
+/// Completes the handshake on a TCP connection.
+pub(crate) fn handshake(
+    mut tcp: TcpStream,
+    config: &Arc<ClientConfig>,
+) -> io::Result<StreamOwned<ClientConnection, TcpStream>> {
+    let name = "localhost".try_into().unwrap();
+    let mut client = ClientConnection::new(Arc::clone(config), name).unwrap();
+    while client.is_handshaking() {
+        client.complete_io(&mut tcp)?;
+    }
+    Ok(StreamOwned::new(client, tcp))
 }
 
 /// Sends one request on a TCP connection, and returns the status of the response. The request follows the

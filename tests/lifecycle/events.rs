@@ -378,10 +378,69 @@ async fn progress_says_that_a_hold_is_in_flight_and_how_long_cleanup_may_take() 
     assert_eq!(
         lines,
         [
-            ("shutdown: draining, in flight 1, connections 0", "8.0"),
-            ("shutdown: closing, in flight 0, connections 0", "25.0"),
-            ("shutdown: closing, in flight 0, connections 0", "23.0"),
+            (
+                "shutdown: draining, in flight 1, connections 0, waits for hold job",
+                "8.0"
+            ),
+            (
+                "shutdown: closing, in flight 0, connections 0, waits for cleanup slow",
+                "25.0"
+            ),
+            (
+                "shutdown: closing, in flight 0, connections 0, waits for cleanup slow",
+                "23.0"
+            ),
         ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn progress_names_the_workers_and_then_the_step_that_the_stop_waits_for() {
+    let log = Log::new();
+    let graceful = without_delay();
+    let hold = graceful.hold("upload");
+    for name in ["a", "b", "c", "d", "e"] {
+        graceful.worker(name, |_| pass(s(5))).unwrap();
+    }
+    graceful.worker("f", |_| pass(s(7))).unwrap();
+    graceful.worker("quick", |stop| stop).unwrap();
+    graceful.cleanup("first", s(5), pass(s(2))).unwrap();
+    graceful.cleanup("second", s(5), async {}).unwrap();
+    graceful.shutdown();
+    pass(s(3)).await;
+    drop(hold);
+    graceful.stopped().await;
+    let mut progress = log.progress();
+    progress.retain(|line| !line.fields.contains_key("outcome"));
+    let messages: Vec<_> = progress.iter().map(Line::message).collect();
+    let closing = "shutdown: closing, in flight 0, connections 0, waits for";
+    assert_eq!(
+        messages,
+        [
+            // Workers are joined when nothing is in flight any more.
+            "shutdown: draining, in flight 1, connections 0, waits for hold upload".to_owned(),
+            format!("{closing} worker a, worker b, worker c and 3 more"),
+            format!("{closing} worker f"),
+            format!("{closing} cleanup first"),
+        ]
+    );
+    let last = progress.last().unwrap();
+    assert_eq!(last.fields["waits_for"], "cleanup first");
+}
+
+#[tokio::test(start_paused = true)]
+async fn progress_that_waits_for_requests_alone_has_no_names() {
+    let log = Log::new();
+    let graceful = without_delay();
+    let held = request(&graceful);
+    graceful.worker("queue", |stop| stop).unwrap();
+    graceful.shutdown();
+    pass(s(3)).await;
+    drop(held);
+    let progress = log.progress();
+    assert!(
+        !progress[0].fields.contains_key("waits_for"),
+        "{progress:?}"
     );
 }
 

@@ -172,7 +172,7 @@ fn a_service_that_ignores_sigterm_is_killed_at_the_grace_period_and_named() {
 #[test]
 fn a_command_that_cannot_be_measured_is_a_clear_error() {
     let not_ready = ["--start-timeout", "0.5"];
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 8] = [
         (&["/nonexistent/program"], "does not start: No such file"),
         (
             &["false"],
@@ -196,6 +196,7 @@ fn a_command_that_cannot_be_measured_is_a_clear_error() {
         ),
         (&["--interval"], "--interval wants a value"),
         (&["--wrong", "1"], "unknown option --wrong"),
+        (&["--life"], "--life wants --kubernetes"),
     ];
     for (args, expected) in cases {
         let (code, text) = run(args);
@@ -219,10 +220,10 @@ fn on_kubernetes_the_delay_covers_a_removal_that_arrives_before_its_end_and_no_l
             .filter_map(|cell| cell.trim().split_once(" of "));
         cells.map(|(failed, _)| failed.parse().unwrap()).collect()
     };
-    let [plain, slept, graceful] = failed("2.0")[..] else {
+    let [plain, slept, graceful, pre_stop] = failed("2.0")[..] else {
         panic!("{text}")
     };
     assert!(plain > 0, "{text}");
-    assert_eq!((slept, graceful), (0, 0), "{text}");
+    assert_eq!((slept, graceful, pre_stop), (0, 0, 0), "{text}");
     assert!(failed("10.0").iter().all(|failed| *failed > 0), "{text}");
 }

@@ -1,0 +1,434 @@
+//! The life of one pod, as the kubelet and the endpoint controller play it.
+//!
+//! The rules are those of the pages
+//! [Pod Lifecycle](https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/),
+//! [Container Lifecycle Hooks](https://kubernetes.io/docs/concepts/containers/container-lifecycle-hooks/) and
+//! [Probes](https://kubernetes.io/docs/tasks/configure-pod-container/configure-liveness-readiness-startup-probes/):
+//!
+//! 1. A container begins not ready. The startup probe comes first, the other two begin when it has
+//!    succeeded. Each probe takes effect after its threshold of equal results in a row. A status from 200
+//!    to 399 is a success; no answer within the timeout is a failure.
+//! 2. If the startup or the liveness probe fails, the container is stopped and started again.
+//! 3. A pod that is not ready leaves the endpoints, and returns when it is ready.
+//! 4. The deletion starts two things at the same time. The pod leaves the endpoints, ready or not. The
+//!    kubelet runs the preStop hook, and sends SIGTERM when the hook has ended, with any result. A GET
+//!    that is refused ends the hook at once.
+//! 5. The grace period begins before the hook. A hook that outlasts it is abandoned, and the container
+//!    gets two more seconds. SIGKILL follows.
+//!
+//! The model is harder on the container in one point: the kubelet ends the liveness probe at the deletion,
+//! and the model continues it. A stop that does not begin with a deletion is probed to its end.
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, sleep, sleep_until},
+};
+
+use crate::{
+    balancer::Balancer,
+    instance::{Ended, Instance, Problem},
+    load,
+};
+
+/// How often a container is started again before the pod is given up.
+const MOST_RESTARTS: u32 = 3;
+
+#[derive(Clone, Debug)]
+pub(crate) struct Probe {
+    pub(crate) path: &'static str,
+    pub(crate) period: Duration,
+    pub(crate) timeout: Duration,
+    pub(crate) success_threshold: u32,
+    pub(crate) failure_threshold: u32,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Hook {
+    None,
+    Sleep(Duration),
+    HttpGet(&'static str),
+}
+
+/// The parts of a pod's manifest that matter here.
+#[derive(Clone, Debug)]
+pub(crate) struct Spec {
+    pub(crate) command: Vec<String>,
+    pub(crate) startup: Probe,
+    pub(crate) readiness: Probe,
+    pub(crate) liveness: Probe,
+    pub(crate) pre_stop: Hook,
+    pub(crate) grace_period: Duration,
+    /// The time that a container has after a hook that outlasted the grace period.
+    pub(crate) extension: Duration,
+}
+
+/// What can be seen of a pod from outside.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Status {
+    pub(crate) ready: bool,
+    pub(crate) deleted: bool,
+    pub(crate) restarts: u32,
+}
+
+/// The answers of the liveness probe.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lively {
+    pub(crate) answered: u32,
+    /// Failures that were followed by an answer. At the end of a container the last probe is refused.
+    pub(crate) gaps: u32,
+    /// The phases that the answers name.
+    pub(crate) phases: BTreeSet<String>,
+    unanswered: u32,
+}
+
+impl fmt::Display for Lively {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let phases: Vec<_> = self.phases.iter().map(String::as_str).collect();
+        write!(
+            f,
+            "/livez answered {} times, in: {}; missing between two: {}",
+            self.answered,
+            phases.join(", "),
+            self.gaps
+        )
+    }
+}
+
+/// The end of a pod.
+#[derive(Debug)]
+pub(crate) struct Death {
+    pub(crate) deleted: Instant,
+    /// When SIGTERM was sent.
+    pub(crate) terminated: Instant,
+    /// Whether the preStop hook succeeded. `None` without one.
+    pub(crate) hook: Option<bool>,
+    pub(crate) ended: Ended,
+    pub(crate) lively: Lively,
+    pub(crate) restarts: u32,
+}
+
+/// A running pod. Dropping it kills its container.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    pub(crate) port: u16,
+    status: watch::Receiver<Status>,
+    delete: Option<oneshot::Sender<()>>,
+    kubelet: JoinHandle<Result<Death, Problem>>,
+    /// Ends of containers before the deletion, as text.
+    pub(crate) events: Arc<Mutex<Vec<String>>>,
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        self.kubelet.abort();
+    }
+}
+
+impl Pod {
+    pub(crate) fn start(spec: Spec, port: u16) -> Self {
+        let (send_status, status) = watch::channel(Status::default());
+        let (delete, deleted) = oneshot::channel();
+        let events = Arc::default();
+        let kubelet = Kubelet {
+            spec,
+            port,
+            status: send_status,
+            events: Arc::clone(&events),
+        };
+        Self {
+            port,
+            status,
+            delete: Some(delete),
+            kubelet: tokio::spawn(kubelet.run(deleted)),
+            events,
+        }
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        *self.status.borrow()
+    }
+
+    /// Waits for a status, for at most a minute.
+    pub(crate) async fn until(
+        &mut self,
+        what: &str,
+        is: impl FnMut(&Status) -> bool,
+    ) -> Result<(), Problem> {
+        let bound = Duration::from_secs(60);
+        let waited = tokio::time::timeout(bound, self.status.wait_for(is)).await;
+        match waited.map(|status| status.map(drop)) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(match (&mut self.kubelet).await {
+                Ok(Err(problem)) => problem,
+                _ => Problem(format!("the pod on port {} has ended", self.port)),
+            }),
+            Err(_) => Err(Problem(format!(
+                "the pod on port {} is not {what} within {bound:?}: {:?}",
+                self.port,
+                self.status()
+            ))),
+        }
+    }
+
+    pub(crate) async fn ready(&mut self) -> Result<(), Problem> {
+        self.until("ready", |status| status.ready).await
+    }
+
+    /// Keeps the pod's address in the balancer while the pod is ready. Every change arrives there late.
+    pub(crate) fn expose(&self, balancer: Arc<Balancer>, late: Duration) {
+        let (port, mut status) = (self.port, self.status.clone());
+        let (changes, mut due) = mpsc::unbounded_channel::<(tokio::time::Instant, bool)>();
+        tokio::spawn(async move {
+            let mut listed = false;
+            loop {
+                let serves = {
+                    let status = status.borrow_and_update();
+                    status.ready && !status.deleted
+                };
+                if serves != listed {
+                    listed = serves;
+                    let _ = changes.send((tokio::time::Instant::now() + late, serves));
+                }
+                if status.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
+        tokio::spawn(async move {
+            while let Some((at, serves)) = due.recv().await {
+                sleep_until(at).await;
+                if serves {
+                    balancer.add(port);
+                } else {
+                    balancer.remove(port);
+                }
+            }
+        });
+    }
+
+    /// Deletes the pod, and waits for its end.
+    pub(crate) async fn delete(mut self) -> Result<Death, Problem> {
+        if let Some(delete) = self.delete.take() {
+            let _ = delete.send(());
+        }
+        let ended = (&mut self.kubelet).await;
+        ended.unwrap_or_else(|error| Err(Problem(format!("the kubelet has ended: {error}"))))
+    }
+}
+
+/// Equal results of a probe in a row.
+#[derive(Debug, Default)]
+struct InARow {
+    success: bool,
+    count: u32,
+}
+
+impl InARow {
+    /// Adds a result. Returns it if it takes effect.
+    fn add(&mut self, probe: &Probe, success: bool) -> Option<bool> {
+        if success != self.success {
+            *self = Self { success, count: 0 };
+        }
+        self.count += 1;
+        let threshold = if success {
+            probe.success_threshold
+        } else {
+            probe.failure_threshold
+        };
+        (self.count >= threshold).then_some(success)
+    }
+}
+
+#[derive(Debug)]
+struct Kubelet {
+    spec: Spec,
+    port: u16,
+    status: watch::Sender<Status>,
+    events: Arc<Mutex<Vec<String>>>,
+}
+
+impl Kubelet {
+    async fn run(self, mut deletion: oneshot::Receiver<()>) -> Result<Death, Problem> {
+        loop {
+            let mut container = Instance::start(&self.spec.command, self.port)?;
+            let lively = Mutex::new(Lively::default());
+            let mut watch = pin!(self.watch(&lively));
+            let seen =
+                || std::mem::take(&mut *lively.lock().unwrap_or_else(PoisonError::into_inner));
+            let watched = tokio::select! {
+                biased;
+                _ = &mut deletion => {
+                    let restarts = self.status.borrow().restarts;
+                    self.status.send_modify(|status| status.deleted = true);
+                    let deleted = Instant::now();
+                    // A probe that is in flight is not given up. No probe has an effect on the stop.
+                    let probes = async {
+                        watch.await;
+                        self.watch_to_the_end(&lively).await
+                    };
+                    let (terminated, hook, ended) = tokio::select! {
+                        stopped = self.stop(&mut container, deleted) => stopped?,
+                        never = probes => match never {},
+                    };
+                    return Ok(Death {
+                        deleted,
+                        terminated,
+                        hook,
+                        ended,
+                        lively: seen(),
+                        restarts,
+                    });
+                }
+                status = container.wait() => format!("ended by itself, {}", status?),
+                failed = &mut watch => {
+                    let (_, _, ended) = self.stop(&mut container, Instant::now()).await?;
+                    let by = if ended.killed { "SIGKILL" } else { "SIGTERM" };
+                    format!(
+                        "stopped because its {failed} probe failed, ended after {by}, {}",
+                        ended.status
+                    )
+                }
+            };
+            let watched = format!("{watched}; {}", seen());
+            let restarts = self.status.borrow().restarts + 1;
+            if restarts > MOST_RESTARTS {
+                container.must_run("again and again").await?;
+                return Err(Problem(format!(
+                    "the container on port {} {watched}",
+                    self.port
+                )));
+            }
+            self.events
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(watched);
+            self.status.send_modify(|status| {
+                status.ready = false;
+                status.restarts = restarts;
+            });
+        }
+    }
+
+    /// Runs the preStop hook, and then sends SIGTERM, and SIGKILL at the end of the grace period.
+    async fn stop(
+        &self,
+        container: &mut Instance,
+        begun: Instant,
+    ) -> Result<(Instant, Option<bool>, Ended), Problem> {
+        let spec = &self.spec;
+        let hook = async {
+            match spec.pre_stop {
+                Hook::None => None,
+                Hook::Sleep(time) => {
+                    sleep(time).await;
+                    Some(true)
+                }
+                Hook::HttpGet(path) => {
+                    // The kubelet ignores the status.
+                    let answer = load::once(self.port, "GET", path, spec.grace_period).await;
+                    Some(answer.is_ok())
+                }
+            }
+        };
+        let hook = tokio::time::timeout(spec.grace_period, hook).await;
+        let hook = hook.unwrap_or(Some(false));
+        let terminated = container.terminate();
+        let grace_period = spec.grace_period.max(begun.elapsed() + spec.extension);
+        let ended = container.ended(begun, grace_period).await?;
+        Ok((terminated, hook, ended))
+    }
+
+    /// Probes the container until it must be started again. The startup probe comes first.
+    /// Returns the probe that has failed.
+    async fn watch(&self, lively: &Mutex<Lively>) -> &'static str {
+        if !self.starts().await {
+            return "startup";
+        }
+        tokio::select! {
+            () = self.watch_liveness(lively) => "liveness",
+            never = self.watch_readiness() => match never {},
+        }
+    }
+
+    async fn watch_to_the_end(&self, lively: &Mutex<Lively>) -> std::convert::Infallible {
+        tokio::join!(self.watch_readiness(), async {
+            loop {
+                self.watch_liveness(lively).await;
+            }
+        })
+        .0
+    }
+
+    /// Whether the startup probe succeeds.
+    async fn starts(&self) -> bool {
+        let probe = &self.spec.startup;
+        let (mut ticks, mut row) = (ticks(probe), InARow::default());
+        loop {
+            ticks.tick().await;
+            if let Some(success) = row.add(probe, self.ask(probe).await.is_some()) {
+                return success;
+            }
+        }
+    }
+
+    /// Returns when the liveness probe has failed.
+    async fn watch_liveness(&self, lively: &Mutex<Lively>) {
+        let probe = &self.spec.liveness;
+        let (mut ticks, mut row) = (ticks(probe), InARow::default());
+        loop {
+            ticks.tick().await;
+            let answer = self.ask(probe).await;
+            let success = answer.is_some();
+            let mut lively = lively.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(text) = answer {
+                lively.answered += 1;
+                lively.gaps += std::mem::take(&mut lively.unanswered);
+                lively.phases.insert(text.trim().to_owned());
+            } else {
+                lively.unanswered += 1;
+            }
+            if row.add(probe, success) == Some(false) {
+                return;
+            }
+        }
+    }
+
+    async fn watch_readiness(&self) -> std::convert::Infallible {
+        let probe = &self.spec.readiness;
+        let (mut ticks, mut row) = (ticks(probe), InARow::default());
+        loop {
+            ticks.tick().await;
+            let success = self.ask(probe).await.is_some();
+            if let Some(ready) = row.add(probe, success) {
+                self.status.send_if_modified(|status| {
+                    let changes = status.ready != ready;
+                    status.ready = ready;
+                    changes
+                });
+            }
+        }
+    }
+
+    /// Sends a probe on a new connection, and returns the text of a success.
+    async fn ask(&self, probe: &Probe) -> Option<String> {
+        let answer = load::text(self.port, probe.path, probe.timeout).await;
+        let (status, text) = answer.ok()?;
+        (200..400).contains(&status.as_u16()).then_some(text)
+    }
+}
+
+/// The times of a probe. The first is now.
+fn ticks(probe: &Probe) -> tokio::time::Interval {
+    let mut ticks = interval(probe.period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
