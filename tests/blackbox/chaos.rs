@@ -512,13 +512,14 @@ impl Stop {
         let [mut counted, mut dropped, mut cut] = [(); 3].map(|()| Between::default());
         for (id, note) in &self.notes {
             let [called, ended] = [note.called, note.ended];
-            if called[0] == Phase::Stopped {
+            let late = called[0] == Phase::Stopped;
+            if late && self.tally.exit_code == 0 {
                 wrong.push(format!("request {id} came after the end: {note:?}"));
             }
             if !note.admitted {
                 let is_refused = matches!(note.status, 429 | 503);
                 refused.count(
-                    is_refused && called[0] > Phase::Serving,
+                    is_refused && called[0] > Phase::Serving && called[1] < Phase::Stopped,
                     // The client may have left before the refusal was answered.
                     (is_refused || note.status == 0) && called[1] > Phase::Serving,
                 );
@@ -671,6 +672,10 @@ impl Stop {
                     Sight::Refused(status_seen) => status == status_seen,
                     _ => status == 200 || status == 101,
                 };
+                // A request that is called after a cut may still be refused, on a connection that is gone.
+                if note.is_some_and(|note| note.called[0] == Phase::Stopped) {
+                    wrong.push(format!("answered after the end: {}", self.about(seen)));
+                }
                 if !agrees {
                     wrong.push(format!(
                         "the server did not answer that: {}",
