@@ -4,6 +4,7 @@ use std::{
     any::Any,
     fmt,
     io::{self, Read},
+    mem::MaybeUninit,
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
@@ -273,6 +274,11 @@ impl<I: 'static> Drop for GracefulIo<I> {
             }
             return;
         }
+        if directive == Directive::Close && entry.state.is_unread() && has_unread(&io) {
+            // Accepted so late that its server closes it without a read. The client's request is lost as
+            // in the queue.
+            entry.owner.starved.were_reset(1);
+        }
         // While serving, a peer that has closed first waits for nothing more.
         let leaves = match self.peer {
             Peer::Open => false,
@@ -356,6 +362,12 @@ fn reset<I: 'static>(io: &I) {
     if let Some(tcp) = tcp(io) {
         let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
     }
+}
+
+/// Whether the peer has sent something that was not read.
+fn has_unread<I: 'static>(io: &I) -> bool {
+    let peeked = tcp(io).map(|tcp| SockRef::from(tcp).peek(&mut [MaybeUninit::uninit()]));
+    matches!(peeked, Some(Ok(bytes)) if bytes > 0)
 }
 
 /// Keeps a connection in the table. Each layer of the connection has a guard, and so has the task that
