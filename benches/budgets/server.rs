@@ -17,7 +17,10 @@ use axum::{
 };
 use futures_util::stream;
 use http_body_util::BodyExt;
-use tokio::{net::TcpListener, runtime};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    runtime,
+};
 use tower::{layer::util::Identity, util::MapResponseLayer};
 use tower_graceful::{Graceful, Phase};
 use tower_http::metrics::InFlightRequestsLayer;
@@ -39,6 +42,14 @@ fn app() -> Router {
             "/upload",
             post(|body: Bytes| async move { body.len().to_string() }),
         )
+}
+
+/// Listens on any port. `TcpListener::bind` would have an accept queue of 128 connections. On a busy machine
+/// the clients fill it, and then each lost SYN costs a second.
+pub(crate) fn listen() -> TcpListener {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind(([127, 0, 0, 1], 0).into()).expect("a port");
+    socket.listen(4096).expect("a listener")
 }
 
 async fn never(_request: Request) -> &'static str {
@@ -67,7 +78,7 @@ async fn serve(form: Form) {
         .drain_timeout(DRAIN)
         .build()
         .expect("a plan that fits");
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let listener = listen();
     println!("{}", listener.local_addr().expect("an address"));
     let asked = graceful.clone();
     thread::spawn(move || answer(&asked));
