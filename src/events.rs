@@ -416,12 +416,12 @@ pub(crate) fn pre_stop_refused(reason: &str) {
     );
 }
 
-/// Logs how many connections were reset in such queues.
+/// Logs how many connections were reset in the queues of listeners.
 fn queue_reset(queued: usize) {
     event!(
         warn,
         { queued = queued },
-        "connections reset in the accept queue, for lack of file descriptors: {queued}"
+        "connections reset in the accept queue: {queued}"
     );
 }
 

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     net::SocketAddr,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    time::Instant,
 };
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -125,8 +126,13 @@ impl Server {
     }
 
     fn start_with(form: Form, workers: usize, identity: &str) -> Self {
+        Self::spawn(&[ROLE, form.name(), &workers.to_string(), identity])
+    }
+
+    /// Starts this program with these arguments. It prints its address.
+    pub(crate) fn spawn(args: &[&str]) -> Self {
         let mut child = Command::new(env::current_exe().expect("this program"))
-            .args([ROLE, form.name(), &workers.to_string(), identity])
+            .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -147,6 +153,19 @@ impl Server {
         let questions = self.questions.as_mut().expect("its input");
         writeln!(questions, "{question}").expect("a server that listens");
         read_line(&mut self.answers).parse().expect("a figure")
+    }
+
+    /// The next line that the server prints.
+    pub(crate) fn line(&mut self) -> String {
+        read_line(&mut self.answers)
+    }
+
+    /// Waits for the end of the process, and returns when it ended.
+    pub(crate) fn wait(&mut self) -> Instant {
+        let status = self.child.wait().expect("a child");
+        let end = Instant::now();
+        assert!(status.success(), "{status}");
+        end
     }
 
     /// Nanoseconds of CPU time that the main thread of the server has used.

@@ -25,6 +25,10 @@ mod requests;
 #[cfg(target_os = "linux")]
 mod rows;
 #[cfg(target_os = "linux")]
+mod scale;
+#[cfg(target_os = "linux")]
+mod scale_server;
+#[cfg(target_os = "linux")]
 mod server;
 #[cfg(target_os = "linux")]
 mod throughput;
@@ -45,7 +49,7 @@ fn main() -> std::process::ExitCode {
     use self::rows::Rows;
 
     type Measure = fn(&mut Rows);
-    const ALL: [(&str, Measure); 7] = [
+    const ALL: [(&str, Measure); 8] = [
         ("requests", requests::measure),
         ("reads", reads::measure),
         ("throughput", throughput::measure),
@@ -53,12 +57,17 @@ fn main() -> std::process::ExitCode {
         ("notify", wake::measure_notify),
         ("cut", connections::measure_cut),
         ("memory", connections::measure_memory),
+        ("scale", scale::measure),
     ];
 
     let mut args: Vec<_> = std::env::args().skip(1).collect();
     if let [role, rest @ ..] = &*args {
         if role == child::ROLE {
             server::run(rest);
+            return ExitCode::SUCCESS;
+        }
+        if role == scale_server::ROLE {
+            scale_server::run(rest);
             return ExitCode::SUCCESS;
         }
     }

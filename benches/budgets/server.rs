@@ -20,7 +20,10 @@ use axum::{
 use axum_server::tls_rustls::RustlsConfig;
 use futures_util::stream;
 use http_body_util::BodyExt;
-use tokio::{net::TcpListener, runtime};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    runtime,
+};
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
 use tower::{layer::util, util::MapResponseLayer};
 use tower_graceful::{Graceful, HandshakeExt, Phase};
@@ -46,6 +49,14 @@ fn app() -> Router {
             "/upload",
             post(|body: Bytes| async move { body.len().to_string() }),
         )
+}
+
+/// Listens on any port. `TcpListener::bind` would have an accept queue of 128 connections. On a busy machine
+/// the clients fill it, and then each lost SYN costs a second.
+pub(crate) fn listen() -> TcpListener {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind(([127, 0, 0, 1], 0).into()).expect("a port");
+    socket.listen(4096).expect("a listener")
 }
 
 async fn never(_request: Request) -> &'static str {
@@ -82,7 +93,7 @@ async fn start() -> (Graceful, TcpListener) {
         .drain_timeout(DRAIN)
         .build()
         .expect("a plan that fits");
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let listener = listen();
     println!("{}", listener.local_addr().expect("an address"));
     let asked = graceful.clone();
     thread::spawn(move || answer(&asked));

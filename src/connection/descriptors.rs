@@ -67,22 +67,24 @@ impl Socket {
     }
 
     /// Resets the connections in the queue and returns their number. If the number is unknown
-    /// because there is still no descriptor, one connection is counted. The queue of a passed
-    /// socket is left to the next process.
+    /// because there is still no descriptor, one connection is counted.
     fn reset_all(&self) -> usize {
+        let (count, is_starved) = self.reset_some();
+        count + usize::from(is_starved)
+    }
+
+    /// Resets connections in the queue and returns their number, and whether there was no
+    /// descriptor for the rest. The queue of a passed socket is left to the next process.
+    fn reset_some(&self) -> (usize, bool) {
         let mut count = 0;
-        if self.is_passed {
-            return count;
-        }
-        while count < MOST {
+        while count < MOST && !self.is_passed {
             match self.reset_one() {
                 Ok(()) => count += 1,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) if is_out_of_descriptors(&error) => return count + 1,
-                Err(_) => break,
+                Err(error) => return (count, is_out_of_descriptors(&error)),
             }
         }
-        count
+        (count, false)
     }
 }
 
@@ -181,6 +183,17 @@ impl Starved {
     /// Records `count` connections that were accepted too late to be served.
     pub(crate) fn were_reset(&self, count: usize) {
         lock!(self.waits).reset += count;
+    }
+
+    /// Closes a listener that had no time to empty its queue, and counts the connections that are
+    /// reset. If there are no descriptors to count them all, it is kept until connections have closed.
+    pub(crate) fn abandons(&self, socket: Socket) {
+        let mut waits = lock!(self.waits);
+        let (count, is_starved) = socket.reset_some();
+        waits.reset += count;
+        if is_starved {
+            waits.given_up.push(Arc::new(socket));
+        }
     }
 
     /// Records that the listener waits from now on, if it is not waiting already.

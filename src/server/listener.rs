@@ -313,6 +313,20 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
+    /// Counts the connections that are reset in the queue, if the connections of the service are being
+    /// closed and this listener has not been. The deadline passed before its task ran: the process was
+    /// suspended, or every thread was blocked.
+    fn abandon(&mut self) {
+        let closes = *self.closing_stages.borrow() >= ClosingStage::Connections;
+        if !closes || matches!(self.closing, Closing::Unused | Closing::Done) {
+            return;
+        }
+        let listener = self.listener.take();
+        if let Some(socket) = listener.and_then(|listener| into_socket(listener, self.is_passed)) {
+            self.graceful.shared().starved.abandons(socket);
+        }
+    }
+
     /// Records, once, that the listener accepts nothing more.
     fn closed(&mut self) {
         if !matches!(self.closing, Closing::Unused | Closing::Done) {
@@ -348,6 +362,7 @@ impl<L: Listener> Drop for GracefulListener<L> {
         if self.was_starved {
             self.graceful.shared().starved.were_reset(self.last.len());
         }
+        self.abandon();
         self.give_up();
         self.closed();
     }

@@ -3,6 +3,7 @@
 use std::{
     any::Any,
     io::{self, Read},
+    mem::MaybeUninit,
     task::Poll,
     time::Duration,
 };
@@ -25,6 +26,14 @@ pub(super) fn read_now<I: 'static>(io: &I, buf: &mut ReadBuf<'_>) -> Poll<io::Re
     let Some(tcp) = tcp(io) else {
         return Poll::Pending;
     };
+    // Checked first, because most idle connections have nothing to read, and a read without unsafe code
+    // writes zeros into the whole buffer, which makes its 8 KiB resident.
+    if SockRef::from(tcp)
+        .peek(&mut [MaybeUninit::uninit()])
+        .is_err()
+    {
+        return Poll::Pending;
+    }
     let read = (&*SockRef::from(tcp)).read(buf.initialize_unfilled());
     match read {
         Ok(read) => {
@@ -50,4 +59,10 @@ pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
         return true;
     }
     tcp(io).is_some()
+}
+
+/// Whether the peer has sent something that was not read.
+pub(super) fn has_unread<I: 'static>(io: &I) -> bool {
+    let peeked = tcp(io).map(|tcp| SockRef::from(tcp).peek(&mut [MaybeUninit::uninit()]));
+    matches!(peeked, Some(Ok(bytes)) if bytes > 0)
 }

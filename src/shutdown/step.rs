@@ -328,7 +328,9 @@ impl Shared {
 
     /// Cuts everything that is left, and records it for the report.
     fn cut(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) {
+        let requests = self.settled_word().count();
         let given_up = GivenUp {
+            // Listed after the count, so that no request that has ended since is named.
             requests: self.request_table.list(now),
             holds: self.work.list_holds(now),
             connections: Vec::new(),
@@ -338,7 +340,7 @@ impl Shared {
         shutdown.cut = Some(Cut {
             at: now,
             remaining: Remaining {
-                requests: self.settled_word().count(),
+                requests,
                 holds: given_up.holds.len(),
                 connections: connections.len(),
                 servers,

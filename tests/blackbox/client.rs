@@ -50,7 +50,13 @@ impl Connection {
     }
 
     pub(crate) fn try_open(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+        Self::on(TcpStream::connect_timeout(
+            &address,
+            Duration::from_secs(5),
+        )?)
+    }
+
+    pub(crate) fn on(stream: TcpStream) -> io::Result<Self> {
         stream.set_read_timeout(Some(BOUND))?;
         stream.set_write_timeout(Some(BOUND))?;
         stream.set_nodelay(true)?;
@@ -128,7 +134,12 @@ impl Connection {
             .unwrap_or_else(|error| panic!("no head: {error}"))
     }
 
-    fn try_head(&mut self) -> io::Result<Response> {
+    /// Waits for a byte. False if the server has closed its side instead.
+    pub(crate) fn has_more(&mut self) -> io::Result<bool> {
+        Ok(!self.stream.fill_buf()?.is_empty())
+    }
+
+    pub(crate) fn try_head(&mut self) -> io::Result<Response> {
         let status_line = self.line()?;
         let mut parts = status_line.splitn(3, ' ');
         let version = parts.next().unwrap_or_default().to_owned();

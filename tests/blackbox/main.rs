@@ -13,6 +13,8 @@ use std::process::ExitCode;
 #[cfg(unix)]
 mod activation;
 #[cfg(unix)]
+mod chaos;
+#[cfg(unix)]
 mod client;
 #[cfg(unix)]
 mod connections;
@@ -106,7 +108,13 @@ fn main() -> ExitCode {
         work::TESTS,
     ];
     // These tests run alone, because they load the machine so much that others would miss their times.
-    let alone = [hostile::ALONE, many::ALONE, many::SOAK, tls::ALONE];
+    let alone = [
+        chaos::ALONE,
+        hostile::ALONE,
+        many::ALONE,
+        many::SOAK,
+        tls::ALONE,
+    ];
     let tests = shared.into_iter().flatten().map(|test| (test, false));
     let tests = tests.chain(alone.into_iter().flatten().map(|test| (test, true)));
     let mut trials = Vec::new();
@@ -124,7 +132,8 @@ fn main() -> ExitCode {
                 Ok(())
             });
             // These take minutes, and run only with `-- --ignored`.
-            let long = name.starts_with("many::") || name.starts_with("tls::");
+            let long = ["chaos::", "many::", "tls::"];
+            let long = long.iter().any(|module| name.starts_with(module));
             trials.push(trial.with_ignored_flag(long));
         }
     }

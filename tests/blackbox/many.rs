@@ -464,10 +464,19 @@ fn median(values: &mut [usize]) -> usize {
 }
 
 /// A random generator with the same sequence in every run (the constants of Knuth's MMIX).
-struct Chance(u64);
+pub(crate) struct Chance(u64);
 
 impl Chance {
-    fn within(&mut self, range: Range<u64>) -> u64 {
+    pub(crate) fn new(seed: u64) -> Self {
+        let mut chance = Self(seed);
+        // Seeds that are close to each other begin with close numbers.
+        for _ in 0..3 {
+            chance.within(0..1);
+        }
+        chance
+    }
+
+    pub(crate) fn within(&mut self, range: Range<u64>) -> u64 {
         self.0 = self
             .0
             .wrapping_mul(6_364_136_223_846_793_005)

@@ -135,7 +135,7 @@ impl Exit {
 
     /// The time from the start of the stop to the end of the process, from the server's log. If the log
     /// does not contain the end, the time to its last line about the stop.
-    fn took(&self) -> Duration {
+    pub(crate) fn took(&self) -> Duration {
         let time_of = |text: &str| {
             let line = self.log.lines().find(|line| line.contains(text))?;
             time_of_day(line)

@@ -25,7 +25,11 @@ use hyper_util::rt::TokioIo;
 use tokio::{net::TcpListener, sync::mpsc};
 use tower_graceful::{Graceful, GracefulBuilder, Phase, Report, Serve, Stop};
 
-use crate::{long_lived, tls::server as tls};
+use crate::{
+    chaos::record::{Record, failing},
+    long_lived,
+    tls::server as tls,
+};
 
 /// The ways to put the crate under a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,7 +218,8 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         observe(graceful.clone());
     }
     register(&graceful, knobs);
-    let app = app(&graceful, knobs);
+    let record = knobs.text("chaos").map(|_| Record::new(&graceful));
+    let app = app(&graceful, knobs, record.as_ref());
     if knobs.text("listener") == Some("unix") {
         return serve_unix(graceful, app, knobs).await;
     }
@@ -300,6 +305,11 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         }
         other => panic!("no such form: {other}"),
     };
+    if let Some(record) = record {
+        // Requests that are still answered after the end would be noted.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        record.print(&report);
+    }
     end(knobs, report).await
 }
 
@@ -429,7 +439,7 @@ fn work(
     (name, work)
 }
 
-fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
+fn app(graceful: &Graceful, knobs: &Knobs<'_>, record: Option<&Record>) -> Router {
     let [counting, connected, stopping, marking] = [(); 4].map(|()| graceful.clone());
     let holding = graceful.clone();
     let job = move |Path(ms): Path<u64>| async move {
@@ -506,12 +516,21 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>) -> Router {
                 .merge(graceful.probes()),
         )
         .merge(queue(graceful, knobs.millis("queue")))
+        .route("/failing", get(failing))
         .fallback(|| async { (StatusCode::NOT_FOUND, "nothing here") });
+    let behind = match record {
+        Some(record) => record.inside(behind),
+        None => behind,
+    };
     let behind = match knobs.text("layer") {
         None => behind.layer(graceful.layer()),
         Some("none") => behind,
         Some("other") => behind.layer(Graceful::new().layer()),
         Some(other) => panic!("no such layer: {other}"),
+    };
+    let behind = match record {
+        Some(record) => record.outside(behind),
+        None => behind,
     };
     // Outside the layer, so that these requests do not change the counts that they read.
     let behind = match knobs.text("pre_stop") {

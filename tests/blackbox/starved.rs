@@ -6,6 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::Signal;
+
 use crate::{
     Test,
     client::{Connection, Response},
@@ -38,6 +40,11 @@ pub(crate) const TESTS: &[Test] = &[
         "starved::connections_lost_in_the_accept_queue_are_reported",
         Form::CUTTING,
         lost,
+    ),
+    (
+        "starved::connections_lost_in_the_queue_of_a_process_that_did_not_run_are_reported",
+        Form::CUTTING,
+        lost_while_stopped,
     ),
 ];
 
@@ -177,6 +184,33 @@ fn lost(form: Form) {
         assert_eq!(cut + queued + answered, CLIENTS, "{answered}: {exit:?}");
         assert!(queued > CLIENTS / 2, "{exit:?}");
         assert!(exit.log.contains("before its queue is empty"), "{exit:?}");
+    }
+}
+
+/// The process does not run until the drain deadline has passed, so that it has no time to empty the queue.
+fn lost_while_stopped(form: Form) {
+    for keep in BOTH {
+        let knobs = ["delay=300", "drain=300", "observed=true", keep, FEW_FILES];
+        let mut server = Server::start(form, &knobs);
+        let clients = starve(&server, GET);
+        server.terminate();
+        server.expect_phase("lame duck");
+        server.signal(Signal::SIGSTOP);
+        server.until(MS(1200));
+        server.signal(Signal::SIGCONT);
+        let exit = server.exit();
+        let answers = clients
+            .into_iter()
+            .map(|mut client| client.try_response("GET"));
+        let lost = CLIENTS - answers.flatten().count();
+        let output = exit.output.join("\n");
+        let queued = if output.contains(" queued connections") {
+            number_before(&output, " queued connections")
+        } else {
+            0
+        };
+        assert_eq!(queued, lost, "{exit:?}");
+        assert_eq!(exit.status.code(), Some(i32::from(lost > 0)), "{exit:?}");
     }
 }
 

@@ -13,7 +13,7 @@ use super::{
     linger::{FAREWELL, Last, Written},
     requests,
     send_queue::{self, unacknowledged},
-    socket::{reset, tcp},
+    socket::{has_unread, reset, tcp},
 };
 use crate::{
     connection::{
@@ -124,6 +124,11 @@ impl<I: 'static> Drop for GracefulIo<I> {
                 reset(&io);
             }
             return;
+        }
+        if directive == Directive::Close && entry.state.is_unread() && has_unread(&io) {
+            // Accepted so late that its server closes it without a read. The client's request is lost as
+            // in the queue.
+            entry.owner.starved.were_reset(1);
         }
         // While serving, a peer that has closed first waits for nothing more.
         let leaves = match self.peer {
