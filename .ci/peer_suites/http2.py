@@ -8,6 +8,7 @@ where the outcomes must be the same, and while the service drains, where each ca
 Argument: `short` for each case once, and one phase of a stop for each form; nothing for everything."""
 
 import asyncio
+import logging
 import struct
 import sys
 
@@ -192,6 +193,7 @@ class Peer:
 
 
 CASES = []
+TRACKED = ("Listener", "Serve")
 
 
 def case(name, title, allowed, handshake=((),)):
@@ -713,28 +715,49 @@ def same(ours, theirs, what):
     return ours == theirs
 
 
-async def compare(what, address, reference, expected):
+def without_goaway(outcome):
+    return ", ".join(part for part in outcome.split(", ") if not part.startswith("goaway"))
+
+
+async def repeat(address, it):
+    """The outcomes of a case that is played several times at once, each with whether the connection was reset."""
+    plays = await asyncio.gather(*(play(address, it) for _ in range(16)))
+    return [(outcome, reset) for outcome, _, reset in plays]
+
+
+async def compare(form, phase, address, reference, expected):
     """Plays all cases, and compares them with those of plain axum. Returns the differences."""
     found = await play_all(address)
     differences = []
     for it in CASES:
         name, title = it[:2]
-        if same(found[name][0], expected[name][0], what):
+        ours, theirs, resets = found[name][0], {expected[name][0]}, expected[name][2]
+        if phase == "lame duck" and ours.startswith("answers"):
+            # The response over HTTP/1 has `Connection: close`.
+            ours, theirs = ours.replace(", open", ", closed"), {it.replace(", open", ", closed") for it in theirs}
+        if ours in theirs:
             continue
         # Outcomes may depend on timing: the other server must then be able to have it too.
-        ours, theirs, was_reset = found[name][0], {expected[name][0]}, False
         for _ in range(6):
-            for outcome, _, reset in await asyncio.gather(*(play(reference, it) for _ in range(16))):
+            for outcome, reset in await repeat(reference, it):
                 theirs.add(outcome)
-                was_reset |= reset
-            if ours in theirs or "no reaction" in ours:
+                resets |= reset
+            if ours in theirs:
                 break
-        # The other server may have lost its GOAWAY by a reset.
-        bare = ", ".join(part for part in ours.split(", ") if not part.startswith("goaway"))
-        if ours in theirs or (was_reset and bare in theirs):
-            print(f"http2: {what}, {name}: the outcome varies, with plain axum too: {sorted(theirs)}")
-            continue
-        differences.append(f"http2: {what}, {name}, {title}: {ours}, plain axum: {sorted(theirs)}")
+        if form in TRACKED and phase == "serving" and any(
+                "goaway" in one and without_goaway(one) == ours for one in theirs):
+            # Plain axum closes a connection although bytes are unread. The reset that follows may destroy a
+            # GOAWAY that has arrived. A tracked connection is not reset, unless this program is too slow.
+            # During a stop it may be, if no response was sent on it.
+            again = [outcome for outcome, _ in await repeat(address, it)]
+            wrong = again.count(ours) > len(again) // 4
+        else:
+            wrong = ours not in theirs and not (resets and without_goaway(ours) in theirs)
+        line = f"http2: {form}, {phase}, {name}, {title}: {ours}, plain axum: {sorted(theirs)}"
+        if wrong:
+            differences.append(line)
+        else:
+            print(line + ", which varies")
     return differences
 
 
@@ -742,7 +765,7 @@ def over(server, codes, most):
     """The process has ended within its plan."""
     code, report = server.end()
     assert code in codes, f"{server.form}: exit code {code}, {report}"
-    took = server.seconds("stopped")
+    took = server.seconds(report)
     assert took < most, f"{server.form}: {took} s, the plan says {most} s: {report}"
     return f"exit code {code} after {took:.1f} s"
 
@@ -764,7 +787,7 @@ async def figure(server, path, condition):
 
 async def serving(form, reference, expected):
     with Server(form, delay=0, drain=5000) as server:
-        differences = await compare(form, server.address, reference, expected)
+        differences = await compare(form, "serving", server.address, reference, expected)
         # All clients have left.
         await figure(server, "/count", lambda count: count == 0)
         server.terminate()
@@ -780,7 +803,7 @@ async def lame_duck(form, reference, expected):
         await figure(server, "/count", lambda count: count >= 1)
         server.terminate()
         await asyncio.to_thread(server.logs, "lame duck, because")
-        differences = await compare(f"{form}, lame duck", server.address, reference, expected)
+        differences = await compare(form, "lame duck", server.address, reference, expected)
         assert "draining, because" not in server.log_text(), "the delay was over"
         print(f"http2: {form}, lame duck: {len(CASES)} cases")
         server.kill()
@@ -788,7 +811,7 @@ async def lame_duck(form, reference, expected):
     return differences
 
 
-async def draining(form):
+async def draining(form, expected):
     with Server(form, delay=0, drain=60000, grace=100000) as server:
         held = await hold(server.address)
         await figure(server, "/count", lambda count: count >= 1)
@@ -798,9 +821,11 @@ async def draining(form):
         kept = []
         found = await play_all(server.address, kept)
         late = [name for name, (outcome, *_) in found.items() if "no reaction" in outcome]
-        refused = sum("503" in outcome for outcome, *_ in found.values())
-        print(f"http2: {form}, draining: {len(found)} cases, {refused} with a 503, {len(late)} late")
-        assert refused > 20, f"{form}: only {refused} cases with a 503"
+        print(f"http2: {form}, draining: {len(found)} cases, {len(late)} late")
+        for name, (outcome, *_) in found.items():
+            # hyper drops a connection whose client has closed its writing side, mostly before there is a response.
+            if ": 200" in expected[name][0] and name != "own/7":
+                assert "503" in outcome and ": 200" not in outcome, f"{form}, draining, {name}: {outcome}"
         errors = [name for name, (outcome, *_) in found.items() if outcome.startswith("wrong")]
         assert not errors, [(name, found[name]) for name in errors]
         for peer in kept[::2]:
@@ -825,7 +850,7 @@ async def main(short):
         forms = [serving(form, plain_axum.address, expected) for form in list(FORMS)[1:]]
         for form in ("Listener", "Serve"):
             if form == "Serve" or not short:
-                forms += [lame_duck(form, plain_axum.address, expected), draining(form)]
+                forms += [lame_duck(form, plain_axum.address, expected), draining(form, expected)]
         # In the short form at once, because some of the time is spent in waiting.
         if short:
             found = await asyncio.gather(*forms)
@@ -839,4 +864,6 @@ async def main(short):
     print(f"http2: {len(CASES)} cases in each form end as with plain axum")
 
 
+# It would warn of each write to a connection that the server has closed.
+logging.disable(logging.WARNING)
 asyncio.run(main("short" in sys.argv))

@@ -17,6 +17,7 @@ import asyncio
 import base64
 import codecs
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -408,7 +409,7 @@ async def stop(form, silent):
         assert codes == {1001}, f"{form}: {codes}"
         code, report = await asyncio.to_thread(server.end)
         assert code == 0, f"{form}: exit code {code}: {report}"
-        took = server.seconds("stopped")
+        took = server.seconds(report)
         assert took < 4.7, f"{form}: {took} s: {report}"
         kind = "silent clients" if silent else "clients"
         print(f"websocket: {form}: {len(clients)} {kind} receive 1001, exit code {code} after {took:.1f} s")
@@ -466,4 +467,6 @@ async def main(short):
     print(f"websocket: {len(cases)} cases in each form end as with plain axum")
 
 
+# It would warn of each write to a connection that the server has closed.
+logging.disable(logging.WARNING)
 asyncio.run(main("short" in sys.argv))
