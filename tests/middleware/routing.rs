@@ -104,6 +104,27 @@ async fn echo(request: Request<Body>) -> Response {
     response
 }
 
+/// Responses with bodies of all kinds.
+fn bodies() -> Router {
+    Router::new()
+        .route("/stream", get(stream))
+        .route("/failing", get(failing))
+        .route("/trailers", get(trailers))
+        .route(
+            "/steps",
+            get(|| async { Body::new(Script::new([Step::Data("a"), Step::Data("b")])) }),
+        )
+        .route("/large", get(|| async { vec![b'x'; 4 * LARGE] }))
+        .route("/just-large", get(|| async { vec![b'x'; LARGE] }))
+        .route("/headers", get(headers))
+        .route("/empty", get(|| async {}))
+        .route("/no-content", any(|| async { StatusCode::NO_CONTENT }))
+        .route(
+            "/not-modified",
+            any(|| async { (StatusCode::NOT_MODIFIED, [(header::ETAG, "\"1\"")]) }),
+        )
+}
+
 fn routes() -> Router {
     let other = Router::new()
         .route("/merged", get(|| async { "merged" }))
@@ -159,22 +180,7 @@ fn routes() -> Router {
         )
         .route("/unread", post(|| async { "not read" }))
         .route("/echo", any(echo))
-        .route("/stream", get(stream))
-        .route("/failing", get(failing))
-        .route("/trailers", get(trailers))
-        .route(
-            "/steps",
-            get(|| async { Body::new(Script::new([Step::Data("a"), Step::Data("b")])) }),
-        )
-        .route("/large", get(|| async { vec![b'x'; 4 * LARGE] }))
-        .route("/just-large", get(|| async { vec![b'x'; LARGE] }))
-        .route("/headers", get(headers))
-        .route("/empty", get(|| async {}))
-        .route("/no-content", any(|| async { StatusCode::NO_CONTENT }))
-        .route(
-            "/not-modified",
-            any(|| async { (StatusCode::NOT_MODIFIED, [(header::ETAG, "\"1\"")]) }),
-        )
+        .merge(bodies())
         .route(
             "/redirect",
             get(|| async { Redirect::permanent("/users/7") }),
