@@ -22,7 +22,11 @@ use axum::{
 use futures_util::stream;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
 use tower_graceful::{Graceful, GracefulBuilder, Phase, Report, Serve, Stop};
 
 use crate::{
@@ -284,6 +288,18 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
             let app = app.into_make_service_with_connect_info::<SocketAddr>();
             axum::serve(listener, app)
                 .with_graceful_shutdown(drain)
+                .await
+                .unwrap();
+            println!("stopped");
+            return ExitCode::SUCCESS;
+        }
+        // Without the crate, as a reference for other forms. Used with `layer=none`.
+        "Plain" => {
+            let mut sigterm = signal(SignalKind::terminate()).unwrap();
+            starting.await;
+            let app = app.into_make_service_with_connect_info::<SocketAddr>();
+            axum::serve(listener, app)
+                .with_graceful_shutdown(async move { drop(sigterm.recv().await) })
                 .await
                 .unwrap();
             println!("stopped");

@@ -12,5 +12,6 @@ mod pre_stop;
 #[cfg(feature = "axum")]
 mod probes;
 mod refusal;
+mod routing;
 mod support;
 mod unread;

@@ -53,6 +53,7 @@ pub(crate) fn routes(graceful: &Graceful, code: u16, within: Duration, loud: boo
     Router::new()
         .route("/ws", any(echo))
         .route("/ws/flood", any(flood))
+        .route("/ws/messages", any(messages))
         .route("/ws/unheld/{room}", any(unheld))
         .route("/ws/notified", any(notified))
         .route("/ws/stubborn", any(stubborn))
@@ -78,6 +79,28 @@ async fn echo(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Resp
             }
             close(hold, socket, sockets).await;
         })
+}
+
+/// Echoes text and binary messages alone. A protocol error ends the handler.
+async fn messages(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Response {
+    let hold = sockets.graceful.hold("messages");
+    upgrade.on_upgrade(move |mut socket| async move {
+        let mut draining = sockets.graceful.draining();
+        loop {
+            let received = tokio::select! {
+                () = &mut draining => break,
+                received = socket.recv() => received,
+            };
+            match received {
+                Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
+                    drop(socket.send(message).await);
+                }
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return,
+            }
+        }
+        close(hold, socket, sockets).await;
+    })
 }
 
 /// A WebSocket without a `Hold`, whose handler is not notified.
