@@ -59,7 +59,7 @@ async fn http1(
     pipelines: bool,
     chatter: Option<u64>,
 ) -> Vec<Received> {
-    let (mut reads, mut writes) = split(end);
+    let (mut incoming, mut outgoing) = split(end);
     let responses = Mutex::new(Responses::default());
     let progress = Notify::new();
     let writer = async {
@@ -84,12 +84,12 @@ async fn http1(
                 let length = request.upload;
                 format!("POST {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\n\r\n")
             };
-            if writes.write_all(head.as_bytes()).await.is_err() {
+            if outgoing.write_all(head.as_bytes()).await.is_err() {
                 return;
             }
             let upload = vec![b'u'; request.upload];
             for piece in upload.chunks(PIECE) {
-                if writes.write_all(piece).await.is_err() {
+                if outgoing.write_all(piece).await.is_err() {
                     return;
                 }
                 sleep(ms(request.upload_pause)).await;
@@ -97,11 +97,11 @@ async fn http1(
         }
         if client.end == End::HalfCloses {
             // It fails if the connection has been reset.
-            let _ = writes.shutdown().await;
+            let _ = outgoing.shutdown().await;
         } else if let Some(interval) = chatter {
             loop {
                 sleep(ms(interval)).await;
-                if writes.write_all(b"\r\n").await.is_err() {
+                if outgoing.write_all(b"\r\n").await.is_err() {
                     return;
                 }
             }
@@ -109,7 +109,7 @@ async fn http1(
     };
     let reader = async {
         let mut piece = vec![0; client.piece];
-        while let Ok(length @ 1..) = reads.read(&mut piece).await {
+        while let Ok(length @ 1..) = incoming.read(&mut piece).await {
             {
                 let mut responses = responses.lock().unwrap();
                 responses.read(&piece[..length]);

@@ -57,6 +57,10 @@ enum Segment {
 
 /// One socket.
 #[derive(Default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "they change independently of one another"
+)]
 struct Socket {
     /// Written by the program, and not sent yet.
     unsent: BytesMut,

@@ -3,7 +3,7 @@
 //! A response is not delivered when its last byte has been written. The kernel may hold the rest, and
 //! discards it if the socket is closed while its peer still sends. [`kernel`] plays that. A schedule has
 //! a server, a stop, and clients of HTTP/1.1 and HTTP/2 that pipeline, upload, read slowly, send PINGs
-//! and WINDOW_UPDATEs, close, half-close, leave or vanish. [`world`] plays it, and [`rules`] compares
+//! and window updates, close, half-close, leave or vanish. [`world`] plays it, and [`rules`] compares
 //! what the clients have received with the report.
 //!
 //! The IO is no `TcpStream`, so the server does not know how much of a response its client has
