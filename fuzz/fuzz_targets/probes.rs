@@ -48,6 +48,8 @@ struct Draining {
     _hold: Hold,
     inside: Router,
     nested: Router,
+    /// Without the layer, which is put around it.
+    whole: Router,
 }
 
 /// What the handlers of the user answer.
@@ -73,6 +75,7 @@ static DRAINING: LazyLock<Draining> = LazyLock::new(|| {
     let nested = app()
         .nest("/health", graceful.probes())
         .layer(graceful.layer());
+    let whole = app().merge(graceful.probes());
     graceful.shutdown();
     assert_eq!(graceful.phase().as_str(), "draining");
     Draining {
@@ -80,6 +83,7 @@ static DRAINING: LazyLock<Draining> = LazyLock::new(|| {
         graceful,
         inside,
         nested,
+        whole,
     }
 });
 
@@ -138,7 +142,7 @@ fuzz_target!(|input: Input<'_>| {
             path.strip_prefix("/health").unwrap_or("none"),
         ),
         Arrangement::Around => {
-            let mut service = draining.graceful.layer().layer(draining.inside.clone());
+            let mut service = draining.graceful.layer().layer(draining.whole.clone());
             let response = answer(Box::pin(service.call(request)));
             (response.map(Body::new), path.as_str())
         }
