@@ -1,0 +1,47 @@
+//! Random connections over a kernel in memory, on a paused clock: no response is lost without a word.
+//!
+//! A response is not delivered when its last byte has been written. The kernel may hold the rest, and
+//! discards it if the socket is closed while its peer still sends. [`kernel`] plays that. A schedule has
+//! a server, a stop, and clients of HTTP/1.1 and HTTP/2 that pipeline, upload, read slowly, send PINGs
+//! and window updates, close, half-close, leave or vanish. [`world`] plays it, and [`rules`] compares
+//! what the clients have received with the report.
+//!
+//! The IO is no `TcpStream`, so the server does not know how much of a response its client has
+//! acknowledged. So a loss is allowed after the waits that the page of `GracefulIo` documents.
+//!
+//! proptest prints a failing schedule after shrinking it, and how to keep its seed as a test.
+//! `PROPTEST_CASES=100000 cargo test --release --test kernel` runs for some minutes.
+
+#![cfg(all(feature = "axum", feature = "signal"))]
+
+mod client;
+mod http1;
+mod kernel;
+mod rules;
+mod schedule;
+mod world;
+
+use std::time::Duration;
+
+use proptest::{
+    prelude::*,
+    test_runner::{Config, FileFailurePersistence},
+};
+
+const fn ms(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds)
+}
+
+proptest! {
+    #![proptest_config(Config {
+        cases: 400,
+        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
+        ..Config::default()
+    })]
+
+    #[test]
+    fn no_response_is_lost_without_a_word(schedule in schedule::schedules()) {
+        let played = world::play(&schedule);
+        rules::check(&schedule, &played)?;
+    }
+}
