@@ -240,24 +240,21 @@ fn play(input: &Input, graceful: &Graceful) -> (Polled, Option<usize>) {
         let (polled, piece) = poll(body.as_mut());
         pieces.extend(piece);
         waited = polled == Polled::Pending;
-        match expected.pop_front() {
-            Some(step) => {
-                let expected = step.length().map_or(Polled::Pending, Polled::Data);
-                assert_eq!(polled, expected);
-            }
-            None => {
-                let expected = match input.ends {
-                    Ends::Announced | Ends::Silently => Polled::End,
-                    Ends::Trailers => Polled::Trailers,
-                    Ends::Fails => Polled::Failed,
-                    Ends::Panics => Polled::Panicked,
-                    Ends::Dropped => Polled::Pending,
-                };
-                assert_eq!(polled, expected);
-                last = polled;
-                break;
-            }
+        if let Some(step) = expected.pop_front() {
+            let expected = step.length().map_or(Polled::Pending, Polled::Data);
+            assert_eq!(polled, expected);
+            continue;
         }
+        let expected = match input.ends {
+            Ends::Announced | Ends::Silently => Polled::End,
+            Ends::Trailers => Polled::Trailers,
+            Ends::Fails => Polled::Failed,
+            Ends::Panics => Polled::Panicked,
+            Ends::Dropped => Polled::Pending,
+        };
+        assert_eq!(polled, expected);
+        last = polled;
+        break;
     }
     if last != Polled::Pending && !waited {
         assert_eq!(graceful.in_flight(), 0, "{last:?}");

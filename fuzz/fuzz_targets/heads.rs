@@ -188,11 +188,10 @@ fn expected(bytes: &[u8]) -> Option<Seen> {
 /// Whether all lines end in CR LF, or all in LF. hyper parses a head again when it sees such an end. In a
 /// head with other ends, whether it finds the end or an error depends on the pieces.
 fn is_regular(bytes: &[u8]) -> bool {
-    let carriage_returns = bytes.iter().filter(|byte| **byte == b'\r').count();
-    let line_feeds = bytes.iter().filter(|byte| **byte == b'\n').count();
-    let both = bytes.windows(2).filter(|two| *two == b"\r\n").count();
-    let open = usize::from(bytes.ends_with(b"\r"));
-    carriage_returns == 0 || line_feeds == both && carriage_returns == both + open
+    let mut pairs = bytes.windows(2);
+    let all_in_pairs =
+        !bytes.starts_with(b"\n") && pairs.all(|two| (two[0] == b'\r') == (two[1] == b'\n'));
+    !bytes.contains(&b'\r') || all_in_pairs
 }
 
 /// No body is longer. axum's limit is 2 MB.
@@ -287,9 +286,9 @@ impl Server {
             .header_read_timeout(TIMEOUT);
         runtime.spawn(server.into_future());
         Self {
+            runtime,
             graceful,
             connects,
-            runtime,
         }
     }
 

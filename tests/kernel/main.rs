@@ -10,7 +10,7 @@
 //! acknowledged. So a loss is allowed after the waits that the page of `GracefulIo` documents.
 //!
 //! proptest prints a failing schedule after shrinking it, and how to keep its seed as a test.
-//! `PROPTEST_CASES=100000 cargo test --release --test kernel` runs for some minutes.
+//! `PROPTEST_CASES=20000 cargo test --release --test kernel` runs for some minutes.
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
