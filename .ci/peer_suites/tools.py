@@ -173,7 +173,7 @@ def serving(server):
     found = {}
     slows = {what: threads.submit(slow, server, what) for what in SLOW}
     for options, path in LOADS:
-        number = REQUESTS if path == "/" else REQUESTS // 10
+        number = REQUESTS if path == "/" else REQUESTS // 40
         what = " ".join(options).replace(__file__, "FILE")
         found[f"h2load {what} {path}"] = h2load(server, path, f"-n{number}", *options)
     for options, path in GETS:

@@ -275,7 +275,8 @@ class Client(asyncio.Protocol):
         self.later(max(seconds, PATIENCE), fail)
 
     def closeAfter(self, seconds):
-        self.later(max(seconds, PATIENCE), self.sendClose)
+        # A case with much data closes by itself when it has received everything.
+        self.later(max(seconds, 6 * PATIENCE), self.sendClose)
 
     def enableWirelog(self, enable):
         pass
@@ -304,13 +305,18 @@ async def play(address, case):
 
 
 async def play_all(address, cases):
-    room = asyncio.Semaphore(32)
+    """Plays all cases, some at the same time. Those that send megabytes come last, because this program is too
+    busy then for cases that measure a second."""
+    found = {}
+    for heavy in (False, True):
+        room = asyncio.Semaphore(8 if heavy else 32)
 
-    async def one(name, case):
-        async with room:
-            return name, await play(address, case)
+        async def one(name, case):
+            async with room:
+                found[name] = await play(address, case)
 
-    return dict(await asyncio.gather(*(one(*it) for it in cases.items())))
+        await asyncio.gather(*(one(*it) for it in cases.items() if it[0].startswith("9.") == heavy))
+    return found
 
 
 async def compare(what, address, reference, cases, expected):
