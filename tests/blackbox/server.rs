@@ -304,16 +304,16 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
         }
         other => panic!("no such form: {other}"),
     };
+    end(knobs, report, record).await
+}
+
+/// Prints the report, and ends the process in the way that the knobs say.
+async fn end(knobs: &Knobs<'_>, report: Report, record: Option<Record>) -> ExitCode {
     if let Some(record) = record {
         // Requests that are still answered after the end would be noted.
         tokio::time::sleep(Duration::from_millis(20)).await;
         record.print(&report);
     }
-    end(knobs, report).await
-}
-
-/// Prints the report, and ends the process in the way that the knobs say.
-async fn end(knobs: &Knobs<'_>, report: Report) -> ExitCode {
     println!("report {}", format!("{report}").replace('\n', " |"));
     match knobs.text("exit") {
         Some("now") => report.exit(),
@@ -494,20 +494,14 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>, record: Option<&Record>) -> Route
         .merge(queue(graceful, knobs.millis("queue")))
         .route("/failing", get(failing))
         .fallback(|| async { (StatusCode::NOT_FOUND, "nothing here") });
-    let behind = match record {
-        Some(record) => record.inside(behind),
-        None => behind,
-    };
+    let behind = Record::inside(record, behind);
     let behind = match knobs.text("layer") {
         None => behind.layer(graceful.layer()),
         Some("none") => behind,
         Some("other") => behind.layer(Graceful::new().layer()),
         Some(other) => panic!("no such layer: {other}"),
     };
-    let behind = match record {
-        Some(record) => record.outside(behind),
-        None => behind,
-    };
+    let behind = Record::outside(record, behind);
     // Outside the layer, so that these requests do not change the counts that they read.
     let behind = match knobs.text("pre_stop") {
         Some(_) => behind.merge(graceful.pre_stop().into_router()),
