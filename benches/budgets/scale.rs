@@ -197,7 +197,10 @@ impl Target {
 
     /// A busy client: it reconnects when the server asks it to, and ends when the server is gone.
     async fn busy(self, number: usize, mix: Mix, load: Arc<Load>) {
-        time::sleep(PAUSE * u32::try_from(number).expect("a thousand") / BUSY as u32).await;
+        let number_of = |count: usize| f64::from(u32::try_from(count).expect("a thousand"));
+        // One after another, so that they do not all send at once.
+        let part = number_of(number) / number_of(BUSY);
+        time::sleep(PAUSE.mul_f64(part)).await;
         while !load.over.load(Ordering::Relaxed) {
             let ended = match number % 4 {
                 2 if mix == Mix::Mixed => self.busy_http2(&load).await,
@@ -260,18 +263,14 @@ impl Target {
 async fn busy_http1(mut io: impl Io, load: &Load) -> Option<()> {
     loop {
         let sent = Instant::now();
-        match time::timeout(PATIENCE, exchange(&mut io, REQUEST)).await {
-            Ok(Ok(head)) => {
-                load.answered(sent);
-                if head.contains("connection: close") {
-                    let _ = io.shutdown().await;
-                    return Some(());
-                }
-            }
-            _ => {
-                load.lost.fetch_add(1, Ordering::Relaxed);
-                return Some(());
-            }
+        let Ok(Ok(head)) = time::timeout(PATIENCE, exchange(&mut io, REQUEST)).await else {
+            load.lost.fetch_add(1, Ordering::Relaxed);
+            return Some(());
+        };
+        load.answered(sent);
+        if head.contains("connection: close") {
+            let _ = io.shutdown().await;
+            return Some(());
         }
         // The server may close meanwhile.
         if time::timeout(PAUSE, io.read_u8()).await.is_ok() {

@@ -27,7 +27,10 @@ use rcgen::{CertifiedKey, generate_simple_self_signed};
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime,
-    sync::watch,
+    sync::{
+        mpsc::{Receiver, Sender, channel},
+        watch,
+    },
     time,
 };
 use tokio_rustls::{
@@ -113,14 +116,14 @@ fn acceptor() -> TlsAcceptor {
     TlsAcceptor::from(Arc::new(config.expect("a configuration")))
 }
 
+/// A connection after its handshake.
+type Done = (TlsStream<TcpStream>, SocketAddr);
+
 /// TLS for plain axum: handshakes run beside accepting.
 struct Tls {
     listener: TcpListener,
     acceptor: TlsAcceptor,
-    done: (
-        tokio::sync::mpsc::Sender<(TlsStream<TcpStream>, SocketAddr)>,
-        tokio::sync::mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
-    ),
+    done: (Sender<Done>, Receiver<Done>),
 }
 
 impl Listener for Tls {
@@ -212,7 +215,7 @@ async fn serve(form: Form) {
             let tls = Tls {
                 listener: tls,
                 acceptor,
-                done: tokio::sync::mpsc::channel(100),
+                done: channel(100),
             };
             let wait = |mut stopped: watch::Receiver<bool>| async move {
                 let _ = stopped.wait_for(|stopped| *stopped).await;
@@ -272,7 +275,7 @@ fn answer(graceful: &Graceful, form: Form, stop: &watch::Sender<bool>, end: &mps
                 let _ = stop.send(true);
                 let _ = end.recv();
                 println!("{}", status("VmHWM:"));
-                println!("{}", (cpu_time() - before).as_micros());
+                println!("{}", cpu_time().saturating_sub(before).as_micros());
                 process::exit(0);
             }
             other => panic!("no such question: {other}"),

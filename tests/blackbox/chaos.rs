@@ -137,6 +137,17 @@ struct Sums {
 }
 
 impl Sums {
+    fn sees(&mut self, sight: &Sight) {
+        match sight {
+            Sight::Whole => self.whole += 1,
+            Sight::Refused(_) => self.refused += 1,
+            Sight::Truncated(_) => self.truncated += 1,
+            Sight::Nothing(_) => self.unanswered += 1,
+            Sight::Abandoned => self.abandoned += 1,
+            Sight::Unsent | Sight::Wrong(_) => {}
+        }
+    }
+
     fn add(&mut self, one: &Self) {
         self.stops += one.stops;
         self.clean += one.clean;
@@ -348,7 +359,7 @@ fn stop(form: Form, seed: u64) -> Result<Sums, String> {
         let begun = Instant::now();
         let earliest = events[0].0;
         let mut signalled = None;
-        let (mut paused, mut stopped_at) = (Duration::ZERO, None);
+        let (mut paused, mut stopped_at) = (Duration::ZERO, None::<Instant>);
         for (at, which) in events {
             let due = begun + MS((at - earliest).unsigned_abs());
             thread::sleep(due.saturating_duration_since(Instant::now()));
@@ -362,9 +373,7 @@ fn stop(form: Form, seed: u64) -> Result<Sums, String> {
             match which {
                 Signal::SIGSTOP => stopped_at = stopped_at.or(Some(Instant::now())),
                 Signal::SIGCONT => {
-                    paused += stopped_at
-                        .take()
-                        .map_or(Duration::ZERO, |at: Instant| at.elapsed())
+                    paused += stopped_at.take().map_or(Duration::ZERO, |at| at.elapsed());
                 }
                 _ => {}
             }
@@ -477,7 +486,8 @@ impl Stop {
             0 => tally.exit_code == 0,
             _ => tally.exit_code == 1,
         };
-        if !expected && !(interrupted && tally.exit_code == 3) {
+        let abandoned = interrupted && tally.exit_code == 3;
+        if !expected && !abandoned {
             wrong.push(format!(
                 "exit code {} for {} given up",
                 tally.exit_code,
@@ -597,6 +607,35 @@ impl Stop {
         }
     }
 
+    /// Draining does not begin before.
+    fn draining(&self) -> Instant {
+        let mut knobs = self.plan.knobs.iter();
+        let early = knobs.any(|knob| knob.starts_with("quiet"));
+        if early || !self.plan.interrupts.is_empty() {
+            self.signalled
+        } else {
+            self.signalled + self.plan.delay
+        }
+    }
+
+    /// What the report counts.
+    fn sums(&self) -> Sums {
+        let tally = &self.tally;
+        Sums {
+            stops: 1,
+            clean: usize::from(tally.exit_code == 0),
+            requests: self.seen.len(),
+            in_flight: tally.in_flight + tally.admitted,
+            cut: tally.cut,
+            dropped: tally.dropped,
+            queued: tally.queued,
+            cut_without_requests: usize::from(
+                tally.cut + tally.queued == 0 && tally.connections + tally.servers > 0,
+            ),
+            ..Sums::default()
+        }
+    }
+
     /// What client and server say of a request.
     fn about(&self, seen: &Seen) -> String {
         let Seen {
@@ -624,26 +663,8 @@ impl Stop {
         let tally = &self.tally;
         let nothing_lost =
             tally.cut == 0 && tally.requests == 0 && tally.queued == 0 && tally.exit_code != 3;
-        // Draining does not begin before.
-        let early = self.plan.knobs.iter().any(|knob| knob.starts_with("quiet"));
-        let draining = if early || !self.plan.interrupts.is_empty() {
-            self.signalled
-        } else {
-            self.signalled + self.plan.delay
-        };
-        let mut sums = Sums {
-            stops: 1,
-            clean: usize::from(tally.exit_code == 0),
-            requests: self.seen.len(),
-            in_flight: tally.in_flight + tally.admitted,
-            cut: tally.cut,
-            dropped: tally.dropped,
-            queued: tally.queued,
-            cut_without_requests: usize::from(
-                tally.cut + tally.queued == 0 && tally.connections + tally.servers > 0,
-            ),
-            ..Sums::default()
-        };
+        let draining = self.draining();
+        let mut sums = self.sums();
         let mut known = HashSet::new();
         // What clients miss of admitted requests: those in flight at the cut, and the others by connection.
         let mut missed = 0;
@@ -652,16 +673,9 @@ impl Stop {
         for seen in &self.seen {
             known.insert(seen.id);
             let note = self.notes.get(&seen.id);
-            match &seen.sight {
-                Sight::Whole => sums.whole += 1,
-                Sight::Refused(_) => sums.refused += 1,
-                Sight::Truncated(_) => sums.truncated += 1,
-                Sight::Nothing(_) => sums.unanswered += 1,
-                Sight::Abandoned => sums.abandoned += 1,
-                Sight::Unsent => {}
-                Sight::Wrong(why) => {
-                    wrong.push(format!("a wrong response, {why}: {}", self.about(seen)));
-                }
+            sums.sees(&seen.sight);
+            if let Sight::Wrong(why) = &seen.sight {
+                wrong.push(format!("a wrong response, {why}: {}", self.about(seen)));
             }
             let whole = matches!(seen.sight, Sight::Whole | Sight::Refused(_));
             let reads = seen.sight != Sight::Abandoned;

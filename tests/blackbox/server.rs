@@ -282,6 +282,20 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
             starting.await;
             graceful.run(server).await
         }
+        form => return serve_without_report(form, graceful, listener, app, starting).await,
+    };
+    end(knobs, report, record).await
+}
+
+/// Serves in a form that has no report.
+async fn serve_without_report(
+    form: &str,
+    graceful: Graceful,
+    listener: TcpListener,
+    app: Router,
+    starting: impl Future<Output = ()>,
+) -> ExitCode {
+    match form {
         "Smallest" => {
             let drain = graceful.drain();
             starting.await;
@@ -290,8 +304,6 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
                 .with_graceful_shutdown(drain)
                 .await
                 .unwrap();
-            println!("stopped");
-            return ExitCode::SUCCESS;
         }
         // Without the crate, as a reference for other forms. Used with `layer=none`.
         "Plain" => {
@@ -299,11 +311,11 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
             starting.await;
             let app = app.into_make_service_with_connect_info::<SocketAddr>();
             axum::serve(listener, app)
-                .with_graceful_shutdown(async move { drop(sigterm.recv().await) })
+                .with_graceful_shutdown(async move {
+                    sigterm.recv().await.unwrap();
+                })
                 .await
                 .unwrap();
-            println!("stopped");
-            return ExitCode::SUCCESS;
         }
         "Listening" => {
             graceful.handle_signals().unwrap();
@@ -316,17 +328,11 @@ async fn serve(knobs: &Knobs<'_>) -> ExitCode {
                 .with_graceful_shutdown(stopped)
                 .await
                 .unwrap();
-            println!("stopped");
-            return ExitCode::SUCCESS;
         }
         other => panic!("no such form: {other}"),
-    };
-    if let Some(record) = record {
-        // Requests that are still answered after the end would be noted.
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        record.print(&report);
     }
-    end(knobs, report).await
+    println!("stopped");
+    ExitCode::SUCCESS
 }
 
 /// Serves a Unix listener that is the standard input.
@@ -349,11 +355,16 @@ async fn serve_unix(graceful: Graceful, app: Router, knobs: &Knobs<'_>) -> ExitC
         }
         other => panic!("no such form: {other}"),
     };
-    end(knobs, report).await
+    end(knobs, report, None).await
 }
 
 /// Prints the report, and ends the process in the way that the knobs say.
-async fn end(knobs: &Knobs<'_>, report: Report) -> ExitCode {
+async fn end(knobs: &Knobs<'_>, report: Report, record: Option<Record>) -> ExitCode {
+    if let Some(record) = record {
+        // Requests that are still answered after the end would be noted.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        record.print(&report);
+    }
     println!("report {}", format!("{report}").replace('\n', " |"));
     match knobs.text("exit") {
         Some("now") => report.exit(),
@@ -534,20 +545,14 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>, record: Option<&Record>) -> Route
         .merge(queue(graceful, knobs.millis("queue")))
         .route("/failing", get(failing))
         .fallback(|| async { (StatusCode::NOT_FOUND, "nothing here") });
-    let behind = match record {
-        Some(record) => record.inside(behind),
-        None => behind,
-    };
+    let behind = Record::inside(record, behind);
     let behind = match knobs.text("layer") {
         None => behind.layer(graceful.layer()),
         Some("none") => behind,
         Some("other") => behind.layer(Graceful::new().layer()),
         Some(other) => panic!("no such layer: {other}"),
     };
-    let behind = match record {
-        Some(record) => record.outside(behind),
-        None => behind,
-    };
+    let behind = Record::outside(record, behind);
     // Outside the layer, so that these requests do not change the counts that they read.
     let behind = match knobs.text("pre_stop") {
         Some(_) => behind.merge(graceful.pre_stop().into_router()),

@@ -178,8 +178,12 @@ impl Client<'_> {
             }
             6..8 => {
                 let (chunks, ms) = (chance.within(1..12), chance.within(1..25));
-                let body: String = (0..chunks).map(|n| format!("chunk {n}\n")).collect();
-                ("stream", format!("/stream/{chunks}/{ms}"), text(&body))
+                let body: Vec<_> = (0..chunks).map(|n| format!("chunk {n}\n")).collect();
+                (
+                    "stream",
+                    format!("/stream/{chunks}/{ms}"),
+                    text(&body.concat()),
+                )
             }
             8 => {
                 let (ms, kib) = (chance.within(0..30), chance.within(1..400));
@@ -420,12 +424,12 @@ impl Client<'_> {
         let all: Vec<_> = (0..self.chance.within(2..6))
             .map(|_| (self.id(), self.asks()))
             .collect();
-        let heads: String = all
+        let heads: Vec<_> = all
             .iter()
             .map(|(id, asked)| format!("GET {}?id={id} HTTP/1.1\r\nhost: test\r\n\r\n", asked.path))
             .collect();
         let address = connection.stream().local_addr().ok();
-        let sent = connection.try_send(heads.as_bytes());
+        let sent = connection.try_send(heads.concat().as_bytes());
         let at = sent.is_ok().then(Instant::now);
         let mut open = true;
         let mut failed = None;
@@ -749,12 +753,9 @@ pub(super) fn relay(listener: &TcpListener, server: SocketAddr, shared: &Shared,
             continue;
         };
         client.set_nonblocking(false).unwrap();
-        let server = match connect(server, Some(8192)) {
-            Ok(server) => server,
-            Err(_) => {
-                let _ = SockRef::from(&client).set_linger(Some(Duration::ZERO));
-                continue;
-            }
+        let Ok(server) = connect(server, Some(8192)) else {
+            let _ = SockRef::from(&client).set_linger(Some(Duration::ZERO));
+            continue;
         };
         for stream in [&client, &server] {
             stream.set_nodelay(true).unwrap();

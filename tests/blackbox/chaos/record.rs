@@ -44,8 +44,10 @@ impl Record {
     }
 
     /// Notes which requests reach a handler. Belongs inside the layer.
-    pub(crate) fn inside(&self, router: Router) -> Router {
-        let record = self.clone();
+    pub(crate) fn inside(record: Option<&Self>, router: Router) -> Router {
+        let Some(record) = record.cloned() else {
+            return router;
+        };
         router.layer(from_fn(move |request: Request, next: Next| {
             if let Some(id) = id(request.uri()) {
                 record.note(id, |note| note.admitted = true);
@@ -55,8 +57,10 @@ impl Record {
     }
 
     /// Notes everything else. Belongs outside the layer.
-    pub(crate) fn outside(&self, router: Router) -> Router {
-        let record = self.clone();
+    pub(crate) fn outside(record: Option<&Self>, router: Router) -> Router {
+        let Some(record) = record.cloned() else {
+            return router;
+        };
         router.layer(from_fn(move |request: Request, next: Next| {
             let record = record.clone();
             async move {
