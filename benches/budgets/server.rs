@@ -87,7 +87,7 @@ pub(crate) fn run(args: &[String]) {
 }
 
 /// The lifecycle, and the listener whose address the parent process knows.
-async fn start() -> (Graceful, TcpListener) {
+fn start() -> (Graceful, TcpListener) {
     let graceful = Graceful::builder()
         .drain_delay(Duration::ZERO)
         .drain_timeout(DRAIN)
@@ -101,7 +101,7 @@ async fn start() -> (Graceful, TcpListener) {
 }
 
 async fn serve(form: Form) {
-    let (graceful, listener) = start().await;
+    let (graceful, listener) = start();
     let layered = app().layer(graceful.layer());
     match form {
         Form::Plain => axum::serve(listener, app()).await.expect("a server"),
@@ -157,7 +157,7 @@ async fn serve_tls(form: Form, config: Arc<ServerConfig>) {
     /// The clients connect at once.
     const HANDSHAKE: Duration = Duration::from_secs(30);
 
-    let (graceful, tcp) = start().await;
+    let (graceful, tcp) = start();
     let layered = app().layer(graceful.layer());
     let acceptor = TlsAcceptor::from(Arc::clone(&config));
     match form {
