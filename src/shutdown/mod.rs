@@ -52,7 +52,7 @@ use crate::{
     admission::{Gate, WeakGate},
     config::{
         plan::{Plan, instant_after},
-        policy::Policy,
+        policy::{LIVEZ, Policy, READYZ},
     },
     connection::{
         descriptors::Starved,
@@ -184,6 +184,12 @@ impl Lifecycle {
         let listeners = self.connections.listeners();
         let none_accepts = listeners.so_far > 0 && listeners.open == 0;
         none_accepts && self.shares_listeners() && self.connections.len() == 0
+    }
+
+    /// Whether a request for this path is one for [`Graceful::probes`](crate::Graceful::probes), as far as
+    /// the path alone tells.
+    pub(crate) fn is_probe(&self, path: &str) -> bool {
+        self.probes.get().is_some() && [LIVEZ, READYZ].contains(&path)
     }
 
     pub(crate) fn phases(&self) -> watch::Receiver<Phase> {

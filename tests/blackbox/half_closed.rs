@@ -50,6 +50,11 @@ pub(crate) const TESTS: &[Test] = &[
         Form::CUTTING,
         not_reported,
     ),
+    (
+        "half_closed::probers_that_have_given_up_are_not_in_the_report",
+        Form::CUTTING,
+        probes,
+    ),
 ];
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
@@ -187,6 +192,19 @@ fn reported_with_a_body(form: Form) {
         connection.stream().shutdown(Shutdown::Write).unwrap();
     }
     assert_eq!(server.exit().status.code(), Some(1));
+}
+
+/// A prober that has given up waiting has lost nothing.
+fn probes(form: Form) {
+    let mut server = Server::start(form, &["delay=1000"]);
+    server.get("/").assert_ok();
+    server.terminate();
+    server.wait_for_unready();
+    for path in ["/livez", "/readyz", "/readyz?full"] {
+        // It is answered, or dropped.
+        half_closed(&server, &get(path)).rest().unwrap();
+    }
+    server.exit().assert_clean();
 }
 
 fn not_reported(form: Form) {

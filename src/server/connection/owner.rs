@@ -53,6 +53,15 @@ impl Owner {
         phase == Phase::LameDuck && self.0.owner.policy.is_spread()
     }
 
+    /// Whether a client loses something if its FIN drops a request that arrives now: not while
+    /// draining, when it would be refused, and not a prober that has given up waiting.
+    pub(super) fn loses_by_fin(&self, path: &str) -> bool {
+        match self.phase() {
+            Phase::Serving => true,
+            phase => phase < Phase::Draining && !self.0.owner.is_probe(path),
+        }
+    }
+
     /// Counts an HTTP/1 request that was dropped without a response because its client has closed its
     /// writing side: the client may have waited for the response. Counts only while the service stops, and
     /// not after the cut: cut connections are reported as such.

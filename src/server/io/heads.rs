@@ -14,11 +14,17 @@ impl Heads {
     const BODILESS: u8 = 4;
     /// The bytes read since the last write begin with `GET` or `HEAD`, which have no body.
     const METHOD: u8 = 8;
+    /// The bytes read since the last write begin with a request for a probe.
+    const PROBE: u8 = 32;
     /// Something was read since the last write.
     const ASKING: u8 = 16;
 
     pub(super) fn first_is_whole(self) -> bool {
         self.0 & Self::BREAKS == Self::WHOLE
+    }
+
+    pub(super) fn last_is_probe(self) -> bool {
+        self.0 & Self::PROBE != 0
     }
 
     pub(super) fn last_is_bodiless(self) -> bool {
@@ -41,12 +47,14 @@ impl Heads {
     /// A request may arrive in several reads, because servers first read a few bytes to tell HTTP/1 from
     /// HTTP/2.
     #[inline]
-    pub(super) fn last(&mut self, read: &[u8]) {
+    pub(super) fn last(&mut self, read: &[u8], is_probe: impl FnOnce() -> bool) {
         let mut bits = self.0 & !Self::BODILESS;
         if bits & Self::ASKING == 0 {
             bits |= Self::ASKING;
             let method = read.starts_with(b"GET ") || read.starts_with(b"HEAD ");
-            bits = bits & !Self::METHOD | if method { Self::METHOD } else { 0 };
+            bits &= !(Self::METHOD | Self::PROBE);
+            bits |= if method { Self::METHOD } else { 0 };
+            bits |= if method && is_probe() { Self::PROBE } else { 0 };
         }
         if bits & Self::METHOD != 0 && read.ends_with(b"\r\n\r\n") {
             bits |= Self::BODILESS;

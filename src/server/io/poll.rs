@@ -150,6 +150,18 @@ impl<I: 'static> GracefulIo<I> {
     }
 }
 
+/// The path of a `GET` or `HEAD` request that begins with these bytes, or nothing.
+#[cold]
+fn path(read: &[u8]) -> &str {
+    let target = [&b"GET "[..], b"HEAD "]
+        .iter()
+        .find_map(|method| read.strip_prefix(*method));
+    let target = target.and_then(|target| target.split(|byte| matches!(byte, b' ' | b'?')).next());
+    target
+        .and_then(|path| std::str::from_utf8(path).ok())
+        .unwrap_or_default()
+}
+
 impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -186,14 +198,19 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             if entry.flags.has(LOOKED_AT) {
                 requests::read(entry, read);
             }
-            this.heads.last(read);
+            let is_probe = || directive > Directive::Stay && entry.owner.is_probe(path(read));
+            this.heads.last(read, is_probe);
             if this.written == Written::Nothing {
                 this.heads.first(read);
                 if this.layer > 0 && this.heads.first_is_whole() {
                     entry.flags.set(BUSY);
                 }
             }
-            let lets_in = || directive == Directive::Stay || entry.owner.phase() < Phase::Draining;
+            // A prober that has given up waiting has lost nothing.
+            let lets_in = || {
+                directive == Directive::Stay
+                    || entry.owner.phase() < Phase::Draining && !this.heads.last_is_probe()
+            };
             let kept = entry.sniffer.note(read, lets_in);
             if kept > 0 {
                 let passed = buf.filled().len() - kept;
