@@ -1,5 +1,5 @@
 //! Listeners whose accept queues cannot be emptied because the process has no file descriptors
-//! left.
+//! left, and the count of connections that were reset in a queue, for this or another reason.
 //!
 //! While such a listener waits, idle connections are closed, and each closed connection makes room
 //! for one from the queue. A connection of [`serve`] is instructed to close, and closes when
@@ -188,8 +188,8 @@ impl Starved {
     /// Closes a listener that had no time to empty its queue, and counts the connections that are
     /// reset. If there are no descriptors to count them all, it is kept until connections have closed.
     pub(crate) fn abandons(&self, socket: Socket) {
-        let mut waits = lock!(self.waits);
         let (count, is_starved) = socket.reset_some();
+        let mut waits = lock!(self.waits);
         waits.reset += count;
         if is_starved {
             waits.given_up.push(Arc::new(socket));

@@ -13,7 +13,7 @@ pub(crate) enum Directive {
     LeaveInSlot,
     /// Leave, if the peer can be informed without losing a request: by the GOAWAY of HTTP/2.
     Leave,
-    /// As `Leave`, and read once more, because the connection is about to be closed.
+    /// As `Leave`, and let the server read once more, because the connection is about to be closed.
     Read,
     /// Close when the last response is out, or at once if there is none to wait for.
     Close,

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
     directive::Directive,
-    flags::{ACTIVE, ANSWERS, CLOSE_NOTICED, Flags, LINGERS, RESPONDED},
+    flags::{ACTIVE, ANSWERS, Flags, HANDSHAKE, LINGERS, READ_AGAIN, RESPONDED},
     sniffer::Sniffer,
     stagger::Place,
     state::ConnectionState,
@@ -68,11 +68,12 @@ impl<O> ConnectionEntry<O> {
         self.flags.set(ACTIVE | answers);
     }
 
-    /// Records that there was nothing to read although the connection is about to be closed. A connection of
-    /// `serve` is not done with that: its task has still to obey.
+    /// Records that there was nothing to read, or nothing more, although the connection is about to be
+    /// closed.
     pub(crate) fn was_read_once_more(&self) {
-        if !self.is_served() {
-            self.flags.set(CLOSE_NOTICED);
+        // What a handshake reads is not a request.
+        if !self.flags.has(HANDSHAKE) {
+            self.flags.set(READ_AGAIN);
         }
     }
 

@@ -48,7 +48,7 @@ pub(crate) const LOOKED_AT: u16 = 64;
 pub(crate) const HANDSHAKE: u16 = 128;
 /// After a handshake: something was written, or the first HTTP/1 head is complete.
 pub(crate) const BUSY: u16 = 256;
-/// After a handshake: the connection was upgraded from HTTP/1.
+/// The connection no longer speaks HTTP.
 pub(crate) const UPGRADED: u16 = 512;
 /// After a handshake: the last bytes read were an HTTP/1 request without a body.
 pub(crate) const BODILESS: u16 = 1024;
@@ -58,6 +58,9 @@ pub(super) const RENAMED: u16 = 2048;
 pub(crate) const OWES_NOTHING: u16 = 4096;
 /// The connection belongs to a task of `serve`.
 pub(crate) const OWNED: u16 = 8192;
-/// Its task has noticed that it is to close: no request that it reads from now on is unexpected. On
-/// servers other than `serve`: it has been read once more, and nothing was there.
+/// Its task of `serve` has noticed that it is to close: no request that it reads from now on is
+/// unexpected.
 pub(crate) const CLOSE_NOTICED: u16 = 16384;
+/// Nothing was there when the connection was [read once more](super::directive::Directive::Read), or the
+/// peer had closed its writing side.
+pub(crate) const READ_AGAIN: u16 = 32768;

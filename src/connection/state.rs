@@ -111,7 +111,8 @@ impl ConnectionState {
     pub(crate) fn instruct(&self, directive: Directive) {
         let woken = {
             let mut wakers = lock!(self.wakers);
-            if self.directive() >= directive {
+            let former = self.directive();
+            if former >= directive {
                 return;
             }
             // Release: partner of the Acquire in `directive`.
@@ -121,8 +122,12 @@ impl ConnectionState {
                 Directive::LeaveInSlot | Directive::Leave | Directive::Close => {
                     wakers.of(WakerSlot::Owner)
                 }
-                // The task of an owner reads before it closes the connection.
-                Directive::Read if wakers.have(WakerSlot::Owner) => Wakers::None,
+                // The task of an owner reads before it closes the connection, so it only has to know that
+                // it is to leave.
+                Directive::Read if former >= Directive::Leave && wakers.have(WakerSlot::Owner) => {
+                    Wakers::None
+                }
+                Directive::Read if wakers.have(WakerSlot::Owner) => wakers.of(WakerSlot::Owner),
                 Directive::Read => wakers.of(WakerSlot::Read),
                 Directive::Expire | Directive::Cut => self.take_all(&mut wakers),
             }

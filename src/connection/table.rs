@@ -30,8 +30,8 @@ use super::{
     directive::Directive,
     entry::{ConnectionEntry, OpenAtCut},
     flags::{
-        ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, LINGERS, LOOKED_AT, OWES_NOTHING, OWNED, RENAMED,
-        UPGRADED, UPGRADES, WATCHED,
+        ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, LINGERS, LOOKED_AT, OWES_NOTHING, OWNED,
+        READ_AGAIN, RENAMED, UPGRADED, WATCHED,
     },
     sniffer::Sniffer,
     stagger::Place,
@@ -183,21 +183,18 @@ impl<O> ConnectionTable<O> {
         let open = lock!(self.open);
         let mut connections = open.connections.iter();
         connections.any(|entry| {
-            entry.flags.has(OWNED)
-                && !entry
-                    .flags
-                    .has(CLOSE_NOTICED | UPGRADES | UPGRADED | OWES_NOTHING)
+            entry.flags.has(OWNED) && !entry.flags.has(CLOSE_NOTICED | UPGRADED | OWES_NOTHING)
         })
     }
 
-    /// How many connections of servers that do not say when they notice something have not been read since
-    /// they were told to [read once more](Directive::Read).
-    pub(crate) fn unnoticed(&self) -> usize {
-        const OTHERS: u16 =
-            OWNED | CLOSE_NOTICED | UPGRADES | UPGRADED | OWES_NOTHING | HANDSHAKE | LINGERS;
+    /// How many connections have not been [read once more](Directive::Read), of those that a server other
+    /// than `serve` has read before.
+    pub(crate) fn not_read_again(&self) -> usize {
+        const OTHERS: u16 = OWNED | READ_AGAIN | UPGRADED | OWES_NOTHING | HANDSHAKE | LINGERS;
         let open = lock!(self.open);
         let connections = open.connections.iter();
-        connections.filter(|entry| !entry.flags.has(OTHERS)).count()
+        let left = connections.filter(|entry| !entry.flags.has(OTHERS) && !entry.state.is_unread());
+        left.count()
     }
 
     /// How many connections belong to servers that do not say when they notice something.
@@ -235,7 +232,7 @@ impl<O> ConnectionTable<O> {
         let mut open = lock!(self.open);
         // A client that connects while others are asked to leave has a request to send, and is
         // asked with the response to it.
-        let directive = if open.directive >= Directive::Close {
+        let directive = if open.directive >= Directive::Read {
             open.directive
         } else {
             open.directive.min(Directive::Stopping)
@@ -333,7 +330,7 @@ impl<O> ConnectionTable<O> {
     }
 
     /// Instructs every open connection. A connection that is inserted later gets the directive too
-    /// if it is `Close` or later, and `Stopping` otherwise.
+    /// if it is `Read` or later, and `Stopping` otherwise.
     pub(crate) fn instruct(&self, directive: Directive) {
         let connections = {
             let mut open = lock!(self.open);

@@ -34,8 +34,8 @@ pub struct Remaining {
     /// only the bytes of a [tracked](crate::Graceful::track) connection are known. There a request
     /// counts if it is the last on its connection and its bytes end in an empty line, as those of a
     /// request without a body or with a chunked body do. Over TLS no request counts there.
-    /// Requests for the [probes](crate::Graceful::probes) do not count: a prober that has given up
-    /// waiting has lost nothing.
+    /// Requests for the [probes](crate::Graceful::probes) that arrive during the stop do not count: a
+    /// prober that has given up waiting has lost nothing.
     pub half_closed: usize,
 }
 

@@ -60,7 +60,10 @@ pub use self::{
     serve::{Serve, ServeFuture},
 };
 use crate::{
-    connection::{entry, flags::UPGRADES},
+    connection::{
+        entry,
+        flags::{UPGRADED, UPGRADES},
+    },
     shutdown::Shared,
 };
 
@@ -76,7 +79,7 @@ impl ConnectionEntry {
     /// Records that the connection no longer speaks HTTP.
     #[cold]
     fn upgraded(&self) {
-        self.flags.set(UPGRADES);
+        self.flags.set(UPGRADED | UPGRADES);
         self.owner.upgraded.began(self.number(), self.peer());
     }
 }

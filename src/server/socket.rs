@@ -17,24 +17,35 @@ pub(super) fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
     (io as &dyn Any).downcast_ref()
 }
 
+/// The socket of a `TcpStream` or `UnixStream` of tokio.
+fn socket<I: 'static>(io: &I) -> Option<SockRef<'_>> {
+    #[cfg(unix)]
+    if let Some(unix) = (io as &dyn Any).downcast_ref::<UnixStream>() {
+        return Some(SockRef::from(unix));
+    }
+    tcp(io).map(SockRef::from)
+}
+
+/// Whether `io` is a `TcpStream` or `UnixStream` of tokio.
+pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
+    socket(io).is_some()
+}
+
 /// Reads from the operating system directly, after the runtime has reported that there is nothing to
 /// read.
 ///
 /// A busy runtime may not have polled the operating system for milliseconds. An idle HTTP/1 connection
 /// that is instructed to close is closed after this read, and a request that the read misses is lost.
 pub(super) fn read_now<I: 'static>(io: &I, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-    let Some(tcp) = tcp(io) else {
+    let Some(socket) = socket(io) else {
         return Poll::Pending;
     };
     // Checked first, because most idle connections have nothing to read, and a read without unsafe code
     // writes zeros into the whole buffer, which makes its 8 KiB resident.
-    if SockRef::from(tcp)
-        .peek(&mut [MaybeUninit::uninit()])
-        .is_err()
-    {
+    if socket.peek(&mut [MaybeUninit::uninit()]).is_err() {
         return Poll::Pending;
     }
-    let read = (&*SockRef::from(tcp)).read(buf.initialize_unfilled());
+    let read = (&*socket).read(buf.initialize_unfilled());
     match read {
         Ok(read) => {
             buf.advance(read);
@@ -52,17 +63,8 @@ pub(super) fn reset<I: 'static>(io: &I) {
     }
 }
 
-/// Whether `io` is a `TcpStream` or `UnixStream` of tokio.
-pub(super) fn is_socket<I: 'static>(io: &I) -> bool {
-    #[cfg(unix)]
-    if (io as &dyn Any).is::<UnixStream>() {
-        return true;
-    }
-    tcp(io).is_some()
-}
-
 /// Whether the peer has sent something that was not read.
 pub(super) fn has_unread<I: 'static>(io: &I) -> bool {
-    let peeked = tcp(io).map(|tcp| SockRef::from(tcp).peek(&mut [MaybeUninit::uninit()]));
+    let peeked = socket(io).map(|socket| socket.peek(&mut [MaybeUninit::uninit()]));
     matches!(peeked, Some(Ok(bytes)) if bytes > 0)
 }

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{
     Shared,
-    state::{ClosingStage, Shutdown},
+    state::{ClosingStage, Reads, Shutdown},
 };
 
 /// How long no connection may have been opened and no byte read before the connections are told to
@@ -29,6 +29,11 @@ pub(super) const LOOK: Duration = Duration::from_millis(5);
 
 /// How soon to check whether every connection has been read once more. Usually this takes microseconds.
 const FIRST_LOOK: Duration = Duration::from_millis(1);
+
+/// How long to wait for the next connection to be read once more: with nothing in flight, and with
+/// requests in flight, whose connections may not be read.
+const READ_PATIENCE: Duration = Duration::from_millis(250);
+const READ_PATIENCE_BUSY: Duration = Duration::from_millis(50);
 
 impl Shared {
     /// Closes the listeners, and then tells the servers to close their connections. Returns when to
@@ -84,7 +89,7 @@ impl Shared {
             if now < until {
                 return Some(until);
             }
-            if let Some(until) = self.read_once_more(shutdown, begun, now) {
+            if let Some(until) = self.read_once_more(shutdown, now) {
                 return Some(until);
             }
         }
@@ -92,22 +97,31 @@ impl Shared {
         None
     }
 
-    /// Has every connection read once more. A server that is told to close closes its idle connections
-    /// without a look, and on an overloaded machine a request may wait on one of them although nothing was
-    /// read for a while. The servers of `serve` look by themselves. Returns when to check again, until
-    /// every idle connection has been read, or the wait that began at `begun` has been long enough.
-    fn read_once_more(
-        &self,
-        shutdown: &mut Shutdown,
-        begun: Instant,
-        now: Instant,
-    ) -> Option<Instant> {
-        let since = *shutdown.reads_since.get_or_insert(now);
+    /// Has the servers read their connections once more. A server that is told to close closes its idle
+    /// connections without a look, and on a busy machine a request may wait on one of them although
+    /// nothing was read for a while. The servers of `serve` look by themselves. Returns when to check
+    /// again, until every connection has been read, or none has been for some time: some are never read,
+    /// such as those whose handler does not read the rest of an upload.
+    fn read_once_more(&self, shutdown: &mut Shutdown, now: Instant) -> Option<Instant> {
         shutdown.closing_stage = ClosingStage::Reads;
-        let until = shutdown.drain_until.min(begun + MOST_UNREAD);
-        let look = if now == since { FIRST_LOOK } else { LOOK };
-        // A connection whose handler runs may not be read.
-        let waits = now < until && self.connections.unnoticed() > self.in_flight();
-        waits.then(|| until.min(now + look))
+        let left = self.connections.not_read_again();
+        let first = shutdown.reads.is_none();
+        let reads = shutdown.reads.get_or_insert(Reads {
+            begun: now,
+            left,
+            fell: now,
+        });
+        if left < reads.left {
+            (reads.left, reads.fell) = (left, now);
+        }
+        let (most, patience) = if self.is_idle() {
+            (MOST_UNREAD, READ_PATIENCE)
+        } else {
+            (LONGEST_QUIET_WAIT, READ_PATIENCE_BUSY)
+        };
+        let until = (reads.begun + most).min(reads.fell + patience);
+        let until = shutdown.drain_until.min(until);
+        let look = if first { FIRST_LOOK } else { LOOK };
+        (left > 0 && now < until).then(|| until.min(now + look))
     }
 }

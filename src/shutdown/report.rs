@@ -17,7 +17,7 @@ use crate::{
 };
 
 impl Shutdown {
-    pub(crate) fn report(
+    pub(super) fn report(
         &self,
         reason: Reason,
         server_error: Option<String>,

@@ -121,14 +121,22 @@ pub(crate) enum ClosingStage {
     Servers,
 }
 
+/// The progress of [`ClosingStage::Reads`].
+pub(super) struct Reads {
+    pub(super) begun: Instant,
+    /// The number of connections that have not been read, and when it last fell.
+    pub(super) left: usize,
+    pub(super) fell: Instant,
+}
+
 /// A stop under way.
 pub(crate) struct Shutdown {
     pub(crate) trigger: Trigger,
     pub(crate) closing_stage: ClosingStage,
     /// When the listeners were told to close.
     pub(crate) closing_begun: Option<Instant>,
-    /// When the connections were told to read once more.
-    pub(crate) reads_since: Option<Instant>,
+    /// Present once the connections have been told to read once more.
+    pub(super) reads: Option<Reads>,
     /// When the connections were told to close.
     pub(crate) closes_since: Option<Instant>,
     /// When activity on a connection was last seen. Checked only while the listeners close.
@@ -219,7 +227,7 @@ impl Shutdown {
             trigger,
             closing_stage: ClosingStage::Open,
             closing_begun: None,
-            reads_since: None,
+            reads: None,
             closes_since: None,
             last_activity: None,
             last_handshake: None,

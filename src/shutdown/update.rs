@@ -25,8 +25,7 @@ use crate::{
     waiting::waiters::Moment,
 };
 
-/// What a step publishes after the lock is released. Each of the published values only moves
-/// forward, so an older update that is published late changes nothing.
+/// What a step publishes after the lock is released.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Update {
     connections: Directive,

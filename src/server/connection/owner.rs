@@ -7,7 +7,7 @@ use std::{
 };
 
 use axum::response::Response;
-use http::Version;
+use http::{Method, Version};
 use tokio::time;
 
 use crate::{
@@ -55,10 +55,14 @@ impl Owner {
 
     /// Whether a client loses something if its FIN drops a request that arrives now: not while
     /// draining, when it would be refused, and not a prober that has given up waiting.
-    pub(super) fn loses_by_fin(&self, path: &str) -> bool {
+    pub(super) fn loses_by_fin<B>(&self, request: &http::Request<B>) -> bool {
+        let is_probe = || {
+            matches!(*request.method(), Method::GET | Method::HEAD)
+                && self.0.owner.is_probe(request.uri().path())
+        };
         match self.phase() {
             Phase::Serving => true,
-            phase => phase < Phase::Draining && !self.0.owner.is_probe(path),
+            phase => phase < Phase::Draining && !is_probe(),
         }
     }
 

@@ -79,7 +79,7 @@ where
             connect: request.method() == Method::CONNECT,
             is_lost_by_fin: version < Version::HTTP_2
                 && !self.half_close
-                && self.owner.loses_by_fin(request.uri().path()),
+                && self.owner.loses_by_fin(&request),
             owner: Some(self.owner.clone()),
             inner: Some(self.inner.call(request.map(Body::new))),
         }

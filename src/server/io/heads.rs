@@ -14,10 +14,10 @@ impl Heads {
     const BODILESS: u8 = 4;
     /// The bytes read since the last write begin with `GET` or `HEAD`, which have no body.
     const METHOD: u8 = 8;
-    /// The bytes read since the last write begin with a request for a probe.
-    const PROBE: u8 = 32;
     /// Something was read since the last write.
     const ASKING: u8 = 16;
+    /// The bytes read since the last write begin with a request for a probe.
+    const PROBE: u8 = 32;
 
     pub(super) fn first_is_whole(self) -> bool {
         self.0 & Self::BREAKS == Self::WHOLE
@@ -49,6 +49,10 @@ impl Heads {
     #[inline]
     pub(super) fn last(&mut self, read: &[u8], is_probe: impl FnOnce() -> bool) {
         let mut bits = self.0 & !Self::BODILESS;
+        if self.0 & Self::BODILESS != 0 && bits & Self::ASKING != 0 {
+            // Another request follows before the response.
+            bits &= !Self::PROBE;
+        }
         if bits & Self::ASKING == 0 {
             bits |= Self::ASKING;
             let method = read.starts_with(b"GET ") || read.starts_with(b"HEAD ");

@@ -103,13 +103,9 @@ impl<I: 'static> Drop for GracefulIo<I> {
         let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();
         let entry = &self.guard.entry;
         if self.layer > 0 {
-            // The lowest layer closes the connection when it is dropped, and needs these flags then.
-            if is_top {
-                let upgraded = self.written == Written::Upgrade;
-                let upgraded = if upgraded { UPGRADED } else { 0 };
-                entry
-                    .flags
-                    .set(upgraded | if request { BODILESS } else { 0 });
+            // The lowest layer closes the connection when it is dropped, and needs this flag then.
+            if is_top && request {
+                entry.flags.set(BODILESS);
             }
             return;
         }
@@ -125,9 +121,11 @@ impl<I: 'static> Drop for GracefulIo<I> {
             }
             return;
         }
-        if directive == Directive::Close && entry.state.is_unread() && has_unread(&io) {
-            // Accepted so late that its server closes it without a read. The client's request is lost as
-            // in the queue.
+        // Accepted so late that its server closes it without a read. The client's request is lost as in the
+        // queue.
+        let never_read = directive >= Directive::Close && entry.state.is_unread()
+            || directive == Directive::Expire && !entry.sniffer.has_read();
+        if never_read && has_unread(&io) {
             entry.owner.starved.were_reset(1);
         }
         // While serving, a peer that has closed first waits for nothing more.

@@ -150,16 +150,17 @@ impl<I: 'static> GracefulIo<I> {
     }
 }
 
-/// The path of a `GET` or `HEAD` request that begins with these bytes, or nothing.
+/// The path of a `GET` or `HEAD` request that begins with these bytes. Nothing if it is incomplete.
 #[cold]
 fn path(read: &[u8]) -> &str {
-    let target = [&b"GET "[..], b"HEAD "]
+    let methods = [&b"GET "[..], b"HEAD "];
+    let target = methods
         .iter()
-        .find_map(|method| read.strip_prefix(*method));
-    let target = target.and_then(|target| target.split(|byte| matches!(byte, b' ' | b'?')).next());
-    target
-        .and_then(|path| std::str::from_utf8(path).ok())
-        .unwrap_or_default()
+        .find_map(|method| read.strip_prefix(*method))
+        .unwrap_or_default();
+    let end = target.iter().position(|byte| matches!(byte, b' ' | b'?'));
+    let path = end.and_then(|end| std::str::from_utf8(&target[..end]).ok());
+    path.unwrap_or_default()
 }
 
 impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
@@ -234,6 +235,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             }
             Poll::Ready(Ok(())) if room => {
                 this.peer = Peer::Finished;
+                if this.layer == 0 {
+                    this.guard.entry.was_read_once_more();
+                }
                 if is_top {
                     entry.sniffer.note_end();
                 }
