@@ -1,4 +1,4 @@
-"""axum's own unit tests with this crate below them. The package of axum in the registry contains them. A copy of it
+"""axum's own unit tests, run on servers of this crate. The published package of axum contains the tests. A copy of it
 is changed in one function, which starts the server that the tests talk to. Each test must end in each form as
 it does with plain axum.
 

@@ -1,4 +1,4 @@
-"""The server of the black-box tests, as a process of a test. The forms:
+"""Starts the server of the black-box tests as a child process. Its forms:
 
 - Plain: axum's own server, without this crate
 - Layer: axum's own server with the layer, ended by `drain`

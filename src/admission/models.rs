@@ -1,5 +1,4 @@
-//! Loom models of the gate: `RUSTFLAGS="--cfg tower_graceful_loom" cargo test --lib --release
-//! models`
+//! Loom models of the gate. CONTRIBUTING.md has the command that runs them ("models of the atomics").
 //!
 //! In these models a request does its work with a `Relaxed` store, and the drain reads it with a
 //! `Relaxed` load. Only the gate orders the two. If it did not, loom would find the execution in

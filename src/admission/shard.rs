@@ -1,4 +1,4 @@
-//! One word and its operations: the ones that the module header argues about.
+//! One word and its operations. The header of `mod.rs` has the argument that they are right.
 
 use std::{
     sync::{Arc, Weak},

@@ -3,9 +3,10 @@
 //! Such a socket outlives the process: the supervisor keeps it open, and the next process accepts from
 //! the same queue. A change to the socket, such as a filter, affects that process too.
 //!
-//! The sockets are descriptors 3 up to 3 + `LISTEN_FDS`, if `LISTEN_PID` is this process. If it is unset,
-//! the variable may be inherited, and descriptor 3 may be a socket of the process itself. Libraries may remove these variables from the environment and duplicate the descriptors. So
-//! this module also reads the initial environment of the process, and compares sockets by inode.
+//! The sockets are descriptors 3 up to 3 + `LISTEN_FDS`, if `LISTEN_PID` is this process. Without
+//! `LISTEN_PID`, `LISTEN_FDS` may be inherited from a parent, and descriptor 3 may be a socket that this
+//! process opened. Libraries may remove both variables from the environment, and duplicate the
+//! descriptors. So this module also reads the initial environment of the process, and compares sockets by inode.
 //!
 //! If a passed descriptor was closed or is no longer a socket, or if sockets cannot be compared, any
 //! listener may be the passed one: [`Passed::Perhaps`]. Such a listener gets no filter, so a connection

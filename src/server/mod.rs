@@ -7,9 +7,8 @@
 //!
 //! This module promises that queued connections are accepted before a listener closes, that a response
 //! is not lost to a reset, and that after the cut every read and write fails. The module
-//! uses `connection` for entries and directives, and `shutdown` for phases and closing stages. Its
-//! methods of `Graceful` are called by users; inside the crate only `shutdown` imports from here, to
-//! store the request table.
+//! uses `connection` for entries and directives, and `shutdown` for phases and closing stages. Users
+//! call its methods of `Graceful`. No other room imports from here.
 //!
 //! Do not reorder the calls in `io` that register wakers before they poll: `connection::state` has the
 //! argument and the models.

@@ -1,6 +1,6 @@
 //! Waiting for a phase of the lifecycle.
 //!
-//! Futures in `handle` wait here: `draining()` and the layer's `until_draining` in `waiters`,
+//! Futures in `handle` wait here: `draining()` and `until_draining()` in `waiters`,
 //! `subscribe()` in `phase_receiver`, and futures that wait until a watched value reaches a point
 //! in `watch_until`. Thousands of tasks may wait at once. None of them can delay the stop: the
 //! timeline wakes them without holding a lock, and a panic in a waker is caught.

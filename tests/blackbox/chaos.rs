@@ -1,8 +1,8 @@
 //! Stops at random moments of random load. What the clients saw is compared with what the server noted and
 //! with what its report counts, request by request.
 //!
-//! Each stop has a seed, from which everything follows that the test decides: the settings of the server,
-//! the clients, and when signals are sent. What the machine decides differs from run to run.
+//! Each stop has a seed. The seed decides the settings of the server, the clients, and when signals
+//! are sent. What the machine decides differs from run to run.
 //!
 //! ```sh
 //! CHAOS_STOPS=1000 cargo test --release --test blackbox -- --ignored chaos   # 500 with each server
@@ -12,8 +12,8 @@
 //!
 //! These rules hold in every stop:
 //!
-//! - If the report says that nothing was cut, no response that a client was reading is truncated, every
-//!   admitted request has a whole response at its client, and so has every refused one. A WebSocket gets
+//! - If the report says that nothing was cut, no response is truncated, unless its client left. The client of every
+//!   admitted and of every refused request has received a whole response. A WebSocket gets
 //!   its close frame.
 //! - A request that was sent before draining began is answered, unless connections were lost in the queue
 //!   or the drain was cut.

@@ -1,4 +1,4 @@
-//! Clients, as a schedule says, over a connection in memory.
+//! Clients that do what a schedule says, over a connection in memory.
 
 use std::{
     convert::Infallible,

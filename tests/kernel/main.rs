@@ -1,7 +1,8 @@
-//! Random connections over a kernel in memory, on a paused clock: no response is lost without a word.
+//! Random connections over a kernel in memory, on a paused clock: a response is lost only where the report or the
+//! documentation says so.
 //!
 //! A response is not delivered when its last byte has been written. The kernel may hold the rest, and
-//! discards it if the socket is closed while its peer still sends. [`kernel`] plays that. A schedule has
+//! discards it if the socket is closed while its peer still sends. [`kernel`] simulates that. A schedule has
 //! a server, a stop, and clients of HTTP/1.1 and HTTP/2 that pipeline, upload, read slowly, send PINGs
 //! and window updates, close, half-close, leave or vanish. [`world`] plays it, and [`rules`] compares
 //! what the clients have received with the report.

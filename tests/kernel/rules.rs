@@ -1,4 +1,4 @@
-//! What holds for every schedule.
+//! The rules that every schedule must keep, checked against what clients and report say.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! What the server says of each request, and what its report counts, in the form in which the server process
-//! prints them and the test reads them.
+//! The notes of the server about each request, and the numbers of its report. The server process prints both
+//! in this form, and the test reads them.
 
 use tower_graceful::{Phase, Report};
 
