@@ -331,6 +331,7 @@ async fn serve_without_report(
         }
         other => panic!("no such form: {other}"),
     }
+    long_lived::server::all_have_said_so().await;
     println!("stopped");
     ExitCode::SUCCESS
 }

@@ -1,6 +1,10 @@
 //! The long-lived routes of the server under test.
 
-use std::{convert::Infallible, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -121,12 +125,27 @@ async fn notified(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> 
     })
 }
 
+/// The number of handlers that close their socket and have not said so yet.
+static CLOSING: AtomicUsize = AtomicUsize::new(0);
+
 async fn close(hold: Hold, socket: WebSocket, sockets: Sockets) {
     sockets.say("the socket is notified");
+    CLOSING.fetch_add(1, Ordering::SeqCst);
     let closed = hold
         .close_socket(socket, sockets.goodbye(), sockets.within)
         .await;
     sockets.say(&format!("the socket is closed: {closed}"));
+    CLOSING.fetch_sub(1, Ordering::SeqCst);
+}
+
+/// Waits until handlers whose holds have ended have said so too. axum's server alone does not wait for them.
+pub(crate) async fn all_have_said_so() {
+    for _ in 0..1000 {
+        if CLOSING.load(Ordering::SeqCst) == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 /// Sends until draining starts, even if the peer does not read.
