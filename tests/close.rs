@@ -180,3 +180,45 @@ async fn wrapped_io() {
 async fn plain_io() {
     wrapped(false).await;
 }
+
+/// Its peer sends while it is closed, and none of that was in a listener's queue.
+#[tokio::test]
+async fn a_connection_that_was_read_is_not_counted_with_the_queue() {
+    let graceful = graceful();
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = tcp.local_addr().unwrap();
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let (server, _) = tcp.accept().await.unwrap();
+    let mut io = graceful.track(server);
+    client
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        .await
+        .unwrap();
+    io.read_exact(&mut [0; 24]).await.unwrap();
+    io.write_all(b"\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let nothing = time::timeout(Duration::from_millis(50), io.read(&mut [0])).await;
+    assert!(nothing.is_err());
+    let drain = graceful.drain();
+    let run = graceful.clone();
+    let run = tokio::spawn(async move {
+        run.run(async move {
+            drain.await;
+            // By then the connection has been told to expire.
+            time::sleep(Duration::from_millis(1300)).await;
+            drop(io);
+            io::Result::Ok(())
+        })
+        .await
+    });
+    time::sleep(Duration::from_millis(50)).await;
+    graceful.shutdown();
+    time::sleep(Duration::from_millis(500)).await;
+    client
+        .write_all(b"\0\0\x08\x06\0\0\0\0\0 a ping ")
+        .await
+        .unwrap();
+    time::sleep(Duration::from_millis(1200)).await;
+    drop(client);
+    let report = run.await.unwrap();
+    assert_eq!(report.remaining().queued, 0, "{report}");
+}

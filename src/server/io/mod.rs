@@ -123,8 +123,12 @@ impl<I: 'static> Drop for GracefulIo<I> {
         }
         // Accepted so late that its server closes it without a read. The client's request is lost as in the
         // queue.
-        let never_read = directive >= Directive::Close && entry.state.is_unread()
-            || directive == Directive::Expire && !entry.sniffer.has_read();
+        let never_read = match directive {
+            Directive::Close => entry.state.is_unread(),
+            // `Expire` takes the wakers by which the state knows.
+            Directive::Expire => !entry.sniffer.has_read(),
+            _ => false,
+        };
         if never_read && has_unread(&io) {
             entry.owner.starved.were_reset(1);
         }
