@@ -15,6 +15,7 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream},
+    sync::oneshot,
     time,
 };
 use tower_graceful::{Graceful, Outcome};
@@ -200,24 +201,27 @@ async fn a_connection_that_was_read_is_not_counted_with_the_queue() {
     assert!(nothing.is_err());
     let drain = graceful.drain();
     let run = graceful.clone();
+    let (say_polled, polled) = oneshot::channel();
+    let (say_dropped, dropped) = oneshot::channel();
     let run = tokio::spawn(async move {
         run.run(async move {
+            say_polled.send(()).unwrap();
             drain.await;
             // By then the connection has been told to expire.
             time::sleep(Duration::from_millis(1300)).await;
             drop(io);
+            say_dropped.send(()).unwrap();
             io::Result::Ok(())
         })
         .await
     });
-    time::sleep(Duration::from_millis(50)).await;
+    polled.await.unwrap();
     graceful.shutdown();
-    time::sleep(Duration::from_millis(500)).await;
     client
         .write_all(b"\0\0\x08\x06\0\0\0\0\0 a ping ")
         .await
         .unwrap();
-    time::sleep(Duration::from_millis(1200)).await;
+    dropped.await.unwrap();
     drop(client);
     let report = run.await.unwrap();
     assert_eq!(report.remaining().queued, 0, "{report}");

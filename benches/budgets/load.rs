@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_rustls::client::TlsStream;
 
-use super::tls::Identity;
+use super::tls::{self, Identity};
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Version {
@@ -70,10 +70,14 @@ impl Load {
         version: Version,
         identity: &Identity,
     ) -> Self {
+        let connector = identity.connector(Some(match version {
+            Version::Http1 => "http/1.1",
+            Version::Http2 => "h2",
+        }));
         let connect = || async {
             let tcp = TcpStream::connect(address).await.expect("a connection");
             let _ = tcp.set_nodelay(true);
-            identity.connect(tcp, version).await
+            tls::connect(&connector, tcp).await.expect("a handshake")
         };
         match version {
             Version::Http1 => {

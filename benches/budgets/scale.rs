@@ -24,13 +24,14 @@ use tokio::{
     task::JoinSet,
     time,
 };
-use tokio_rustls::{TlsConnector, client::TlsStream, rustls::pki_types::ServerName};
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
     child::{Form, Server, allow_files},
     figures::Figures,
     rows::{Budget, Rows},
     scale_server,
+    tls::{self, Identity},
 };
 
 const IDLE: [usize; 3] = [1_000, 5_000, 18_000];
@@ -118,13 +119,11 @@ async fn exchange(io: &mut impl Io, request: &[u8]) -> std::io::Result<String> {
     }
 }
 
-async fn tls(
+async fn connect_tls(
     connector: &TlsConnector,
     address: SocketAddr,
 ) -> std::io::Result<TlsStream<TcpStream>> {
-    let tcp = TcpStream::connect(address).await?;
-    let name = ServerName::try_from("localhost").expect("a name");
-    connector.connect(name, tcp).await
+    tls::connect(connector, TcpStream::connect(address).await?).await
 }
 
 /// Waits until the server closes, and closes then.
@@ -181,7 +180,7 @@ impl Target {
                 });
             }
             6 | 7 => {
-                let mut io = tls(&self.connector, self.tls).await?;
+                let mut io = connect_tls(&self.connector, self.tls).await?;
                 exchange(&mut io, REQUEST).await?;
                 closed.spawn(until_closed(io));
             }
@@ -204,7 +203,7 @@ impl Target {
         while !load.over.load(Ordering::Relaxed) {
             let ended = match number % 4 {
                 2 if mix == Mix::Mixed => self.busy_http2(&load).await,
-                3 if mix == Mix::Mixed => match tls(&self.connector, self.tls).await {
+                3 if mix == Mix::Mixed => match connect_tls(&self.connector, self.tls).await {
                     Ok(io) => busy_http1(io, &load).await,
                     Err(_) => return,
                 },
@@ -295,11 +294,12 @@ fn mib(kib: u32) -> f64 {
 
 /// Opens the connections, stops the server, and waits for the end of its process.
 fn stop(runtime: &Runtime, form: Form, mix: Mix, idle: usize, busy: usize) -> Stop {
-    let mut server = Server::spawn(&[scale_server::ROLE, form.name()]);
+    let identity = Identity::new();
+    let mut server = Server::spawn(&[scale_server::ROLE, form.name(), &identity.to_text()]);
     let target = Target {
         plain: server.address,
         tls: server.line().parse().expect("its address with TLS"),
-        connector: scale_server::connector(),
+        connector: identity.connector(None),
     };
     let load = Arc::new(Load::default());
     let mut closed = JoinSet::new();

@@ -4,7 +4,7 @@ use std::{
     io::{BufRead, stdin},
     net::SocketAddr,
     process,
-    sync::{Arc, mpsc},
+    sync::mpsc,
     thread,
     time::Duration,
 };
@@ -23,7 +23,6 @@ use nix::sys::{
     resource::{UsageWho, getrusage},
     time::TimeValLike,
 };
-use rcgen::{CertifiedKey, generate_simple_self_signed};
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime,
@@ -33,20 +32,13 @@ use tokio::{
     },
     time,
 };
-use tokio_rustls::{
-    TlsAcceptor, TlsConnector,
-    rustls::{
-        self, ClientConfig, DigitallySignedStruct, Error, ServerConfig, SignatureScheme,
-        client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime},
-    },
-    server::TlsStream,
-};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tower_graceful::{Graceful, HandshakeExt};
 
 use super::{
     child::{Form, allow_files, status},
     server,
+    tls::Identity,
 };
 
 /// The argument that makes this program the server.
@@ -54,67 +46,6 @@ pub(crate) const ROLE: &str = "--scale-server";
 
 /// Longer than any stop takes.
 const DRAIN: Duration = Duration::from_secs(20);
-
-/// Accepts every certificate: the client measures, and trusts the server that it has started.
-#[derive(Debug)]
-struct Trusting(Vec<SignatureScheme>);
-
-impl ServerCertVerifier for Trusting {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.clone()
-    }
-}
-
-pub(crate) fn connector() -> TlsConnector {
-    let provider = rustls::crypto::ring::default_provider();
-    let schemes = provider
-        .signature_verification_algorithms
-        .supported_schemes();
-    let config = ClientConfig::builder()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Trusting(schemes)))
-        .with_no_client_auth();
-    TlsConnector::from(Arc::new(config))
-}
-
-fn acceptor() -> TlsAcceptor {
-    let CertifiedKey { cert, signing_key } =
-        generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
-    let key = PrivatePkcs8KeyDer::from(signing_key.serialize_der());
-    let config = ServerConfig::builder()
-        .with_no_client_auth()
-        .with_single_cert(vec![cert.der().clone()], key.into());
-    TlsAcceptor::from(Arc::new(config.expect("a configuration")))
-}
 
 /// A connection after its handshake.
 type Done = (TlsStream<TcpStream>, SocketAddr);
@@ -179,21 +110,24 @@ fn app(graceful: Option<Graceful>) -> Router {
         .with_state(graceful)
 }
 
-/// Runs `--scale-server FORM`.
+/// Runs `--scale-server FORM IDENTITY`.
 pub(crate) fn run(args: &[String]) {
-    let [form] = args else { panic!("a form") };
+    let [form, identity] = args else {
+        panic!("a form and an identity")
+    };
+    let acceptor = TlsAcceptor::from(Identity::of(identity).server());
     allow_files();
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .expect("a runtime");
-    runtime.block_on(serve(Form::of(form)));
+    runtime.block_on(serve(Form::of(form), acceptor));
     // The process ends without waiting for tasks, in each form.
     process::exit(0);
 }
 
-async fn serve(form: Form) {
+async fn serve(form: Form, acceptor: TlsAcceptor) {
     let graceful = Graceful::builder()
         .drain_delay(Duration::ZERO)
         .drain_timeout(DRAIN)
@@ -208,7 +142,6 @@ async fn serve(form: Form) {
     let asked = graceful.clone();
     thread::spawn(move || answer(&asked, form, &stop, &end));
     let layered = app(Some(graceful.clone())).layer(graceful.layer());
-    let acceptor = acceptor();
     let timeout = Duration::from_secs(30);
     match form {
         Form::Plain => {

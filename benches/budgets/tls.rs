@@ -1,4 +1,4 @@
-//! TLS for the servers and clients of `throughput`.
+//! TLS for the servers and clients of `throughput` and `scale`.
 
 use std::{fmt::Write as _, io, str, sync::Arc};
 
@@ -13,8 +13,6 @@ use tokio_rustls::{
     },
     server,
 };
-
-use super::load::Version;
 
 /// A certificate of the parent process, and its key, as hexadecimal text for the command line.
 pub(crate) struct Identity {
@@ -66,24 +64,26 @@ impl Identity {
         Arc::new(config)
     }
 
-    pub(crate) async fn connect(
-        &self,
-        tcp: TcpStream,
-        version: Version,
-    ) -> client::TlsStream<TcpStream> {
+    /// The TLS of a client that trusts this certificate alone, and offers the protocol `alpn` if there is
+    /// one.
+    pub(crate) fn connector(&self, alpn: Option<&str>) -> TlsConnector {
         let mut roots = RootCertStore::empty();
         roots.add(self.certificate.clone()).expect("a root");
         let mut config = ClientConfig::builder()
             .with_root_certificates(roots)
             .with_no_client_auth();
-        config.alpn_protocols = match version {
-            Version::Http1 => vec![b"http/1.1".into()],
-            Version::Http2 => vec![b"h2".into()],
-        };
-        let connector = TlsConnector::from(Arc::new(config));
-        let name = "localhost".try_into().expect("a name");
-        connector.connect(name, tcp).await.expect("a handshake")
+        config.alpn_protocols = alpn.map(Into::into).into_iter().collect();
+        TlsConnector::from(Arc::new(config))
     }
+}
+
+/// Performs the handshake of a client.
+pub(crate) async fn connect(
+    connector: &TlsConnector,
+    tcp: TcpStream,
+) -> io::Result<client::TlsStream<TcpStream>> {
+    let name = "localhost".try_into().expect("a name");
+    connector.connect(name, tcp).await
 }
 
 /// A listener that performs each handshake inside of `accept`: the shortest way to TLS with axum alone.

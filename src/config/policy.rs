@@ -10,6 +10,11 @@ use super::{leave_early::LeaveEarly, rejection::RejectionFn};
 pub(crate) const LIVEZ: &str = "/livez";
 pub(crate) const READYZ: &str = "/readyz";
 
+/// Whether this is a default path of the probes.
+pub(crate) fn is_probe_path(path: &str) -> bool {
+    path == LIVEZ || path == READYZ
+}
+
 /// The default path of the preStop route.
 #[cfg(feature = "axum")]
 pub(crate) const PRESTOP: &str = "/prestop";

@@ -68,8 +68,8 @@ impl<O> ConnectionEntry<O> {
         self.flags.set(ACTIVE | answers);
     }
 
-    /// Records that there was nothing to read, or nothing more, although the connection is about to be
-    /// closed.
+    /// Records that nothing is left to read: the peer has closed its writing side, or nothing was there
+    /// when the server was told to [read once more](Directive::Read).
     pub(crate) fn was_read_once_more(&self) {
         // What a handshake reads is not a request.
         if !self.flags.has(HANDSHAKE) {

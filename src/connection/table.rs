@@ -262,8 +262,8 @@ impl<O> ConnectionTable<O> {
     }
 
     /// Removes a connection. Returns true if the service may be waiting for it: it was the last
-    /// one, and connections are being closed, or no other can come while they are asked to leave. The phase is read after the removal: point 1 of the
-    /// module header.
+    /// one, and connections are being closed, or no other can come while they are asked to leave.
+    /// The phase is read after the removal: point 1 of the module header.
     pub(crate) fn remove(&self, entry: &ConnectionEntry<O>, phase: impl FnOnce() -> Phase) -> bool {
         let mut open = lock!(self.open);
         let index = entry.index.load(Ordering::Relaxed);

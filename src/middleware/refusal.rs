@@ -75,10 +75,7 @@ pub(super) fn is_exempt<B>(admission: Admission, request: &Request<B>) -> bool {
 fn is_for_probes_inside<B>(admission: Admission, request: &Request<B>) -> bool {
     // A probe keeps the lifecycle alive, so a missing gate means that there are no probes.
     let has_probes = || admission.gate().is_some_and(|it| it.probes.get().is_some());
-    let path = request.uri().path();
-    original_path(request).is_none()
-        && (path == policy::LIVEZ || path == policy::READYZ)
-        && has_probes()
+    original_path(request).is_none() && policy::is_probe_path(request.uri().path()) && has_probes()
 }
 
 /// The same check for the preStop route.

@@ -52,7 +52,7 @@ use crate::{
     admission::{Gate, WeakGate},
     config::{
         plan::{Plan, instant_after},
-        policy::{LIVEZ, Policy, READYZ},
+        policy::{self, Policy},
     },
     connection::{
         descriptors::Starved,
@@ -189,7 +189,7 @@ impl Lifecycle {
     /// Whether a request for this path is one for [`Graceful::probes`](crate::Graceful::probes), as far as
     /// the path alone tells.
     pub(crate) fn is_probe(&self, path: &str) -> bool {
-        self.probes.get().is_some() && [LIVEZ, READYZ].contains(&path)
+        policy::is_probe_path(path) && self.probes.get().is_some()
     }
 
     pub(crate) fn phases(&self) -> watch::Receiver<Phase> {

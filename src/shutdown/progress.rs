@@ -1,5 +1,5 @@
-//! What a stop waits for: for the log while it drains, and for the message that the watchdog writes before it ends
-//! the process.
+//! What a stop waits for: for the log while it drains, and for the message that the watchdog writes
+//! before it ends the process.
 
 use std::time::Duration;
 
