@@ -3,7 +3,7 @@
 use std::{any::Any, convert::Infallible, future::poll_fn, pin::pin, ptr, sync::Arc};
 
 use axum::{extract::Request, response::Response, serve::Listener};
-use tokio::task::JoinSet;
+use tokio::{sync::mpsc, task::JoinSet};
 use tower_service::Service;
 
 use super::{
@@ -71,6 +71,8 @@ pub(super) async fn accept<L, M, S>(
             .await;
     });
     let mut connections = JoinSet::new();
+    // Each connection has a sender, so that the end of the last one is known without a wake for each of the others.
+    let (running, mut all_ended) = mpsc::channel::<Infallible>(1);
     'accepting: loop {
         let (io, remote_addr) = {
             // The future is kept until it is ready, because a listener of the user may be in the middle of
@@ -87,8 +89,8 @@ pub(super) async fn accept<L, M, S>(
         };
         let Ok(()) = poll_fn(|cx| app.poll_ready(cx)).await;
         let Ok(service) = app.call(Accepted::new(io.get_ref(), remote_addr)).await;
-        connections.spawn(connection::serve(io, service, &settings));
+        connections.spawn(connection::serve(io, service, &settings, running.clone()));
     }
-    drop(listener);
-    while connections.join_next().await.is_some() {}
+    drop((listener, running));
+    all_ended.recv().await;
 }

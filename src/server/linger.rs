@@ -105,6 +105,8 @@ pub(super) struct Last {
     /// The last bytes read are an HTTP/1 request without a body. Then the client sends nothing more until
     /// it has read the response.
     pub(super) request: bool,
+    /// The server has closed the writing side.
+    pub(super) shut: bool,
 }
 
 /// Closes a connection that its server has dropped, if the IO is a `TcpStream` or `UnixStream` of
@@ -137,7 +139,7 @@ where
     let mut lingering = Lingering {
         io,
         waker: RegisteredWaker::default(),
-        shut: false,
+        shut: last.shut,
         eof: false,
         received: false,
         last,

@@ -18,7 +18,10 @@ use axum::{extract::Request, response::Response};
 use hyper::rt::Executor;
 use hyper_util::{rt::TokioIo, server::conn::auto, service::TowerToHyperService};
 use pin_project_lite::pin_project;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::mpsc,
+};
 use tower_service::Service;
 
 use self::{
@@ -43,10 +46,13 @@ use crate::{
 /// connection is closed only when all connections are, because a request may be in transit. There are two
 /// exceptions: a connection whose event stream has ended while the service drains, and idle connections
 /// while a listener waits for file descriptors.
+///
+/// `running` is dropped with the returned future.
 pub(super) fn serve<I, S>(
     mut io: GracefulIo<I>,
     service: S,
     settings: &Arc<Settings>,
+    running: mpsc::Sender<Infallible>,
 ) -> Serving<I, S>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -84,6 +90,7 @@ where
         head: HeadTimeout::default(),
         slot: None,
         asked: Directive::Stay,
+        running,
     }
 }
 
@@ -103,6 +110,7 @@ pin_project! {
         head: HeadTimeout,
         slot: RareSleep,
         asked: Directive,
+        running: mpsc::Sender<Infallible>,
     }
 }
 

@@ -60,8 +60,7 @@ pub struct GracefulIo<I: 'static> {
     waker: RegisteredWaker,
     peer: Peer,
     written: Written,
-    /// The last write returned `Pending`.
-    blocked: bool,
+    writing: Writing,
     heads: Heads,
     /// The number of bytes written while the service stops. Saturates at 255, which is more than
     /// `FAREWELL`.
@@ -74,6 +73,16 @@ pub struct GracefulIo<I: 'static> {
     layer: u8,
     // Declared after the IO, so that the socket is closed before the entry is removed.
     guard: EntryGuard,
+}
+
+/// The state of the writing side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Writing {
+    Open,
+    /// The last write returned `Pending`.
+    Blocked,
+    /// The server has closed it.
+    Shut,
 }
 
 /// The state of the peer, as far as reads and writes show it.
@@ -146,6 +155,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
                 Last {
                     written: self.written,
                     request,
+                    shut: self.writing == Writing::Shut,
                 }
             } else {
                 Last {
@@ -155,6 +165,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
                         self.written
                     },
                     request: entry.flags.has(BODILESS),
+                    shut: self.writing == Writing::Shut,
                 }
             };
             linger(io, last, self.guard.hand_over());
@@ -195,7 +206,7 @@ impl<I: 'static> GracefulIo<I> {
             waker: RegisteredWaker::default(),
             peer: Peer::Open,
             written: Written::Nothing,
-            blocked: false,
+            writing: Writing::Open,
             heads: Heads::default(),
             written_late: 0,
             activity: Activity::default(),

@@ -8,7 +8,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{GracefulIo, Peer, present};
+use super::{GracefulIo, Peer, Writing, present};
 use crate::{
     connection::{
         directive::Directive,
@@ -84,7 +84,7 @@ impl<I: 'static> GracefulIo<I> {
             None => responded,
         };
         // Without `linger` the IO is no socket, and its protocol is unknown.
-        self.linger.is_some() && !in_flight && !owes && !self.blocked
+        self.linger.is_some() && !in_flight && !owes && self.writing != Writing::Blocked
     }
 
     #[cold]
@@ -123,7 +123,11 @@ impl<I: 'static> GracefulIo<I> {
         let result = write(Pin::new(this.get_mut()), cx);
         let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
         this.activity.wrote(upgrades, result.is_ready());
-        this.blocked = result.is_pending();
+        this.writing = if result.is_pending() {
+            Writing::Blocked
+        } else {
+            Writing::Open
+        };
         match &result {
             Poll::Ready(Ok(bytes)) => {
                 let written = if upgrades {
@@ -267,7 +271,11 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.enter(WakerSlot::Write, cx)?;
-        Pin::new(present(self.io.as_mut())).poll_shutdown(cx)
+        let result = Pin::new(present(self.io.as_mut())).poll_shutdown(cx);
+        if matches!(result, Poll::Ready(Ok(()))) {
+            self.writing = Writing::Shut;
+        }
+        result
     }
 
     fn poll_write_vectored(
