@@ -1,8 +1,8 @@
-//! What the layer allocates for a request: nothing. And what a tracked connection holds on the
-//! heap, to the byte.
+//! The layer allocates nothing for a request, except for large pieces of a response body. And the heap memory
+//! of a tracked connection has an upper bound.
 //!
-//! Counted for the thread that measures, so that tests do not disturb one another. In each test
-//! the same is done without this crate, and what that allocates is taken off.
+//! Allocations are counted on the measuring thread only, so that tests do not disturb one another. Tests of
+//! connections compare with the same server without this crate.
 
 use std::{
     convert::Infallible,
@@ -57,7 +57,7 @@ where
     }
 }
 
-/// How many allocations so many requests make, after a first one.
+/// The number of allocations of [`REQUESTS`] requests, after a first one.
 fn allocations(mut request: impl FnMut()) -> u64 {
     request();
     measure(|| (0..REQUESTS).for_each(|_| request())).count_total
@@ -76,7 +76,7 @@ fn a_request_allocates_nothing() {
     }
 }
 
-/// A response of one frame, in which there are so many bytes.
+/// The number of allocations of [`REQUESTS`] requests whose response is one frame with these bytes.
 fn of_size(graceful: &Graceful, bytes: &Bytes) -> u64 {
     let service = tower::service_fn(|_: Request<Full<Bytes>>| {
         ready(Ok::<_, Infallible>(Response::new(Full::new(bytes.clone()))))
@@ -92,12 +92,11 @@ fn a_response_allocates_twice_if_its_last_frame_is_large() {
     let bytes = Bytes::from(vec![0; LARGE]);
     drop(bytes.clone());
     assert_eq!(of_size(&graceful, &bytes.slice(1..)), 0);
-    // For the body without its inner one, and for the count of the frame.
+    // One for the box that replaces the inner body, and one for the counter of the frame.
     assert_eq!(of_size(&graceful, &bytes), 2 * REQUESTS);
     assert_eq!(graceful.in_flight(), 0);
 }
 
-/// Kept beside the others, or a counter that counts nothing would pass them all.
 #[test]
 fn a_worker_that_has_ended_holds_no_memory() {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -120,6 +119,7 @@ fn a_worker_that_has_ended_holds_no_memory() {
     assert!(held < 1000, "{held} bytes for 1000 workers");
 }
 
+/// Shows that the counter works. If it counted nothing, the other tests would pass.
 #[test]
 fn what_allocates_is_counted() {
     let allocating = || drop(std::hint::black_box(vec![0_u8; 100]));
@@ -235,8 +235,8 @@ mod idle_connections {
         heap_bytes(|listener| async { axum::serve(listener, app()).await.unwrap() })
     }
 
-    /// Of axum with a layer that does nothing: axum copies the routes for each connection, and a
-    /// layer is around each of them.
+    /// For axum with a layer that does nothing. axum copies the routes for each connection, and each route
+    /// includes the layer.
     fn layered() -> i64 {
         let app = app().layer(Identity::new());
         heap_bytes(|listener| async { axum::serve(listener, app).await.unwrap() })
@@ -259,8 +259,9 @@ mod idle_connections {
         })
     }
 
-    /// Bounds from above, and what is measured, so that nothing grows unnoticed. tokio rounds tasks up
-    /// to 128 bytes, so they are coarse. Less is welcome, and then the bound is less.
+    /// Prints what is measured, and asserts upper bounds, so that no connection grows unnoticed. tokio rounds
+    /// the size of a task up to a multiple of 128 bytes, so the bounds are coarse. If a value gets smaller, lower
+    /// its bound.
     #[test]
     fn a_connection_adds_little_to_one_of_axum() {
         let [plain, layered] = [plain(), layered()];
@@ -272,7 +273,7 @@ mod idle_connections {
              with listener and layer {listener}, of serve {serve}"
         );
         println!("{of}");
-        // Of a few connections the next request is looked at, which takes some memory in between.
+        // On a few connections the next request is inspected, which takes memory until it arrives.
         assert!(alone - plain <= 172, "{of}");
         assert!(listener - plain <= 294, "{of}");
         assert!(listener - layered <= 214, "{of}");

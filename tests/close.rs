@@ -1,5 +1,5 @@
-//! What a connection owes when it is closed: by servers without a layer, on exempt paths, and on IO that
-//! is not a socket.
+//! A response that is not delivered when its connection closes makes the stop forced: also on servers without a
+//! layer, on exempt paths, and on IO that is not a socket.
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
@@ -90,7 +90,7 @@ async fn exempt_tracked() {
     lost(true, true).await;
 }
 
-/// IO of another kind, as TLS is.
+/// An IO type that the crate does not recognise as a socket, like a TLS stream.
 struct Other(TcpStream);
 impl AsyncRead for Other {
     fn poll_read(
@@ -129,7 +129,8 @@ impl Listener for Others {
     }
 }
 
-/// A keep-alive response in the kernel, a slow reader that pipelines, a stop.
+/// The service stops while a keep-alive response is in the kernel's buffers. Its client reads slowly, and sends
+/// while it reads.
 async fn wrapped(other: bool) {
     let graceful = graceful();
     let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
@@ -158,7 +159,7 @@ async fn wrapped(other: bool) {
             Ok(n) => got += n,
             Err(e) => break e.to_string(),
         }
-        // As TLS answers a close_notify, HTTP/2 sends a WINDOW_UPDATE, a client pipelines.
+        // Other clients send here too: the answer to a close_notify, a WINDOW_UPDATE, or a pipelined request.
         let _ = io.write_all(b"\r\n").await;
         time::sleep(Duration::from_millis(10)).await;
         if got > 600 * 1024 {
@@ -182,7 +183,8 @@ async fn plain_io() {
     wrapped(false).await;
 }
 
-/// Its peer sends while it is closed, and none of that was in a listener's queue.
+/// The peer sends while the server closes the connection. These bytes do not count as a connection that was reset in
+/// the accept queue.
 #[tokio::test]
 async fn a_connection_that_was_read_is_not_counted_with_the_queue() {
     let graceful = graceful();

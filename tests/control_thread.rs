@@ -1,5 +1,5 @@
-//! The control thread: there is none before something needs one, one for any number of lifecycles, and
-//! none afterwards. A program of its own, because it looks at all of the process.
+//! The control thread exists only while something needs it, and there is one for any number of lifecycles.
+//! A separate test program, because the test counts the threads of the whole process.
 
 #![cfg(target_os = "linux")]
 
@@ -17,7 +17,8 @@ use tower_graceful::{Graceful, Phase};
 const BOUND: Duration = Duration::from_secs(60);
 const MANY: usize = 20_000;
 
-/// The threads of this crate: the kernel has room for fifteen letters of a name.
+/// The number of threads of this crate. Only the start of a name is compared, because the kernel keeps 15 bytes
+/// of it.
 fn threads() -> usize {
     let tasks = fs::read_dir("/proc/self/task").unwrap();
     tasks
@@ -54,7 +55,7 @@ fn there_is_one_thread_while_something_needs_it() {
     }
     wait_for("the thread", || threads() == 1);
     assert!(descriptors() <= before + 8, "a socket, and its clones");
-    // One that is gone is none of its business.
+    // The thread also runs on after some of the lifecycles have been dropped.
     all.truncate(MANY / 2);
     assert_eq!(threads(), 1);
 
@@ -65,11 +66,12 @@ fn there_is_one_thread_while_something_needs_it() {
     });
     let took = begun.elapsed();
     assert!(took < Duration::from_secs(10), "{took:?}");
-    // Signals belong to the last stop for a second; what tells and logs has ended before.
+    // The control thread lives for one more second, in which a signal still counts as one for the last stop. The
+    // threads that run wakers and write the log end before.
     wait_for("the other threads to end", || threads() == 1);
     wait_for("the thread to end", || threads() == 0);
 
-    // Each need starts another.
+    // A stop, a lifecycle that listens for signals, and a watchdog each start a new thread.
     let graceful = without_delay();
     let hold = graceful.hold("work");
     graceful.shutdown();

@@ -1,4 +1,4 @@
-//! Connections whose IO fails, panics or falls silent: each takes itself with it, and nothing else.
+//! Connections whose IO fails, panics or hangs. Such a connection ends, and no other connection is affected.
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
@@ -42,7 +42,7 @@ enum How {
     Hangs,
 }
 
-/// What goes wrong, after so many calls that go well.
+/// The call that goes wrong, how, and after how many calls that succeed.
 #[derive(Clone, Copy, Debug)]
 struct Fault {
     call: Call,
@@ -67,7 +67,7 @@ impl Faulty {
         self.met.fetch_add(1, Ordering::Relaxed);
         match fault.how {
             How::Errors => Some(Poll::Ready(Err(io::Error::other("faulty")))),
-            // Without a word on the test's output.
+            // `resume_unwind` prints no message on the test's output.
             How::Panics => resume_unwind(Box::new("faulty")),
             How::Hangs => Some(Poll::Pending),
         }
@@ -240,7 +240,7 @@ fn faults(how: How) -> impl Iterator<Item = Fault> {
     faults.filter(|fault| fault.call != Call::Drop || fault.after == 0)
 }
 
-/// While it serves: each client sends its request, reads what comes, and leaves.
+/// Faults while the service is serving: each client sends its request, reads the response, and closes.
 async fn takes_only_itself(form: Form, how: How) {
     let server = Server::start(form);
     for fault in faults(how) {
@@ -266,8 +266,8 @@ async fn takes_only_itself(form: Form, how: How) {
     assert_eq!(report.outcome(), Outcome::Clean, "{report}");
 }
 
-/// At the end: the clients stay, and what is to go wrong may do so when connections are closed, or
-/// cut.
+/// Faults during the stop: the clients keep their connections, so that a fault may occur when the service closes
+/// or cuts them.
 async fn does_not_outlast_the_end(form: Form, how: How) {
     let server = Server::start(form);
     let mut clients = Vec::new();

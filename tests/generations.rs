@@ -1,5 +1,5 @@
-//! One lifecycle after another in one process, and the signals of the process. A program of its own,
-//! because signals are for all of it.
+//! One lifecycle after another in one process, and the signals of the process. A separate test program,
+//! because a signal goes to the whole process.
 
 #![cfg(unix)]
 
@@ -28,7 +28,7 @@ fn without_delay() -> Graceful {
 /// One test at a time: a signal is for the whole process.
 static SIGNALS: Mutex<()> = Mutex::const_new(());
 
-/// The first was stopped and dropped, the second dropped without a stop: neither has a say in what the
+/// The first lifecycle was stopped and dropped, the second dropped without a stop. Neither changes what the
 /// signal does to the third.
 #[tokio::test]
 async fn a_signal_is_for_the_lifecycles_that_are_alive() {
@@ -54,11 +54,11 @@ async fn a_signal_is_for_the_lifecycles_that_are_alive() {
     assert!(gone.expect("in time").is_none());
     assert_eq!(Arc::strong_count(&ran), 1, "its step is gone with it");
 
-    // Longer than a service that has stopped keeps signals to itself.
+    // For one second after a stop, a signal counts as one for the service that has stopped. This is longer.
     time::sleep(Duration::from_millis(1_200)).await;
     let third = without_delay();
     let run = tokio::spawn(third.run(third.drain()));
-    // On the one thread there is, it serves from here on.
+    // The runtime has one thread, so the server has been polled after this.
     task::yield_now().await;
     kill(Pid::this(), Signal::SIGTERM).unwrap();
     let report = time::timeout(BOUND, run).await.expect("in time").unwrap();
@@ -67,7 +67,7 @@ async fn a_signal_is_for_the_lifecycles_that_are_alive() {
     assert!(!ran.load(Relaxed));
 }
 
-/// The one that stopped long ago is kept, and has no say.
+/// A lifecycle that stopped long ago still exists, and does not change what the signals do.
 #[tokio::test]
 async fn a_signal_is_for_the_lifecycles_that_have_not_stopped() {
     let _alone = SIGNALS.lock().await;
@@ -104,7 +104,7 @@ async fn a_signal_is_for_the_lifecycles_that_have_not_stopped() {
     assert!(ran.load(Relaxed), "its cleanup has run");
 }
 
-/// And each acts upon it by itself.
+/// Each lifecycle stops independently of the others.
 #[tokio::test]
 async fn a_signal_is_for_all_lifecycles() {
     let _alone = SIGNALS.lock().await;
@@ -119,7 +119,7 @@ async fn a_signal_is_for_all_lifecycles() {
     }
 }
 
-/// Where tokio's clock rules a signal takes effect by that clock.
+/// In a runtime with a paused clock, the phases after a signal follow that clock.
 #[tokio::test(start_paused = true)]
 async fn a_signal_starts_the_timeline_of_a_paused_clock() {
     let _alone = SIGNALS.lock().await;

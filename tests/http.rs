@@ -295,7 +295,7 @@ async fn the_limit_of_streams_is_announced_and_is_never_zero() {
     }
 }
 
-/// The response over HTTP/2 has begun, with status 200, which is a number of HPACK's table.
+/// Whether exactly one response over HTTP/2 has begun, with status 200. HPACK encodes this status as one byte.
 fn is_answered(frames: &[Frame]) -> bool {
     let heads = frames.iter().filter(|frame| frame.kind == HEADERS);
     heads.map(|head| head.payload[0]).eq([0x88])

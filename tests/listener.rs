@@ -52,7 +52,7 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
         .unwrap()
 }
 
-/// A socket that a supervisor keeps, or the next process has already, is not ours to close.
+/// After the stop, the socket still accepts connections for a supervisor or for the next process.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shared_socket_accepts_again_after_the_stop() {
     let (shared, address) = std_listener();
@@ -83,7 +83,7 @@ async fn a_shared_socket_accepts_again_after_a_stop_that_was_broken_off() {
     assert!(pin!(listener.accept()).poll(&mut cx).is_pending());
     graceful.shutdown();
     {
-        // To the moment in which no new handshake begins.
+        // Polls until the listener has attached the filter that keeps new handshakes from beginning.
         let mut accept = pin!(listener.accept());
         for _ in 0..20 {
             assert!(
@@ -123,7 +123,7 @@ fn a_closing_listener_may_be_dropped_outside_a_runtime() {
     runtime.block_on(graceful.stopped());
 }
 
-/// The service has been quiet for long, so nothing but the listener itself holds back the close.
+/// The service has been silent for long, so only the listener itself delays the close.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_very_last_connection_of_a_quiet_service_is_answered() {
     for round in 0..60_u64 {
@@ -206,7 +206,7 @@ async fn two_servers_on_one_lifecycle_stop_together() {
     }
 }
 
-/// The end of such a response is the end of the connection (RFC 9112 §6.3).
+/// A response without a length ends with its connection (RFC 9112 §6.3), so only a reset shows that it was cut.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tracked_tcp_stream_is_reset_when_it_is_cut_and_its_peer_reported() {
     let (listener, address) = std_listener();
@@ -243,8 +243,8 @@ fn handing_over(delay: Duration) -> Graceful {
         .unwrap()
 }
 
-/// A request that comes when its idle connection has been told to close already, and has not been
-/// polled since: every thread of the runtime is blocked meanwhile.
+/// The request arrives on an idle connection that was already told to close. The task of the connection has not
+/// run since then, because every thread of the runtime is blocked.
 #[tokio::test]
 async fn a_request_that_comes_before_its_connection_knows_of_the_close_is_served() {
     use std::{
@@ -363,7 +363,7 @@ async fn the_default_delay_is_shorter_where_every_listener_is_shared() {
     );
     let set = handing_over(Duration::from_secs(3)).plan();
     assert_eq!(set.drain_delay, Duration::from_secs(3));
-    // What fits only with the shorter delay fits.
+    // A plan that fits only with the shorter delay is accepted.
     let full = Graceful::builder()
         .shared_listener(true)
         .drain_timeout(Duration::from_secs(28));

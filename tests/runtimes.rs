@@ -1,5 +1,5 @@
-//! The runtime that a lifecycle was first used in ends, in any way and at any moment. What waits on
-//! another runtime is told in time all the same.
+//! The runtime in which a lifecycle was first used ends, in any way and at any moment. Tasks that wait on another
+//! runtime are still notified in time.
 
 #![cfg(feature = "signal")]
 
@@ -21,10 +21,10 @@ use tower_graceful::{Graceful, Outcome, Phase, Report, TaskOutcome};
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
-/// How long anything may take that ends by itself, on a machine that is busy.
+/// The timeout of waits that end by themselves, long enough for a busy machine.
 const BOUND: Duration = Duration::from_secs(20);
 
-/// The plan of [`graceful`]: a stop is over by then whatever happens, give or take the machine.
+/// The grace period of [`graceful`]. A stop is over by then, apart from delays of a busy machine.
 const END: Duration = Duration::from_millis(1_500);
 
 fn graceful() -> Graceful {
@@ -61,8 +61,8 @@ impl Random {
     }
 }
 
-/// Waits as a service on a runtime of its own does. Says how long after the beginning of the stop each
-/// was told.
+/// Waits for the service on a separate runtime. Returns the report, and the times from the call until `draining`
+/// and `stopped` resolved.
 fn waits_elsewhere(graceful: &Graceful) -> thread::JoinHandle<(Report, [Duration; 2])> {
     let graceful = graceful.clone();
     thread::spawn(move || {
@@ -115,7 +115,7 @@ fn ends_at_random(seed: u64) {
         graceful.shutdown();
     }
     let elsewhere = waits_elsewhere(&graceful);
-    // Within the delay, the drain, the cleanup, or after the end.
+    // The runtime ends during the delay, the drain or the cleanup, or after the stop.
     let moment = Duration::from_micros(random.below(150_000));
     if driven {
         first.block_on(async { time::sleep(moment).await });
@@ -156,7 +156,7 @@ fn a_stop_completes_in_time_however_the_first_runtime_ends() {
     }
 }
 
-/// Its driver never runs, and what was to run there is reported so.
+/// The driver on that runtime never runs. The tasks that were to run there are reported as cut or not run.
 #[test]
 fn a_runtime_that_is_kept_but_not_driven_does_not_hang_a_stop() {
     let first = runtime(0);

@@ -1,4 +1,4 @@
-//! `serve` takes what axum's own takes.
+//! `serve` accepts the same apps and listeners as axum's `serve`.
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
@@ -173,8 +173,8 @@ async fn a_unix_listener_is_served() {
     std::fs::remove_file(&path).unwrap();
 }
 
-/// Accepts as a listener does that shakes hands with its peer before it hands the connection over:
-/// an accept that is dropped in the middle loses the connection.
+/// A listener that performs a handshake inside of `accept`. If the future of `accept` is dropped in between, the
+/// connection is lost.
 struct SlowToAccept {
     tcp: TcpListener,
     handshake: Duration,
@@ -195,7 +195,7 @@ impl Listener for SlowToAccept {
     }
 }
 
-/// In both forms.
+/// Serves with `serve` if `own` is set, and otherwise with axum's server.
 fn spawn<L: Listener<Addr = SocketAddr>>(
     own: bool,
     graceful: &Graceful,
@@ -251,7 +251,7 @@ async fn an_accept_that_has_begun_is_finished_at_the_edge() {
     }
 }
 
-/// Also those that the layer does not count.
+/// This holds for handlers that the layer does not count too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_handler_outlives_the_server() {
     use std::sync::{
@@ -364,8 +364,8 @@ async fn read_to(io: &mut TcpStream, text: &str) -> String {
     String::from_utf8(read).unwrap()
 }
 
-/// What a connection is left with on which a subscription ended, and the request that is to go
-/// out on it meanwhile, if any.
+/// Returns what a client reads on a connection after draining has ended its subscription. The client sends
+/// `pipelined` on this connection before the stop.
 async fn after_a_subscription(kind: &'static str, pipelined: &str) -> String {
     let graceful = graceful();
     let (listener, address) = listener().await;
@@ -399,7 +399,8 @@ async fn after_a_subscription(kind: &'static str, pipelined: &str) -> String {
     let mut rest = String::new();
     if kind != EVENTS {
         rest += &read_to(&mut subscriber, "0\r\n\r\n").await;
-        // It stays open, so that a request that is not sent twice is refused in words.
+        // The connection stays open, so that the next request gets a 503: a client may not repeat a request that is
+        // lost with its connection.
         time::sleep(Duration::from_millis(100)).await;
         rest += &ask(&mut subscriber).await;
     }
@@ -408,7 +409,7 @@ async fn after_a_subscription(kind: &'static str, pipelined: &str) -> String {
         .expect("the connection is closed")
         .unwrap();
     assert_eq!(graceful.phase(), Phase::Draining);
-    // Only the connection of a response that could not say so: another's next request is answered.
+    // Other connections are not closed early: the next request on them gets a 503.
     let answer = ask(&mut idle).await;
     assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
     drop(hold);
@@ -420,7 +421,7 @@ async fn after_a_subscription(kind: &'static str, pipelined: &str) -> String {
 const EVENTS: &str = "text/event-stream";
 const ASKED: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
 
-/// A client that reconnects on it, such as an `EventSource`, would be refused, and would give up for good.
+/// An `EventSource` that reconnected on the same connection would be refused, and does not reconnect after a refusal.
 #[tokio::test]
 async fn events_that_end_while_draining_take_their_connection_along() {
     assert_eq!(after_a_subscription(EVENTS, "").await, "0\r\n\r\n");

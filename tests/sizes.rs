@@ -1,7 +1,7 @@
 //! How much the layer adds to what it wraps: a response future may be moved many times before it
 //! is polled, and a body is held for as long as a client reads it.
 //!
-//! Bounds from above, so that nothing grows unnoticed. Less is welcome, and then the bound is less.
+//! The tests assert upper bounds, so that no type grows unnoticed. If a type gets smaller, lower its bound.
 
 use std::{future::Ready, pin::Pin};
 
@@ -10,7 +10,7 @@ use http::Response;
 use http_body_util::{Full, combinators::UnsyncBoxBody};
 use tower_graceful::{GracefulBody, GracefulFuture, GracefulService};
 
-/// What is on top of `T` in a `W`.
+/// How many bytes larger `W` is than `T`.
 fn added<W, T>() -> usize {
     size_of::<W>() - size_of::<T>()
 }
@@ -27,8 +27,8 @@ fn a_service_is_one_pointer_larger() {
     assert!(added::<GracefulService<Boxed>, Boxed>() <= 8);
 }
 
-/// Two words for its request's place, and one for the version of HTTP, which says how a client is
-/// asked to leave. That a future is gone has room in it, where there is room for anything.
+/// At most three words: the permit, the HTTP version, which decides whether the response gets
+/// `Connection: close`, and the variant of the state.
 #[cfg(target_pointer_width = "64")]
 #[test]
 fn a_future_is_three_words_larger() {
@@ -36,8 +36,8 @@ fn a_future_is_three_words_larger() {
     assert!(added::<GracefulFuture<Direct, Full<Bytes>>, Direct>() <= 24);
 }
 
-/// Two words for its request's place. A third where the body has no room to say that there is none,
-/// because the response is a refusal.
+/// At most two words: the permit and the variant. A third word for inner bodies in which the compiler cannot
+/// store the variant in an unused value.
 #[cfg(target_pointer_width = "64")]
 #[test]
 fn a_body_is_two_words_larger_or_three() {

@@ -1,5 +1,5 @@
-//! Handshakes on a tracked listener: TLS as rustls has it, the PROXY protocol, and peers that do not
-//! keep to either.
+//! Handshakes on a tracked listener: TLS with rustls, the PROXY protocol, and peers that violate
+//! either of them.
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
@@ -46,7 +46,7 @@ use tower_graceful::{
 };
 
 const BOUND: Duration = Duration::from_secs(10);
-/// For a handshake: more than any test takes but those that are about it.
+/// The timeout of a handshake, longer than any test takes. Tests of the timeout set their own.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a server and its clients are set up with.
@@ -117,7 +117,7 @@ fn get_request() -> Request<Empty<Bytes>> {
     request.body(Empty::new()).unwrap()
 }
 
-/// The two servers.
+/// Whether the server is `serve` of this crate, or axum's own server.
 const SERVERS: [bool; 2] = [true, false];
 
 async fn tcp() -> (TcpListener, SocketAddr) {
@@ -255,7 +255,7 @@ async fn clients_of_tls_are_asked_to_leave_in_the_lame_duck_phase() {
     assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
     assert!(answer.contains("connection: close"), "{answer}");
     let mut end = Vec::new();
-    // In order: with a close_notify.
+    // The connection ends with a close_notify, so this is no error.
     let ended = time::timeout(BOUND, http1.read_to_end(&mut end)).await;
     assert_eq!(ended.unwrap().unwrap(), 0);
     let response = http2.send_request(get_request()).await.unwrap();
@@ -331,7 +331,8 @@ async fn what_is_cut_ends_without_a_close_notify() {
         let (tcp, address) = tcp().await;
         let run = serve_tls(own, &graceful, tcp, &certified);
         let mut client = certified.connect(address, "http/1.1").await;
-        // Its end would be the end of the connection (RFC 9112 §6.3).
+        // An HTTP/1.0 response without a length ends with its connection (RFC 9112 §6.3), so its client
+        // needs another sign that the response was cut.
         client
             .write_all(b"GET /endless HTTP/1.0\r\n\r\n")
             .await
@@ -352,7 +353,7 @@ async fn what_is_cut_ends_without_a_close_notify() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn peers_that_do_not_shake_hands_delay_nobody_and_are_closed() {
+async fn peers_that_do_not_shake_hands_delay_no_other_peer_and_are_closed() {
     for own in SERVERS {
         let certified = certified();
         let graceful = graceful(Duration::ZERO);
@@ -426,7 +427,7 @@ async fn a_panic_ends_its_handshake_and_no_other() {
     stop(&graceful, run).await;
 }
 
-/// Whatever becomes of their peers.
+/// The service does not wait for the peers of dropped handshakes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn handshakes_that_run_when_connections_close_are_dropped() {
     for own in SERVERS {
@@ -461,7 +462,7 @@ async fn handshakes_that_run_when_connections_close_are_dropped() {
         time::sleep(Duration::from_millis(50)).await;
         let begun = Instant::now();
         stop(&graceful, run).await;
-        // The one that speaks is waited for, for a second.
+        // The service waits for the client that has sent something, for one second.
         assert!(begun.elapsed() < Duration::from_secs(2), "{own}");
         assert_eq!(dropped.load(Ordering::SeqCst), 10, "{own}");
     }

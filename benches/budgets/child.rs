@@ -15,7 +15,7 @@ use super::tls::Identity;
 /// The argument that makes this program the server.
 pub(crate) const ROLE: &str = "--server";
 
-/// The kind of server. [`name`](Form::name) is how the rows call it.
+/// The kind of server. [`name`](Form::name) is its name in the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
     /// Plain axum.

@@ -410,8 +410,8 @@ pub(crate) fn measure(rows: &mut Rows) {
                 );
                 print!("{line}");
                 table.push_str(&line);
-                // Plain axum waits for no WebSocket and cares for no request, so that only the idle HTTP/1
-                // connections compare.
+                // Plain axum does not wait for WebSockets and loses requests, so only the rows with nothing but
+                // idle HTTP/1 connections are comparable.
                 if mix == Mix::Http1 && form != Form::Plain {
                     rows.add(
                         &format!("scale, {what}, {}", form.name()),

@@ -82,7 +82,8 @@ impl Listener for Tls {
     }
 }
 
-/// A WebSocket that says goodbye when draining starts. `None` in plain axum, which does not tell its handlers.
+/// A WebSocket. When draining starts, it sends a close frame. In plain axum the state is `None`, because axum
+/// does not notify its handlers.
 async fn socket(upgrade: WebSocketUpgrade, State(graceful): State<Option<Graceful>>) -> Response {
     let hold = graceful.as_ref().map(|graceful| graceful.hold("socket"));
     upgrade

@@ -17,8 +17,8 @@ pub(crate) async fn run(plan: &Plan) -> Result<bool, Problem> {
         .display()
         .to_string();
     println!(
-        "{} backends, each replaced {} times under load, behind a balancer that asks /readyz every \
-         {:.2} s, takes {} failures for an answer, and does not retry.\n",
+        "{} backends, each replaced {} times under load, behind a balancer that requests /readyz every \
+         {:.2} s, stops sending after {} failures, and does not retry.\n",
         plan.instances,
         plan.rounds,
         plan.check.interval.as_secs_f64(),

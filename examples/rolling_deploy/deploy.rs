@@ -150,7 +150,7 @@ async fn start(
             instance.must_run("before the balancer sent to it").await?;
             if begun.elapsed() > plan.start_timeout {
                 return Err(Problem(format!(
-                    "port {port} was ready, and is not for the balancer: GET {} is no lasting success",
+                    "port {port} was ready once, but not for the balancer's checks: GET {} does not keep succeeding",
                     plan.check.path
                 )));
             }

@@ -1,4 +1,4 @@
-//! The life of one pod, as the kubelet and the endpoint controller play it.
+//! A model of the kubelet and of the endpoint controller, for one pod.
 //!
 //! The rules are those of the pages
 //! [Pod Lifecycle](https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/),

@@ -1,5 +1,5 @@
-//! The body of the layer: frames out are frames in, its end and its length are announced as they
-//! are, and each request is counted once and ends once.
+//! The body of the layer: it passes frames, size hint and end of stream on, except where `GracefulBody`
+//! documents a later end. Each request is counted once and ends once.
 
 #![no_main]
 
@@ -172,7 +172,7 @@ static SERVING: LazyLock<[Graceful; 2]> = LazyLock::new(|| [false, true].map(gra
 /// Inputs with a stop so far, each of which needs a lifecycle of its own.
 static STOPS: AtomicUsize = AtomicUsize::new(0);
 
-/// So many leak less than 500 MB.
+/// This number of lifecycles leaks less than 500 MB.
 const MOST_STOPS: usize = 150_000;
 
 /// Plays the input. Returns what ended the request, and whether the stop found it in flight.

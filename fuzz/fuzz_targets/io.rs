@@ -1,4 +1,4 @@
-//! Tracked IO: passes everything on unchanged, and after the cut nothing.
+//! Tracked IO passes all reads and writes on unchanged, and after the cut none.
 
 #![no_main]
 

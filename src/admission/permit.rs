@@ -134,7 +134,7 @@ impl<K, T> Gate<K, T> {
         self.0.core.set_ready(ready);
     }
 
-    /// Notes that a server or a probe has announced that the service accepts requests.
+    /// Records that a server has begun, a connection was tracked, or a probe has answered "ready".
     pub(crate) fn mark_served(&self) {
         self.0.core.mark_served();
     }

@@ -52,8 +52,8 @@ impl Word {
         self.phase() == Phase::Serving && self.is_marked_ready()
     }
 
-    /// A request was admitted, a connection or a server was announced to a client or to the service
-    /// manager, or a probe has answered "ready".
+    /// A request was admitted, a connection was tracked, a tracked listener, a server or a drain future
+    /// was polled, or a probe has answered "ready".
     pub(crate) const fn has_served(self) -> bool {
         self.0 & SERVED != 0
     }

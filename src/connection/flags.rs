@@ -54,12 +54,13 @@ pub(crate) const UPGRADED: u16 = 512;
 pub(crate) const BODILESS: u16 = 1024;
 /// The peer's address is in the table of renamed peers.
 pub(super) const RENAMED: u16 = 2048;
-/// What its client asked for is owed no answer: it may hang up.
+/// The request on this connection may be dropped without a response: it is a call of the preStop
+/// route, and its caller may disconnect.
 pub(crate) const OWES_NOTHING: u16 = 4096;
 /// The connection belongs to a task of `serve`.
 pub(crate) const OWNED: u16 = 8192;
-/// Its task of `serve` has noticed that it is to close: no request that it reads from now on is
-/// unexpected.
+/// The `serve` task of the connection has read the directive to close. Draining need not wait for it
+/// any more.
 pub(crate) const CLOSE_NOTICED: u16 = 16384;
 /// Nothing was there when the connection was [read once more](super::directive::Directive::Read), or the
 /// peer had closed its writing side.

@@ -176,9 +176,9 @@ impl<O> ConnectionTable<O> {
         open.connections.iter().any(|entry| entry.state.is_unread())
     }
 
-    /// Whether a task has still to notice that its connection is to close, as far as that is known: the
-    /// tasks of `serve` say when they have noticed. A connection that has been upgraded, and one whose
-    /// request may be dropped, has nothing to lose.
+    /// Whether a `serve` task has not yet read the directive to close its connection. Tasks of other
+    /// servers are unknown and not included, and neither are upgraded connections and connections whose
+    /// request may be dropped.
     pub(crate) fn has_unnotified(&self) -> bool {
         let open = lock!(self.open);
         let mut connections = open.connections.iter();

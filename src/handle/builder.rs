@@ -127,8 +127,9 @@ impl GracefulBuilder {
     ///
     /// - `minimum` has passed since the trigger;
     /// - at least five new requests have arrived in the phase;
-    /// - since the last of them no request has arrived, for `quiet_for`, and for eight times the
-    ///   longest pause before it in the phase, the one before the first request included.
+    /// - since the last request, `quiet_for` has passed, and also eight times the longest pause
+    ///   between two requests of the phase. The time from the trigger to the first request counts as
+    ///   such a pause.
     ///
     /// A service that gets fewer requests waits for the whole delay. A request counts when it reaches
     /// the [layer](Graceful::layer), admitted or refused above
@@ -183,11 +184,11 @@ impl GracefulBuilder {
     /// Probers are told apart by their address, their `User-Agent` and the path and query they ask for.
     /// The phase ends 100 ms after the last of these:
     ///
-    /// - as many probers as `probers` have been answered "no" as often as `failures`, since the trigger;
-    /// - so has every other prober that asked before the trigger or has asked since, even if there are
-    ///   more than `probers`. A prober that has stopped asking after that many failures has noticed. One
-    ///   that had stopped before the trigger is left out: it was silent for more than four times its
-    ///   longest interval and a second, or for more than 300 s;
+    /// - at least `probers` probers have each received `failures` failing answers since the trigger;
+    /// - every other prober that asked before the trigger, or has asked since, has received as many. It
+    ///   may have stopped asking after them. A prober that had stopped before the trigger is left out:
+    ///   it was silent for more than four times its longest interval and a second, or for more than
+    ///   300 s;
     /// - the last new request has arrived, counted as in
     ///   [`leave_when_quiet`](Self::leave_when_quiet).
     ///
@@ -251,8 +252,7 @@ impl GracefulBuilder {
     /// the oldest ones and the report lists those that were cut. Default: false.
     ///
     /// The path is recorded without its query. The cost for each request is three acquisitions of a
-    /// shared lock and three allocations, about a thousand instructions in all. Without this
-    /// setting there is no cost.
+    /// shared lock and three allocations. Without this setting there is no cost.
     pub fn name_requests(mut self, name: bool) -> Self {
         self.name_requests = name;
         self
@@ -344,7 +344,7 @@ impl GracefulBuilder {
     /// | circus, or another supervisor that names the descriptor in its own way | `true` | is accepted by another worker, or waits |
     /// | a restart in place by `ecdysis` or the like | `true` | is accepted by the new process, which runs already |
     /// | prefork: a parent binds, its children accept | `true` | is accepted by another child |
-    /// | nothing: the process binds the port itself | leave it out | |
+    /// | nothing: the process binds the port itself | do not set it | is accepted by this process, or refused |
     ///
     /// With `true` where no other process has the socket, clients are refused as soon as the stop
     /// begins.

@@ -40,6 +40,7 @@ impl Graceful {
     /// a slow start-up, so that a SIGTERM during the start-up leads to an orderly exit. A signal
     /// that arrives before anything serves skips the delay, because there is no traffic to wait
     /// for, and a server started afterwards ends at once. Something serves when this future has
+    /// been polled, [`run`](Self::run) or [`serve`](Self::serve) has begun, a tracked listener has
     /// been polled, a connection is tracked, a request was admitted, or the readiness probe has
     /// succeeded.
     ///

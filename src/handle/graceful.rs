@@ -101,14 +101,15 @@ pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 /// [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
 /// (`enable_time` or `enable_all`): if it has none, that first call panics.
 ///
-/// Every method may be called outside a runtime too; if a method needs one later, its page says so.
+/// Methods may be called outside a runtime too, except [`spawn`](Self::spawn), which panics there, and
+/// [`worker`](Self::worker) and [`critical_worker`](Self::critical_worker), which return an error.
 /// In a runtime whose clock is paused (`tokio::time::pause`), the paused clock applies.
 ///
 /// # Memory
 ///
-/// Requests do not count references. In return, each lifecycle whose [layer](Self::layer) has made
-/// a service intentionally leaks about 2 KB and the settings of its builder. Make one lifecycle for
-/// a process, not one for a request. Leak checkers (`LeakSanitizer`, Miri) do not report the
+/// Requests change no reference count. The price is that each lifecycle whose [layer](Self::layer) has
+/// made a service intentionally leaks about 2 KB and the settings of its builder. Make one lifecycle
+/// for a process, not one for a request. Leak checkers (`LeakSanitizer`, Miri) do not report the
 /// memory, because a static list leads to it. A lifecycle whose layer was never applied is freed.
 #[derive(Clone)]
 pub struct Graceful {

@@ -107,18 +107,20 @@ pub enum Outcome {
     Clean,
     /// Some work was lost or given up. Exit code 1. At least one of these happened:
     ///
-    /// - work was still in flight when the drain deadline passed, or when repeated signals cut the
+    /// - work was still in flight when the drain deadline passed, or when a further SIGINT cut the
     ///   drain short;
     /// - a response had not been received by its client at that time;
+    /// - a connection or a server did not end in time;
     /// - a worker did not end in time;
     /// - connections were reset in a listener's queue ([`Remaining::queued`]);
     /// - a request was dropped because its client had closed its writing side
     ///   ([`Remaining::half_closed`]).
     Forced,
     /// Everything in flight was completed, but a worker, a hook or a cleanup step failed or
-    /// panicked, or a cleanup step did not end within its timeout. Exit code 2.
+    /// panicked, or a cleanup step did not end within its timeout or was not run. Exit code 2.
     CleanupFailed,
-    /// Repeated signals ended even the wait for the work that had been cut. Exit code 3.
+    /// A further SIGINT ended the wait for workers and cleanup steps, or the wait for work that had
+    /// been cut. Exit code 3.
     Abandoned,
     /// A server ended with an error. Everything in flight was completed. Exit code 4.
     ServerFailed,

@@ -97,10 +97,10 @@ impl Shared {
         None
     }
 
-    /// Has the servers read their connections once more. A server that is told to close closes its idle
-    /// connections without a look, and on a busy machine a request may wait on one of them although
-    /// nothing was read for a while. The servers of `serve` look by themselves. Returns when to check
-    /// again, until every connection has been read, or none has been for some time: some are never read,
+    /// Makes the servers read their connections once more. A server that is told to close does not read
+    /// its idle connections before it closes them. On a busy machine a request may wait on one of them
+    /// although nothing was read for a while. The servers of `serve` read by themselves. Returns when to
+    /// check again, as long as connections are unread and their number still falls: some are never read,
     /// such as those whose handler does not read the rest of an upload.
     fn read_once_more(&self, shutdown: &mut Shutdown, now: Instant) -> Option<Instant> {
         shutdown.closing_stage = ClosingStage::Reads;

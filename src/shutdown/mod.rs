@@ -95,7 +95,7 @@ pub(crate) struct Lifecycle {
     #[cfg(feature = "axum")]
     pub(crate) wants_peers: AtomicBool,
     pub(crate) upgraded: Upgraded,
-    /// Set when the user tracks connections that the user's own code accepts.
+    /// Set when `Graceful::track` is called, for connections that the user's code accepts.
     pub(crate) tracks: AtomicBool,
     warnings: Mutex<Vec<Warning>>,
     /// The tasks that wait for a phase. There may be thousands.

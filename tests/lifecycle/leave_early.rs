@@ -21,12 +21,12 @@ fn builder() -> GracefulBuilder {
     Graceful::builder().drain_delay(MOST)
 }
 
-/// Two seconds at least, and a silence of one second.
+/// A service whose rule needs a phase of two seconds and a silence of one second.
 fn quiet() -> Graceful {
     builder().leave_when_quiet(s(2), s(1)).build().unwrap()
 }
 
-/// Two failures, and so many probers.
+/// A service whose rule needs two failures at this number of probers.
 fn noticed(probers: usize) -> Graceful {
     builder().leave_when_noticed(2, probers).build().unwrap()
 }
@@ -84,7 +84,7 @@ async fn requests(graceful: &Graceful, count: usize, every: Duration) {
     }
 }
 
-/// A prober of this name asks once. What it is told.
+/// Sends one readiness probe with this `User-Agent`, and returns the status.
 async fn probe(graceful: &Graceful, name: &str) -> StatusCode {
     let request = Request::get("/readyz").header("user-agent", name);
     let request = request.body(Empty::<Bytes>::new()).unwrap();
@@ -216,7 +216,8 @@ async fn a_request_above_the_limit_is_traffic_too() {
     stopping.lasts(ms(3500), Some(LeftEarly::Quiet)).await;
 }
 
-/// Neither does it make a service look used that is not, nor does it look like traffic that goes on.
+/// A probe or an exempt path does not count as one of the five requests that the rule needs, and does not end the
+/// silence.
 #[tokio::test(start_paused = true)]
 async fn probes_and_exempt_paths_are_no_requests() {
     let exempt = || builder().exempt("/metrics").leave_when_quiet(s(2), s(1));
@@ -267,7 +268,7 @@ async fn no_probe_at_all_is_not_noticed() {
     stop(&graceful).await.lasts(MOST, None).await;
 }
 
-/// However often it asks.
+/// One prober does not stand for the other two, however often it asks.
 #[tokio::test(start_paused = true)]
 async fn one_prober_of_three_is_not_noticed() {
     let graceful = noticed(3);
@@ -295,7 +296,7 @@ async fn three_probers_of_three_are_noticed() {
     }
 }
 
-/// The number that the builder was told is the least: here there is one more.
+/// The rule names a minimum of one prober. Here two probers are known, and both have to notice.
 #[tokio::test(start_paused = true)]
 async fn a_prober_from_before_the_signal_has_to_notice_too() {
     let graceful = noticed(1);
@@ -378,8 +379,8 @@ async fn a_question_that_is_no_probe_does_not_count() {
     stopping.lasts(MOST, None).await;
 }
 
-/// The balancer's configuration needs more failures than the builder was told, or a client does not
-/// come through it.
+/// Reasons for such requests: the balancer is configured with more failures than the rule, or a client connects
+/// directly.
 #[tokio::test(start_paused = true)]
 async fn new_requests_put_off_the_end_after_it_was_noticed() {
     let graceful = noticed(1);

@@ -134,7 +134,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
         // queue.
         let never_read = match directive {
             Directive::Close => entry.state.is_unread(),
-            // `Expire` takes the wakers by which the state knows.
+            // `Expire` has removed the wakers, which `is_unread` depends on.
             Directive::Expire => !entry.sniffer.has_read(),
             _ => false,
         };
