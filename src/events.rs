@@ -222,13 +222,13 @@ pub(crate) enum Reason {
     DelayOver,
     LeftEarly(LeftEarly),
     EveryServerEnded,
-    Moved,
+    HandedOver,
     Signal,
     Idle,
     Deadline,
     Closed,
     Cut,
-    LetGo,
+    CutWorkGivenUp,
     /// The cleanup did not end in time.
     CleanupOverdue,
     /// The runtime of the cleanup steps has ended.
@@ -242,13 +242,15 @@ impl fmt::Display for Reason {
             Self::DelayOver => f.write_str("the delay is over"),
             Self::LeftEarly(why) => why.fmt(f),
             Self::EveryServerEnded => f.write_str("every server has ended"),
-            Self::Moved => f.write_str("every connection has closed, and the next process accepts"),
+            Self::HandedOver => {
+                f.write_str("every connection has closed, and the next process accepts")
+            }
             Self::Signal => f.write_str("a further signal"),
             Self::Idle => f.write_str("nothing is in flight"),
             Self::Deadline => f.write_str("the drain deadline has passed"),
             Self::Closed => f.write_str("everything is closed"),
             Self::Cut => f.write_str("the remaining work was cut"),
-            Self::LetGo => f.write_str("cut work did not end in time"),
+            Self::CutWorkGivenUp => f.write_str("cut work did not end in time"),
             Self::CleanupOverdue => f.write_str("the cleanup did not end in time"),
             Self::NoRuntime => f.write_str("the runtime of the cleanup steps has ended"),
         }
@@ -277,7 +279,7 @@ fn transition(transition: &Transition) {
     let gives_up = transition.to >= Phase::Closing && transition.in_flight > 0;
     let forced = matches!(
         transition.reason,
-        Reason::Cut | Reason::LetGo | Reason::CleanupOverdue | Reason::NoRuntime
+        Reason::Cut | Reason::CutWorkGivenUp | Reason::CleanupOverdue | Reason::NoRuntime
     );
     if gives_up || forced {
         transition_event!(warn);

@@ -241,7 +241,7 @@ fn faults(how: How) -> impl Iterator<Item = Fault> {
 }
 
 /// Faults while the service is serving: each client sends its request, reads the response, and closes.
-async fn takes_only_itself(form: Form, how: How) {
+async fn ends_only_its_own_connection(form: Form, how: How) {
     let server = Server::start(form);
     for fault in faults(how) {
         let met = server.met.load(Ordering::Relaxed);
@@ -268,7 +268,7 @@ async fn takes_only_itself(form: Form, how: How) {
 
 /// Faults during the stop: the clients keep their connections, so that a fault may occur when the service closes
 /// or cuts them.
-async fn does_not_outlast_the_end(form: Form, how: How) {
+async fn ends_by_the_deadline(form: Form, how: How) {
     let server = Server::start(form);
     let mut clients = Vec::new();
     for fault in faults(how) {
@@ -294,34 +294,34 @@ async fn does_not_outlast_the_end(form: Form, how: How) {
 #[tokio::test(flavor = "multi_thread")]
 async fn io_that_fails_takes_only_its_connection_with_it() {
     for form in [Form::Serve, Form::Run] {
-        takes_only_itself(form, How::Errors).await;
+        ends_only_its_own_connection(form, How::Errors).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn io_that_panics_takes_only_its_connection_with_it() {
     for form in [Form::Serve, Form::Run] {
-        takes_only_itself(form, How::Panics).await;
+        ends_only_its_own_connection(form, How::Panics).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn io_that_fails_does_not_outlast_the_end() {
     for form in [Form::Serve, Form::Run] {
-        does_not_outlast_the_end(form, How::Errors).await;
+        ends_by_the_deadline(form, How::Errors).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn io_that_panics_does_not_outlast_the_end() {
     for form in [Form::Serve, Form::Run] {
-        does_not_outlast_the_end(form, How::Panics).await;
+        ends_by_the_deadline(form, How::Panics).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn io_that_hangs_does_not_outlast_the_end() {
     for form in [Form::Serve, Form::Run] {
-        does_not_outlast_the_end(form, How::Hangs).await;
+        ends_by_the_deadline(form, How::Hangs).await;
     }
 }

@@ -148,11 +148,11 @@ fn ends_at_random(seed: u64) {
 
 #[test]
 fn a_stop_completes_in_time_however_the_first_runtime_ends() {
-    let lanes: Vec<_> = (0..10)
-        .map(|lane| thread::spawn(move || (0..15).for_each(|n| ends_at_random(lane * 15 + n))))
+    let tasks: Vec<_> = (0..10)
+        .map(|task| thread::spawn(move || (0..15).for_each(|n| ends_at_random(task * 15 + n))))
         .collect();
-    for lane in lanes {
-        lane.join().unwrap();
+    for task in tasks {
+        task.join().unwrap();
     }
 }
 

@@ -134,7 +134,7 @@ async fn until_closed(mut io: impl Io) {
 }
 
 /// Waits for the close frame, answers it, and waits until the server closes.
-async fn until_goodbye(mut io: impl Io) {
+async fn until_close_frame(mut io: impl Io) {
     const CLOSE: [u8; 8] = [0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe9];
 
     let mut frame = [0; 64];
@@ -188,7 +188,7 @@ impl Target {
                 let mut io = TcpStream::connect(self.plain).await?;
                 let head = exchange(&mut io, UPGRADE).await?;
                 assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
-                closed.spawn(until_goodbye(io));
+                closed.spawn(until_close_frame(io));
             }
         }
         Ok(())

@@ -181,13 +181,13 @@ impl Starved {
     }
 
     /// Records `count` connections that were accepted too late to be served.
-    pub(crate) fn were_reset(&self, count: usize) {
+    pub(crate) fn count_reset(&self, count: usize) {
         lock!(self.waits).reset += count;
     }
 
     /// Closes a listener that had no time to empty its queue, and counts the connections that are
     /// reset. If there are no descriptors to count them all, it is kept until connections have closed.
-    pub(crate) fn abandons(&self, socket: Socket) {
+    pub(crate) fn close_unserved(&self, socket: Socket) {
         let (count, is_starved) = socket.reset_some();
         let mut waits = lock!(self.waits);
         waits.reset += count;
@@ -197,7 +197,7 @@ impl Starved {
     }
 
     /// Records that the listener waits from now on, if it is not waiting already.
-    pub(crate) fn begins(&self, socket: &Arc<Socket>) {
+    pub(crate) fn add_waiting(&self, socket: &Arc<Socket>) {
         let mut waits = lock!(self.waits);
         if waits.waiting.iter().any(|one| Arc::ptr_eq(one, socket)) {
             return;
@@ -210,7 +210,7 @@ impl Starved {
     }
 
     /// Records that the listener no longer waits. `emptied`: its queue is empty.
-    pub(crate) fn ends(&self, socket: &Arc<Socket>, emptied: bool) {
+    pub(crate) fn remove_waiting(&self, socket: &Arc<Socket>, emptied: bool) {
         let mut waits = lock!(self.waits);
         let index = waits
             .waiting
@@ -374,7 +374,7 @@ mod tests {
     fn starved() -> Graceful {
         let graceful = Graceful::new();
         graceful.shared().starved.counts_requests();
-        graceful.shared().starved.begins(&socket(false));
+        graceful.shared().starved.add_waiting(&socket(false));
         graceful
     }
 
@@ -495,8 +495,8 @@ mod tests {
             };
             let address = tcp.local_addr().unwrap();
             let _clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
-            starved.begins(&socket);
-            starved.ends(&socket, false);
+            starved.add_waiting(&socket);
+            starved.remove_waiting(&socket, false);
             assert!(!starved.is_waiting() && starved.over().is_some());
             assert_eq!(starved.reset_queues(), expected);
         }

@@ -43,7 +43,7 @@ pub(crate) const WATCHED: u16 = 16;
 pub(crate) const UPGRADES: u16 = 32;
 /// The bytes are searched for requests: on a server other than `serve`, and as long as requests can
 /// be told apart.
-pub(crate) const LOOKED_AT: u16 = 64;
+pub(crate) const INSPECTED: u16 = 64;
 /// A handshake is running on the connection.
 pub(crate) const HANDSHAKE: u16 = 128;
 /// After a handshake: something was written, or the first HTTP/1 head is complete.
@@ -56,7 +56,7 @@ pub(crate) const BODILESS: u16 = 1024;
 pub(super) const RENAMED: u16 = 2048;
 /// The request on this connection may be dropped without a response: it is a call of the preStop
 /// route, and its caller may disconnect.
-pub(crate) const OWES_NOTHING: u16 = 4096;
+pub(crate) const MAY_DROP: u16 = 4096;
 /// The connection belongs to a task of `serve`.
 pub(crate) const OWNED: u16 = 8192;
 /// The `serve` task of the connection has read the directive to close. Draining need not wait for it

@@ -66,7 +66,7 @@ struct Open {
     since: Instant,
     request: OutsideLayer,
     served: bool,
-    noise: usize,
+    unadmitted_answers: usize,
 }
 
 /// The servers of a lifecycle so far.
@@ -101,12 +101,12 @@ impl Outside {
         self.probed.load(Relaxed)
     }
 
-    /// Opens a window, unless another one is open that may have a result. `noise`: the number of requests
-    /// that were answered without an admission. `served`: the server is one of `serve`.
+    /// Opens a window, unless another one is open that may have a result. `unadmitted_answers`: how many
+    /// requests were answered without an admission. `served`: the server is one of `serve`.
     pub(crate) fn open(
         &self,
         request: impl FnOnce() -> OutsideLayer,
-        noise: usize,
+        unadmitted_answers: usize,
         served: bool,
         has_admitted: impl FnOnce() -> bool,
         clear_admitted: impl FnOnce(),
@@ -125,13 +125,13 @@ impl Outside {
             since: now,
             request: request(),
             served,
-            noise,
+            unadmitted_answers,
         });
         NonZeroU32::new(state.window).map(Window)
     }
 
-    /// Closes a window. `is_unseen` says, from the noise at its start, whether the layer has not seen the
-    /// request.
+    /// Closes a window. `is_unseen` says, from the unadmitted answers at its start, whether the layer has
+    /// not seen the request.
     pub(crate) fn close(&self, window: Window, is_unseen: impl FnOnce(usize) -> bool) {
         let mut state = lock!(self.state);
         if state.window != window.0.get() {
@@ -140,7 +140,7 @@ impl Outside {
         let Some(open) = state.open.take() else {
             return;
         };
-        if state.request.is_none() && is_unseen(open.noise) {
+        if state.request.is_none() && is_unseen(open.unadmitted_answers) {
             state.request = Some(open.request);
             state.served = open.served;
         }

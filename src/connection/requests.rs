@@ -7,7 +7,7 @@ use http::Method;
 use super::outside::Window;
 use crate::sync::lock;
 
-/// What is known about the requests of each [inspected](super::flags::LOOKED_AT) connection. It is
+/// What is known about the requests of each [inspected](super::flags::INSPECTED) connection. It is
 /// apart from the connection entries, because few connections have a request that is being inspected at a time.
 #[derive(Default)]
 pub(crate) struct Requests(Mutex<HashMap<usize, Box<Known>>>);

@@ -30,8 +30,8 @@ use super::{
     directive::Directive,
     entry::{ConnectionEntry, OpenAtCut},
     flags::{
-        ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, LINGERS, LOOKED_AT, OWES_NOTHING, OWNED,
-        READ_AGAIN, RENAMED, UPGRADED, WATCHED,
+        ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, INSPECTED, LINGERS, MAY_DROP, OWNED, READ_AGAIN,
+        RENAMED, UPGRADED, WATCHED,
     },
     sniffer::Sniffer,
     stagger::Place,
@@ -147,14 +147,14 @@ impl<O> ConnectionTable<O> {
 
     /// Notes that the request on the connection with this peer may be dropped without a response.
     #[cfg(feature = "axum")]
-    pub(crate) fn owe_nothing(&self, peer: SocketAddr) {
+    pub(crate) fn may_drop_request(&self, peer: SocketAddr) {
         let open = lock!(self.open);
         let renamed = |entry: &ConnectionEntry<O>| {
             entry.flags.has(RENAMED) && open.renamed.get(&entry.number()) == Some(&peer)
         };
         let mut entries = open.connections.iter();
         if let Some(entry) = entries.find(|entry| entry.peer == Some(peer) || renamed(entry)) {
-            entry.flags.set(OWES_NOTHING);
+            entry.flags.set(MAY_DROP);
         }
     }
 
@@ -183,14 +183,14 @@ impl<O> ConnectionTable<O> {
         let open = lock!(self.open);
         let mut connections = open.connections.iter();
         connections.any(|entry| {
-            entry.flags.has(OWNED) && !entry.flags.has(CLOSE_NOTICED | UPGRADED | OWES_NOTHING)
+            entry.flags.has(OWNED) && !entry.flags.has(CLOSE_NOTICED | UPGRADED | MAY_DROP)
         })
     }
 
     /// How many connections have not been [read once more](Directive::Read), of those that a server other
     /// than `serve` has read before.
     pub(crate) fn not_read_again(&self) -> usize {
-        const OTHERS: u16 = OWNED | READ_AGAIN | UPGRADED | OWES_NOTHING | HANDSHAKE | LINGERS;
+        const OTHERS: u16 = OWNED | READ_AGAIN | UPGRADED | MAY_DROP | HANDSHAKE | LINGERS;
         let open = lock!(self.open);
         let connections = open.connections.iter();
         let left = connections.filter(|entry| !entry.flags.has(OTHERS) && !entry.state.is_unread());
@@ -201,7 +201,7 @@ impl<O> ConnectionTable<O> {
     pub(crate) fn unowned(&self) -> usize {
         let open = lock!(self.open);
         let connections = open.connections.iter();
-        let unowned = connections.filter(|entry| !entry.flags.has(OWNED | OWES_NOTHING | UPGRADED));
+        let unowned = connections.filter(|entry| !entry.flags.has(OWNED | MAY_DROP | UPGRADED));
         unowned.count()
     }
 
@@ -251,7 +251,7 @@ impl<O> ConnectionTable<O> {
             index: AtomicU32::new(index),
             place: Place::nth(open.entered),
             sniffer: Sniffer::default(),
-            flags: Flags::new(ACTIVE | LOOKED_AT | if watched { WATCHED } else { 0 }),
+            flags: Flags::new(ACTIVE | INSPECTED | if watched { WATCHED } else { 0 }),
             entries: AtomicU8::new(1),
             undelivered: AtomicU32::new(0),
             state: ConnectionState::new(directive),

@@ -95,11 +95,11 @@ pub(crate) trait Subject: Clone + Send + Sync + 'static {
 
     /// Takes the steps that are due. Returns the notifications that they require, to be run on
     /// another thread.
-    fn look(&self) -> Option<Box<dyn FnOnce() + Send>>;
+    fn take_due_steps(&self) -> Option<Box<dyn FnOnce() + Send>>;
 
-    /// Handles a signal. Returns notifications as [`look`](Self::look) does.
+    /// Handles a signal. Returns notifications as [`take_due_steps`](Self::take_due_steps) does.
     #[cfg(feature = "signal")]
-    fn hear(&self, signal: Trigger) -> Option<Box<dyn FnOnce() + Send>>;
+    fn on_signal(&self, signal: Trigger) -> Option<Box<dyn FnOnce() + Send>>;
 
     /// The message to print when the grace period is over, or `None` if everything has ended.
     #[cfg(all(unix, feature = "signal"))]
@@ -118,7 +118,7 @@ impl<S: Subject> Control<S> {
         Self {
             inner: std::sync::Mutex::new(Needs::new()),
             needed: std::sync::Condvar::new(),
-            notifiers: JobThreads::new("graceful-tell", MOST_STUCK),
+            notifiers: JobThreads::new("graceful-notify", MOST_STUCK),
         }
     }
 
@@ -326,7 +326,7 @@ impl<S: Subject> Control<S> {
         let mut held = Vec::new();
         for subject in due.checks {
             shielded(|| {
-                if let Some(notify) = subject.look() {
+                if let Some(notify) = subject.take_due_steps() {
                     self.run_elsewhere(notify);
                 }
             });
@@ -344,7 +344,7 @@ impl<S: Subject> Control<S> {
             }
             for listener in listeners {
                 shielded(|| {
-                    if let Some(notify) = listener.hear(signal) {
+                    if let Some(notify) = listener.on_signal(signal) {
                         self.run_elsewhere(notify);
                     }
                 });

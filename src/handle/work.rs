@@ -114,7 +114,7 @@ impl Graceful {
         F: FnOnce(Stop) -> W + Send + 'static,
         W: Future<Output: Completion> + Send + 'static,
     {
-        self.employ(name.into(), work, false)
+        self.register_worker(name.into(), work, false)
     }
 
     /// Spawns a [worker](Self::worker) that the service cannot do without: if it ends before any
@@ -153,10 +153,15 @@ impl Graceful {
         F: FnOnce(Stop) -> W + Send + 'static,
         W: Future<Output: Completion> + Send + 'static,
     {
-        self.employ(name.into(), work, true)
+        self.register_worker(name.into(), work, true)
     }
 
-    fn employ<F, W>(&self, name: Name, work: F, critical: bool) -> Result<(), RegisterError>
+    fn register_worker<F, W>(
+        &self,
+        name: Name,
+        work: F,
+        critical: bool,
+    ) -> Result<(), RegisterError>
     where
         F: FnOnce(Stop) -> W + Send + 'static,
         W: Future<Output: Completion> + Send + 'static,
@@ -179,7 +184,7 @@ impl Graceful {
             })
         };
         let in_time = self.phase() < Phase::Draining;
-        if in_time && self.shared().work.employ(name.clone(), spawn) {
+        if in_time && self.shared().work.add_worker(name.clone(), spawn) {
             Ok(())
         } else {
             Err(self.too_late(name))

@@ -220,7 +220,7 @@ impl PreStop {
             Ok(peer) => {
                 let shared = self.graceful.shared();
                 // If this caller disconnects, its missing answer does not count as lost.
-                shared.connections.owe_nothing(peer);
+                shared.connections.may_drop_request(peer);
                 shared.trigger(Trigger::PreStop);
                 Waiting::Delay(PhaseReached::at_once(&self.graceful, Phase::Draining))
             }

@@ -19,7 +19,7 @@ use crate::events;
 
 /// Whether the accept queue of this listener can be emptied: it is a `TcpListener` or `UnixListener`
 /// of tokio.
-pub(super) fn is_asked(listener: &dyn Any) -> bool {
+pub(super) fn can_empty_queue(listener: &dyn Any) -> bool {
     #[cfg(unix)]
     if listener.is::<UnixListener>() {
         return true;
@@ -122,7 +122,7 @@ fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> (Vec<A>, Option<io::E
 /// The client sends the packet again a second later, as after any lost packet. By then the listener is
 /// closed, and the connection is refused.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-pub(super) fn turn_away_handshakes(listener: &dyn Any) -> bool {
+pub(super) fn attach_syn_filter(listener: &dyn Any) -> bool {
     use socket2::SockFilter;
 
     // Classic BPF (linux/bpf_common.h), on a packet that begins with its TCP header.
@@ -140,11 +140,11 @@ pub(super) fn turn_away_handshakes(listener: &dyn Any) -> bool {
     tcp(listener).is_some_and(|tcp| tcp.attach_filter(&filter).is_ok())
 }
 
-/// Detaches the filter that `turn_away_handshakes` attached, in this process or in one that was killed
+/// Detaches the filter that `attach_syn_filter` attached, in this process or in one that was killed
 /// before it could detach it. The filter belongs to the socket and not to the process: a socket that
 /// is shared, or that is passed to the next process, must accept connections again.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-pub(super) fn let_in_handshakes(listener: &dyn Any) {
+pub(super) fn detach_syn_filter(listener: &dyn Any) {
     if let Some(tcp) = tcp(listener) {
         let _ = tcp.detach_filter();
     }
@@ -173,12 +173,12 @@ pub(super) fn passed(listener: &dyn Any) -> Passed {
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn turn_away_handshakes(_: &dyn Any) -> bool {
+pub(super) fn attach_syn_filter(_: &dyn Any) -> bool {
     false
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn let_in_handshakes(_: &dyn Any) {}
+pub(super) fn detach_syn_filter(_: &dyn Any) {}
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 pub(super) fn passed(_: &dyn Any) -> Passed {

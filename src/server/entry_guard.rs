@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::ConnectionEntry;
 use crate::{
-    connection::{directive::Directive, flags::OWES_NOTHING},
+    connection::{directive::Directive, flags::MAY_DROP},
     phase::Phase,
     sync::Ordering,
 };
@@ -37,7 +37,7 @@ impl EntryGuard {
         let shared = &self.entry.owner;
         if shared.phase() > Phase::Serving
             && self.entry.state.directive() < Directive::Cut
-            && !self.entry.flags.has(OWES_NOTHING)
+            && !self.entry.flags.has(MAY_DROP)
         {
             shared.connections.half_closed();
         }

@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{ConnectionEntry, io::GracefulIo, tracked};
 use crate::{
-    connection::flags::{ACTIVE, HANDSHAKE, LOOKED_AT},
+    connection::flags::{ACTIVE, HANDSHAKE, INSPECTED},
     events,
 };
 
@@ -216,20 +216,20 @@ where
         let handshake = Arc::new(handshake);
         let begin = move |io: GracefulIo<I>, mut addr: L::Addr, running: &mut Running<L, T>| {
             let handshake = Arc::clone(&handshake);
-            let shaking = Shaking::new(&io);
+            let marker = RunningHandshake::new(&io);
             running.spawn(async move {
                 // `handshake` is called inside the task, so that its panic ends only this task.
-                let shaken = time::timeout(timeout, async { handshake(io).await });
-                let error = match shaken.await {
+                let result = time::timeout(timeout, async { handshake(io).await });
+                let error = match result.await {
                     Ok(Ok(io)) => {
-                        let entry = shaking.done();
+                        let entry = marker.done();
                         set_addr(&mut addr, &entry);
                         return Some((GracefulIo::above(io, &entry), addr));
                     }
                     Ok(Err(error)) => Some(error.into()),
                     Err(_) => None,
                 };
-                let peer = shaking.peer();
+                let peer = marker.peer();
                 events::handshake_failed(peer, error);
                 None
             });
@@ -243,13 +243,13 @@ where
 }
 
 /// Marks a connection whose handshake is running, until it is dropped.
-struct Shaking(Arc<ConnectionEntry>);
+struct RunningHandshake(Arc<ConnectionEntry>);
 
-impl Shaking {
+impl RunningHandshake {
     fn new<I>(io: &GracefulIo<I>) -> Self {
         let entry = Arc::clone(io.entry());
         // The bytes are not HTTP yet, so they are not searched for requests.
-        entry.flags.take(LOOKED_AT);
+        entry.flags.take(INSPECTED);
         entry.flags.set(HANDSHAKE);
         Self(entry)
     }
@@ -266,7 +266,7 @@ impl Shaking {
     }
 }
 
-impl Drop for Shaking {
+impl Drop for RunningHandshake {
     fn drop(&mut self) {
         self.0.flags.take(HANDSHAKE);
     }

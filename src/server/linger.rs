@@ -13,12 +13,12 @@
 //! - at once, if everything is delivered, nothing is unread, and the peer will send nothing: it has
 //!   closed its side, its last request had no body, or the service is stopping and has sent no
 //!   response since the stop began. So an idle connection costs no time;
-//! - when everything is delivered, and the peer has sent nothing for [`STILL`] (for [`SILENCE`] if it
-//!   has sent something since, for [`STARVED`] while a listener waits for file descriptors), or has
-//!   not closed for [`MOST`];
-//! - while serving, when the peer has acknowledged nothing for [`STALLED`]. The kernel continues to
+//! - when everything is delivered, and the peer has sent nothing for [`STILL_TIMEOUT`] (for [`SILENCE_TIMEOUT`] if it
+//!   has sent something since, for [`STARVED_TIMEOUT`] while a listener waits for file descriptors), or has
+//!   not closed for [`LINGER_TIMEOUT`];
+//! - while serving, when the peer has acknowledged nothing for [`STALLED_TIMEOUT`]. The kernel continues to
 //!   send;
-//! - after an upgrade: [`STILL`] after the peer last acknowledged something, or [`STILL`] after
+//! - after an upgrade: [`STILL_TIMEOUT`] after the peer last acknowledged something, or [`STILL_TIMEOUT`] after
 //!   everything was delivered;
 //! - while the service stops, when the connection is cut. The report gives the number of bytes that
 //!   were not delivered.
@@ -57,20 +57,20 @@ use crate::{
 
 /// How long the peer may be silent after its last byte, if it has sent something since everything was
 /// delivered.
-const SILENCE: Duration = Duration::from_secs(1);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long the peer may be silent if it has sent nothing since everything was delivered. It may be in
 /// the middle of an upload, or a frame may be in transit.
-const STILL: Duration = Duration::from_millis(250);
+const STILL_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// Replaces [`STILL`] while a listener waits for file descriptors, because this connection holds one.
-const STARVED: Duration = Duration::from_millis(25);
+/// Replaces [`STILL_TIMEOUT`] while a listener waits for file descriptors, because this connection holds one.
+const STARVED_TIMEOUT: Duration = Duration::from_millis(25);
 
 /// How long a peer that never stops sending is read from after everything was delivered.
-const MOST: Duration = Duration::from_secs(2);
+const LINGER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long the peer may acknowledge nothing while bytes are undelivered and the service is serving.
-const STALLED: Duration = Duration::from_secs(30);
+const STALLED_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The first and the longest interval between two queries of the undelivered bytes. Each interval is
 /// twice the one before.
@@ -87,7 +87,7 @@ const FIN: u32 = 1;
 /// The most bytes that closing a connection sends without any response: HTTP/2 frames (two GOAWAY and
 /// a PING, 17 bytes each) in TLS records, a TLS alert, and a FIN. So many undelivered bytes or fewer
 /// may contain no response.
-pub(super) const FAREWELL: u32 = 192;
+pub(super) const CLOSING_BYTES: u32 = 192;
 
 /// What was written on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -221,7 +221,7 @@ where
         let left = unacknowledged(tcp(&self.io)?)?;
         // If the peer sends nothing, closing causes no reset, and the kernel delivers the rest.
         let little = self.last.request || !self.has_responded();
-        let nothing = if little { FAREWELL } else { FIN };
+        let nothing = if little { CLOSING_BYTES } else { FIN };
         Some(if left > nothing { left } else { 0 })
     }
 
@@ -263,8 +263,8 @@ where
             if left > 0 {
                 let patience = match self.guard.entry.state.directive() {
                     // The handler has dropped it, and has waited for the peer as long as it wanted.
-                    _ if self.last.written == Written::Upgrade => STILL,
-                    Directive::Stay => STALLED,
+                    _ if self.last.written == Written::Upgrade => STILL_TIMEOUT,
+                    Directive::Stay => STALLED_TIMEOUT,
                     // The cut ends it.
                     _ => Duration::MAX,
                 };
@@ -280,13 +280,17 @@ where
             let talks = talks || received;
             delivered = Some((since, talks));
             let upgraded = self.last.written == Written::Upgrade;
-            let most = if upgraded { STILL } else { MOST };
-            let silence = if talks && !upgraded {
-                SILENCE
-            } else if known.is_some() && self.guard.entry.owner.starved.is_waiting() {
-                STARVED
+            let most = if upgraded {
+                STILL_TIMEOUT
             } else {
-                STILL
+                LINGER_TIMEOUT
+            };
+            let silence = if talks && !upgraded {
+                SILENCE_TIMEOUT
+            } else if known.is_some() && self.guard.entry.owner.starved.is_waiting() {
+                STARVED_TIMEOUT
+            } else {
+                STILL_TIMEOUT
             };
             if now - sent.max(since) >= silence || now - since >= most {
                 return;

@@ -10,7 +10,8 @@ use tokio::{
 
 use super::{
     accept_queue::{
-        accept_all, into_socket, is_asked, let_in_handshakes, passed, queued, turn_away_handshakes,
+        accept_all, attach_syn_filter, can_empty_queue, detach_syn_filter, into_socket, passed,
+        queued,
     },
     io::GracefulIo,
     linger, tracked,
@@ -34,7 +35,7 @@ const LAST_ACCEPTS: Duration = Duration::from_millis(100);
 const HANDSHAKE: Duration = Duration::from_millis(5);
 
 /// How long a listener keeps accepting if its queue cannot be emptied, because it is not tokio's.
-const UNASKED: Duration = Duration::from_millis(60);
+const OTHER_LISTENER_ACCEPTS: Duration = Duration::from_millis(60);
 
 /// The interval at which a listener that waits for file descriptors tries again.
 const TRY_AGAIN: Duration = Duration::from_millis(5);
@@ -204,15 +205,15 @@ impl<L: Listener> GracefulListener<L> {
         let io = GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::io));
         if self.was_starved && io.is_cut() {
             // The cut closed other connections, and so freed the descriptor for this one.
-            self.graceful.shared().starved.were_reset(1);
+            self.graceful.shared().starved.count_reset(1);
         }
         io
     }
 
     /// Keeps new handshakes from beginning, unless another process may accept from the socket. Returns
     /// whether the filter was attached.
-    fn turn_away(&self, listener: &dyn Any) -> bool {
-        !self.is_passed && turn_away_handshakes(listener)
+    fn attach_filter(&self, listener: &dyn Any) -> bool {
+        !self.is_passed && attach_syn_filter(listener)
     }
 
     /// Closes a shared listener without emptying the queue, which the next process accepts from.
@@ -244,19 +245,19 @@ impl<L: Listener> GracefulListener<L> {
         if want.is_some() {
             self.was_starved = true;
             // The wait for descriptors may be long, and new connections must not be dropped that long.
-            let_in_handshakes(&*socket);
-            starved.begins(&socket);
+            detach_syn_filter(&*socket);
+            starved.add_waiting(&socket);
             self.socket = Some(socket);
             self.closing = Closing::Starved;
             self.close_idle();
-        } else if !filtered && self.turn_away(&*socket) {
+        } else if !filtered && self.attach_filter(&*socket) {
             self.closing = Closing::At(Instant::now() + HANDSHAKE);
             self.socket = Some(socket);
         } else {
             if filtered {
-                let_in_handshakes(&*socket);
+                detach_syn_filter(&*socket);
             }
-            starved.ends(&socket, true);
+            starved.remove_waiting(&socket, true);
             self.socket = None;
         }
     }
@@ -306,9 +307,12 @@ impl<L: Listener> GracefulListener<L> {
     fn give_up(&mut self) {
         if let Some(socket) = self.socket.take() {
             if matches!(self.closing, Closing::At(_)) {
-                let_in_handshakes(&*socket);
+                detach_syn_filter(&*socket);
             }
-            self.graceful.shared().starved.ends(&socket, false);
+            self.graceful
+                .shared()
+                .starved
+                .remove_waiting(&socket, false);
             events::queue_given_up();
         }
     }
@@ -323,7 +327,7 @@ impl<L: Listener> GracefulListener<L> {
         }
         let listener = self.listener.take();
         if let Some(socket) = listener.and_then(|listener| into_socket(listener, self.is_passed)) {
-            self.graceful.shared().starved.abandons(socket);
+            self.graceful.shared().starved.close_unserved(socket);
         }
     }
 
@@ -357,10 +361,10 @@ async fn close_due(
 impl<L: Listener> Drop for GracefulListener<L> {
     fn drop(&mut self) {
         if let (Some(listener), Closing::At(_)) = (&self.listener, &self.closing) {
-            let_in_handshakes(listener);
+            detach_syn_filter(listener);
         }
         if self.was_starved {
-            self.graceful.shared().starved.were_reset(self.last.len());
+            self.graceful.shared().starved.count_reset(self.last.len());
         }
         self.abandon();
         self.give_up();
@@ -383,7 +387,7 @@ impl<L: Listener> Listener for GracefulListener<L> {
             shared.connections.listener_opened(self.shared.is_some());
             if let Some(listener) = &self.listener {
                 // A killed process may have left its filter on the socket.
-                let_in_handshakes(listener);
+                detach_syn_filter(listener);
             }
         }
         loop {
@@ -408,7 +412,7 @@ impl<L: Listener> Listener for GracefulListener<L> {
                     } else {
                         None
                     };
-                    if accepted.is_none() && !self.is_passed && turn_away_handshakes(listener) {
+                    if accepted.is_none() && !self.is_passed && attach_syn_filter(listener) {
                         self.closing = Closing::At(Instant::now() + HANDSHAKE);
                         continue;
                     }
@@ -416,7 +420,7 @@ impl<L: Listener> Listener for GracefulListener<L> {
                 }
                 Closing::At(instant) => time::timeout_at(instant, listener.accept()).await.ok(),
                 Closing::No | Closing::Unused | Closing::Starved | Closing::Done => {
-                    let asked = is_asked(listener);
+                    let asked = can_empty_queue(listener);
                     if asked && self.shared.is_some() && self.graceful.phase() > Phase::Serving {
                         self.leave();
                         continue;
@@ -437,8 +441,10 @@ impl<L: Listener> Listener for GracefulListener<L> {
                         }
                         // The same future is polled on, because it may be in the middle of a handshake.
                         None => {
-                            self.closing = Closing::At(now + UNASKED);
-                            time::timeout_at(now + UNASKED, accept).await.ok()
+                            self.closing = Closing::At(now + OTHER_LISTENER_ACCEPTS);
+                            time::timeout_at(now + OTHER_LISTENER_ACCEPTS, accept)
+                                .await
+                                .ok()
                         }
                     }
                 }

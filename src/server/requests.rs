@@ -10,7 +10,7 @@ use http::{Method, StatusCode};
 
 use super::ConnectionEntry;
 use crate::connection::{
-    flags::{LOOKED_AT, UPGRADES, WATCHED},
+    flags::{INSPECTED, UPGRADES, WATCHED},
     outside::Window,
     requests::{Known, is_http1, parse},
 };
@@ -25,27 +25,27 @@ const MOST_REQUESTS: u8 = 32;
 #[cold]
 #[inline(never)]
 pub(super) fn read(entry: &ConnectionEntry, read: &[u8]) {
-    look(entry, |known| known.read(entry, read));
+    inspect(entry, |known| known.read(entry, read));
 }
 
 /// Inspects bytes that are about to be written.
 #[cold]
 #[inline(never)]
 pub(super) fn wrote(entry: &ConnectionEntry, written: &[u8]) {
-    look(entry, |known| known.wrote(entry, written));
+    inspect(entry, |known| known.wrote(entry, written));
 }
 
-/// Calls `look` with what is known about the connection. If `look` returns false, the connection is no
+/// Calls `inspect` with what is known about the connection. If `inspect` returns false, the connection is no
 /// longer inspected.
-fn look(entry: &ConnectionEntry, look: impl FnOnce(&mut Known) -> bool) {
+fn inspect(entry: &ConnectionEntry, inspect: impl FnOnce(&mut Known) -> bool) {
     let requests = &entry.owner.requests;
-    // `look` may log, so the lock is not held.
+    // `inspect` may log, so the lock is not held.
     let mut known = requests.take(entry.number()).unwrap_or_default();
-    if look(&mut known) {
+    if inspect(&mut known) {
         requests.put(entry.number(), known);
     } else {
         known.end(entry);
-        entry.flags.take(LOOKED_AT);
+        entry.flags.take(INSPECTED);
     }
 }
 

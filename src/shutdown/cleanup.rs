@@ -119,7 +119,7 @@ impl Shared {
     }
 
     async fn join_workers(&self, deadline: Instant) {
-        let workers = self.work.dismiss();
+        let workers = self.work.take_workers();
         if workers.is_empty() {
             return;
         }
@@ -161,7 +161,7 @@ impl Shared {
 
     /// Aborts what is left when the service has stopped without a cleanup.
     pub(super) fn give_up_work(&self) {
-        for (_, worker) in self.work.dismiss() {
+        for (_, worker) in self.work.take_workers() {
             worker.abort();
         }
         drop(self.work.take(TaskKind::LameDuck));

@@ -47,7 +47,7 @@ impl Shared {
         let listeners = self.connections.listeners();
         // Without a listener of this crate it is unknown when connections are accepted, so there is
         // nothing to wait for.
-        if listeners.so_far > 0 && shutdown.cut.is_none() && !self.has_moved() {
+        if listeners.so_far > 0 && shutdown.cut.is_none() && !self.has_handed_over() {
             // A listener closes soon after its task has run. On an overloaded machine the task may
             // run late.
             let mut last_accepts = begun + MOST_UNREAD;

@@ -180,7 +180,7 @@ impl Lifecycle {
 
     /// Whether the next process has taken over: the listeners are shared with it, every listener of
     /// this process has closed, and no connection is left. No request can arrive any more.
-    fn has_moved(&self) -> bool {
+    fn has_handed_over(&self) -> bool {
         let listeners = self.connections.listeners();
         let none_accepts = listeners.so_far > 0 && listeners.open == 0;
         none_accepts && self.shares_listeners() && self.connections.len() == 0

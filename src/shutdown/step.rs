@@ -133,8 +133,8 @@ impl Shared {
             over
         } else if nothing_serves {
             Reason::EveryServerEnded
-        } else if self.has_moved() {
-            Reason::Moved
+        } else if self.has_handed_over() {
+            Reason::HandedOver
         } else if now < ask_all_at {
             return Step::Until(ask_all_at);
         } else {
@@ -217,7 +217,7 @@ impl Shared {
         let until = shutdown.ends(Phase::Closing).unwrap_or(now);
         if closed {
             let reason = if shutdown.closing_stage == ClosingStage::Servers {
-                Reason::LetGo
+                Reason::CutWorkGivenUp
             } else if shutdown.cut.is_some() {
                 Reason::Cut
             } else {
@@ -237,7 +237,7 @@ impl Shared {
                 if servers > 0 && now < dropped {
                     Step::Until(dropped)
                 } else {
-                    Step::To(Phase::Stopped, Reason::LetGo)
+                    Step::To(Phase::Stopped, Reason::CutWorkGivenUp)
                 }
             } else {
                 Step::Until(until)

@@ -54,7 +54,7 @@ impl Subject for Shared {
         weak.upgrade()
     }
 
-    fn look(&self) -> Option<Box<dyn FnOnce() + Send>> {
+    fn take_due_steps(&self) -> Option<Box<dyn FnOnce() + Send>> {
         self.driver_waker.looks();
         self.driver_waker.wake_driver();
         let (_, update) = self.step_by(By::Control, |_, _| ());
@@ -62,7 +62,7 @@ impl Subject for Shared {
     }
 
     #[cfg(feature = "signal")]
-    fn hear(&self, trigger: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
+    fn on_signal(&self, trigger: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
         {
             let mut state = self.state();
             if state.clock == Clock::Tokio {

@@ -35,7 +35,13 @@ impl Window {
         };
         let has_admitted = || shared.has_admitted();
         let clear_admitted = || shared.clear_admitted();
-        (shared.outside).open(request, noise(shared), served, has_admitted, clear_admitted)
+        (shared.outside).open(
+            request,
+            unadmitted_answers(shared),
+            served,
+            has_admitted,
+            clear_admitted,
+        )
     }
 
     /// Closes the window when the response goes out, and records the result.
@@ -45,7 +51,7 @@ impl Window {
         shared.outside.close(self, |before| {
             succeeds
                 && !shared.has_admitted()
-                && before == noise(shared)
+                && before == unadmitted_answers(shared)
                 && shared.phase() < Phase::Draining
         });
         shared.warn_of_outside();
@@ -60,7 +66,7 @@ impl Window {
 
 /// The number of requests that were answered without an admission: by probes, or with a refusal by
 /// the layer.
-fn noise(shared: &Shared) -> usize {
+fn unadmitted_answers(shared: &Shared) -> usize {
     let refusals = shared.refusals();
     shared.outside.probes() + refusals.draining + refusals.full
 }

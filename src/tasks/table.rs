@@ -211,7 +211,7 @@ impl Work {
 
     /// Registers a worker that `spawn` starts. Returns false if workers are no longer accepted. The
     /// worker must wait for its key, and must not begin without it.
-    pub(crate) fn employ(
+    pub(crate) fn add_worker(
         &self,
         name: Name,
         spawn: impl FnOnce(oneshot::Receiver<usize>) -> JoinHandle<()>,
@@ -231,7 +231,7 @@ impl Work {
     }
 
     /// Takes the handles of the workers that have not ended. From now on no worker is accepted.
-    pub(crate) fn dismiss(&self) -> Vec<(usize, JoinHandle<()>)> {
+    pub(crate) fn take_workers(&self) -> Vec<(usize, JoinHandle<()>)> {
         let mut list = lock!(self.list);
         list.workers_closed = true;
         std::mem::take(&mut list.workers).into_iter().collect()

@@ -13,7 +13,7 @@ use tokio::time;
 use crate::{
     connection::{
         directive::Directive,
-        flags::{OWES_NOTHING, RESPONDED, UPGRADES},
+        flags::{MAY_DROP, RESPONDED, UPGRADES},
         outside::Window,
     },
     middleware::connection_close,
@@ -75,7 +75,7 @@ impl Owner {
         if self.0.sniffer.has_ended()
             && shared.phase() > Phase::Serving
             && self.0.state.directive() < Directive::Cut
-            && !self.0.flags.has(OWES_NOTHING)
+            && !self.0.flags.has(MAY_DROP)
         {
             shared.connections.half_closed();
         }

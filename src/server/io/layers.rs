@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::GracefulIo;
 use crate::{
-    connection::{directive::Directive, flags::LOOKED_AT},
+    connection::{directive::Directive, flags::INSPECTED},
     server::{ConnectionEntry, entry_guard::EntryGuard, requests},
 };
 
@@ -12,7 +12,7 @@ impl<I: 'static> GracefulIo<I> {
     /// Wraps the IO that a handshake has returned, as the next layer of the connection.
     pub(in crate::server) fn above(io: I, entry: &Arc<ConnectionEntry>) -> Self {
         requests::end(entry);
-        entry.flags.set(LOOKED_AT);
+        entry.flags.set(INSPECTED);
         let layer = entry.sniffer.begin_layer();
         Self::with_entry(io, None, layer, EntryGuard::share(entry))
     }
@@ -26,7 +26,7 @@ impl<I: 'static> GracefulIo<I> {
     #[cfg(feature = "signal")]
     pub(in crate::server) fn begin_serving(&mut self) -> Arc<ConnectionEntry> {
         self.activity.is_owned();
-        self.guard.entry.flags.take(LOOKED_AT);
+        self.guard.entry.flags.take(INSPECTED);
         self.guard.entry.sniffer.listen();
         Arc::clone(&self.guard.entry)
     }

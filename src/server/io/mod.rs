@@ -10,7 +10,7 @@ use std::{fmt, net::SocketAddr};
 use self::heads::Heads;
 use super::{
     entry_guard::EntryGuard,
-    linger::{FAREWELL, Last, Written},
+    linger::{CLOSING_BYTES, Last, Written},
     requests,
     send_queue::{self, unacknowledged},
     socket::{has_unread, reset, tcp},
@@ -19,7 +19,7 @@ use crate::{
     connection::{
         descriptors::Activity,
         directive::Directive,
-        flags::{BODILESS, LOOKED_AT, RESPONDED, UPGRADED, UPGRADES},
+        flags::{BODILESS, INSPECTED, RESPONDED, UPGRADED, UPGRADES},
         wakers::RegisteredWaker,
     },
     handle::graceful::Graceful,
@@ -63,7 +63,7 @@ pub struct GracefulIo<I: 'static> {
     writing: Writing,
     heads: Heads,
     /// The number of bytes written while the service stops. Saturates at 255, which is more than
-    /// `FAREWELL`.
+    /// `CLOSING_BYTES`.
     written_late: u8,
     /// Shows whether the connection is idle, when a listener needs its file descriptor.
     activity: Activity,
@@ -100,7 +100,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
         let Some(io) = self.io.take() else { return };
         let is_top = self.is_top();
         let entry = &self.guard.entry;
-        if is_top && entry.flags.has(LOOKED_AT) {
+        if is_top && entry.flags.has(INSPECTED) {
             requests::end(entry);
         }
         if is_top && entry.flags.has(UPGRADES) {
@@ -121,7 +121,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
         let directive = entry.state.directive();
         if directive == Directive::Cut {
             let left = tcp(&io).and_then(unacknowledged).unwrap_or(0);
-            if left > FAREWELL || entry.flags.has(RESPONDED) {
+            if left > CLOSING_BYTES || entry.flags.has(RESPONDED) {
                 entry.undelivered.store(left, Ordering::Relaxed);
             }
             // The peer must not take a partial response for a complete one.
@@ -139,7 +139,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
             _ => false,
         };
         if never_read && has_unread(&io) {
-            entry.owner.starved.were_reset(1);
+            entry.owner.starved.count_reset(1);
         }
         // While serving, a peer that has closed first waits for nothing more.
         let leaves = match self.peer {

@@ -12,12 +12,12 @@ use super::{GracefulIo, Peer, Writing, present};
 use crate::{
     connection::{
         directive::Directive,
-        flags::{BUSY, HANDSHAKE, LOOKED_AT, RESPONDED},
+        flags::{BUSY, HANDSHAKE, INSPECTED, RESPONDED},
         wakers::WakerSlot,
     },
     phase::Phase,
     server::{
-        linger::{FAREWELL, Written},
+        linger::{CLOSING_BYTES, Written},
         requests,
         send_queue::unacknowledged,
         socket::{read_now, tcp},
@@ -80,7 +80,7 @@ impl<I: 'static> GracefulIo<I> {
         };
         let responded = entry.flags.has(RESPONDED);
         let owes = match self.io.as_ref().and_then(tcp).and_then(unacknowledged) {
-            Some(left) => left > if responded { 0 } else { FAREWELL },
+            Some(left) => left > if responded { 0 } else { CLOSING_BYTES },
             None => responded,
         };
         // Without `linger` the IO is no socket, and its protocol is unknown.
@@ -94,7 +94,7 @@ impl<I: 'static> GracefulIo<I> {
         }
         let bytes = u8::try_from(bytes).unwrap_or(u8::MAX);
         self.written_late = self.written_late.saturating_add(bytes);
-        if self.guard.entry.sniffer.is_http1() || u32::from(self.written_late) > FAREWELL {
+        if self.guard.entry.sniffer.is_http1() || u32::from(self.written_late) > CLOSING_BYTES {
             self.guard.entry.flags.set(RESPONDED);
         }
     }
@@ -116,7 +116,7 @@ impl<I: 'static> GracefulIo<I> {
             this.guard.entry.sniffer.note_write();
         }
         let directive = this.enter(WakerSlot::Write, cx)?;
-        if is_top && this.guard.entry.flags.has(LOOKED_AT) {
+        if is_top && this.guard.entry.flags.has(INSPECTED) {
             // Before the write, because the client may send the next request right after it.
             requests::wrote(&this.guard.entry, head);
         }
@@ -200,7 +200,7 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 return result;
             }
             this.activity.read(read);
-            if entry.flags.has(LOOKED_AT) {
+            if entry.flags.has(INSPECTED) {
                 requests::read(entry, read);
             }
             let is_probe = || directive > Directive::Stay && entry.owner.is_probe(path(read));
