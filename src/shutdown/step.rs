@@ -156,11 +156,11 @@ impl Shared {
         }
         if let (true, Some(since)) = (shared, shutdown.closes_since) {
             // A request may arrive before the task of its connection has noticed that it is to close,
-            // and is still served. Tasks of other servers do not say when they have noticed; there,
-            // no such request can arrive once every connection has a request in flight.
+            // and is still served. Tasks of other servers do not say when they have noticed. There, no
+            // such request can arrive once every connection has a request in flight.
             let until = shutdown.drain_until.min(since + MOST_UNREAD);
             let waits = || {
-                self.connections.has_unnotified() || self.connections.unowned() > self.in_flight()
+                self.connections.has_unnotified() || self.connections.may_be_idle(self.in_flight())
             };
             if now < until && waits() {
                 return Step::Until(until.min(now + LOOK));

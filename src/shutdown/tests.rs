@@ -829,3 +829,25 @@ async fn the_connections_of_a_shared_listener_that_have_noticed_the_close_are_no
     assert!(stop.phase() > Phase::LameDuck);
     stop.leave(&entry);
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_streams_of_an_http2_connection_do_not_hide_an_idle_connection_of_a_shared_listener() {
+    let mut stop = Stop::new(300, 5000, |it| it.shared_listener(true));
+    stop.listen();
+    let [http2, idle] = [stop.connect_and_read(), stop.connect_and_read()];
+    http2
+        .sniffer
+        .note(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", || true);
+    // As many requests as connections, all of them on one connection.
+    let permits = [(); 2].map(|()| stop.shared().admission().admit().unwrap());
+    stop.terminate();
+    stop.close_listener();
+    stop.at(400).await;
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    stop.leave(&idle);
+    // The task of the other connection may not have noticed either, but it is not waited for without end.
+    stop.at(1400).await;
+    assert_eq!(stop.phase(), Phase::Draining);
+    drop(permits);
+    stop.leave(&http2);
+}
