@@ -1,14 +1,19 @@
 //! Requests that arrive together with the signal.
 
 use std::{
-    io, thread,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
 use crate::{
     Test,
     client::{Connection, Response},
-    process::Server,
+    process::{Server, wait_for},
     server::Form,
 };
 
@@ -103,15 +108,17 @@ fn connection_per_request(form: Form) {
     for keep in BOTH {
         let mut server = Server::start(form, &["delay=100", keep]);
         let address = server.address;
+        let answered: Arc<[AtomicUsize; 16]> = Arc::default();
         let clients: Vec<_> = (0..16)
-            .map(|_| {
+            .map(|client| {
+                let answered = Arc::clone(&answered);
                 thread::spawn(move || {
-                    let mut answers = 0;
                     loop {
+                        let answers = answered[client].load(Relaxed);
                         let begun = Instant::now();
                         let mut connection = match Connection::try_open(address) {
                             Ok(connection) => connection,
-                            Err(error) if not_connected(&error) => return answers,
+                            Err(error) if not_connected(&error) => return,
                             Err(error) => panic!("after {answers} answers: {error}"),
                         };
                         let sent = connection.try_send(GET.as_bytes());
@@ -119,19 +126,20 @@ fn connection_per_request(form: Form) {
                         let answer = sent.and_then(|()| connection.try_response("GET"));
                         if prompt || answer.is_ok() {
                             assert_answered(&answer, answers);
-                            answers += 1;
+                            answered[client].fetch_add(1, Relaxed);
                         }
                     }
                 })
             })
             .collect();
-        thread::sleep(Duration::from_millis(200));
+        wait_for("ten answers of each client", || {
+            answered.iter().all(|answers| answers.load(Relaxed) > 10)
+        });
         server.terminate();
         for client in clients {
-            let answers = client
+            client
                 .join()
                 .unwrap_or_else(|lost| std::panic::resume_unwind(lost));
-            assert!(answers > 10);
         }
         server.exit().assert_clean();
     }

@@ -20,7 +20,7 @@ use crate::{
             RST_STREAM, SETTINGS, WINDOW_UPDATE, frame, request,
         },
     },
-    process::{BOUND, Server, wait_for},
+    process::{BOUND, Server, soon, wait_for},
     server::Form,
 };
 
@@ -375,7 +375,7 @@ fn wait_for_counts(server: &Server, connections: usize, in_flight: usize, what: 
 #[track_caller]
 fn nothing_but(server: &Server, connections: usize, in_flight: usize, what: &str) -> Duration {
     let took = wait_for_counts(server, connections, in_flight, what);
-    assert!(took < SOON, "{what}: {took:?}");
+    assert!(took < soon(SOON), "{what}: {took:?}");
     took
 }
 

@@ -2,7 +2,12 @@
 
 use std::{io::Write, net::Shutdown, time::Duration};
 
-use crate::{Test, client::Connection, process::Server, server::Form};
+use crate::{
+    Test,
+    client::Connection,
+    process::{Server, soon},
+    server::Form,
+};
 
 pub(crate) const TESTS: &[Test] = &[
     (
@@ -55,7 +60,7 @@ fn counts_bodies(form: Form) {
     while connection.line().unwrap() != "chunk 3" {
         assert_eq!(server.in_flight(), 1);
     }
-    let most = Duration::from_millis(200) + SOON;
+    let most = Duration::from_millis(200) + soon(SOON);
     assert!(
         server.wait_for_in_flight(0) < most,
         "the last chunk ends the body"
@@ -76,7 +81,7 @@ fn bodiless(form: Form) {
         ("HEAD", "/empty/204"),
     ] {
         connection.request(method, path);
-        assert!(server.wait_for_in_flight(0) < SOON, "{method} {path}");
+        assert!(server.wait_for_in_flight(0) < soon(SOON), "{method} {path}");
     }
     server.terminate();
     server.exit().assert_clean();
@@ -88,7 +93,7 @@ fn panics(form: Form) {
         for _ in 0..5 {
             let response = server.connect().try_request("GET", path);
             assert!(response.is_err(), "{response:?}");
-            assert!(server.wait_for_in_flight(0) < SOON, "{path}");
+            assert!(server.wait_for_in_flight(0) < soon(SOON), "{path}");
         }
     }
     server.get("/").assert_ok();
@@ -107,7 +112,7 @@ fn clients_gone(form: Form) {
             server.wait_for_in_flight(1);
             leave(connection, reset);
             let took = server.wait_for_in_flight(0);
-            assert!(took < SOON, "{path}, reset {reset}: {took:?}");
+            assert!(took < soon(SOON), "{path}, reset {reset}: {took:?}");
         }
     }
     server.terminate();

@@ -14,7 +14,7 @@ use crate::{
         frames::{self, DATA, END_STREAM, Frame, GOAWAY, HEADERS, RST_STREAM},
         http2,
     },
-    process::{Server, wait_for},
+    process::{Server, soon, wait_for},
     server::Form,
 };
 
@@ -134,7 +134,10 @@ fn waited_for(form: Form) {
         server.terminate();
         let close = peer.read();
         let closed = server.elapsed();
-        assert!(closed >= MS(1000) && closed < MS(1000) + SOON, "{closed:?}");
+        assert!(
+            closed >= MS(1000) && closed < MS(1000) + soon(SOON),
+            "{closed:?}"
+        );
         assert_eq!(close, (CLOSE, peer::close(code, "deploy")));
         server.expect_line("the socket is notified");
         server.until(MS(1700));
@@ -211,7 +214,7 @@ fn stubborn(form: Form) {
     assert_eq!(peer.read().0, CLOSE);
     server.expect_line("the handler is gone");
     let gone = server.elapsed();
-    assert!(gone >= MS(3900) && gone < MS(4000) + SOON, "{gone:?}");
+    assert!(gone >= MS(3900) && gone < MS(4000) + soon(SOON), "{gone:?}");
     server.expect_line("db begins");
     server.expect_line("db is over");
     let exit = server.exit();
@@ -230,7 +233,7 @@ fn reset(form: Form) {
     leave(&serving);
     drop(serving);
     let took = server.wait_for_in_flight(1);
-    assert!(took < SOON, "{took:?}");
+    assert!(took < soon(SOON), "{took:?}");
     server.terminate();
     assert_eq!(draining.read().0, CLOSE);
     leave(&draining);
@@ -240,7 +243,7 @@ fn reset(form: Form) {
     server.expect_line("the socket is closed: false");
     // The handler ends before the timeout of the close is over.
     let took = gone.elapsed();
-    assert!(took < SOON, "{took:?}");
+    assert!(took < soon(SOON), "{took:?}");
     let exit = server.exit();
     exit.assert_clean();
     exit.assert_within(Duration::ZERO, MS(500));
@@ -294,7 +297,10 @@ fn last_event(form: Form) {
     for (stream, least) in &mut streams {
         assert_ended(&stream.chunks().unwrap(), *least);
         let ended = server.elapsed();
-        assert!(ended >= MS(1000) && ended < MS(1000) + SOON, "{ended:?}");
+        assert!(
+            ended >= MS(1000) && ended < MS(1000) + soon(SOON),
+            "{ended:?}"
+        );
     }
     let exit = server.exit();
     exit.assert_clean();
@@ -311,7 +317,11 @@ fn finite(form: Form) {
     let download = server.get_in_background("/stream/25/100");
     server.terminate();
     assert_ended(&events.chunks().unwrap(), 1);
-    assert!(server.elapsed() < MS(300) + SOON, "{:?}", server.elapsed());
+    assert!(
+        server.elapsed() < MS(300) + soon(SOON),
+        "{:?}",
+        server.elapsed()
+    );
     assert!(!download.is_finished());
     let download = download.join().unwrap();
     let ended = server.elapsed();
@@ -331,7 +341,7 @@ fn comes_back(form: Form) {
     // The client retries on the same connection, which is closed, or refuses.
     match events.try_request("GET", "/sse/20") {
         Ok(response) => assert_eq!(response.status, 503, "{response:?}"),
-        Err(error) => assert!(server.elapsed() < MS(300) + SOON, "{error}"),
+        Err(error) => assert!(server.elapsed() < MS(300) + soon(SOON), "{error}"),
     }
     // The client reconnects repeatedly until the listener is closed.
     let (address, asked) = (server.address, Instant::now());
@@ -402,7 +412,7 @@ fn spread(form: Form) {
     for (time, share) in [(250, 10..=40), (500, 35..=65), (750, 60..=90)] {
         assert!(share.contains(&by(MS(time))), "by {time} ms: {ends:?}");
     }
-    assert!(ends[SUBSCRIBERS - 1] < MS(1000) + SOON, "{ends:?}");
+    assert!(ends[SUBSCRIBERS - 1] < MS(1000) + soon(SOON), "{ends:?}");
     let exit = server.exit();
     exit.assert_clean();
     exit.assert_within(MS(1000), MS(1900));
