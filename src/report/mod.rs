@@ -110,7 +110,7 @@ pub enum Outcome {
     /// - work was still in flight when the drain deadline passed, or when a further SIGINT cut the
     ///   drain short;
     /// - a response had not been received by its client at that time;
-    /// - a connection or a server did not end in time;
+    /// - a connection was open at that time, or a server did not end even after the cut;
     /// - a worker did not end in time;
     /// - connections were reset in a listener's queue ([`Remaining::queued`]);
     /// - a request was dropped because its client had closed its writing side

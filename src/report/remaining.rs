@@ -4,8 +4,8 @@ use std::{fmt, net::SocketAddr, time::Duration};
 
 use http::Method;
 
-/// What was open when the cut came, and what was lost without a cut. All zero after a clean
-/// shutdown.
+/// What was open when the cut came or did not end because of it, and what was lost without a cut. All
+/// zero after a clean shutdown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
@@ -16,7 +16,9 @@ pub struct Remaining {
     pub holds: usize,
     /// Tracked connections, upgraded ones included.
     pub connections: usize,
-    /// Servers passed to [`Graceful::run`](crate::Graceful::run) that had not ended.
+    /// Servers, of [`Graceful::serve`](crate::Graceful::serve) or passed to
+    /// [`Graceful::run`](crate::Graceful::run), that did not end even after their connections had been
+    /// cut, and were dropped.
     pub servers: usize,
     /// [Workers](crate::Graceful::worker) that were cut at the end of
     /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout).

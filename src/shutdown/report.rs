@@ -52,17 +52,7 @@ impl Shutdown {
         let open = left().filter(|left| !left.lingered()).count();
         let pieces = cut.map_or(0, |cut| cut.pieces.min(open));
         let requests_cut = owing(true) + owing(false).max(pieces).max(remaining.requests);
-        let nothing_else =
-            remaining.requests == 0 && remaining.holds == 0 && remaining.connections == 0;
-        let closed = self
-            .cleanup
-            .as_ref()
-            .map_or(reason, |cleanup| cleanup.after);
-        if nothing_else && cut.is_some_and(|cut| cut.skipped) && matches!(closed, Reason::Cut) {
-            // The signal only shortened the wait for the servers. All of them have ended since, and
-            // nothing else was cut.
-            remaining.servers = 0;
-        }
+        remaining.servers = self.servers_left;
         remaining.queued = self.queued;
         remaining.half_closed = half_closed;
         remaining.workers = tasks.iter().filter(|task| task.is_cut_worker()).count();

@@ -174,6 +174,8 @@ pub(crate) struct Shutdown {
     pub(crate) cleans_up: bool,
     /// The number of connections that were reset in the queues of listeners.
     pub(crate) queued: usize,
+    /// The number of servers that had not ended when `run` was told to drop them.
+    pub(crate) servers_left: usize,
     #[cfg(feature = "signal")]
     pub(crate) last_interrupt: Option<Instant>,
 }
@@ -202,8 +204,6 @@ pub(crate) struct Cut {
     /// The connections that were open at the cut. Whether one of them lost data is known only after
     /// it has closed.
     pub(crate) connections: Vec<OpenAtCut<Shared>>,
-    /// The cut was caused by a signal while the connections were being closed, not by a deadline.
-    pub(crate) skipped: bool,
 }
 
 /// The cleanup: the workers are joined, and then the cleanup steps run.
@@ -251,6 +251,7 @@ impl Shutdown {
             in_flight: 0,
             cleans_up: false,
             queued: 0,
+            servers_left: 0,
             #[cfg(feature = "signal")]
             last_interrupt: None,
         }
@@ -270,6 +271,13 @@ impl Shutdown {
             }
             (Phase::Serving | Phase::Stopped, _) => None,
         }
+    }
+
+    /// Tells `run` to drop the servers that have not ended.
+    pub(super) fn drop_servers(&mut self, servers: usize) {
+        self.closing_stage = ClosingStage::Servers;
+        // Those that have been dropped since the first call are no longer in `servers`.
+        self.servers_left = self.servers_left.max(servers);
     }
 
     /// Tells the servers to close their connections.

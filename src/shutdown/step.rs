@@ -81,7 +81,7 @@ impl Shared {
             let step = match phase {
                 Phase::Serving => Step::To(Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
                 Phase::LameDuck => self.settle_lame_duck(shutdown, nothing_serves, now),
-                Phase::Draining => self.settle_draining(shutdown, servers, now),
+                Phase::Draining => self.settle_draining(shutdown, now),
                 Phase::Closing if shutdown.cleanup.is_some() => {
                     settle_cleanup(shutdown, driver_gone, now)
                 }
@@ -89,7 +89,7 @@ impl Shared {
                 Phase::Stopped => return None,
             };
             if matches!(step, Step::To(Phase::Stopped, _)) {
-                shutdown.closing_stage = ClosingStage::Servers;
+                shutdown.drop_servers(servers);
                 // The connections that could close have closed, so file descriptors are free now.
                 shutdown.queued = self.starved.reset_queues();
             }
@@ -180,16 +180,16 @@ impl Shared {
         self.evidence.leaves_at(rules, self.policy.close_spread)
     }
 
-    fn settle_draining(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) -> Step {
+    fn settle_draining(&self, shutdown: &mut Shutdown, now: Instant) -> Step {
         if self.is_idle() {
             // The signal was meant for the phase that has just ended.
             shutdown.skip_phase = false;
             Step::To(Phase::Closing, Reason::Idle)
         } else if std::mem::take(&mut shutdown.skip_phase) {
-            self.cut(shutdown, servers, now);
+            self.cut(shutdown, now);
             Step::To(Phase::Closing, Reason::Signal)
         } else if now >= shutdown.drain_until {
-            self.cut(shutdown, servers, now);
+            self.cut(shutdown, now);
             Step::To(Phase::Closing, Reason::Deadline)
         } else if now < shutdown.close_idle_at {
             Step::Until(shutdown.close_idle_at)
@@ -230,7 +230,7 @@ impl Shared {
             return if skipped {
                 Step::To(Phase::Stopped, Reason::Signal)
             } else if now >= until {
-                shutdown.closing_stage = ClosingStage::Servers;
+                shutdown.drop_servers(servers);
                 // A server that owns its handlers drops them when it is dropped. This has to happen
                 // before the cleanup begins.
                 let dropped = instant_after(until, DROPPED);
@@ -244,10 +244,7 @@ impl Shared {
             };
         }
         if skipped || now >= until {
-            self.cut(shutdown, servers, now);
-            if let Some(cut) = &mut shutdown.cut {
-                cut.skipped = skipped;
-            }
+            self.cut(shutdown, now);
             return self.settle_closing(shutdown, servers, now);
         }
         let next = next_check.or_else(|| shutdown.expire(until, now));
@@ -327,7 +324,7 @@ impl Shared {
     }
 
     /// Cuts everything that is left, and records it for the report.
-    fn cut(&self, shutdown: &mut Shutdown, servers: usize, now: Instant) {
+    fn cut(&self, shutdown: &mut Shutdown, now: Instant) {
         let requests = self.settled_word().count();
         let given_up = GivenUp {
             // Listed after the count, so that no request that has ended since is named.
@@ -343,7 +340,6 @@ impl Shared {
                 requests,
                 holds: given_up.holds.len(),
                 connections: connections.len(),
-                servers,
                 ..Remaining::default()
             },
             // Read after the count of requests, so that a request that is no longer counted there
@@ -352,7 +348,6 @@ impl Shared {
             pieces: self.pieces(),
             given_up,
             connections,
-            skipped: false,
         });
     }
 }
