@@ -336,19 +336,25 @@ fn task(task: &Task) {
         return;
     };
     let name = &*task.name;
+    let error = match outcome {
+        TaskOutcome::Failed(error) | TaskOutcome::Panicked(error) => Some(&**error),
+        TaskOutcome::Done | TaskOutcome::EndedEarly | TaskOutcome::Cut | TaskOutcome::NotRun => {
+            None
+        }
+    };
     macro_rules! task_event {
-        ($level:ident, $error:expr) => {
+        ($level:ident) => {
             event!(
                 $level,
-                { kind = kind, name = name, outcome = &*outcome.to_string(), error = $error },
+                { kind = kind, name = name, outcome = &*outcome.to_string(), error = error },
                 "shutdown: {kind} {name}: {outcome}"
             )
         };
     }
-    match outcome {
-        TaskOutcome::Done => task_event!(info, ""),
-        TaskOutcome::Failed(error) | TaskOutcome::Panicked(error) => task_event!(warn, &**error),
-        TaskOutcome::EndedEarly | TaskOutcome::Cut | TaskOutcome::NotRun => task_event!(warn, ""),
+    if matches!(outcome, TaskOutcome::Done) {
+        task_event!(info);
+    } else {
+        task_event!(warn);
     }
 }
 

@@ -1,13 +1,15 @@
 //! The guide: one page for each question.
 //!
 //! This module has no items and is compiled for the documentation only. Each page is a file under
-//! `docs/`, and its programs are tests.
+//! `docs/`, and its programs are tests. The links before a page replace those at its end, which lead to files.
 
 #[doc = include_str!("../docs/timeline.svg")]
 #[doc = ""]
 #[doc = include_str!("../docs/sigterm.md")]
 pub mod sigterm {}
 
+#[doc = "[Without a load balancer]: one_machine"]
+#[doc = ""]
 #[doc = include_str!("../docs/numbers.md")]
 pub mod numbers {}
 
@@ -32,17 +34,26 @@ pub mod observability {}
 #[doc = include_str!("../docs/testing.md")]
 pub mod testing {}
 
+#[doc = "[WebSocket, SSE, streams, gRPC]: streams"]
+#[doc = ""]
 #[doc = include_str!("../docs/exit_codes.md")]
 pub mod exit_codes {}
 
+#[doc = "[WebSocket, SSE, streams, gRPC]: streams"]
+#[doc = ""]
 #[doc = include_str!("../docs/other_servers.md")]
 pub mod other_servers {}
 
+#[doc = "[WebSocket, SSE, streams, gRPC]: streams"]
+#[doc = ""]
 #[doc = include_str!("../docs/limits.md")]
 pub mod limits {}
 
 #[doc = include_str!("../docs/comparison.md")]
 pub mod comparison {}
 
+#[doc = "[Layer order]: layer_order"]
+#[doc = "[TLS and other handshakes]: tls"]
+#[doc = ""]
 #[doc = include_str!("../docs/migration.md")]
 pub mod migration {}

@@ -27,8 +27,9 @@ impl Graceful {
     /// Merge it, or nest it under any prefix, inside or outside the [layer](Self::layer). The layer
     /// never rejects requests to these two routes, and recognizes no other route as a probe,
     /// whatever its path. Outside the layer (merged after `.layer(…)`) the requests are not counted
-    /// either. Then axum's default 404 for unknown paths is outside the layer too. A fallback of
-    /// your own is inside or outside, depending on where you add it.
+    /// either. Then axum's default 404 for unknown paths is outside of all layers too, unless you merge
+    /// the other way round, as in `graceful.probes().merge(app)`. A fallback of your own is inside or
+    /// outside, depending on where you add it.
     ///
     /// If the layer wraps a whole router, as in
     /// `ServiceBuilder::new().layer(graceful.layer()).service(app)`, it cannot see routes. It then

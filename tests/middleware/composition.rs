@@ -525,6 +525,30 @@ async fn with_cors_outside_a_page_can_read_the_refusal_and_the_preflight_passes(
     graceful.stopped().await;
 }
 
+/// axum takes the answer to unknown paths from the router that is merged into the other one.
+#[tokio::test]
+async fn with_the_app_merged_into_the_probes_the_404_stays_inside_the_layers() {
+    for inside in [true, false] {
+        let graceful = graceful();
+        let layered = hello_at("/")
+            .layer(graceful.layer())
+            .layer(CorsLayer::permissive());
+        let app = if inside {
+            graceful.probes().merge(layered)
+        } else {
+            layered.merge(graceful.probes())
+        };
+        let unknown = Request::get("/unknown").body(Body::empty()).unwrap();
+        let response = app.clone().oneshot(unknown).await.unwrap();
+        assert_eq!(response.status(), StatusCode::NOT_FOUND);
+        assert_eq!(is_readable(&response), inside);
+        let ready = Request::get("/readyz").body(Body::empty()).unwrap();
+        let response = app.oneshot(ready).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        assert!(!is_readable(&response));
+    }
+}
+
 #[tokio::test]
 async fn with_cors_inside_the_refusal_is_hidden_from_the_page() {
     let (graceful, _busy) = draining(prompt());
