@@ -20,8 +20,6 @@
 //! and the model continues it. A stop that does not begin with a deletion is probed to its end.
 
 use std::{
-    collections::BTreeSet,
-    fmt,
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -30,26 +28,18 @@ use std::{
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
-    time::{MissedTickBehavior, interval, sleep, sleep_until},
+    time::{sleep, sleep_until},
 };
 
 use crate::{
     balancer::Balancer,
     instance::{Ended, Instance, Problem},
     load,
+    probes::{InARow, Lively, Probe},
 };
 
 /// How often a container is started again before the pod is given up.
 const MOST_RESTARTS: u32 = 3;
-
-#[derive(Clone, Debug)]
-pub(crate) struct Probe {
-    pub(crate) path: &'static str,
-    pub(crate) period: Duration,
-    pub(crate) timeout: Duration,
-    pub(crate) success_threshold: u32,
-    pub(crate) failure_threshold: u32,
-}
 
 #[derive(Clone, Debug)]
 pub(crate) enum Hook {
@@ -79,30 +69,6 @@ pub(crate) struct Status {
     pub(crate) restarts: u32,
 }
 
-/// The answers of the liveness probe.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Lively {
-    pub(crate) answered: u32,
-    /// Failures that were followed by an answer. At the end of a container the last probe is refused.
-    pub(crate) gaps: u32,
-    /// The phases that the answers name.
-    pub(crate) phases: BTreeSet<String>,
-    unanswered: u32,
-}
-
-impl fmt::Display for Lively {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let phases: Vec<_> = self.phases.iter().map(String::as_str).collect();
-        write!(
-            f,
-            "/livez answered {} times, in: {}; missing between two: {}",
-            self.answered,
-            phases.join(", "),
-            self.gaps
-        )
-    }
-}
-
 /// The end of a pod.
 #[derive(Debug)]
 pub(crate) struct Death {
@@ -116,6 +82,19 @@ pub(crate) struct Death {
     pub(crate) restarts: u32,
 }
 
+impl Death {
+    /// How long the container had not answered the liveness probe when it ended.
+    pub(crate) fn silence(&self) -> Duration {
+        self.lively.silence(self.ended.exited)
+    }
+
+    /// Whether the container answered the liveness probe after the signal, and until it ended.
+    pub(crate) fn was_lively(&self, probe: &Probe) -> bool {
+        let lively = &self.lively;
+        lively.phases.contains("lame duck") && lively.gaps == 0 && self.silence() <= probe.silence()
+    }
+}
+
 /// A running pod. Dropping it kills its container.
 #[derive(Debug)]
 pub(crate) struct Pod {
@@ -123,8 +102,16 @@ pub(crate) struct Pod {
     status: watch::Receiver<Status>,
     delete: Option<oneshot::Sender<()>>,
     kubelet: JoinHandle<Result<Death, Problem>>,
-    /// Ends of containers before the deletion, as text.
-    pub(crate) events: Arc<Mutex<Vec<String>>>,
+    /// Ends of containers before the deletion.
+    pub(crate) events: Arc<Mutex<Vec<Event>>>,
+}
+
+/// The end of a container that was started again.
+#[derive(Clone, Debug)]
+pub(crate) struct Event {
+    pub(crate) text: String,
+    /// How long the container had not answered the liveness probe when it ended.
+    pub(crate) silence: Duration,
 }
 
 impl Drop for Pod {
@@ -225,35 +212,12 @@ impl Pod {
     }
 }
 
-/// Equal results of a probe in a row.
-#[derive(Debug, Default)]
-struct InARow {
-    success: bool,
-    count: u32,
-}
-
-impl InARow {
-    /// Adds a result. Returns it if it takes effect.
-    fn add(&mut self, probe: &Probe, success: bool) -> Option<bool> {
-        if success != self.success {
-            *self = Self { success, count: 0 };
-        }
-        self.count += 1;
-        let threshold = if success {
-            probe.success_threshold
-        } else {
-            probe.failure_threshold
-        };
-        (self.count >= threshold).then_some(success)
-    }
-}
-
 #[derive(Debug)]
 struct Kubelet {
     spec: Spec,
     port: u16,
     status: watch::Sender<Status>,
-    events: Arc<Mutex<Vec<String>>>,
+    events: Arc<Mutex<Vec<Event>>>,
 }
 
 impl Kubelet {
@@ -288,23 +252,31 @@ impl Kubelet {
                         restarts,
                     });
                 }
-                status = container.wait() => format!("ended by itself, {}", status?),
+                status = container.wait() => {
+                    let (status, lively) = (status?, seen());
+                    let silence = lively.silence(Instant::now());
+                    Event { text: format!("ended by itself, {status}; {lively}"), silence }
+                }
                 failed = &mut watch => {
                     let (_, _, ended) = self.stop(&mut container, Instant::now()).await?;
                     let by = if ended.killed { "SIGKILL" } else { "SIGTERM" };
-                    format!(
-                        "stopped because its {failed} probe failed, ended after {by}, {}",
-                        ended.status
-                    )
+                    let lively = seen();
+                    let silence = lively.silence(ended.exited);
+                    let text = format!(
+                        "stopped because its {failed} probe failed, ended after {by}, {}; {lively}; no \
+                         answer in the last {:.2} s",
+                        ended.status,
+                        silence.as_secs_f64(),
+                    );
+                    Event { text, silence }
                 }
             };
-            let watched = format!("{watched}; {}", seen());
             let restarts = self.status.borrow().restarts + 1;
             if restarts > MOST_RESTARTS {
                 container.must_run("again and again").await?;
                 return Err(Problem(format!(
-                    "the container on port {} {watched}",
-                    self.port
+                    "the container on port {} {}",
+                    self.port, watched.text
                 )));
             }
             self.events
@@ -354,49 +326,38 @@ impl Kubelet {
             return "startup";
         }
         tokio::select! {
-            () = self.watch_liveness(lively) => "liveness",
+            () = self.watch_liveness(lively, false) => "liveness",
             never = self.watch_readiness() => match never {},
         }
     }
 
     async fn watch_to_the_end(&self, lively: &Mutex<Lively>) -> std::convert::Infallible {
-        tokio::join!(self.watch_readiness(), async {
-            loop {
-                self.watch_liveness(lively).await;
-            }
-        })
-        .0
+        tokio::join!(self.watch_readiness(), self.watch_liveness(lively, true)).0
     }
 
     /// Whether the startup probe succeeds.
     async fn starts(&self) -> bool {
         let probe = &self.spec.startup;
-        let (mut ticks, mut row) = (ticks(probe), InARow::default());
+        let (mut ticks, mut row) = (probe.ticks(), InARow::default());
         loop {
             ticks.tick().await;
-            if let Some(success) = row.add(probe, self.ask(probe).await.is_some()) {
+            if let Some(success) = row.add(probe, probe.ask(self.port).await.is_some()) {
                 return success;
             }
         }
     }
 
-    /// Returns when the liveness probe has failed.
-    async fn watch_liveness(&self, lively: &Mutex<Lively>) {
+    /// Returns when the liveness probe has failed, unless `goes_on`.
+    async fn watch_liveness(&self, lively: &Mutex<Lively>, goes_on: bool) {
         let probe = &self.spec.liveness;
-        let (mut ticks, mut row) = (ticks(probe), InARow::default());
+        let (mut ticks, mut row) = (probe.ticks(), InARow::default());
+        let seen = || lively.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             ticks.tick().await;
-            let answer = self.ask(probe).await;
-            let success = answer.is_some();
-            let mut lively = lively.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(text) = answer {
-                lively.answered += 1;
-                lively.gaps += std::mem::take(&mut lively.unanswered);
-                lively.phases.insert(text.trim().to_owned());
-            } else {
-                lively.unanswered += 1;
-            }
-            if row.add(probe, success) == Some(false) {
+            seen().asked();
+            let answer = probe.ask(self.port).await;
+            seen().add(answer.as_deref());
+            if row.add(probe, answer.is_some()) == Some(false) && !goes_on {
                 return;
             }
         }
@@ -404,10 +365,10 @@ impl Kubelet {
 
     async fn watch_readiness(&self) -> std::convert::Infallible {
         let probe = &self.spec.readiness;
-        let (mut ticks, mut row) = (ticks(probe), InARow::default());
+        let (mut ticks, mut row) = (probe.ticks(), InARow::default());
         loop {
             ticks.tick().await;
-            let success = self.ask(probe).await.is_some();
+            let success = probe.ask(self.port).await.is_some();
             if let Some(ready) = row.add(probe, success) {
                 self.status.send_if_modified(|status| {
                     let changes = status.ready != ready;
@@ -417,18 +378,4 @@ impl Kubelet {
             }
         }
     }
-
-    /// Sends a probe on a new connection, and returns the text of a success.
-    async fn ask(&self, probe: &Probe) -> Option<String> {
-        let answer = load::text(self.port, probe.path, probe.timeout).await;
-        let (status, text) = answer.ok()?;
-        (200..400).contains(&status.as_u16()).then_some(text)
-    }
-}
-
-/// The times of a probe. The first is now.
-fn ticks(probe: &Probe) -> tokio::time::Interval {
-    let mut ticks = interval(probe.period);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    ticks
 }

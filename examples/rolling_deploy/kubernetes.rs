@@ -20,8 +20,9 @@ use tokio::time::sleep;
 use crate::{
     balancer::Balancer,
     instance::{Problem, free_port},
-    kubelet::{Death, Hook, Pod, Probe, Spec},
+    kubelet::{Death, Hook, Pod, Spec},
     load::{Load, Paths, Tally},
+    probes::Probe,
 };
 
 /// In seconds. These are the defaults of this crate and of Kubernetes.
@@ -160,11 +161,12 @@ pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<bool, Problem> {
 fn summary(columns: &[Column]) -> String {
     let mut text = String::from(
         "| stops | longest | SIGTERM after the deletion | exit codes | killed | restarts | answers of /livez \
-         | missing between two |\n|---|---|---|---|---|---|---|---|\n",
+         | missing between two | missing at the end |\n|---|---|---|---|---|---|---|---|---|\n",
     );
     for column in columns {
         let deaths = &column.deaths;
         let longest = deaths.iter().map(|it| it.ended.exited - it.deleted).max();
+        let silence = deaths.iter().map(Death::silence).max();
         let signals = deaths.iter().map(|it| it.terminated - it.deleted);
         let codes: BTreeSet<_> = deaths.iter().map(|it| it.ended.status.code()).collect();
         let codes: Vec<_> = codes
@@ -174,7 +176,7 @@ fn summary(columns: &[Column]) -> String {
         let sum = |of: fn(&Death) -> u32| deaths.iter().map(of).sum::<u32>();
         let _ = writeln!(
             text,
-            "| {} | {:.2} s | {:.2} s to {:.2} s | {} | {} | {} | {} | {} |",
+            "| {} | {:.2} s | {:.2} s to {:.2} s | {} | {} | {} | {} | {} | {:.2} s |",
             column.title,
             longest.unwrap_or_default().as_secs_f64(),
             signals.clone().min().unwrap_or_default().as_secs_f64(),
@@ -184,19 +186,20 @@ fn summary(columns: &[Column]) -> String {
             sum(|it| it.restarts),
             sum(|it| it.lively.answered),
             sum(|it| it.lively.gaps),
+            silence.unwrap_or_default().as_secs_f64(),
         );
     }
     text
 }
 
-/// Whether no container was killed, restarted by a probe, or left a probe without an answer between two
-/// that it answered.
+/// Whether no container was killed or restarted by a probe, and each answered the liveness probe until it
+/// ended.
 fn went_well(column: &Column) -> bool {
     column.deaths.iter().all(|death| {
         death.ended.status.success()
             && !death.ended.killed
             && death.restarts == 0
-            && death.lively.gaps == 0
+            && death.was_lively(&column.pod.liveness)
             && death.hook != Some(false)
     })
 }

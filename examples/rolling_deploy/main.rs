@@ -38,6 +38,8 @@ mod load;
 #[cfg(unix)]
 mod options;
 #[cfg(unix)]
+mod probes;
+#[cfg(unix)]
 mod progress;
 #[cfg(unix)]
 mod verdict;
