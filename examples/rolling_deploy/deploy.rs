@@ -18,6 +18,10 @@ use crate::{
 /// The time of load before the first signal, and after the last stop.
 const AROUND: Duration = Duration::from_secs(1);
 
+/// How long the balancer may take longer than its checks to notice that an instance has ended. Only a busy
+/// machine needs it.
+const NOTICE: Duration = Duration::from_secs(5);
+
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) command: Vec<String>,
@@ -172,7 +176,16 @@ async fn stop(
     let mut noticed = None;
     if let Some(balancer) = balancer {
         // The address stays in the balancer's list until the balancer's own checks have failed.
+        let bound = (plan.check.interval + load::PROBE) * plan.check.fall + NOTICE;
         while balancer.is_up(old.port) {
+            if ended.exited.elapsed() > bound {
+                return Err(Problem(format!(
+                    "GET {} on port {} still succeeds, although the process that the command started has \
+                     ended. A service must not leave its process group (setsid), as it cannot outlive the \
+                     first process of its container.",
+                    plan.check.path, old.port
+                )));
+            }
             sleep(Duration::from_millis(10)).await;
         }
         noticed = balancer.down_since(old.port);

@@ -1,5 +1,6 @@
-//! One process of the service under test. It leads a process group of its own. When the instance is
-//! dropped, all remaining processes of the group are killed.
+//! One process of the service under test. It leads a process group of its own. As in a container, which ends
+//! with its first process, all remaining processes of the group are killed when the leader has ended. They are
+//! also killed when the instance is dropped.
 
 use std::{
     fmt,
@@ -54,6 +55,8 @@ pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
     /// Whether the process was killed because the grace period was over.
     pub(crate) killed: bool,
+    /// Whether other processes of the group were still running, and were killed.
+    pub(crate) left_behind: bool,
     pub(crate) output: String,
 }
 
@@ -152,6 +155,7 @@ impl Instance {
     /// Waits until the process has ended by itself.
     pub(crate) async fn wait(&mut self) -> Result<ExitStatus, Problem> {
         let status = self.child.wait().await;
+        let _ = killpg(self.group, Signal::SIGKILL);
         status.map_err(|error| Problem(format!("cannot wait for it: {error}")))
     }
 
@@ -171,9 +175,10 @@ impl Instance {
             self.child.wait().await
         };
         let exited = Instant::now();
+        let left_behind = !killed && killpg(self.group, Signal::SIGKILL).is_ok();
         let status = status.map_err(|error| Problem(format!("cannot wait for it: {error}")))?;
         for reader in self.readers.drain(..) {
-            // Processes that the service has started may still run and keep the pipe open.
+            // A process that has left the group may keep the pipe open.
             let _ = timeout(Duration::from_millis(500), reader).await;
         }
         let output = String::from_utf8_lossy(&self.kept()).into_owned();
@@ -182,6 +187,7 @@ impl Instance {
             exited,
             status,
             killed,
+            left_behind,
             output,
         })
     }

@@ -291,9 +291,12 @@ fn upload() -> BoxBody<Bytes, Infallible> {
     StreamBody::new(pieces).boxed()
 }
 
-/// Sends one `GET` on a new connection, with a timeout of one second, and returns the status.
+/// The timeout of `get`.
+pub(crate) const PROBE: Duration = Duration::from_secs(1);
+
+/// Sends one `GET` on a new connection, and returns the status.
 pub(crate) async fn get(port: u16, path: &str) -> Result<StatusCode, How> {
-    once(port, "GET", path, Duration::from_secs(1)).await
+    once(port, "GET", path, PROBE).await
 }
 
 /// Sends one request without a body on a new connection, and returns the status.
