@@ -45,7 +45,27 @@ const MOST_RESTARTS: u32 = 3;
 pub(crate) enum Hook {
     None,
     Sleep(Duration),
-    HttpGet(&'static str),
+    HttpGet(Get),
+}
+
+/// The `httpGet` of a preStop hook.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Get {
+    pub(crate) path: &'static str,
+    /// Another port than the one of the service.
+    pub(crate) port: Option<u16>,
+    /// Whether a proxy in the pod forwards the call. It adds `X-Forwarded-For`.
+    pub(crate) is_forwarded: bool,
+}
+
+impl Hook {
+    pub(crate) fn get(path: &'static str) -> Self {
+        Self::HttpGet(Get {
+            path,
+            port: None,
+            is_forwarded: false,
+        })
+    }
 }
 
 /// The parts of a pod's manifest that matter here.
@@ -65,6 +85,8 @@ pub(crate) struct Spec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Status {
     pub(crate) ready: bool,
+    /// Whether it ever was ready, also before a restart.
+    pub(crate) was_ready: bool,
     pub(crate) deleted: bool,
     pub(crate) restarts: u32,
 }
@@ -86,6 +108,13 @@ impl Death {
     /// How long the container had not answered the liveness probe when it ended.
     pub(crate) fn silence(&self) -> Duration {
         self.lively.silence(self.ended.exited)
+    }
+
+    /// Whether the `httpGet` hook started the stop, and was answered when the delay was over.
+    pub(crate) fn was_called(&self, delay: Duration) -> bool {
+        self.hook == Some(true)
+            && self.terminated - self.deleted >= delay
+            && self.ended.output.contains("shutdown by preStop")
     }
 
     /// Whether the container answered the liveness probe after the signal, and until it ended.
@@ -304,9 +333,14 @@ impl Kubelet {
                     sleep(time).await;
                     Some(true)
                 }
-                Hook::HttpGet(path) => {
+                Hook::HttpGet(get) => {
+                    let port = get.port.unwrap_or(self.port);
                     // The kubelet ignores the status.
-                    let answer = load::once(self.port, "GET", path, spec.grace_period).await;
+                    let answer = if get.is_forwarded {
+                        load::forwarded(port, get.path, spec.grace_period).await
+                    } else {
+                        load::once(port, "GET", get.path, spec.grace_period).await
+                    };
                     Some(answer.is_ok())
                 }
             }
@@ -373,6 +407,7 @@ impl Kubelet {
                 self.status.send_if_modified(|status| {
                     let changes = status.ready != ready;
                     status.ready = ready;
+                    status.was_ready |= ready;
                     changes
                 });
             }

@@ -115,7 +115,7 @@ struct Column {
 /// Returns whether the stops of this crate went as they must, whatever the requests that came too late.
 pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<bool, Problem> {
     let sleeps = Hook::Sleep(sweep.time(DRAIN_DELAY));
-    let gets = Hook::HttpGet("/prestop");
+    let gets = Hook::get("/prestop");
     let plain = command(&["plain", "{port}"])?;
     let mut columns = [
         ("plain axum", plain.clone(), Hook::None),
@@ -154,7 +154,7 @@ pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<bool, Problem> {
         println!("{row}");
     }
     println!("\n{}", summary(&columns));
-    Ok(columns[2..].iter().all(went_well))
+    Ok(columns[2..].iter().all(|column| went_well(sweep, column)))
 }
 
 /// How the stops of each column went.
@@ -192,11 +192,16 @@ fn summary(columns: &[Column]) -> String {
     text
 }
 
-/// Whether no container was killed or restarted by a probe, and each answered the liveness probe until it
-/// ended.
-fn went_well(column: &Column) -> bool {
+/// Whether no container was killed or restarted by a probe, each answered the liveness probe until it
+/// ended, and an `httpGet` hook started the stop and lasted as long as the delay.
+fn went_well(sweep: &Sweep, column: &Column) -> bool {
     column.deaths.iter().all(|death| {
-        death.ended.status.success()
+        let hook_works = match column.pod.pre_stop {
+            Hook::None | Hook::Sleep(_) => true,
+            Hook::HttpGet(_) => death.was_called(sweep.time(DRAIN_DELAY)),
+        };
+        hook_works
+            && death.ended.status.success()
             && !death.ended.killed
             && death.restarts == 0
             && death.was_lively(&column.pod.liveness)

@@ -7,7 +7,7 @@ use std::{fmt, sync::PoisonError, time::Duration};
 
 use crate::{
     instance::{Ended, Problem},
-    kubelet::{Death, Event, Hook, Pod},
+    kubelet::{Death, Event, Get, Hook, Pod},
     kubernetes::Sweep,
     probes::Probe,
 };
@@ -18,6 +18,15 @@ const BOUND: Duration = Duration::from_secs(60);
 /// Prints a line for each life. Returns whether all went as they must.
 pub(crate) async fn run(sweep: &Sweep) -> Result<bool, Problem> {
     println!("times are multiplied by {}\n", sweep.scale);
+    let get = |path, port, is_forwarded| Get {
+        path,
+        port,
+        is_forwarded,
+    };
+    let missing = get("/no-such-route", None, false);
+    let forwarded = get("/prestop", None, true);
+    // A port below the range of `free_port`, where nothing listens.
+    let refused = get("/prestop", Some(1), false);
     // At the same time, each with its own pod.
     let lives = tokio::try_join!(
         running::slow_start(sweep),
@@ -25,14 +34,32 @@ pub(crate) async fn run(sweep: &Sweep) -> Result<bool, Problem> {
         running::unready(sweep),
         running::hangs(sweep),
         stops::drains(sweep, Hook::None),
-        stops::drains(sweep, Hook::HttpGet("/prestop")),
+        stops::drains(sweep, Hook::get("/prestop")),
         stops::asked_often(sweep),
         stops::signalled(sweep),
-        stops::missing_hook(sweep),
+        stops::vain_hook(
+            sweep,
+            "a preStop httpGet that is answered with 404",
+            missing,
+            true
+        ),
+        stops::vain_hook(
+            sweep,
+            "the same with 403, for a call that a proxy forwards",
+            forwarded,
+            true
+        ),
+        stops::vain_hook(
+            sweep,
+            "the same, and nothing listens on its port",
+            refused,
+            false
+        ),
         stops::endless_hook(sweep),
     )?;
     let lives = [
         lives.0, lives.1, lives.2, lives.3, lives.4, lives.5, lives.6, lives.7, lives.8, lives.9,
+        lives.10, lives.11,
     ];
     for life in &lives {
         println!("{life}");

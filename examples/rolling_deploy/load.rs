@@ -306,7 +306,14 @@ pub(crate) async fn once(
     path: &str,
     bound: Duration,
 ) -> Result<StatusCode, How> {
-    let exchange = async { Ok(begin(port, method, path).await?.status()) };
+    let exchange = async { Ok(begin(port, method, path, None).await?.status()) };
+    timeout(bound, exchange).await.unwrap_or(Err(How::TimedOut))
+}
+
+/// Sends one `GET` as a proxy forwards it, with `X-Forwarded-For`, and returns the status.
+pub(crate) async fn forwarded(port: u16, path: &str, bound: Duration) -> Result<StatusCode, How> {
+    let client = Some(("x-forwarded-for", "192.0.2.1"));
+    let exchange = async { Ok(begin(port, "GET", path, client).await?.status()) };
     timeout(bound, exchange).await.unwrap_or(Err(How::TimedOut))
 }
 
@@ -317,7 +324,7 @@ pub(crate) async fn text(
     bound: Duration,
 ) -> Result<(StatusCode, String), How> {
     let exchange = async {
-        let response = begin(port, "GET", path).await?;
+        let response = begin(port, "GET", path, None).await?;
         let status = response.status();
         let body = response.into_body().collect().await;
         let body = body.map_err(|_| How::Truncated)?.to_bytes();
@@ -326,15 +333,22 @@ pub(crate) async fn text(
     timeout(bound, exchange).await.unwrap_or(Err(How::TimedOut))
 }
 
-async fn begin(port: u16, method: &str, path: &str) -> Result<Response<Incoming>, How> {
+async fn begin(
+    port: u16,
+    method: &str,
+    path: &str,
+    field: Option<(&str, &str)>,
+) -> Result<Response<Incoming>, How> {
     let target = format!("127.0.0.1:{port}");
     let mut sender = connect(&target).await?;
-    let request = Request::builder()
+    let mut request = Request::builder()
         .method(method)
         .uri(path)
         .header(header::HOST, &target)
-        .header(header::CONNECTION, "close")
-        .body(Empty::new().boxed())
-        .map_err(|_| How::Reset)?;
+        .header(header::CONNECTION, "close");
+    if let Some((name, value)) = field {
+        request = request.header(name, value);
+    }
+    let request = request.body(Empty::new().boxed()).map_err(|_| How::Reset)?;
     sender.send_request(request).await.map_err(|_| How::Reset)
 }

@@ -37,7 +37,7 @@ pub(super) async fn late_start(sweep: &Sweep) -> Result<Life, Problem> {
         "stopped by the startup probe",
         life.seen.contains("startup"),
     );
-    life.must("it never was ready", !pod.status().ready);
+    life.must("it never was ready", !pod.status().was_ready);
     Ok(life)
 }
 
