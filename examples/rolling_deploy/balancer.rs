@@ -25,7 +25,7 @@ use hyper_util::{
 };
 use tokio::{net::TcpListener, task::JoinHandle, time::sleep};
 
-use crate::{instance::Problem, load};
+use crate::{instance::Problem, single};
 
 /// The header of responses that the balancer itself makes. Its value is the reason.
 pub(crate) const ERROR: &str = "x-balancer-error";
@@ -215,7 +215,7 @@ async fn accept(balancer: Arc<Balancer>, listener: TcpListener) {
 async fn poll(balancer: Arc<Balancer>, check: Check, port: u16) {
     loop {
         let begun = Instant::now();
-        let ready = load::get(port, &check.path)
+        let ready = single::get(port, &check.path)
             .await
             .is_ok_and(|status| status.is_success());
         let listed = balancer.with(|backends| {

@@ -6,20 +6,22 @@ use std::{
     time::{Duration, Instant},
 };
 
+use hyper::StatusCode;
 use tokio::time::sleep;
 
 use crate::{
     balancer::{Balancer, Check, Running},
     instance::{Ended, Instance, Problem, free_port},
-    load::{self, Load, Paths, Tally},
+    load::{How, Load, Paths, Tally},
     progress::Progress,
+    single,
 };
 
 /// The time of load before the first signal, and after the last stop.
 const AROUND: Duration = Duration::from_secs(1);
 
-/// How long the balancer may take longer than its checks to notice that an instance has ended. Only a busy
-/// machine needs it.
+/// How much longer than its checks a balancer may take to notice that an instance is ready or has ended.
+/// Only a busy machine needs it.
 const NOTICE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug)]
@@ -82,6 +84,9 @@ pub(crate) async fn run(plan: &Plan, progress: &Progress) -> Result<Run, Problem
         living.push(start(plan, &living, balancer).await?);
     }
     let left_out = leave_out(&living[0], &mut paths).await?;
+    if let Front::External { address, .. } = &plan.front {
+        reaches(address, &living[0], &paths).await?;
+    }
     let load = Load::start(target, paths);
     let watch = progress.follow(&load);
     let mut stops = Vec::new();
@@ -176,7 +181,7 @@ async fn stop(
     let mut noticed = None;
     if let Some(balancer) = balancer {
         // The address stays in the balancer's list until the balancer's own checks have failed.
-        let bound = (plan.check.interval + load::PROBE) * plan.check.fall + NOTICE;
+        let bound = (plan.check.interval + single::PROBE) * plan.check.fall + NOTICE;
         while balancer.is_up(old.port) {
             if ended.exited.elapsed() > bound {
                 return Err(Problem(format!(
@@ -196,26 +201,62 @@ async fn stop(
     Ok(Stop { ended, noticed })
 }
 
+/// Checks that the balancer at `address` has the service behind it: it must answer as the service itself.
+async fn reaches(address: &str, instance: &Instance, paths: &Paths) -> Result<(), Problem> {
+    let direct = single::once(instance.port, "GET", &paths.quick, paths.timeout).await;
+    let begun = Instant::now();
+    let through = loop {
+        let through = single::at(address, "GET", &paths.quick, paths.timeout).await;
+        if matches!((&direct, &through), (Ok(direct), Ok(through)) if direct == through) {
+            return Ok(());
+        }
+        if begun.elapsed() > NOTICE {
+            break through;
+        }
+        sleep(Duration::from_millis(100)).await;
+    };
+    Err(Problem(format!(
+        "GET {} is {} by the balancer at {address} (--behind), and {} by the instance on port {}. Does the \
+         balancer send to --ports?",
+        paths.quick,
+        answer(through),
+        answer(direct),
+        instance.port
+    )))
+}
+
+fn answer(result: Result<StatusCode, How>) -> String {
+    result.map_or_else(
+        |how| how.to_string(),
+        |status| format!("answered with {status}"),
+    )
+}
+
 /// Tries each path once, without the balancer. Removes the paths that the service does not have.
 async fn leave_out(instance: &Instance, paths: &mut Paths) -> Result<Vec<String>, Problem> {
     let mut left_out = Vec::new();
-    let quick = load::once(instance.port, "GET", &paths.quick, paths.timeout).await;
+    let quick = single::once(instance.port, "GET", &paths.quick, paths.timeout).await;
     match quick {
-        Ok(status) if !status.is_server_error() => {}
-        other => {
-            let answer = other.map_or_else(
-                |how| how.to_string(),
-                |status| format!("answered with {status}"),
-            );
+        Ok(status) if paths.is_answer(status) => {}
+        Ok(status) if status.is_client_error() => {
             return Err(Problem(format!(
-                "GET {} is {answer} although nothing was stopped. --get names another path",
-                paths.quick
+                "GET {} is answered with {status}, so the load would not reach the service. --get names \
+                 another path, and --allow-status {} takes this answer for a success",
+                paths.quick,
+                status.as_u16()
+            )));
+        }
+        other => {
+            return Err(Problem(format!(
+                "GET {} is {} although nothing was stopped. --get names another path",
+                paths.quick,
+                answer(other)
             )));
         }
     }
     for (method, path) in [("GET", &mut paths.slow), ("POST", &mut paths.upload)] {
         let Some(tried) = path else { continue };
-        let status = load::once(instance.port, method, tried, paths.timeout).await;
+        let status = single::once(instance.port, method, tried, paths.timeout).await;
         if matches!(status, Ok(status) if matches!(status.as_u16(), 404 | 405 | 501)) {
             left_out.push(format!("{method} {tried}"));
             *path = None;

@@ -3,6 +3,7 @@
 //! also killed when the instance is dropped.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -20,7 +21,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::load::{self, How};
+use crate::{load::How, single};
 
 /// Only the last bytes of a service's output are kept: this many.
 const KEPT_OUTPUT: usize = 64 * 1024;
@@ -106,7 +107,7 @@ impl Instance {
     pub(crate) async fn ready(&mut self, path: &str, bound: Duration) -> Result<(), Problem> {
         let begun = Instant::now();
         loop {
-            let answer = load::get(self.port, path).await;
+            let answer = single::get(self.port, path).await;
             if answer.as_ref().is_ok_and(hyper::StatusCode::is_success) {
                 return Ok(());
             }
@@ -231,15 +232,18 @@ async fn keep(mut pipe: impl AsyncRead + Unpin, output: Arc<Mutex<Vec<u8>>>) {
 }
 
 /// An unused port below the range that the system gives to clients. In that range, a client of the load
-/// could take the port before the service binds it.
+/// could take the port before the service binds it. Each port is returned only once, because the service
+/// that is to bind it may not have started yet.
 pub(crate) fn free_port() -> u16 {
     use std::{
         hash::{BuildHasher, RandomState},
         net::TcpListener,
     };
+    static RETURNED: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut returned = RETURNED.lock().unwrap_or_else(PoisonError::into_inner);
     let random = RandomState::new();
     (0..10_000_u16)
         .map(|attempt| 20_000 + u16::try_from(random.hash_one(attempt) % 10_000).unwrap_or(0))
-        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok() && returned.insert(*port))
         .expect("a port is free")
 }

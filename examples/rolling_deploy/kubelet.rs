@@ -34,8 +34,8 @@ use tokio::{
 use crate::{
     balancer::Balancer,
     instance::{Ended, Instance, Problem},
-    load,
     probes::{InARow, Lively, Probe},
+    single,
 };
 
 /// How often a container is started again before the pod is given up.
@@ -337,9 +337,9 @@ impl Kubelet {
                     let port = get.port.unwrap_or(self.port);
                     // The kubelet ignores the status.
                     let answer = if get.is_forwarded {
-                        load::forwarded(port, get.path, spec.grace_period).await
+                        single::forwarded(port, get.path, spec.grace_period).await
                     } else {
-                        load::once(port, "GET", get.path, spec.grace_period).await
+                        single::once(port, "GET", get.path, spec.grace_period).await
                     };
                     Some(answer.is_ok())
                 }

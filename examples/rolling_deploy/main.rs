@@ -42,6 +42,8 @@ mod probes;
 #[cfg(unix)]
 mod progress;
 #[cfg(unix)]
+mod single;
+#[cfg(unix)]
 mod verdict;
 
 use std::process::ExitCode;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use hyper::StatusCode;
+
 use crate::{
     balancer::Check,
     deploy::{Front, Plan},
@@ -31,6 +33,7 @@ Times are in seconds. A path set to '' is not requested.
   --upload PATH          takes a POST of 256 KiB that lasts half a second [/upload]
   --interval SECONDS     between two probes of the balancer [0.5; 0.25 without COMMAND]
   --fall COUNT           failed probes until the balancer stops sending [2]
+  --allow-status STATUS  of --get, if it answers neither 2xx nor 3xx while nothing stops
   --timeout SECONDS      after which a request counts as lost [15]
   --grace SECONDS        from SIGTERM to SIGKILL [30]
   --start-timeout SECONDS  for an instance to become ready [30]
@@ -63,6 +66,7 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
         },
         paths: Paths {
             quick: "/".into(),
+            allowed: None,
             slow: Some("/slow".into()),
             upload: Some("/upload".into()),
             timeout: Duration::from_secs(15),
@@ -100,6 +104,7 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
             "--get" => plan.paths.quick = path(&arg, value)?,
             "--slow" => plan.paths.slow = optional(&arg, value)?,
             "--upload" => plan.paths.upload = optional(&arg, value)?,
+            "--allow-status" => plan.paths.allowed = Some(status(&arg, &value)?),
             "--interval" => interval = Some(seconds(&arg, &value)?),
             "--fall" => plan.check.fall = count(&arg, &value)?,
             "--timeout" => plan.paths.timeout = seconds(&arg, &value)?,
@@ -195,6 +200,14 @@ fn factor(option: &str, value: &str) -> Result<f64, Problem> {
         .ok()
         .filter(|factor| (0.01..=10.0).contains(factor));
     factor.ok_or_else(|| wrong(option, value, "a factor from 0.01 to 10"))
+}
+
+fn status(option: &str, value: &str) -> Result<StatusCode, Problem> {
+    let status = value
+        .parse()
+        .ok()
+        .filter(|status: &StatusCode| (200..500).contains(&status.as_u16()));
+    status.ok_or_else(|| wrong(option, value, "a status from 200 to 499"))
 }
 
 fn count(option: &str, value: &str) -> Result<u32, Problem> {

@@ -9,7 +9,7 @@ use std::{
 
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::load;
+use crate::single;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Probe {
@@ -36,7 +36,7 @@ impl Probe {
 
     /// Sends the probe on a new connection, and returns the text of a success.
     pub(crate) async fn ask(&self, port: u16) -> Option<String> {
-        let answer = load::text(port, self.path, self.timeout).await;
+        let answer = single::text(port, self.path, self.timeout).await;
         let (status, text) = answer.ok()?;
         (200..400).contains(&status.as_u16()).then_some(text)
     }

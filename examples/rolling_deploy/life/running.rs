@@ -8,7 +8,7 @@ use crate::{
     instance::{Problem, free_port},
     kubelet::{Hook, Pod},
     kubernetes::Sweep,
-    load,
+    single,
 };
 
 /// The container listens after 5 s. The liveness probe allows one failure, and has not begun.
@@ -57,7 +57,7 @@ pub(super) async fn unready(sweep: &Sweep) -> Result<Life, Problem> {
     post(&pod, "/unready").await?;
     pod.until("unready", |status| !status.ready).await?;
     balancer.has(&[]).await?;
-    let answer = load::get(pod.port, "/").await;
+    let answer = single::get(pod.port, "/").await;
     life.must(
         "it serves while it is unready",
         answer.is_ok_and(|it| it.is_success()),
@@ -82,7 +82,7 @@ pub(super) async fn hangs(sweep: &Sweep) -> Result<Life, Problem> {
     let mut pod = Pod::start(spec, free_port());
     pod.ready().await?;
     // The answer may get lost, because the threads block at once.
-    let _ = load::once(pod.port, "POST", "/hang", Duration::from_secs(1)).await;
+    let _ = single::once(pod.port, "POST", "/hang", Duration::from_secs(1)).await;
     pod.until("restarted", |status| status.restarts == 1)
         .await?;
     pod.ready().await?;
@@ -95,7 +95,7 @@ pub(super) async fn hangs(sweep: &Sweep) -> Result<Life, Problem> {
 }
 
 async fn post(pod: &Pod, path: &str) -> Result<(), Problem> {
-    let answer = load::once(pod.port, "POST", path, BOUND).await;
+    let answer = single::once(pod.port, "POST", path, BOUND).await;
     match answer {
         Ok(status) if status.is_success() => Ok(()),
         other => Err(Problem(format!("POST {path}: {other:?}"))),

@@ -9,7 +9,7 @@ use crate::{
     instance::{Problem, free_port},
     kubelet::{Get, Hook, Pod},
     kubernetes::{DRAIN_DELAY, Sweep},
-    load,
+    single,
 };
 
 /// A deletion with a request in flight that outlasts the delay by 10 s.
@@ -27,7 +27,7 @@ pub(super) async fn drains(sweep: &Sweep, hook: Hook) -> Result<Life, Problem> {
     let mut pod = Pod::start(spec, free_port());
     pod.ready().await?;
     let port = pod.port;
-    let request = tokio::spawn(async move { load::once(port, "GET", "/slow", BOUND).await });
+    let request = tokio::spawn(async move { single::once(port, "GET", "/slow", BOUND).await });
     // The request is in flight when the pod is deleted.
     in_flight(port).await?;
     let death = timeout(BOUND, pod.delete()).await;
@@ -73,7 +73,7 @@ pub(super) async fn drains(sweep: &Sweep, hook: Hook) -> Result<Life, Problem> {
 /// Waits until a request is in flight: the slow one is sent at once, and then a quick one is answered.
 async fn in_flight(port: u16) -> Result<(), Problem> {
     sleep(Duration::from_millis(200)).await;
-    match load::get(port, "/").await {
+    match single::get(port, "/").await {
         Ok(status) if status.is_success() => Ok(()),
         other => Err(Problem(format!("GET /: {other:?}"))),
     }
@@ -113,10 +113,10 @@ pub(super) async fn signalled(sweep: &Sweep) -> Result<Life, Problem> {
     let mut pod = Pod::start(spec, free_port());
     pod.ready().await?;
     let port = pod.port;
-    let request = tokio::spawn(async move { load::once(port, "GET", "/slow", BOUND).await });
+    let request = tokio::spawn(async move { single::once(port, "GET", "/slow", BOUND).await });
     in_flight(port).await?;
     // This call does not come from the kubelet.
-    let stop = tokio::spawn(async move { load::once(port, "GET", "/prestop", BOUND).await });
+    let stop = tokio::spawn(async move { single::once(port, "GET", "/prestop", BOUND).await });
     pod.until("restarted", |status| status.restarts == 1)
         .await?;
     let answered = matches!(request.await, Ok(Ok(status)) if status.is_success());
