@@ -2,6 +2,7 @@
 //! balancer sends to it, send SIGTERM to the old instance, and wait until it has ended.
 
 use std::{
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -36,6 +37,8 @@ pub(crate) struct Plan {
     pub(crate) instances: usize,
     /// How often each instance is replaced.
     pub(crate) rounds: usize,
+    /// The folder for what the instances print, `1.log` for the first stop.
+    pub(crate) logs: Option<PathBuf>,
     pub(crate) front: Front,
 }
 
@@ -78,6 +81,9 @@ pub(crate) async fn run(plan: &Plan, progress: &Progress) -> Result<Run, Problem
         (Front::Own, balancer) => balancer.expect("started").address().to_string(),
     };
 
+    if let Front::External { address, .. } = &plan.front {
+        must_not_answer(address, &paths).await?;
+    }
     let mut living = Vec::new();
     for number in 1..=plan.instances {
         progress.say(&format!("starting instance {number}"));
@@ -127,7 +133,13 @@ async fn replace_all(
         living.push(new);
         let mut old = living.remove(0);
         old.must_run("before it was told to").await?;
-        stops.push(stop(plan, &mut old, balancer).await?);
+        let stopped = stop(plan, &mut old, balancer).await?;
+        if let Some(folder) = &plan.logs {
+            let file = folder.join(format!("{number}.log"));
+            std::fs::write(&file, &stopped.ended.output)
+                .map_err(|error| Problem(format!("cannot write {}: {error}", file.display())))?;
+        }
+        stops.push(stopped);
         progress.step();
     }
     sleep(AROUND).await;
@@ -199,6 +211,19 @@ async fn stop(
         sleep(settle).await;
     }
     Ok(Stop { ended, noticed })
+}
+
+/// Checks that nothing answers for the service while no instance runs. Otherwise the load would go elsewhere.
+async fn must_not_answer(address: &str, paths: &Paths) -> Result<(), Problem> {
+    match single::at(address, "GET", &paths.quick, NOTICE).await {
+        Err(How::Refused) => Err(Problem(format!("nothing listens on {address} (--behind)"))),
+        Ok(status) if paths.is_answer(status) => Err(Problem(format!(
+            "GET {} is answered with {status} at {address} (--behind), although no instance runs yet. Does it \
+             send to other servers than --ports?",
+            paths.quick
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Checks that the balancer at `address` has the service behind it: it must answer as the service itself.

@@ -42,6 +42,7 @@ Times are in seconds. A path set to '' is not requested.
   --behind HOST:PORT     a running balancer, in place of the built-in one
   --ports A,B,...        the ports it sends to, at least one more than instances
   --settle SECONDS       for it to notice that an instance is ready or has ended [1]
+  --logs FOLDER          writes what each stopped instance printed to a file of its own
   --removals A,B,...     with --kubernetes, after which an address is removed [0,1,2,3,4,4.5,5,5.5,6,8,10]
   --scale FACTOR         with --kubernetes, for all times [0.2]
 ";
@@ -75,6 +76,7 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
         start_timeout: Duration::from_secs(30),
         instances: 2,
         rounds: 2,
+        logs: None,
         front: Front::Own,
     };
     let (mut interval, mut behind, mut ports) = (None, None, Vec::new());
@@ -105,6 +107,7 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
             "--slow" => plan.paths.slow = optional(&arg, value)?,
             "--upload" => plan.paths.upload = optional(&arg, value)?,
             "--allow-status" => plan.paths.allowed = Some(status(&arg, &value)?),
+            "--logs" => plan.logs = Some(value.into()),
             "--interval" => interval = Some(seconds(&arg, &value)?),
             "--fall" => plan.check.fall = count(&arg, &value)?,
             "--timeout" => plan.paths.timeout = seconds(&arg, &value)?,
