@@ -197,11 +197,13 @@ impl<O> ConnectionTable<O> {
         left.count()
     }
 
-    /// How many connections belong to servers that do not say when they notice something.
+    /// How many connections belong to servers that do not say when they notice something. Not included are
+    /// those that their server has dropped.
     pub(crate) fn unowned(&self) -> usize {
         let open = lock!(self.open);
         let connections = open.connections.iter();
-        let unowned = connections.filter(|entry| !entry.flags.has(OWNED | MAY_DROP | UPGRADED));
+        let unowned =
+            connections.filter(|entry| !entry.flags.has(OWNED | MAY_DROP | UPGRADED | LINGERS));
         unowned.count()
     }
 
