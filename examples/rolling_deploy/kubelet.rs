@@ -16,8 +16,18 @@
 //! 5. The grace period begins before the hook. A hook that outlasts it is abandoned, and the container
 //!    gets two more seconds. SIGKILL follows.
 //!
-//! The model is harder on the container in one point: the kubelet ends the liveness probe at the deletion,
-//! and the model continues it. A stop that does not begin with a deletion is probed to its end.
+//! A stop that does not begin with a deletion is probed to its end.
+//!
+//! The model differs from the kubelet in these points:
+//!
+//! - The kubelet ends the liveness probe at the deletion. The model continues it, without an effect, to count
+//!   the answers.
+//! - The kubelet follows redirects of a probe on the same host. For the model any 3xx is a success.
+//! - The model starts a container again at once (no `CrashLoopBackOff`), and has neither
+//!   `initialDelaySeconds` nor a grace period of a probe's own (`terminationGracePeriodSeconds` of a probe).
+//! - The timeout of each probe is 3 s. `examples/kubernetes/deployment.yaml` has 1 s, 1 s and 5 s.
+//! - Nodes use terminating pods that are still ready if all pods are terminating (`externalTrafficPolicy:
+//!   Local`, one replica). The model never does.
 
 use std::{
     pin::pin,
@@ -287,7 +297,11 @@ impl Kubelet {
                     Event { text: format!("ended by itself, {status}; {lively}"), silence }
                 }
                 failed = &mut watch => {
-                    let (_, _, ended) = self.stop(&mut container, Instant::now()).await?;
+                    let (_, _, ended) = tokio::select! {
+                        stopped = self.stop(&mut container, Instant::now()) => stopped?,
+                        // Until the container is started again, only the other probes rest.
+                        never = self.watch_readiness(), if failed == "liveness" => match never {},
+                    };
                     let by = if ended.killed { "SIGKILL" } else { "SIGTERM" };
                     let lively = seen();
                     let silence = lively.silence(ended.exited);

@@ -8,8 +8,10 @@
 //! cargo run --example rolling_deploy -- --kubernetes --life     # a pod's life, event by event
 //! ```
 //!
-//! `kubelet.rs` has the rules. The balancer is like kube-proxy, without checks and retries. Every change of
-//! the endpoints reaches it after the removal delay.
+//! `kubelet.rs` has the rules. The balancer has neither checks nor retries, like kube-proxy. Every change of
+//! the endpoints reaches it after the removal delay. Unlike kube-proxy it chooses a pod for each request, and
+//! sends nothing to a removed pod, also not on a connection that is already open. kube-proxy chooses for each
+//! connection, and existing connections stay with their pod.
 //!
 //! The readiness probe does not speed up the removal, because the deletion has already started it.
 
@@ -230,7 +232,8 @@ async fn replace_one(
     balancer.has(&[old.port, other.port]).await?;
     let load = Load::start(balancer.address().to_string(), paths.clone());
 
-    // maxSurge 1, maxUnavailable 0: the new pod starts first.
+    // maxSurge 1, maxUnavailable 0: the new pod starts first, and the rollout waits until its address has
+    // arrived and for minReadySeconds after that. (The controller does not know when an address arrives.)
     let mut new = start();
     new.ready().await?;
     new.expose(Arc::clone(balancer), late);
