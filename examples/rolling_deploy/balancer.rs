@@ -124,8 +124,8 @@ impl Balancer {
         self.with(|backends| backends.iter().find(|one| one.port == port)?.down_since)
     }
 
-    /// Waits until these are the backends, for at most a minute.
-    pub(crate) async fn has(&self, ports: &[u16]) -> Result<(), Problem> {
+    /// Waits until these are the backends.
+    pub(crate) async fn has(&self, ports: &[u16], bound: Duration) -> Result<(), Problem> {
         let begun = Instant::now();
         loop {
             let listed = self.with(|backends| {
@@ -135,7 +135,7 @@ impl Balancer {
             if listed {
                 return Ok(());
             }
-            if begun.elapsed() > Duration::from_secs(60) {
+            if begun.elapsed() > bound {
                 return Err(Problem(format!(
                     "the balancer has other backends than {ports:?}"
                 )));

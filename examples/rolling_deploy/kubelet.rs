@@ -89,6 +89,8 @@ pub(crate) struct Spec {
     pub(crate) grace_period: Duration,
     /// The time that a container has after a hook that outlasted the grace period.
     pub(crate) extension: Duration,
+    /// The timeout of a wait for a status of the pod.
+    pub(crate) bound: Duration,
 }
 
 /// What can be seen of a pod from outside.
@@ -138,6 +140,7 @@ impl Death {
 #[derive(Debug)]
 pub(crate) struct Pod {
     pub(crate) port: u16,
+    bound: Duration,
     status: watch::Receiver<Status>,
     delete: Option<oneshot::Sender<()>>,
     kubelet: JoinHandle<Result<Death, Problem>>,
@@ -164,6 +167,7 @@ impl Pod {
         let (send_status, status) = watch::channel(Status::default());
         let (delete, deleted) = oneshot::channel();
         let events = Arc::default();
+        let bound = spec.bound;
         let kubelet = Kubelet {
             spec,
             port,
@@ -172,6 +176,7 @@ impl Pod {
         };
         Self {
             port,
+            bound,
             status,
             delete: Some(delete),
             kubelet: tokio::spawn(kubelet.run(deleted)),
@@ -183,13 +188,13 @@ impl Pod {
         *self.status.borrow()
     }
 
-    /// Waits for a status, for at most a minute.
+    /// Waits for a status, within the bound of the pod.
     pub(crate) async fn until(
         &mut self,
         what: &str,
         is: impl FnMut(&Status) -> bool,
     ) -> Result<(), Problem> {
-        let bound = Duration::from_secs(60);
+        let bound = self.bound;
         let waited = tokio::time::timeout(bound, self.status.wait_for(is)).await;
         match waited.map(|status| status.map(drop)) {
             Ok(Ok(())) => Ok(()),

@@ -34,6 +34,8 @@ const GRACE_PERIOD: f64 = 30.0;
 const MIN_READY: f64 = 5.0;
 /// The time that the kubelet adds after a hook that outlasts the grace period.
 const EXTENSION: f64 = 2.0;
+/// The timeout of what a pod is waited for on a busy machine, beside the times of the pod itself.
+const BOUND: Duration = Duration::from_secs(60);
 /// Seconds of load after the stop.
 const AFTER: f64 = 2.0;
 
@@ -62,6 +64,11 @@ impl Sweep {
         Duration::from_secs_f64(seconds * self.scale)
     }
 
+    /// The timeout of what a pod is waited for.
+    pub(crate) fn bound(&self) -> Duration {
+        BOUND + self.time(60.0)
+    }
+
     pub(crate) fn seconds(&self, seconds: f64) -> String {
         self.time(seconds).as_secs_f64().to_string()
     }
@@ -85,6 +92,7 @@ impl Sweep {
             pre_stop,
             grace_period: self.time(GRACE_PERIOD),
             extension: self.time(EXTENSION),
+            bound: self.bound(),
         }
     }
 
@@ -229,7 +237,8 @@ async fn replace_one(
     for pod in [&old, &other] {
         pod.expose(Arc::clone(balancer), late);
     }
-    balancer.has(&[old.port, other.port]).await?;
+    let ports = [old.port, other.port];
+    balancer.has(&ports, late + sweep.bound()).await?;
     let load = Load::start(balancer.address().to_string(), paths.clone());
 
     // maxSurge 1, maxUnavailable 0: the new pod starts first, and the rollout waits until its address has

@@ -3,7 +3,7 @@
 mod running;
 mod stops;
 
-use std::{fmt, sync::PoisonError, time::Duration};
+use std::{fmt, sync::PoisonError};
 
 use crate::{
     instance::{Ended, Problem},
@@ -11,9 +11,6 @@ use crate::{
     kubernetes::Sweep,
     probes::Probe,
 };
-
-/// The timeout of what a life waits for, beside the times that the life itself takes.
-const BOUND: Duration = Duration::from_secs(60);
 
 /// Prints a line for each life. Returns whether all went as they must.
 pub(crate) async fn run(sweep: &Sweep) -> Result<bool, Problem> {

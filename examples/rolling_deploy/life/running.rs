@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{BOUND, Life, events, texts};
+use super::{Life, events, texts};
 use crate::{
     balancer::Balancer,
     instance::{Problem, free_port},
@@ -53,18 +53,18 @@ pub(super) async fn unready(sweep: &Sweep) -> Result<Life, Problem> {
     let mut pod = Pod::start(spec, free_port());
     pod.expose(Arc::clone(balancer), sweep.time(0.5));
     pod.ready().await?;
-    balancer.has(&[pod.port]).await?;
-    post(&pod, "/unready").await?;
+    balancer.has(&[pod.port], sweep.bound()).await?;
+    post(sweep, &pod, "/unready").await?;
     pod.until("unready", |status| !status.ready).await?;
-    balancer.has(&[]).await?;
+    balancer.has(&[], sweep.bound()).await?;
     let answer = single::get(pod.port, "/").await;
     life.must(
         "it serves while it is unready",
         answer.is_ok_and(|it| it.is_success()),
     );
-    post(&pod, "/ready").await?;
+    post(sweep, &pod, "/ready").await?;
     pod.ready().await?;
-    balancer.has(&[pod.port]).await?;
+    balancer.has(&[pod.port], sweep.bound()).await?;
     let restarts = pod.status().restarts;
     life.seen = format!("left the endpoints and returned, {restarts} restarts");
     life.must("no restart", restarts == 0);
@@ -94,8 +94,8 @@ pub(super) async fn hangs(sweep: &Sweep) -> Result<Life, Problem> {
     Ok(life)
 }
 
-async fn post(pod: &Pod, path: &str) -> Result<(), Problem> {
-    let answer = single::once(pod.port, "POST", path, BOUND).await;
+async fn post(sweep: &Sweep, pod: &Pod, path: &str) -> Result<(), Problem> {
+    let answer = single::once(pod.port, "POST", path, sweep.bound()).await;
     match answer {
         Ok(status) if status.is_success() => Ok(()),
         other => Err(Problem(format!("POST {path}: {other:?}"))),

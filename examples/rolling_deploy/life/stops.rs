@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
-use super::{BOUND, Life, events, probed, texts};
+use super::{Life, events, probed, texts};
 use crate::{
     instance::{Problem, free_port},
     kubelet::{Get, Hook, Pod},
@@ -26,11 +26,11 @@ pub(super) async fn drains(sweep: &Sweep, hook: Hook) -> Result<Life, Problem> {
     let liveness = spec.liveness.clone();
     let mut pod = Pod::start(spec, free_port());
     pod.ready().await?;
-    let port = pod.port;
-    let request = tokio::spawn(async move { single::once(port, "GET", "/slow", BOUND).await });
+    let (port, bound) = (pod.port, sweep.bound());
+    let request = tokio::spawn(async move { single::once(port, "GET", "/slow", bound).await });
     // The request is in flight when the pod is deleted.
     in_flight(port).await?;
-    let death = timeout(BOUND, pod.delete()).await;
+    let death = timeout(bound, pod.delete()).await;
     let death = death.map_err(|_| Problem("the deletion does not end".into()))??;
     let answer = request.await;
     let phases: Vec<_> = death.lively.phases.iter().map(String::as_str).collect();
@@ -112,11 +112,11 @@ pub(super) async fn signalled(sweep: &Sweep) -> Result<Life, Problem> {
     let liveness = spec.liveness.clone();
     let mut pod = Pod::start(spec, free_port());
     pod.ready().await?;
-    let port = pod.port;
-    let request = tokio::spawn(async move { single::once(port, "GET", "/slow", BOUND).await });
+    let (port, bound) = (pod.port, sweep.bound());
+    let request = tokio::spawn(async move { single::once(port, "GET", "/slow", bound).await });
     in_flight(port).await?;
     // This call does not come from the kubelet.
-    let stop = tokio::spawn(async move { single::once(port, "GET", "/prestop", BOUND).await });
+    let stop = tokio::spawn(async move { single::once(port, "GET", "/prestop", bound).await });
     pod.until("restarted", |status| status.restarts == 1)
         .await?;
     let answered = matches!(request.await, Ok(Ok(status)) if status.is_success());
