@@ -161,7 +161,14 @@ fn from_stops(plan: &Plan, run: &Run) -> Vec<String> {
             .iter()
             .any(|stop| !stop.ended.killed && test(stop))
     };
-    if some(|stop| stop.ended.status.signal() == Some(15)) {
+    if some(|stop| stop.ended.left_behind) {
+        lines.push(
+            "The process that the command started ended before the processes that it had started, and these \
+             were killed, as in a container. A shell does not pass SIGTERM on: let it start the service with \
+             `exec`."
+                .into(),
+        );
+    } else if some(|stop| stop.ended.status.signal() == Some(15)) {
         lines.push(
             "SIGTERM itself ended the process: it has no handler, or it raises the signal again after \
              its shutdown, which is in order."

@@ -25,7 +25,7 @@ use hyper_util::{
 };
 use tokio::{net::TcpListener, task::JoinHandle, time::sleep};
 
-use crate::{instance::Problem, load};
+use crate::{instance::Problem, single};
 
 /// The header of responses that the balancer itself makes. Its value is the reason.
 pub(crate) const ERROR: &str = "x-balancer-error";
@@ -124,8 +124,8 @@ impl Balancer {
         self.with(|backends| backends.iter().find(|one| one.port == port)?.down_since)
     }
 
-    /// Waits until these are the backends, for at most a minute.
-    pub(crate) async fn has(&self, ports: &[u16]) -> Result<(), Problem> {
+    /// Waits until these are the backends.
+    pub(crate) async fn has(&self, ports: &[u16], bound: Duration) -> Result<(), Problem> {
         let begun = Instant::now();
         loop {
             let listed = self.with(|backends| {
@@ -135,7 +135,7 @@ impl Balancer {
             if listed {
                 return Ok(());
             }
-            if begun.elapsed() > Duration::from_secs(60) {
+            if begun.elapsed() > bound {
                 return Err(Problem(format!(
                     "the balancer has other backends than {ports:?}"
                 )));
@@ -215,7 +215,7 @@ async fn accept(balancer: Arc<Balancer>, listener: TcpListener) {
 async fn poll(balancer: Arc<Balancer>, check: Check, port: u16) {
     loop {
         let begun = Instant::now();
-        let ready = load::get(port, &check.path)
+        let ready = single::get(port, &check.path)
             .await
             .is_ok_and(|status| status.is_success());
         let listed = balancer.with(|backends| {

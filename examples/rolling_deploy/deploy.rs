@@ -2,21 +2,28 @@
 //! balancer sends to it, send SIGTERM to the old instance, and wait until it has ended.
 
 use std::{
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use hyper::StatusCode;
 use tokio::time::sleep;
 
 use crate::{
     balancer::{Balancer, Check, Running},
     instance::{Ended, Instance, Problem, free_port},
-    load::{self, Load, Paths, Tally},
+    load::{How, Load, Paths, Tally},
     progress::Progress,
+    single,
 };
 
 /// The time of load before the first signal, and after the last stop.
 const AROUND: Duration = Duration::from_secs(1);
+
+/// How much longer than its checks a balancer may take to notice that an instance is ready or has ended.
+/// Only a busy machine needs it.
+const NOTICE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
@@ -30,6 +37,8 @@ pub(crate) struct Plan {
     pub(crate) instances: usize,
     /// How often each instance is replaced.
     pub(crate) rounds: usize,
+    /// The folder for what the instances print, `1.log` for the first stop.
+    pub(crate) logs: Option<PathBuf>,
     pub(crate) front: Front,
 }
 
@@ -72,12 +81,18 @@ pub(crate) async fn run(plan: &Plan, progress: &Progress) -> Result<Run, Problem
         (Front::Own, balancer) => balancer.expect("started").address().to_string(),
     };
 
+    if let Front::External { address, .. } = &plan.front {
+        must_not_answer(address, &paths).await?;
+    }
     let mut living = Vec::new();
     for number in 1..=plan.instances {
         progress.say(&format!("starting instance {number}"));
         living.push(start(plan, &living, balancer).await?);
     }
     let left_out = leave_out(&living[0], &mut paths).await?;
+    if let Front::External { address, .. } = &plan.front {
+        reaches(address, &living[0], &paths).await?;
+    }
     let load = Load::start(target, paths);
     let watch = progress.follow(&load);
     let mut stops = Vec::new();
@@ -118,7 +133,13 @@ async fn replace_all(
         living.push(new);
         let mut old = living.remove(0);
         old.must_run("before it was told to").await?;
-        stops.push(stop(plan, &mut old, balancer).await?);
+        let stopped = stop(plan, &mut old, balancer).await?;
+        if let Some(folder) = &plan.logs {
+            let file = folder.join(format!("{number}.log"));
+            std::fs::write(&file, &stopped.ended.output)
+                .map_err(|error| Problem(format!("cannot write {}: {error}", file.display())))?;
+        }
+        stops.push(stopped);
         progress.step();
     }
     sleep(AROUND).await;
@@ -172,7 +193,16 @@ async fn stop(
     let mut noticed = None;
     if let Some(balancer) = balancer {
         // The address stays in the balancer's list until the balancer's own checks have failed.
+        let bound = (plan.check.interval + single::PROBE) * plan.check.fall + NOTICE;
         while balancer.is_up(old.port) {
+            if ended.exited.elapsed() > bound {
+                return Err(Problem(format!(
+                    "GET {} on port {} still succeeds, although the process that the command started has \
+                     ended. A service must not leave its process group (setsid), as it cannot outlive the \
+                     first process of its container.",
+                    plan.check.path, old.port
+                )));
+            }
             sleep(Duration::from_millis(10)).await;
         }
         noticed = balancer.down_since(old.port);
@@ -183,26 +213,75 @@ async fn stop(
     Ok(Stop { ended, noticed })
 }
 
+/// Checks that nothing answers for the service while no instance runs. Otherwise the load would go elsewhere.
+async fn must_not_answer(address: &str, paths: &Paths) -> Result<(), Problem> {
+    match single::at(address, "GET", &paths.quick, NOTICE).await {
+        Err(How::Refused) => Err(Problem(format!("nothing listens on {address} (--behind)"))),
+        Ok(status) if paths.is_answer(status) => Err(Problem(format!(
+            "GET {} is answered with {status} at {address} (--behind), although no instance runs yet. Does it \
+             send to other servers than --ports?",
+            paths.quick
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Checks that the balancer at `address` has the service behind it: it must answer as the service itself.
+async fn reaches(address: &str, instance: &Instance, paths: &Paths) -> Result<(), Problem> {
+    let direct = single::once(instance.port, "GET", &paths.quick, paths.timeout).await;
+    let begun = Instant::now();
+    let through = loop {
+        let through = single::at(address, "GET", &paths.quick, paths.timeout).await;
+        if matches!((&direct, &through), (Ok(direct), Ok(through)) if direct == through) {
+            return Ok(());
+        }
+        if begun.elapsed() > NOTICE {
+            break through;
+        }
+        sleep(Duration::from_millis(100)).await;
+    };
+    Err(Problem(format!(
+        "GET {} is {} by the balancer at {address} (--behind), and {} by the instance on port {}. Does the \
+         balancer send to --ports?",
+        paths.quick,
+        answer(through),
+        answer(direct),
+        instance.port
+    )))
+}
+
+fn answer(result: Result<StatusCode, How>) -> String {
+    result.map_or_else(
+        |how| how.to_string(),
+        |status| format!("answered with {status}"),
+    )
+}
+
 /// Tries each path once, without the balancer. Removes the paths that the service does not have.
 async fn leave_out(instance: &Instance, paths: &mut Paths) -> Result<Vec<String>, Problem> {
     let mut left_out = Vec::new();
-    let quick = load::once(instance.port, "GET", &paths.quick, paths.timeout).await;
+    let quick = single::once(instance.port, "GET", &paths.quick, paths.timeout).await;
     match quick {
-        Ok(status) if !status.is_server_error() => {}
-        other => {
-            let answer = other.map_or_else(
-                |how| how.to_string(),
-                |status| format!("answered with {status}"),
-            );
+        Ok(status) if paths.is_answer(status) => {}
+        Ok(status) if status.is_client_error() => {
             return Err(Problem(format!(
-                "GET {} is {answer} although nothing was stopped. --get names another path",
-                paths.quick
+                "GET {} is answered with {status}, so the load would not reach the service. --get names \
+                 another path, and --allow-status {} takes this answer for a success",
+                paths.quick,
+                status.as_u16()
+            )));
+        }
+        other => {
+            return Err(Problem(format!(
+                "GET {} is {} although nothing was stopped. --get names another path",
+                paths.quick,
+                answer(other)
             )));
         }
     }
     for (method, path) in [("GET", &mut paths.slow), ("POST", &mut paths.upload)] {
         let Some(tried) = path else { continue };
-        let status = load::once(instance.port, method, tried, paths.timeout).await;
+        let status = single::once(instance.port, method, tried, paths.timeout).await;
         if matches!(status, Ok(status) if matches!(status.as_u16(), 404 | 405 | 501)) {
             left_out.push(format!("{method} {tried}"));
             *path = None;

@@ -1,7 +1,9 @@
-//! One process of the service under test. It leads a process group of its own. When the instance is
-//! dropped, all remaining processes of the group are killed.
+//! One process of the service under test. It leads a process group of its own. As in a container, which ends
+//! with its first process, all remaining processes of the group are killed when the leader has ended. They are
+//! also killed when the instance is dropped.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -19,7 +21,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::load::{self, How};
+use crate::{load::How, single};
 
 /// Only the last bytes of a service's output are kept: this many.
 const KEPT_OUTPUT: usize = 64 * 1024;
@@ -54,6 +56,8 @@ pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
     /// Whether the process was killed because the grace period was over.
     pub(crate) killed: bool,
+    /// Whether other processes of the group were still running, and were killed.
+    pub(crate) left_behind: bool,
     pub(crate) output: String,
 }
 
@@ -103,7 +107,7 @@ impl Instance {
     pub(crate) async fn ready(&mut self, path: &str, bound: Duration) -> Result<(), Problem> {
         let begun = Instant::now();
         loop {
-            let answer = load::get(self.port, path).await;
+            let answer = single::get(self.port, path).await;
             if answer.as_ref().is_ok_and(hyper::StatusCode::is_success) {
                 return Ok(());
             }
@@ -152,6 +156,7 @@ impl Instance {
     /// Waits until the process has ended by itself.
     pub(crate) async fn wait(&mut self) -> Result<ExitStatus, Problem> {
         let status = self.child.wait().await;
+        let _ = killpg(self.group, Signal::SIGKILL);
         status.map_err(|error| Problem(format!("cannot wait for it: {error}")))
     }
 
@@ -171,9 +176,10 @@ impl Instance {
             self.child.wait().await
         };
         let exited = Instant::now();
+        let left_behind = !killed && killpg(self.group, Signal::SIGKILL).is_ok();
         let status = status.map_err(|error| Problem(format!("cannot wait for it: {error}")))?;
         for reader in self.readers.drain(..) {
-            // Processes that the service has started may still run and keep the pipe open.
+            // A process that has left the group may keep the pipe open.
             let _ = timeout(Duration::from_millis(500), reader).await;
         }
         let output = String::from_utf8_lossy(&self.kept()).into_owned();
@@ -182,6 +188,7 @@ impl Instance {
             exited,
             status,
             killed,
+            left_behind,
             output,
         })
     }
@@ -225,15 +232,18 @@ async fn keep(mut pipe: impl AsyncRead + Unpin, output: Arc<Mutex<Vec<u8>>>) {
 }
 
 /// An unused port below the range that the system gives to clients. In that range, a client of the load
-/// could take the port before the service binds it.
+/// could take the port before the service binds it. Each port is returned only once, because the service
+/// that is to bind it may not have started yet.
 pub(crate) fn free_port() -> u16 {
     use std::{
         hash::{BuildHasher, RandomState},
         net::TcpListener,
     };
+    static RETURNED: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut returned = RETURNED.lock().unwrap_or_else(PoisonError::into_inner);
     let random = RandomState::new();
     (0..10_000_u16)
         .map(|attempt| 20_000 + u16::try_from(random.hash_one(attempt) % 10_000).unwrap_or(0))
-        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok() && returned.insert(*port))
         .expect("a port is free")
 }

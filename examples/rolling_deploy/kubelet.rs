@@ -16,12 +16,20 @@
 //! 5. The grace period begins before the hook. A hook that outlasts it is abandoned, and the container
 //!    gets two more seconds. SIGKILL follows.
 //!
-//! The model is harder on the container in one point: the kubelet ends the liveness probe at the deletion,
-//! and the model continues it. A stop that does not begin with a deletion is probed to its end.
+//! A stop that does not begin with a deletion is probed to its end.
+//!
+//! The model differs from the kubelet in these points:
+//!
+//! - The kubelet ends the liveness probe at the deletion. The model continues it, without an effect, to count
+//!   the answers.
+//! - The kubelet follows redirects of a probe on the same host. For the model any 3xx is a success.
+//! - The model starts a container again at once (no `CrashLoopBackOff`), and has neither
+//!   `initialDelaySeconds` nor a grace period of a probe's own (`terminationGracePeriodSeconds` of a probe).
+//! - The timeout of each probe is 3 s. `examples/kubernetes/deployment.yaml` has 1 s, 1 s and 5 s.
+//! - Nodes use terminating pods that are still ready if all pods are terminating (`externalTrafficPolicy:
+//!   Local`, one replica). The model never does.
 
 use std::{
-    collections::BTreeSet,
-    fmt,
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -30,32 +38,44 @@ use std::{
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
-    time::{MissedTickBehavior, interval, sleep, sleep_until},
+    time::{sleep, sleep_until},
 };
 
 use crate::{
     balancer::Balancer,
     instance::{Ended, Instance, Problem},
-    load,
+    probes::{InARow, Lively, Probe},
+    single,
 };
 
 /// How often a container is started again before the pod is given up.
 const MOST_RESTARTS: u32 = 3;
 
 #[derive(Clone, Debug)]
-pub(crate) struct Probe {
-    pub(crate) path: &'static str,
-    pub(crate) period: Duration,
-    pub(crate) timeout: Duration,
-    pub(crate) success_threshold: u32,
-    pub(crate) failure_threshold: u32,
-}
-
-#[derive(Clone, Debug)]
 pub(crate) enum Hook {
     None,
     Sleep(Duration),
-    HttpGet(&'static str),
+    HttpGet(Get),
+}
+
+/// The `httpGet` of a preStop hook.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Get {
+    pub(crate) path: &'static str,
+    /// Another port than the one of the service.
+    pub(crate) port: Option<u16>,
+    /// Whether a proxy in the pod forwards the call. It adds `X-Forwarded-For`.
+    pub(crate) is_forwarded: bool,
+}
+
+impl Hook {
+    pub(crate) fn get(path: &'static str) -> Self {
+        Self::HttpGet(Get {
+            path,
+            port: None,
+            is_forwarded: false,
+        })
+    }
 }
 
 /// The parts of a pod's manifest that matter here.
@@ -69,38 +89,18 @@ pub(crate) struct Spec {
     pub(crate) grace_period: Duration,
     /// The time that a container has after a hook that outlasted the grace period.
     pub(crate) extension: Duration,
+    /// The timeout of a wait for a status of the pod.
+    pub(crate) bound: Duration,
 }
 
 /// What can be seen of a pod from outside.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Status {
     pub(crate) ready: bool,
+    /// Whether it ever was ready, also before a restart.
+    pub(crate) was_ready: bool,
     pub(crate) deleted: bool,
     pub(crate) restarts: u32,
-}
-
-/// The answers of the liveness probe.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Lively {
-    pub(crate) answered: u32,
-    /// Failures that were followed by an answer. At the end of a container the last probe is refused.
-    pub(crate) gaps: u32,
-    /// The phases that the answers name.
-    pub(crate) phases: BTreeSet<String>,
-    unanswered: u32,
-}
-
-impl fmt::Display for Lively {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let phases: Vec<_> = self.phases.iter().map(String::as_str).collect();
-        write!(
-            f,
-            "/livez answered {} times, in: {}; missing between two: {}",
-            self.answered,
-            phases.join(", "),
-            self.gaps
-        )
-    }
 }
 
 /// The end of a pod.
@@ -116,15 +116,44 @@ pub(crate) struct Death {
     pub(crate) restarts: u32,
 }
 
+impl Death {
+    /// How long the container had not answered the liveness probe when it ended.
+    pub(crate) fn silence(&self) -> Duration {
+        self.lively.silence(self.ended.exited)
+    }
+
+    /// Whether the `httpGet` hook started the stop, and was answered when the delay was over.
+    pub(crate) fn was_called(&self, delay: Duration) -> bool {
+        self.hook == Some(true)
+            && self.terminated - self.deleted >= delay
+            && self.ended.output.contains("shutdown by preStop")
+    }
+
+    /// Whether the container answered the liveness probe after the signal, and until it ended.
+    pub(crate) fn was_lively(&self, probe: &Probe) -> bool {
+        let lively = &self.lively;
+        lively.phases.contains("lame duck") && lively.gaps == 0 && self.silence() <= probe.silence()
+    }
+}
+
 /// A running pod. Dropping it kills its container.
 #[derive(Debug)]
 pub(crate) struct Pod {
     pub(crate) port: u16,
+    bound: Duration,
     status: watch::Receiver<Status>,
     delete: Option<oneshot::Sender<()>>,
     kubelet: JoinHandle<Result<Death, Problem>>,
-    /// Ends of containers before the deletion, as text.
-    pub(crate) events: Arc<Mutex<Vec<String>>>,
+    /// Ends of containers before the deletion.
+    pub(crate) events: Arc<Mutex<Vec<Event>>>,
+}
+
+/// The end of a container that was started again.
+#[derive(Clone, Debug)]
+pub(crate) struct Event {
+    pub(crate) text: String,
+    /// How long the container had not answered the liveness probe when it ended.
+    pub(crate) silence: Duration,
 }
 
 impl Drop for Pod {
@@ -138,6 +167,7 @@ impl Pod {
         let (send_status, status) = watch::channel(Status::default());
         let (delete, deleted) = oneshot::channel();
         let events = Arc::default();
+        let bound = spec.bound;
         let kubelet = Kubelet {
             spec,
             port,
@@ -146,6 +176,7 @@ impl Pod {
         };
         Self {
             port,
+            bound,
             status,
             delete: Some(delete),
             kubelet: tokio::spawn(kubelet.run(deleted)),
@@ -157,13 +188,13 @@ impl Pod {
         *self.status.borrow()
     }
 
-    /// Waits for a status, for at most a minute.
+    /// Waits for a status, within the bound of the pod.
     pub(crate) async fn until(
         &mut self,
         what: &str,
         is: impl FnMut(&Status) -> bool,
     ) -> Result<(), Problem> {
-        let bound = Duration::from_secs(60);
+        let bound = self.bound;
         let waited = tokio::time::timeout(bound, self.status.wait_for(is)).await;
         match waited.map(|status| status.map(drop)) {
             Ok(Ok(())) => Ok(()),
@@ -225,35 +256,12 @@ impl Pod {
     }
 }
 
-/// Equal results of a probe in a row.
-#[derive(Debug, Default)]
-struct InARow {
-    success: bool,
-    count: u32,
-}
-
-impl InARow {
-    /// Adds a result. Returns it if it takes effect.
-    fn add(&mut self, probe: &Probe, success: bool) -> Option<bool> {
-        if success != self.success {
-            *self = Self { success, count: 0 };
-        }
-        self.count += 1;
-        let threshold = if success {
-            probe.success_threshold
-        } else {
-            probe.failure_threshold
-        };
-        (self.count >= threshold).then_some(success)
-    }
-}
-
 #[derive(Debug)]
 struct Kubelet {
     spec: Spec,
     port: u16,
     status: watch::Sender<Status>,
-    events: Arc<Mutex<Vec<String>>>,
+    events: Arc<Mutex<Vec<Event>>>,
 }
 
 impl Kubelet {
@@ -288,23 +296,35 @@ impl Kubelet {
                         restarts,
                     });
                 }
-                status = container.wait() => format!("ended by itself, {}", status?),
+                status = container.wait() => {
+                    let (status, lively) = (status?, seen());
+                    let silence = lively.silence(Instant::now());
+                    Event { text: format!("ended by itself, {status}; {lively}"), silence }
+                }
                 failed = &mut watch => {
-                    let (_, _, ended) = self.stop(&mut container, Instant::now()).await?;
+                    let (_, _, ended) = tokio::select! {
+                        stopped = self.stop(&mut container, Instant::now()) => stopped?,
+                        // Until the container is started again, only the other probes rest.
+                        never = self.watch_readiness(), if failed == "liveness" => match never {},
+                    };
                     let by = if ended.killed { "SIGKILL" } else { "SIGTERM" };
-                    format!(
-                        "stopped because its {failed} probe failed, ended after {by}, {}",
-                        ended.status
-                    )
+                    let lively = seen();
+                    let silence = lively.silence(ended.exited);
+                    let text = format!(
+                        "stopped because its {failed} probe failed, ended after {by}, {}; {lively}; no \
+                         answer in the last {:.2} s",
+                        ended.status,
+                        silence.as_secs_f64(),
+                    );
+                    Event { text, silence }
                 }
             };
-            let watched = format!("{watched}; {}", seen());
             let restarts = self.status.borrow().restarts + 1;
             if restarts > MOST_RESTARTS {
                 container.must_run("again and again").await?;
                 return Err(Problem(format!(
-                    "the container on port {} {watched}",
-                    self.port
+                    "the container on port {} {}",
+                    self.port, watched.text
                 )));
             }
             self.events
@@ -332,9 +352,14 @@ impl Kubelet {
                     sleep(time).await;
                     Some(true)
                 }
-                Hook::HttpGet(path) => {
+                Hook::HttpGet(get) => {
+                    let port = get.port.unwrap_or(self.port);
                     // The kubelet ignores the status.
-                    let answer = load::once(self.port, "GET", path, spec.grace_period).await;
+                    let answer = if get.is_forwarded {
+                        single::forwarded(port, get.path, spec.grace_period).await
+                    } else {
+                        single::once(port, "GET", get.path, spec.grace_period).await
+                    };
                     Some(answer.is_ok())
                 }
             }
@@ -354,49 +379,38 @@ impl Kubelet {
             return "startup";
         }
         tokio::select! {
-            () = self.watch_liveness(lively) => "liveness",
+            () = self.watch_liveness(lively, false) => "liveness",
             never = self.watch_readiness() => match never {},
         }
     }
 
     async fn watch_to_the_end(&self, lively: &Mutex<Lively>) -> std::convert::Infallible {
-        tokio::join!(self.watch_readiness(), async {
-            loop {
-                self.watch_liveness(lively).await;
-            }
-        })
-        .0
+        tokio::join!(self.watch_readiness(), self.watch_liveness(lively, true)).0
     }
 
     /// Whether the startup probe succeeds.
     async fn starts(&self) -> bool {
         let probe = &self.spec.startup;
-        let (mut ticks, mut row) = (ticks(probe), InARow::default());
+        let (mut ticks, mut row) = (probe.ticks(), InARow::default());
         loop {
             ticks.tick().await;
-            if let Some(success) = row.add(probe, self.ask(probe).await.is_some()) {
+            if let Some(success) = row.add(probe, probe.ask(self.port).await.is_some()) {
                 return success;
             }
         }
     }
 
-    /// Returns when the liveness probe has failed.
-    async fn watch_liveness(&self, lively: &Mutex<Lively>) {
+    /// Returns when the liveness probe has failed, unless `goes_on`.
+    async fn watch_liveness(&self, lively: &Mutex<Lively>, goes_on: bool) {
         let probe = &self.spec.liveness;
-        let (mut ticks, mut row) = (ticks(probe), InARow::default());
+        let (mut ticks, mut row) = (probe.ticks(), InARow::default());
+        let seen = || lively.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             ticks.tick().await;
-            let answer = self.ask(probe).await;
-            let success = answer.is_some();
-            let mut lively = lively.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(text) = answer {
-                lively.answered += 1;
-                lively.gaps += std::mem::take(&mut lively.unanswered);
-                lively.phases.insert(text.trim().to_owned());
-            } else {
-                lively.unanswered += 1;
-            }
-            if row.add(probe, success) == Some(false) {
+            seen().asked();
+            let answer = probe.ask(self.port).await;
+            seen().add(answer.as_deref());
+            if row.add(probe, answer.is_some()) == Some(false) && !goes_on {
                 return;
             }
         }
@@ -404,31 +418,18 @@ impl Kubelet {
 
     async fn watch_readiness(&self) -> std::convert::Infallible {
         let probe = &self.spec.readiness;
-        let (mut ticks, mut row) = (ticks(probe), InARow::default());
+        let (mut ticks, mut row) = (probe.ticks(), InARow::default());
         loop {
             ticks.tick().await;
-            let success = self.ask(probe).await.is_some();
+            let success = probe.ask(self.port).await.is_some();
             if let Some(ready) = row.add(probe, success) {
                 self.status.send_if_modified(|status| {
                     let changes = status.ready != ready;
                     status.ready = ready;
+                    status.was_ready |= ready;
                     changes
                 });
             }
         }
     }
-
-    /// Sends a probe on a new connection, and returns the text of a success.
-    async fn ask(&self, probe: &Probe) -> Option<String> {
-        let answer = load::text(self.port, probe.path, probe.timeout).await;
-        let (status, text) = answer.ok()?;
-        (200..400).contains(&status.as_u16()).then_some(text)
-    }
-}
-
-/// The times of a probe. The first is now.
-fn ticks(probe: &Probe) -> tokio::time::Interval {
-    let mut ticks = interval(probe.period);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    ticks
 }

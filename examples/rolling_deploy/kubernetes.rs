@@ -8,8 +8,10 @@
 //! cargo run --example rolling_deploy -- --kubernetes --life     # a pod's life, event by event
 //! ```
 //!
-//! `kubelet.rs` has the rules. The balancer is like kube-proxy, without checks and retries. Every change of
-//! the endpoints reaches it after the removal delay.
+//! `kubelet.rs` has the rules. The balancer has neither checks nor retries, like kube-proxy. Every change of
+//! the endpoints reaches it after the removal delay. Unlike kube-proxy it chooses a pod for each request, and
+//! sends nothing to a removed pod, also not on a connection that is already open. kube-proxy chooses for each
+//! connection, and existing connections stay with their pod.
 //!
 //! The readiness probe does not speed up the removal, because the deletion has already started it.
 
@@ -20,8 +22,9 @@ use tokio::time::sleep;
 use crate::{
     balancer::Balancer,
     instance::{Problem, free_port},
-    kubelet::{Death, Hook, Pod, Probe, Spec},
+    kubelet::{Death, Hook, Pod, Spec},
     load::{Load, Paths, Tally},
+    probes::Probe,
 };
 
 /// In seconds. These are the defaults of this crate and of Kubernetes.
@@ -31,6 +34,8 @@ const GRACE_PERIOD: f64 = 30.0;
 const MIN_READY: f64 = 5.0;
 /// The time that the kubelet adds after a hook that outlasts the grace period.
 const EXTENSION: f64 = 2.0;
+/// The timeout of what a pod is waited for on a busy machine, beside the times of the pod itself.
+const BOUND: Duration = Duration::from_secs(60);
 /// Seconds of load after the stop.
 const AFTER: f64 = 2.0;
 
@@ -59,6 +64,11 @@ impl Sweep {
         Duration::from_secs_f64(seconds * self.scale)
     }
 
+    /// The timeout of what a pod is waited for.
+    pub(crate) fn bound(&self) -> Duration {
+        BOUND + self.time(60.0)
+    }
+
     pub(crate) fn seconds(&self, seconds: f64) -> String {
         self.time(seconds).as_secs_f64().to_string()
     }
@@ -82,6 +92,7 @@ impl Sweep {
             pre_stop,
             grace_period: self.time(GRACE_PERIOD),
             extension: self.time(EXTENSION),
+            bound: self.bound(),
         }
     }
 
@@ -114,7 +125,7 @@ struct Column {
 /// Returns whether the stops of this crate went as they must, whatever the requests that came too late.
 pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<bool, Problem> {
     let sleeps = Hook::Sleep(sweep.time(DRAIN_DELAY));
-    let gets = Hook::HttpGet("/prestop");
+    let gets = Hook::get("/prestop");
     let plain = command(&["plain", "{port}"])?;
     let mut columns = [
         ("plain axum", plain.clone(), Hook::None),
@@ -153,18 +164,19 @@ pub(crate) async fn run(sweep: &Sweep, paths: &Paths) -> Result<bool, Problem> {
         println!("{row}");
     }
     println!("\n{}", summary(&columns));
-    Ok(columns[2..].iter().all(went_well))
+    Ok(columns[2..].iter().all(|column| went_well(sweep, column)))
 }
 
 /// How the stops of each column went.
 fn summary(columns: &[Column]) -> String {
     let mut text = String::from(
         "| stops | longest | SIGTERM after the deletion | exit codes | killed | restarts | answers of /livez \
-         | missing between two |\n|---|---|---|---|---|---|---|---|\n",
+         | missing between two | missing at the end |\n|---|---|---|---|---|---|---|---|---|\n",
     );
     for column in columns {
         let deaths = &column.deaths;
         let longest = deaths.iter().map(|it| it.ended.exited - it.deleted).max();
+        let silence = deaths.iter().map(Death::silence).max();
         let signals = deaths.iter().map(|it| it.terminated - it.deleted);
         let codes: BTreeSet<_> = deaths.iter().map(|it| it.ended.status.code()).collect();
         let codes: Vec<_> = codes
@@ -174,7 +186,7 @@ fn summary(columns: &[Column]) -> String {
         let sum = |of: fn(&Death) -> u32| deaths.iter().map(of).sum::<u32>();
         let _ = writeln!(
             text,
-            "| {} | {:.2} s | {:.2} s to {:.2} s | {} | {} | {} | {} | {} |",
+            "| {} | {:.2} s | {:.2} s to {:.2} s | {} | {} | {} | {} | {} | {:.2} s |",
             column.title,
             longest.unwrap_or_default().as_secs_f64(),
             signals.clone().min().unwrap_or_default().as_secs_f64(),
@@ -184,19 +196,25 @@ fn summary(columns: &[Column]) -> String {
             sum(|it| it.restarts),
             sum(|it| it.lively.answered),
             sum(|it| it.lively.gaps),
+            silence.unwrap_or_default().as_secs_f64(),
         );
     }
     text
 }
 
-/// Whether no container was killed, restarted by a probe, or left a probe without an answer between two
-/// that it answered.
-fn went_well(column: &Column) -> bool {
+/// Whether no container was killed or restarted by a probe, each answered the liveness probe until it
+/// ended, and an `httpGet` hook started the stop and lasted as long as the delay.
+fn went_well(sweep: &Sweep, column: &Column) -> bool {
     column.deaths.iter().all(|death| {
-        death.ended.status.success()
+        let hook_works = match column.pod.pre_stop {
+            Hook::None | Hook::Sleep(_) => true,
+            Hook::HttpGet(_) => death.was_called(sweep.time(DRAIN_DELAY)),
+        };
+        hook_works
+            && death.ended.status.success()
             && !death.ended.killed
             && death.restarts == 0
-            && death.lively.gaps == 0
+            && death.was_lively(&column.pod.liveness)
             && death.hook != Some(false)
     })
 }
@@ -219,10 +237,12 @@ async fn replace_one(
     for pod in [&old, &other] {
         pod.expose(Arc::clone(balancer), late);
     }
-    balancer.has(&[old.port, other.port]).await?;
+    let ports = [old.port, other.port];
+    balancer.has(&ports, late + sweep.bound()).await?;
     let load = Load::start(balancer.address().to_string(), paths.clone());
 
-    // maxSurge 1, maxUnavailable 0: the new pod starts first.
+    // maxSurge 1, maxUnavailable 0: the new pod starts first, and the rollout waits until its address has
+    // arrived and for minReadySeconds after that. (The controller does not know when an address arrives.)
     let mut new = start();
     new.ready().await?;
     new.expose(Arc::clone(balancer), late);

@@ -15,8 +15,8 @@ use std::{
 use futures_util::stream;
 use http_body_util::{BodyExt, Empty, StreamBody, combinators::BoxBody};
 use hyper::{
-    Request, Response, StatusCode,
-    body::{Bytes, Frame, Incoming},
+    Request, StatusCode,
+    body::{Bytes, Frame},
     client::conn::http1::{SendRequest, handshake},
     header,
 };
@@ -34,7 +34,7 @@ const PIECES: usize = 16;
 const PIECE: usize = 16 * 1024;
 const BETWEEN_PIECES: Duration = Duration::from_millis(30);
 
-type Sender = SendRequest<BoxBody<Bytes, Infallible>>;
+pub(crate) type Sender = SendRequest<BoxBody<Bytes, Infallible>>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
@@ -103,6 +103,8 @@ pub(crate) struct Failure {
 #[derive(Clone, Debug)]
 pub(crate) struct Paths {
     pub(crate) quick: String,
+    /// A status of `quick` that is an answer, beside 2xx and 3xx.
+    pub(crate) allowed: Option<StatusCode>,
     pub(crate) slow: Option<String>,
     pub(crate) upload: Option<String>,
     /// The time after which a request counts as lost.
@@ -110,6 +112,11 @@ pub(crate) struct Paths {
 }
 
 impl Paths {
+    /// Whether `quick` reached the service, so that a run can measure something.
+    pub(crate) fn is_answer(&self, status: StatusCode) -> bool {
+        (200..400).contains(&status.as_u16()) || self.allowed == Some(status)
+    }
+
     fn of(&self, kind: Kind) -> Option<&str> {
         match kind {
             Kind::KeepAlive | Kind::PerRequest => Some(&self.quick),
@@ -263,7 +270,7 @@ async fn send(target: &str, path: &str, kind: Kind, kept: &mut Option<Sender>) -
     Ok(())
 }
 
-async fn connect(target: &str) -> Result<Sender, How> {
+pub(crate) async fn connect(target: &str) -> Result<Sender, How> {
     let stream = TcpStream::connect(target).await.map_err(|error| {
         if error.kind() == std::io::ErrorKind::ConnectionRefused {
             How::Refused
@@ -289,49 +296,4 @@ fn upload() -> BoxBody<Bytes, Infallible> {
         Some((Ok(Frame::data(piece)), sent + 1))
     });
     StreamBody::new(pieces).boxed()
-}
-
-/// Sends one `GET` on a new connection, with a timeout of one second, and returns the status.
-pub(crate) async fn get(port: u16, path: &str) -> Result<StatusCode, How> {
-    once(port, "GET", path, Duration::from_secs(1)).await
-}
-
-/// Sends one request without a body on a new connection, and returns the status.
-pub(crate) async fn once(
-    port: u16,
-    method: &str,
-    path: &str,
-    bound: Duration,
-) -> Result<StatusCode, How> {
-    let exchange = async { Ok(begin(port, method, path).await?.status()) };
-    timeout(bound, exchange).await.unwrap_or(Err(How::TimedOut))
-}
-
-/// Sends one `GET` on a new connection, and returns the status and the body as text.
-pub(crate) async fn text(
-    port: u16,
-    path: &str,
-    bound: Duration,
-) -> Result<(StatusCode, String), How> {
-    let exchange = async {
-        let response = begin(port, "GET", path).await?;
-        let status = response.status();
-        let body = response.into_body().collect().await;
-        let body = body.map_err(|_| How::Truncated)?.to_bytes();
-        Ok((status, String::from_utf8_lossy(&body).into_owned()))
-    };
-    timeout(bound, exchange).await.unwrap_or(Err(How::TimedOut))
-}
-
-async fn begin(port: u16, method: &str, path: &str) -> Result<Response<Incoming>, How> {
-    let target = format!("127.0.0.1:{port}");
-    let mut sender = connect(&target).await?;
-    let request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header(header::HOST, &target)
-        .header(header::CONNECTION, "close")
-        .body(Empty::new().boxed())
-        .map_err(|_| How::Reset)?;
-    sender.send_request(request).await.map_err(|_| How::Reset)
 }

@@ -38,7 +38,11 @@ mod load;
 #[cfg(unix)]
 mod options;
 #[cfg(unix)]
+mod probes;
+#[cfg(unix)]
 mod progress;
+#[cfg(unix)]
+mod single;
 #[cfg(unix)]
 mod verdict;
 

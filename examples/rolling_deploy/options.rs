@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use hyper::StatusCode;
+
 use crate::{
     balancer::Check,
     deploy::{Front, Plan},
@@ -31,6 +33,7 @@ Times are in seconds. A path set to '' is not requested.
   --upload PATH          takes a POST of 256 KiB that lasts half a second [/upload]
   --interval SECONDS     between two probes of the balancer [0.5; 0.25 without COMMAND]
   --fall COUNT           failed probes until the balancer stops sending [2]
+  --allow-status STATUS  of --get, if it answers neither 2xx nor 3xx while nothing stops
   --timeout SECONDS      after which a request counts as lost [15]
   --grace SECONDS        from SIGTERM to SIGKILL [30]
   --start-timeout SECONDS  for an instance to become ready [30]
@@ -39,6 +42,7 @@ Times are in seconds. A path set to '' is not requested.
   --behind HOST:PORT     a running balancer, in place of the built-in one
   --ports A,B,...        the ports it sends to, at least one more than instances
   --settle SECONDS       for it to notice that an instance is ready or has ended [1]
+  --logs FOLDER          writes what each stopped instance printed to a file of its own
   --removals A,B,...     with --kubernetes, after which an address is removed [0,1,2,3,4,4.5,5,5.5,6,8,10]
   --scale FACTOR         with --kubernetes, for all times [0.2]
 ";
@@ -63,6 +67,7 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
         },
         paths: Paths {
             quick: "/".into(),
+            allowed: None,
             slow: Some("/slow".into()),
             upload: Some("/upload".into()),
             timeout: Duration::from_secs(15),
@@ -71,6 +76,7 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
         start_timeout: Duration::from_secs(30),
         instances: 2,
         rounds: 2,
+        logs: None,
         front: Front::Own,
     };
     let (mut interval, mut behind, mut ports) = (None, None, Vec::new());
@@ -100,6 +106,8 @@ pub(crate) fn parse(args: Vec<String>) -> Result<Task, Problem> {
             "--get" => plan.paths.quick = path(&arg, value)?,
             "--slow" => plan.paths.slow = optional(&arg, value)?,
             "--upload" => plan.paths.upload = optional(&arg, value)?,
+            "--allow-status" => plan.paths.allowed = Some(status(&arg, &value)?),
+            "--logs" => plan.logs = Some(value.into()),
             "--interval" => interval = Some(seconds(&arg, &value)?),
             "--fall" => plan.check.fall = count(&arg, &value)?,
             "--timeout" => plan.paths.timeout = seconds(&arg, &value)?,
@@ -195,6 +203,14 @@ fn factor(option: &str, value: &str) -> Result<f64, Problem> {
         .ok()
         .filter(|factor| (0.01..=10.0).contains(factor));
     factor.ok_or_else(|| wrong(option, value, "a factor from 0.01 to 10"))
+}
+
+fn status(option: &str, value: &str) -> Result<StatusCode, Problem> {
+    let status = value
+        .parse()
+        .ok()
+        .filter(|status: &StatusCode| (200..500).contains(&status.as_u16()));
+    status.ok_or_else(|| wrong(option, value, "a status from 200 to 499"))
 }
 
 fn count(option: &str, value: &str) -> Result<u32, Problem> {

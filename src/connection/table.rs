@@ -199,11 +199,13 @@ impl<O> ConnectionTable<O> {
 
     /// Whether a connection may be idle that belongs to a server other than `serve`. Such servers do not say
     /// when they notice something, so the connections are compared with the requests in flight. If one of
-    /// them speaks HTTP/2, all these requests may be on it, and any other connection may be idle.
+    /// them speaks HTTP/2, all these requests may be on it, and any other connection may be idle. Connections
+    /// that their server has dropped are not included.
     pub(crate) fn may_be_idle(&self, in_flight: usize) -> bool {
         let open = lock!(self.open);
         let connections = open.connections.iter();
-        let mut others = connections.filter(|entry| !entry.flags.has(OWNED | MAY_DROP | UPGRADED));
+        let mut others =
+            connections.filter(|entry| !entry.flags.has(OWNED | MAY_DROP | UPGRADED | LINGERS));
         let count = others.clone().count();
         count > in_flight || others.any(|entry| entry.sniffer.is_http2())
     }

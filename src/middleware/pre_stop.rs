@@ -86,6 +86,10 @@ impl Graceful {
     /// Cluster` make traffic appear to come from a node). In such a network, put the route on a
     /// separate port that no Service and no Ingress exposes.
     ///
+    /// Loopback is always allowed. So a service that requests URLs which its clients choose (server-side
+    /// request forgery) can be made to call the route itself, as any process on the same host can. In
+    /// such a service, put the route on a separate port that these requests cannot reach.
+    ///
     /// The peer address is known on every server of [`serve`](Self::serve), and on other servers
     /// with axum's `into_make_service_with_connect_info::<SocketAddr>()`. The address of the
     /// kubelet depends on the network plugin: it is often `status.hostIP`, and with bridge plugins
@@ -105,6 +109,13 @@ impl Graceful {
     /// | `sleep` | you cannot change the service; readiness still succeeds during the sleep | shorter by the sleep, with a `drain_delay` of zero |
     /// | `exec` | a command has to run in the container first; the image must contain it | shorter by the command's time |
     /// | `httpGet` of this route | SIGTERM must come last, for example because other containers of the pod stop at it; or the hook should end early together with the delay, by [`leave_when_quiet`](crate::GracefulBuilder::leave_when_quiet) | equal to `terminationGracePeriodSeconds`: the clock starts with the call |
+    ///
+    /// Exception: with `externalTrafficPolicy: Local`, or with one replica, all endpoints that a node
+    /// may use can be terminating at the same time. Nodes then use a terminating pod only while its
+    /// readiness succeeds
+    /// ([KEP-1669](https://github.com/kubernetes/enhancements/tree/master/keps/sig-network/1669-proxy-terminating-endpoints)).
+    /// There use a `sleep` hook, or a readiness `failureThreshold` × `periodSeconds` longer than
+    /// [`drain_delay`](crate::GracefulBuilder::drain_delay).
     ///
     /// # Limits
     ///

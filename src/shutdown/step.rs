@@ -145,8 +145,8 @@ impl Shared {
         shutdown.delay_over = Some(reason);
         // Connections in the accept queue are still served. Draining, which rejects requests,
         // starts only after the listeners have closed.
-        let shared = self.shares_listeners();
-        if shared || !self.policy.keep_listening {
+        let listeners_close = self.shares_listeners() || !self.policy.keep_listening;
+        if listeners_close {
             if let Some(until) = self.advance_closing(shutdown, now) {
                 let begun = shutdown.closing_begun.unwrap_or(now);
                 if now < begun + STARVED_DELAY {
@@ -154,10 +154,11 @@ impl Shared {
                 }
             }
         }
-        if let (true, Some(since)) = (shared, shutdown.closes_since) {
+        if let (true, Some(since)) = (listeners_close, shutdown.closes_since) {
             // A request may arrive before the task of its connection has noticed that it is to close,
-            // and is still served. Tasks of other servers do not say when they have noticed. There, no
-            // such request can arrive once every connection has a request in flight.
+            // and is still served: load balancers send a refused connection to another server, and pass a
+            // 503 on. Tasks of other servers do not say when they have noticed. There, no such request can
+            // arrive once every connection has a request in flight.
             let until = shutdown.drain_until.min(since + MOST_UNREAD);
             let waits = || {
                 self.connections.has_unnotified() || self.connections.may_be_idle(self.in_flight())

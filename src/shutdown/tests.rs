@@ -848,3 +848,41 @@ async fn the_streams_of_an_http2_connection_do_not_hide_an_idle_connection_of_a_
     drop(permits);
     stop.leave(&http2);
 }
+
+#[tokio::test(start_paused = true)]
+async fn without_keep_listening_draining_waits_for_connections_that_have_not_noticed_the_close() {
+    let mut stop = Stop::new(0, 5000, |it| it.keep_listening(false));
+    stop.listen();
+    let entry = stop.connect_and_read();
+    entry.flags.set(OWNED);
+    stop.terminate();
+    stop.close_listener();
+    stop.at(60).await;
+    assert_eq!(entry.state.directive(), Directive::Close);
+    // A request that its task reads now must be served, because load balancers do not retry a 503.
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    entry.flags.set(CLOSE_NOTICED);
+    stop.at(70).await;
+    assert!(stop.phase() > Phase::LameDuck);
+    stop.leave(&entry);
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_does_not_wait_for_a_connection_that_its_server_has_dropped() {
+    use crate::connection::flags::LINGERS;
+
+    for flags in [0, LINGERS] {
+        let mut stop = Stop::new(0, 5000, |it| it.keep_listening(false));
+        stop.listen();
+        let entry = stop.connect_and_read();
+        entry.was_read_once_more();
+        entry.flags.set(flags);
+        stop.terminate();
+        stop.close_listener();
+        stop.at(500).await;
+        assert_eq!(stop.phase() == Phase::LameDuck, flags == 0);
+        stop.at(1500).await;
+        assert!(stop.phase() > Phase::LameDuck);
+        stop.leave(&entry);
+    }
+}
