@@ -4,7 +4,7 @@ use std::{
     convert::Infallible,
     io,
     net::SocketAddr,
-    process::ExitCode,
+    process::{self, ExitCode},
     sync::LazyLock,
     thread,
     time::{Duration, Instant},
@@ -19,6 +19,7 @@ use axum::{
     routing::{any, get, post},
     serve::Listener,
 };
+use fork::Fork;
 use futures_util::stream;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
@@ -100,6 +101,7 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
     } else {
         log.with_writer(io::stderr).init();
     }
+    let forked = knobs.text("forked").map(|_| forked(&knobs));
     let mut runtime = match knobs.number("threads") {
         // The runtime of the calling thread.
         Some(0) => tokio::runtime::Builder::new_current_thread(),
@@ -110,13 +112,30 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
         }
     };
     let runtime = runtime.enable_all().build().unwrap();
-    let code = runtime.block_on(serve(&knobs));
+    let inherited = forked.filter(|_| knobs.text("forked") == Some("inherits"));
+    let code = runtime.block_on(serve(&knobs, inherited));
     // Waits for the blocking work on its threads.
     drop(runtime);
     if knobs.text("log") != Some("blocks") {
         tracing::info!("the process ends");
     }
     code
+}
+
+/// Forks this process after a lifecycle has begun to handle its signals. Returns the lifecycle in the child,
+/// whose runtime does not exist yet. The parent says when its own copy has stopped, and ends.
+fn forked(knobs: &Knobs<'_>) -> Graceful {
+    let graceful = builder(knobs).build().unwrap();
+    graceful.handle_signals().unwrap();
+    if let Fork::Parent(_) = fork::fork().unwrap() {
+        while graceful.phase() < Phase::Stopped {
+            thread::sleep(Duration::from_millis(1));
+        }
+        println!("the parent has stopped");
+        process::exit(0);
+    }
+    println!("child {}", process::id());
+    graceful
 }
 
 /// Prints each phase, with the answer of readiness and the time since the first phase of the stop. It runs
@@ -209,9 +228,9 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
     builder
 }
 
-async fn serve(knobs: &Knobs<'_>) -> ExitCode {
+async fn serve(knobs: &Knobs<'_>, inherited: Option<Graceful>) -> ExitCode {
     let _ = knobs.number("files").map(allow_files);
-    let graceful = match builder(knobs).build() {
+    let graceful = match inherited.map_or_else(|| builder(knobs).build(), Ok) {
         Ok(graceful) => graceful,
         Err(error) => {
             eprintln!("{error}");
