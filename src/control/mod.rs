@@ -82,6 +82,12 @@ const OTHERWISE: Duration = Duration::from_millis(250);
 /// outside is such a reason.
 const TICK: Duration = Duration::from_millis(50);
 
+/// How often the driver of each stop is woken, if there are this many.
+fn tick(stops: usize) -> Duration {
+    let many = u32::try_from(stops / 256).unwrap_or(u32::MAX);
+    TICK.saturating_mul(many.saturating_add(1))
+}
+
 /// How many threads may be blocked in wakers before other wakers have to wait.
 const MOST_STUCK: usize = 16;
 
@@ -128,9 +134,10 @@ impl<S: Subject> Control<S> {
     pub(crate) fn schedule(&'static self, id: Id, subject: &S, at: Instant, driven: bool) {
         let mut inner = lock!(self.inner);
         let at = if driven {
-            let many = u32::try_from(inner.deadlines.len() / 256).unwrap_or(u32::MAX);
-            let tick = TICK.saturating_mul(many.saturating_add(1));
-            at.min(instant_after(clock::real_now(), tick))
+            at.min(instant_after(
+                clock::real_now(),
+                tick(inner.deadlines.len()),
+            ))
         } else {
             at
         };
@@ -362,5 +369,18 @@ impl<S: Subject> Control<S> {
         if !held.is_empty() {
             self.run_elsewhere(Box::new(move || drop(held)));
         }
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_drivers_are_woken_less_often() {
+        assert_eq!([1, 255].map(tick), [TICK; 2]);
+        assert_eq!(tick(256), 2 * TICK);
+        assert_eq!(tick(2_600), 11 * TICK);
+        assert!(tick(usize::MAX) > LONGEST);
     }
 }

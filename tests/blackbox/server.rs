@@ -122,11 +122,29 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
     code
 }
 
+/// Whether all threads of this process but the calling one wait. True if the system does not report it.
+fn others_wait() -> bool {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else {
+        thread::sleep(Duration::from_millis(200));
+        return true;
+    };
+    let others =
+        tasks.filter(|task| task.as_ref().unwrap().file_name() != *process::id().to_string());
+    let mut stats =
+        others.filter_map(|it| std::fs::read_to_string(it.unwrap().path().join("stat")).ok());
+    // The state follows the name, which is in parentheses.
+    stats.all(|stat| stat.contains("(graceful-") && stat.contains(") S "))
+}
+
 /// Forks this process after a lifecycle has begun to handle its signals. Returns the lifecycle in the child,
 /// whose runtime does not exist yet. The parent says when its own copy has stopped, and ends.
 fn forked(knobs: &Knobs<'_>) -> Graceful {
     let graceful = builder(knobs).build().unwrap();
     graceful.handle_signals().unwrap();
+    // A lock that another thread holds during a fork stays locked in the child.
+    while !others_wait() {
+        thread::sleep(Duration::from_millis(1));
+    }
     if let Fork::Parent(_) = fork::fork().unwrap() {
         while graceful.phase() < Phase::Stopped {
             thread::sleep(Duration::from_millis(1));
