@@ -4,12 +4,16 @@
 #![cfg(target_os = "linux")]
 
 use std::{
-    fs, thread,
+    fs::{self, File},
+    io, thread,
     time::{Duration, Instant},
 };
 
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::{Signal, kill},
+    },
     unistd::Pid,
 };
 use tower_graceful::{Graceful, Phase};
@@ -44,8 +48,47 @@ fn without_delay() -> Graceful {
     builder.build().unwrap()
 }
 
+/// Whether a handler for SIGTERM is installed.
+fn is_sigterm_caught() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let caught = status.lines().find_map(|it| it.strip_prefix("SigCgt:"));
+    let caught = u64::from_str_radix(caught.unwrap().trim(), 16).unwrap();
+    caught & (1 << (Signal::SIGTERM as u64 - 1)) != 0
+}
+
+/// Handles signals where the process may open only `count` more files.
+fn handle_signals_with(count: usize) -> io::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let files = u64::try_from(descriptors()).unwrap() + 16;
+    setrlimit(Resource::RLIMIT_NOFILE, files, hard).unwrap();
+    let mut all: Vec<_> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
+    assert!(all.len() > count, "there was room for more");
+    all.truncate(all.len() - count);
+    let result = without_delay().handle_signals();
+    drop(all);
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    result
+}
+
+/// A program that cannot handle signals yet is still ended by them, and may try again.
+fn without_descriptors_signals_keep_their_default_action() {
+    let before = descriptors();
+    // A socket has two, and the handler of each signal has a clone of one.
+    for few in 0..4 {
+        let error = handle_signals_with(few).unwrap_err().to_string();
+        assert!(error.starts_with("no socket for signals: "), "{error}");
+        assert!(!is_sigterm_caught(), "with {few}");
+        assert_eq!(descriptors(), before, "with {few}");
+        assert_eq!(threads(), 0, "with {few}");
+    }
+    handle_signals_with(4).unwrap();
+    assert!(is_sigterm_caught());
+    wait_for("the thread to end", || threads() == 0);
+}
+
 #[test]
 fn there_is_one_thread_while_something_needs_it() {
+    without_descriptors_signals_keep_their_default_action();
     let before = descriptors();
     let mut all: Vec<_> = (0..MANY).map(|_| without_delay()).collect();
     assert_eq!(threads(), 0, "nothing needs one");

@@ -65,3 +65,23 @@ pub(crate) const CLOSE_NOTICED: u16 = 16384;
 /// Nothing was there when the connection was [read once more](super::directive::Directive::Read), or the
 /// peer had closed its writing side.
 pub(crate) const READ_AGAIN: u16 = 32768;
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flag_is_set_and_taken_without_the_others() {
+        let flags = Flags::new(LINGERS);
+        flags.set(ACTIVE);
+        flags.set(ACTIVE | ANSWERS);
+        assert!(flags.has(ACTIVE) && flags.has(ANSWERS) && flags.has(LINGERS));
+        assert!(!flags.has(RESPONDED));
+        assert!(flags.take(ACTIVE));
+        assert!(!flags.take(ACTIVE) && !flags.has(ACTIVE));
+        assert!(flags.has(ANSWERS) && flags.has(LINGERS));
+        let none = Flags::new(0);
+        none.set(READ_AGAIN);
+        assert!(none.has(READ_AGAIN));
+    }
+}

@@ -53,3 +53,60 @@ pub(crate) fn parse(head: &[u8]) -> Option<(Method, &str, impl Iterator<Item = &
     let path = target.split(['?', '#']).next()?;
     Some((Method::from_bytes(method.as_bytes()).ok()?, path, lines))
 }
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn http1_begins_with_a_method_in_capitals() {
+        for head in [
+            "GET / HTTP/1.1\r\n\r\n",
+            "OPTIONS *",
+            "CONNECT",
+            "GE",
+            "GET\r",
+        ] {
+            assert!(is_http1(head.as_bytes()), "{head}");
+        }
+        for head in [
+            "\u{16}\u{3}\u{1}",
+            "get / HTTP/1.1\r\n",
+            "PROPFIND /",
+            "GET2 /",
+        ] {
+            assert!(!is_http1(head.as_bytes()), "{head}");
+        }
+    }
+
+    #[test]
+    fn a_head_is_parsed_if_its_first_line_has_three_parts_and_a_known_version() {
+        let head = "POST /a/b?c#d HTTP/1.1\r\nhost: test\r\n\r\n";
+        let (method, path, lines) = parse(head.as_bytes()).unwrap();
+        assert_eq!((method, path), (Method::POST, "/a/b"));
+        assert_eq!(lines.collect::<Vec<_>>(), ["host: test", "", ""]);
+        assert!(parse(b"GET / HTTP/1.0\r\n\r\n").is_some());
+        for head in [
+            "GET / HTTP/1.1 x",
+            "GET / HTTP/2.0",
+            "GET /",
+            "GET / x x",
+            "",
+        ] {
+            assert!(parse(head.as_bytes()).is_none(), "{head}");
+        }
+    }
+
+    #[test]
+    fn what_is_put_is_taken_once() {
+        let requests = Requests::default();
+        let known = Known {
+            requests: 2,
+            ..Known::default()
+        };
+        requests.put(7, Box::new(known));
+        assert!(requests.take(8).is_none());
+        assert_eq!(requests.take(7).unwrap().requests, 2);
+        assert!(requests.take(7).is_none());
+    }
+}

@@ -101,7 +101,15 @@ mod tests {
         deadlines.schedule(1, &"one", in_seconds(1));
         deadlines.schedule(2, &"two", in_seconds(2));
         assert_eq!(deadlines.next(), Some(in_seconds(1)));
+        assert_eq!(deadlines.len(), 2);
         assert!(deadlines.take(now, in_seconds(9)).is_empty());
+        deadlines.notify(2);
+        assert_eq!(deadlines.take(now, now), ["two"]);
+        assert_eq!(
+            deadlines.next(),
+            Some(in_seconds(1)),
+            "the check of a notified stop keeps its instant"
+        );
         deadlines.notify(2);
         deadlines.notify(2);
         deadlines.notify(3);

@@ -141,3 +141,60 @@ mod models {
         });
     }
 }
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use std::{sync::atomic::AtomicUsize, task::Waker};
+
+    use tokio_test::{assert_pending, assert_ready, task};
+
+    use super::*;
+
+    #[test]
+    fn the_control_thread_is_notified_once_before_it_looks_and_only_while_engaged() {
+        static NOTIFIED: AtomicUsize = AtomicUsize::new(0);
+
+        fn notified() -> usize {
+            NOTIFIED.swap(0, Relaxed)
+        }
+
+        fn count(_: Id) {
+            NOTIFIED.fetch_add(1, Relaxed);
+        }
+
+        let driver_waker = Arc::new(DriverWaker::new(count));
+        driver_waker.notify();
+        assert_eq!(notified(), 0, "the thread keeps no deadline of this stop");
+        assert!(!driver_waker.engage(true));
+        for round in 0..3 {
+            driver_waker.notify();
+            driver_waker.notify();
+            assert_eq!(notified(), 1, "{round}");
+            driver_waker.looks();
+        }
+        assert!(driver_waker.engage(true));
+        assert!(driver_waker.engage(false));
+        driver_waker.notify();
+        assert_eq!(notified(), 0);
+        assert_ne!(DriverWaker::new(count).id(), driver_waker.id());
+    }
+
+    #[test]
+    fn every_notification_wakes_the_driver() {
+        let driver_waker = Arc::new(DriverWaker::new(|_| ()));
+        let waker = Waker::from(Arc::clone(&driver_waker));
+        let notifications: [&dyn Fn(); 4] = [
+            &|| driver_waker.notify(),
+            &|| driver_waker.wake_driver(),
+            &|| waker.wake_by_ref(),
+            &|| waker.clone().wake(),
+        ];
+        for notify in notifications {
+            let mut driver = task::spawn(driver_waker.notified());
+            assert_pending!(driver.poll());
+            notify();
+            assert!(driver.is_woken());
+            assert_ready!(driver.poll());
+        }
+    }
+}

@@ -23,9 +23,10 @@
 //! 3. *The lock is the innermost one.* It is taken while the lock of a lifecycle is held. So no
 //!    method of a lifecycle is called, and no lifecycle is dropped, while it is held; only
 //!    references to lifecycles are cloned.
-//! 4. *A forked child inherits nothing.* A thread belongs to the process that started it. A signal
-//!    handler leaves its signal in memory, where only its own process finds it. The byte that a
-//!    child writes to the parent's socket only wakes the parent, which finds no signal.
+//! 4. *A forked child inherits nothing.* A thread belongs to the process that started it. The first
+//!    need in a child starts another, which waits on a socket of its own. A signal handler leaves its
+//!    signal in memory, where only its own process finds it. The byte that a child writes to the
+//!    parent's socket before that only wakes the parent, which finds no signal.
 //!
 //! The lock and the socket are the operating system's, and loom cannot model them. `thread_state` contains
 //! the decisions of points 1 and 2, and models of them with loom's lock and a socket made of loom's
@@ -81,6 +82,12 @@ const OTHERWISE: Duration = Duration::from_millis(250);
 /// outside is such a reason.
 const TICK: Duration = Duration::from_millis(50);
 
+/// How often the driver of each stop is woken, if there are this many.
+fn tick(stops: usize) -> Duration {
+    let many = u32::try_from(stops / 256).unwrap_or(u32::MAX);
+    TICK.saturating_mul(many.saturating_add(1))
+}
+
 /// How many threads may be blocked in wakers before other wakers have to wait.
 const MOST_STUCK: usize = 16;
 
@@ -127,9 +134,10 @@ impl<S: Subject> Control<S> {
     pub(crate) fn schedule(&'static self, id: Id, subject: &S, at: Instant, driven: bool) {
         let mut inner = lock!(self.inner);
         let at = if driven {
-            let many = u32::try_from(inner.deadlines.len() / 256).unwrap_or(u32::MAX);
-            let tick = TICK.saturating_mul(many.saturating_add(1));
-            at.min(instant_after(clock::real_now(), tick))
+            at.min(instant_after(
+                clock::real_now(),
+                tick(inner.deadlines.len()),
+            ))
         } else {
             at
         };
@@ -160,16 +168,14 @@ impl<S: Subject> Control<S> {
     #[cfg(feature = "signal")]
     pub(crate) fn listen(&'static self, id: Id, weak: impl FnOnce() -> S::Weak) -> io::Result<()> {
         let mut inner = lock!(self.inner);
-        if !inner.listening.listeners.contains_key(&id) {
-            match &mut inner.listening.signals {
-                Some(signals) => signals.adopt()?,
-                none => *none = Some(Signals::install(|| self.poke())?),
-            }
-            // The thread must exist before signals lose their default action.
-            self.need(&mut inner, true)?;
-            inner.listening.listeners.insert(id, weak());
-            inner.listening.late_until = None;
+        if inner.listening.signals.is_none() {
+            inner.listening.signals = Some(Signals::install(|| self.poke())?);
         }
+        // The thread must exist before signals lose their default action. Also for a lifecycle that
+        // listens already: in a forked child it has no thread.
+        self.need(&mut inner, true)?;
+        inner.listening.listeners.insert(id, weak());
+        inner.listening.late_until = None;
         if let Some(signals) = &inner.listening.signals {
             signals.keep();
         }
@@ -260,6 +266,11 @@ impl<S: Subject> Control<S> {
                 self.wake(inner);
             }
             return Ok(());
+        }
+        #[cfg(feature = "signal")]
+        if let Some(signals) = &mut inner.listening.signals {
+            // Before the thread begins to wait: in a forked child the socket is the parent's.
+            signals.adopt()?;
         }
         let thread = thread::Builder::new().name("graceful-control".to_owned());
         thread.spawn(|| self.run()).map_err(|error| {
@@ -358,5 +369,18 @@ impl<S: Subject> Control<S> {
         if !held.is_empty() {
             self.run_elsewhere(Box::new(move || drop(held)));
         }
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_drivers_are_woken_less_often() {
+        assert_eq!([1, 255].map(tick), [TICK; 2]);
+        assert_eq!(tick(256), 2 * TICK);
+        assert_eq!(tick(2_600), 11 * TICK);
+        assert!(tick(usize::MAX) > LONGEST);
     }
 }

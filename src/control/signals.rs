@@ -100,47 +100,33 @@ mod os {
 
     impl Signals {
         /// Installs the handlers. The signals are given back at first.
-        pub(crate) fn install(_: impl Fn() + Send + 'static) -> io::Result<Self> {
-            let mut signals = Self {
-                given_back: Arc::new(AtomicBool::new(true)),
-                arrived: [(); 2].map(|()| Arc::default()),
-                socket: Socket::open()?,
-                writing: Vec::new(),
-                process: process::id(),
-            };
-            let mut installed = Vec::new();
-            let result = signals.register(&mut installed);
-            if let Err(error) = result {
-                for id in installed {
-                    low_level::unregister(id);
-                }
-                return Err(error);
-            }
-            Ok(signals)
-        }
-
+        ///
         /// The actions of a signal run in the order of their registration: first the default action
         /// if the signal is given back, then the flag, then the socket.
-        fn register(&mut self, installed: &mut Vec<SigId>) -> io::Result<()> {
-            for ((signal, _), arrived) in SIGNALS.into_iter().zip(&self.arrived) {
-                let given_back = Arc::clone(&self.given_back);
+        pub(crate) fn install(_: impl Fn() + Send + 'static) -> io::Result<Self> {
+            let (socket, clones) = Socket::open()?;
+            let given_back = Arc::new(AtomicBool::new(true));
+            let arrived: [Arc<AtomicBool>; 2] = Default::default();
+            let mut writing = Vec::new();
+            for (((signal, _), arrived), clone) in SIGNALS.into_iter().zip(&arrived).zip(clones) {
+                let given_back = Arc::clone(&given_back);
                 let context = |error| explain(&format!("no handler for signal {signal}"), &error);
-                installed.push(
-                    if is_init() {
-                        flag::register_conditional_shutdown(signal, 128 + signal, given_back)
-                    } else {
-                        flag::register_conditional_default(signal, given_back)
-                    }
-                    .map_err(context)?,
-                );
-                let arrived = flag::register(signal, Arc::clone(arrived));
-                installed.push(arrived.map_err(context)?);
-                let written = self.socket.written.try_clone()?;
-                let writes = pipe::register(signal, written).map_err(context)?;
-                installed.push(writes);
-                self.writing.push(writes);
+                if is_init() {
+                    flag::register_conditional_shutdown(signal, 128 + signal, given_back)
+                } else {
+                    flag::register_conditional_default(signal, given_back)
+                }
+                .map_err(context)?;
+                flag::register(signal, Arc::clone(arrived)).map_err(context)?;
+                writing.push(pipe::register(signal, clone).map_err(context)?);
             }
-            Ok(())
+            Ok(Self {
+                given_back,
+                arrived,
+                socket,
+                writing,
+                process: process::id(),
+            })
         }
 
         /// In a forked child: replaces the parent's socket by a new one.
@@ -148,10 +134,10 @@ mod os {
             if self.process == process::id() {
                 return Ok(());
             }
-            let socket = Socket::open()?;
+            let (socket, clones) = Socket::open()?;
             let mut writing = Vec::new();
-            for (signal, _) in SIGNALS {
-                writing.push(pipe::register(signal, socket.written.try_clone()?)?);
+            for ((signal, _), clone) in SIGNALS.into_iter().zip(clones) {
+                writing.push(pipe::register(signal, clone)?);
             }
             for id in std::mem::replace(&mut self.writing, writing) {
                 low_level::unregister(id);
@@ -192,12 +178,15 @@ mod os {
     }
 
     impl Socket {
-        fn open() -> io::Result<Self> {
+        /// Opens a socket, and clones its written end for the handler of each signal. So no handler is
+        /// installed without the descriptors for all of them.
+        fn open() -> io::Result<(Self, [UnixStream; 2])> {
             let open = || {
                 let (written, read) = UnixStream::pair()?;
                 written.set_nonblocking(true)?;
+                let clones = [written.try_clone()?, written.try_clone()?];
                 let read = Arc::new(read);
-                Ok(Self { written, read })
+                Ok((Self { written, read }, clones))
             };
             open().map_err(|error| explain("no socket for signals", &error))
         }

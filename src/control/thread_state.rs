@@ -216,3 +216,32 @@ mod models {
         });
     }
 }
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_thread_that_sleeps_is_woken_and_only_once() {
+        let mut state = ThreadState::new();
+        assert!(!state.wakes(), "there is no thread");
+        state.started(1);
+        assert!(!state.wakes(), "it has not slept yet");
+        state.sleeps();
+        assert!(state.wakes());
+        assert!(!state.wakes());
+        state.sleeps();
+        state.looks();
+        assert!(!state.wakes(), "it checks everything");
+    }
+
+    #[test]
+    fn a_thread_belongs_to_the_process_that_started_it() {
+        let mut state = ThreadState::new();
+        assert!(!state.has_thread(1));
+        state.started(1);
+        assert!(state.has_thread(1) && !state.has_thread(2));
+        state.leaves();
+        assert!(!state.has_thread(1));
+    }
+}

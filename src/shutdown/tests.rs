@@ -176,6 +176,22 @@ async fn a_sigint_ends_the_delay_once_the_listener_has_closed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_sigint_within_100_ms_of_the_last_one_is_the_same() {
+    let mut stop = Stop::new(5000, 5000, unchanged);
+    let _hold = stop.graceful.hold("work");
+    stop.terminate();
+    stop.at(10).await;
+    stop.interrupt();
+    assert_eq!(stop.phase(), Phase::Draining);
+    stop.at(109).await;
+    stop.interrupt();
+    assert_eq!(stop.phase(), Phase::Draining);
+    stop.at(110).await;
+    stop.interrupt();
+    assert_eq!(stop.phase(), Phase::Closing);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_stop_waits_one_second_for_a_listener_that_does_not_close() {
     let mut stop = Stop::new(0, 3000, unchanged);
     stop.listen();

@@ -247,10 +247,8 @@ impl Shared {
             Directive::Leave
         } else if phase == Phase::LameDuck && self.policy.is_spread() {
             Directive::LeaveInSlot
-        } else if phase > Phase::Serving {
-            Directive::Stopping
         } else {
-            Directive::Stay
+            Directive::Stopping
         }
     }
 }

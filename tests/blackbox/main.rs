@@ -4,7 +4,7 @@
 //! (see `server`). By default the delay is one second, and the drain deadline is three seconds after the
 //! delay.
 //!
-//! Tests that take minutes run only with `cargo test --test blackbox -- --ignored`.
+//! Tests that take minutes, or need a new namespace, run only with `cargo test --test blackbox -- --ignored`.
 
 #![cfg_attr(not(unix), allow(unused))]
 
@@ -42,6 +42,8 @@ mod many;
 mod misuse;
 #[cfg(unix)]
 mod process;
+#[cfg(unix)]
+mod processes;
 #[cfg(unix)]
 mod readiness;
 #[cfg(unix)]
@@ -100,6 +102,8 @@ fn main() -> ExitCode {
         in_flight::TESTS,
         long_lived::TESTS,
         misuse::TESTS,
+        processes::TESTS,
+        processes::IN_NAMESPACES,
         refusal::TESTS,
         shared::TESTS,
         signals::TESTS,
@@ -131,10 +135,10 @@ fn main() -> ExitCode {
                 }
                 Ok(())
             });
-            // These take minutes, and run only with `-- --ignored`.
-            let long = ["chaos::", "many::", "tls::"];
-            let long = long.iter().any(|module| name.starts_with(module));
-            trials.push(trial.with_ignored_flag(long));
+            // These take minutes, or need what some systems forbid, and run only with `-- --ignored`.
+            let ignored = ["chaos::", "many::", "namespaces::", "tls::"];
+            let ignored = ignored.iter().any(|module| name.starts_with(module));
+            trials.push(trial.with_ignored_flag(ignored));
         }
     }
     libtest_mimic::run(&arguments, trials).exit_code()

@@ -236,7 +236,7 @@ impl Server {
         Self::run(command, form, knobs)
     }
 
-    fn run(mut command: Command, form: Form, knobs: &[&str]) -> Self {
+    pub(crate) fn run(mut command: Command, form: Form, knobs: &[&str]) -> Self {
         let mut child = command
             .arg("--server")
             .arg(format!("form={form:?}"))

@@ -4,7 +4,7 @@ use std::{
     convert::Infallible,
     io,
     net::SocketAddr,
-    process::ExitCode,
+    process::{self, ExitCode},
     sync::LazyLock,
     thread,
     time::{Duration, Instant},
@@ -19,6 +19,7 @@ use axum::{
     routing::{any, get, post},
     serve::Listener,
 };
+use fork::Fork;
 use futures_util::stream;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
@@ -100,6 +101,7 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
     } else {
         log.with_writer(io::stderr).init();
     }
+    let forked = knobs.text("forked").map(|_| forked(&knobs));
     let mut runtime = match knobs.number("threads") {
         // The runtime of the calling thread.
         Some(0) => tokio::runtime::Builder::new_current_thread(),
@@ -110,13 +112,48 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
         }
     };
     let runtime = runtime.enable_all().build().unwrap();
-    let code = runtime.block_on(serve(&knobs));
+    let inherited = forked.filter(|_| knobs.text("forked") == Some("inherits"));
+    let code = runtime.block_on(serve(&knobs, inherited));
     // Waits for the blocking work on its threads.
     drop(runtime);
     if knobs.text("log") != Some("blocks") {
         tracing::info!("the process ends");
     }
     code
+}
+
+/// Whether all threads of this process but the calling one wait. True if the system does not report it.
+fn others_wait() -> bool {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else {
+        thread::sleep(Duration::from_millis(200));
+        return true;
+    };
+    let others =
+        tasks.filter(|task| task.as_ref().unwrap().file_name() != *process::id().to_string());
+    let mut stats =
+        others.filter_map(|it| std::fs::read_to_string(it.unwrap().path().join("stat")).ok());
+    // The state follows the name, which is in parentheses.
+    stats.all(|stat| stat.contains("(graceful-") && stat.contains(") S "))
+}
+
+/// Forks this process after a lifecycle has begun to handle its signals. Returns the lifecycle in the child,
+/// whose runtime does not exist yet. The parent says when its own copy has stopped, and ends.
+fn forked(knobs: &Knobs<'_>) -> Graceful {
+    let graceful = builder(knobs).build().unwrap();
+    graceful.handle_signals().unwrap();
+    // A lock that another thread holds during a fork stays locked in the child.
+    while !others_wait() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    if let Fork::Parent(_) = fork::fork().unwrap() {
+        while graceful.phase() < Phase::Stopped {
+            thread::sleep(Duration::from_millis(1));
+        }
+        println!("the parent has stopped");
+        process::exit(0);
+    }
+    println!("child {}", process::id());
+    graceful
 }
 
 /// Prints each phase, with the answer of readiness and the time since the first phase of the stop. It runs
@@ -209,9 +246,9 @@ fn builder(knobs: &Knobs<'_>) -> GracefulBuilder {
     builder
 }
 
-async fn serve(knobs: &Knobs<'_>) -> ExitCode {
+async fn serve(knobs: &Knobs<'_>, inherited: Option<Graceful>) -> ExitCode {
     let _ = knobs.number("files").map(allow_files);
-    let graceful = match builder(knobs).build() {
+    let graceful = match inherited.map_or_else(|| builder(knobs).build(), Ok) {
         Ok(graceful) => graceful,
         Err(error) => {
             eprintln!("{error}");
