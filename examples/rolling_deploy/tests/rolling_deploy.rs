@@ -172,7 +172,10 @@ fn a_service_that_ignores_sigterm_is_killed_at_the_grace_period_and_named() {
 #[test]
 fn a_command_that_cannot_be_measured_is_a_clear_error() {
     let not_ready = ["--start-timeout", "0.5"];
-    let cases: [(&[&str], &str); 8] = [
+    let graceful = ["{self}", "--backend", "graceful", "{port}"];
+    // Nothing listens on port 1.
+    let behind = ["--behind", "127.0.0.1:1", "--ports", "19001,19002,19003"];
+    let cases: [(&[&str], &str); 10] = [
         (&["/nonexistent/program"], "does not start: No such file"),
         (
             &["false"],
@@ -189,6 +192,14 @@ fn a_command_that_cannot_be_measured_is_a_clear_error() {
             ]
             .concat(),
             "is answered with 404 Not Found. Is --ready the path",
+        ),
+        (
+            &[&["--get", "/no"], &graceful[..]].concat(),
+            "GET /no is answered with 404 Not Found, so the load would not reach the service",
+        ),
+        (
+            &[&behind[..], &graceful[..]].concat(),
+            "nothing listens on 127.0.0.1:1 (--behind)",
         ),
         (
             &["--fall", "0", "false"],
