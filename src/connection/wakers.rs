@@ -151,12 +151,12 @@ impl Wakers {
 
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
-    use super::WakerSlot::{Owner, Read, Streams, Write};
+    use super::WakerSlot::{self, Owner, Read, Streams, Write};
 
     #[test]
     fn every_slot_has_its_own_bit_and_every_poller_two() {
         let slots = [Read, Write, Owner, Streams];
-        assert_eq!(slots.map(|slot| slot.bit()), [1, 2, 4, 8]);
-        assert_eq!(slots.map(|slot| slot.bits_of_poller()), [3, 3, 12, 12]);
+        assert_eq!(slots.map(WakerSlot::bit), [1, 2, 4, 8]);
+        assert_eq!(slots.map(WakerSlot::bits_of_poller), [3, 3, 12, 12]);
     }
 }

@@ -187,7 +187,7 @@ mod tests {
             &|| driver_waker.notify(),
             &|| driver_waker.wake_driver(),
             &|| waker.wake_by_ref(),
-            &|| waker.clone().wake(),
+            &|| Waker::from(Arc::clone(&driver_waker)).wake(),
         ];
         for notify in notifications {
             let mut driver = task::spawn(driver_waker.notified());
