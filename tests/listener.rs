@@ -142,11 +142,12 @@ async fn the_very_last_connection_of_a_quiet_service_is_answered() {
             continue;
         };
         let request = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
-        stream.write_all(request).await.unwrap();
+        let sent = stream.write_all(request).await;
         if begun.elapsed() > Duration::from_millis(15) {
             // A connection may be silent for 25 ms; this client waited for a processor.
             continue;
         }
+        sent.unwrap();
         let mut answer = String::new();
         let read = timeout(BOUND, stream.read_to_string(&mut answer))
             .await
