@@ -52,11 +52,47 @@ async fn a_slow_request_completes_and_a_late_one_is_refused() {
     assert!(report.time_in(Phase::Draining) >= Duration::from_secs(5));
 }
 
-/// The page prints the program of this file.
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+async fn soon() -> &'static str {
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    "done"
+}
+
+#[tokio::test]
+async fn a_response_arrives_whole_over_a_socket() {
+    let graceful = Graceful::builder().drain_delay(Duration::ZERO);
+    let graceful = graceful.build().unwrap();
+    let app = Router::new().route("/", get(soon)).layer(graceful.layer());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap())
+        .await
+        .unwrap();
+    let server = tokio::spawn(graceful.serve(listener, app).into_future());
+
+    let request = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    client.write_all(request).await.unwrap();
+    while graceful.in_flight() == 0 {
+        tokio::task::yield_now().await;
+    }
+    graceful.shutdown();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("done"));
+    assert_eq!(server.await.unwrap().outcome(), Outcome::Clean);
+}
+
+/// The page prints the program of this file, in parts.
 #[test]
 fn the_page_prints_this_test() {
     let (page, file) = (include_str!("../docs/testing.md"), include_str!("guide.rs"));
-    let printed = page.split("```rust,ignore\n").nth(1).unwrap();
-    let printed = printed.split("```").next().unwrap();
-    assert!(file.contains(printed.trim()), "{printed}");
+    let printed = page.split("```rust,ignore\n").skip(1);
+    let printed: Vec<_> = printed.map(|it| it.split("```").next().unwrap()).collect();
+    assert_eq!(printed.len(), 2);
+    for printed in printed {
+        assert!(file.contains(printed.trim()), "{printed}");
+    }
 }
