@@ -29,9 +29,9 @@ impl Probe {
     }
 
     /// The longest time without an answer at the end of a container. The port is closed shortly before the
-    /// process ends, so the last probe may be refused. Half a second is for a busy machine.
+    /// process ends, so the last probe may be refused. 0.8 s are for a busy machine.
     pub(crate) fn silence(&self) -> Duration {
-        self.period + Duration::from_millis(500)
+        self.period + Duration::from_millis(800)
     }
 
     /// Sends the probe on a new connection, and returns the text of a success.

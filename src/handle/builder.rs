@@ -307,7 +307,8 @@ impl GracefulBuilder {
     ///
     /// False: they wait until draining starts. Then the listener closes, and the operating system
     /// refuses new connections. Most load balancers retry a refused connection on another server,
-    /// while few retry a 503.
+    /// while few retry a 503. So requests that arrive while the listener closes are still served, for
+    /// at most a second.
     pub fn keep_listening(mut self, keep: bool) -> Self {
         self.policy.keep_listening = keep;
         self
