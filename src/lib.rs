@@ -144,7 +144,7 @@ pub use crate::{
         Warning,
     },
     server::GracefulIo,
-    tasks::table::Completion,
+    tasks::completion::Completion,
     waiting::phase_receiver::PhaseReceiver,
 };
 

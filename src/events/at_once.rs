@@ -44,7 +44,7 @@ pub(crate) fn handshake_failed(
         return;
     }
     let error = match error {
-        Some(error) => crate::tasks::table::with_sources(&*error),
+        Some(error) => crate::tasks::completion::with_sources(&*error),
         None => "it took too long".to_owned(),
     };
     let peer = peer.map_or_else(|| "a peer".to_owned(), |peer| peer.to_string());

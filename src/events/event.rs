@@ -6,7 +6,7 @@ use crate::{
     config::plan::EffectivePlan,
     phase::Phase,
     report::{CutRequest, LeftEarly, Trigger, Warning},
-    tasks::table::{Awaited, Task},
+    tasks::{awaited::Awaited, list::Task},
 };
 
 /// A log event.

@@ -14,7 +14,7 @@ use crate::{
     config::plan::EffectivePlan,
     phase::Phase,
     report::{CutRequest, TaskOutcome, Warning},
-    tasks::table::Task,
+    tasks::list::Task,
 };
 
 /// Emits one event of this crate: its level, its fields, its message.
