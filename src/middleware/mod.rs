@@ -16,6 +16,7 @@
 
 mod arrivals;
 mod body;
+mod body_poll;
 pub(crate) mod connection_close;
 mod future;
 mod layer;
@@ -27,6 +28,7 @@ pub(crate) mod probe_route;
 pub(crate) mod probes;
 mod refusal;
 mod service;
+mod slow_body;
 mod slow_path;
 
 pub use self::{
