@@ -10,6 +10,7 @@
 //! The arguments about wake-ups are in `table` and in `state`, each with loom models. Change the
 //! locking or an ordering only together with both. `outside` argues about the flags of `admission`.
 
+pub(crate) mod activity;
 #[cfg_attr(not(feature = "axum"), allow(dead_code))]
 pub(crate) mod descriptors;
 pub(crate) mod directive;
