@@ -135,7 +135,8 @@ pub use crate::{
     },
     middleware::{
         GracefulBody, GracefulFuture, GracefulLayer, GracefulService,
-        probes::{Probe, ProbeBody, ProbeFuture},
+        probe_body::ProbeBody,
+        probes::{Probe, ProbeFuture},
     },
     phase::Phase,
     report::{

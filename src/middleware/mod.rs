@@ -17,6 +17,8 @@
 mod arrivals;
 mod body;
 mod body_poll;
+#[cfg(feature = "axum")]
+mod callers;
 pub(crate) mod connection_close;
 mod future;
 mod layer;
@@ -24,6 +26,7 @@ mod named;
 pub(crate) mod peer;
 #[cfg(feature = "axum")]
 pub(crate) mod pre_stop;
+pub(crate) mod probe_body;
 pub(crate) mod probe_route;
 pub(crate) mod probes;
 mod refusal;
