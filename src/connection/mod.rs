@@ -16,7 +16,9 @@ pub(crate) mod descriptors;
 pub(crate) mod directive;
 pub(crate) mod entry;
 pub(crate) mod flags;
+mod line_break;
 pub(crate) mod outside;
+mod preface;
 pub(crate) mod requests;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
 pub(crate) mod sniffer;
