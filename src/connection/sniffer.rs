@@ -35,6 +35,8 @@
 //! if the last bytes that passed were read and end in an empty line, as those of a request without
 //! a body or with a chunked body do.
 //!
+//! This file is long because the argument above and the code must be read together.
+//!
 //! [RFC 9112 §2.2]: https://www.rfc-editor.org/rfc/rfc9112#section-2.2
 
 use tokio::io::ReadBuf;
