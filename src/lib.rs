@@ -135,7 +135,8 @@ pub use crate::{
     },
     middleware::{
         GracefulBody, GracefulFuture, GracefulLayer, GracefulService,
-        probes::{Probe, ProbeBody, ProbeFuture},
+        probe_body::ProbeBody,
+        probes::{Probe, ProbeFuture},
     },
     phase::Phase,
     report::{
@@ -144,7 +145,7 @@ pub use crate::{
         Warning,
     },
     server::GracefulIo,
-    tasks::table::Completion,
+    tasks::completion::Completion,
     waiting::phase_receiver::PhaseReceiver,
 };
 

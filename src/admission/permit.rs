@@ -1,6 +1,8 @@
 //! The types that refer to a gate: [`Gate`] owns it, [`Admission`] admits requests, [`Permit`]
 //! releases one request when it is dropped, and [`Reading`] allows a refusal to read the body of
 //! its request.
+//!
+//! This file is long because these types refer to one another.
 
 use std::{
     fmt, mem,

@@ -13,6 +13,8 @@
 //! The last second of the grace period (or a thirtieth of it, if that is less) is the *margin*.
 //! Every deadline falls before it, so that the process has time to report and exit before it is
 //! killed.
+//!
+//! This file is long because the plan and the error of a plan that does not fit refer to each other.
 
 use std::{fmt, time::Duration};
 

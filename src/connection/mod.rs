@@ -10,12 +10,15 @@
 //! The arguments about wake-ups are in `table` and in `state`, each with loom models. Change the
 //! locking or an ordering only together with both. `outside` argues about the flags of `admission`.
 
+pub(crate) mod activity;
 #[cfg_attr(not(feature = "axum"), allow(dead_code))]
 pub(crate) mod descriptors;
 pub(crate) mod directive;
 pub(crate) mod entry;
 pub(crate) mod flags;
+mod line_break;
 pub(crate) mod outside;
+mod preface;
 pub(crate) mod requests;
 #[cfg_attr(not(all(feature = "axum", feature = "signal")), allow(dead_code))]
 pub(crate) mod sniffer;

@@ -35,10 +35,16 @@
 //! if the last bytes that passed were read and end in an empty line, as those of a request without
 //! a body or with a chunked body do.
 //!
+//! This file is long because the argument above and the code must be read together.
+//!
 //! [RFC 9112 §2.2]: https://www.rfc-editor.org/rfc/rfc9112#section-2.2
 
 use tokio::io::ReadBuf;
 
+use super::{
+    line_break::{KEPT, is_line_break, open_line, open_line_of},
+    preface::{OTHER, UPGRADED, WHOLE, compared},
+};
 use crate::sync::{AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
 
 /// Written by the task that reads the connection, and read without a lock. All accesses are
@@ -300,67 +306,10 @@ impl Sniffer {
     }
 }
 
-fn is_line_break(byte: u8) -> bool {
-    matches!(byte, b'\r' | b'\n')
-}
-
-/// The line breaks that are held back, because the rest of an empty line may follow and end a head.
-/// The first entry means none. The list also contains what is left of each entry after its first
-/// bytes have been passed on.
-const KEPT: [&[u8]; 6] = [b"", b"\r", b"\n", b"\r\n", b"\n\r", b"\r\n\r"];
-
-/// The index in [`KEPT`] of the line break at the end of these bytes.
-///
-/// 0 if the bytes consist of line breaks only: they are empty lines or the rest of one. Also 0 for
-/// other sequences of line breaks, which end a head or cannot occur in one.
-#[inline]
-fn open_line(read: &[u8]) -> u16 {
-    let (kept, before) = match read {
-        [before @ .., b'\r', b'\n', b'\r'] => (5, before),
-        [before @ .., b'\n', b'\r'] => (4, before),
-        [before @ .., b'\r', b'\n'] => (3, before),
-        [before @ .., b'\n'] => (2, before),
-        [before @ .., b'\r'] => (1, before),
-        _ => return 0,
-    };
-    match before.last() {
-        Some(byte) if !is_line_break(*byte) => kept,
-        _ => 0,
-    }
-}
-
-/// The index of these bytes in [`KEPT`].
-fn open_line_of(bytes: &[u8]) -> u16 {
-    let kept = KEPT.iter().position(|kept| *kept == bytes);
-    kept.and_then(|kept| kept.try_into().ok()).unwrap_or(0)
-}
-
-/// The bytes that every HTTP/2 connection begins with ([RFC 9113
-/// §3.4](https://www.rfc-editor.org/rfc/rfc9113#section-3.4)).
-const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// The whole preface has been read.
-const WHOLE: u8 = 24;
-/// The connection began with something else.
-const OTHER: u8 = 25;
-/// The connection was upgraded from HTTP/1 to another protocol.
-const UPGRADED: u8 = 26;
-
-/// How much of the preface has been read after `read`, if `before` bytes of it had been read
-/// before.
-fn compared(before: u8, read: &[u8]) -> u8 {
-    let mut preface = before;
-    for (expected, byte) in PREFACE[usize::from(before)..].iter().zip(read) {
-        if expected != byte {
-            return OTHER;
-        }
-        preface += 1;
-    }
-    preface
-}
-
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
     use super::*;
+    use crate::connection::preface::PREFACE;
 
     fn sniffer(pieces: &[&[u8]]) -> Sniffer {
         let sniffer = Sniffer::default();

@@ -17,7 +17,10 @@ use super::graceful::{Graceful, PhaseReached};
 use crate::{
     phase::Phase,
     report::{TaskKind, Trigger},
-    tasks::table::{self, Completion, Name},
+    tasks::{
+        completion::{self, Completion},
+        list::Name,
+    },
 };
 
 impl Graceful {
@@ -175,7 +178,7 @@ impl Graceful {
         let spawn = move |key: oneshot::Receiver<usize>| {
             runtime.spawn(async move {
                 let Ok(key) = key.await else { return };
-                let outcome = table::outcome(async move { work(stop).await }).await;
+                let outcome = completion::outcome(async move { work(stop).await }).await;
                 shared.task_ended(key, outcome);
                 if critical {
                     // Has no effect if a stop is under way.
@@ -277,7 +280,7 @@ impl Graceful {
         F: Future<Output: Completion> + Send + 'static,
     {
         self.shared().drive();
-        let job = Box::pin(table::outcome(future));
+        let job = Box::pin(completion::outcome(future));
         if in_time
             && self
                 .shared()

@@ -7,7 +7,7 @@
 //! service could close the connection.
 //!
 //! So in two cases the body does not announce its end with the last data frame: if that frame has
-//! [`LARGE`] bytes or more, or if the service is stopping. Then:
+//! 16 KiB or more, or if the service is stopping. Then:
 //!
 //! - The inner body is dropped at once, unless the request is named, and the request stays in
 //!   flight. `is_end_stream` is false and the size hint is zero.
@@ -17,7 +17,7 @@
 //! then; if the length of the body is known, hyper drops the body at the same point instead. Over
 //! HTTP/2 the stream has had window for at least a part of the frame, and the end of the stream is
 //! a frame of its own. The part of the frame that does not fit into the window stays in the server.
-//! So such a frame is also counted until the server drops its data ([`Piece`]). While there are
+//! So such a frame is also counted until the server drops its data (`Piece`). While there are
 //! pieces, an HTTP/2 connection may have data to send although no request is in flight and its peer
 //! is silent.
 //!
@@ -34,15 +34,16 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::named::Named;
-use crate::handle::graceful::{Permit, Piece};
-
-/// The size in bytes from which on a last frame does not end its request.
-const LARGE: usize = 16 * 1024;
+use super::{
+    body_poll::{BodyState, Polled, counted, outliving},
+    named::Named,
+    slow_body::SlowBody,
+};
+use crate::handle::graceful::Permit;
 
 pin_project! {
     /// The response body of [`GracefulService`](super::GracefulService): the inner service's body,
@@ -73,22 +74,6 @@ pin_project! {
         Slow {
             slow: Pin<Box<SlowBody<B>>>,
         },
-    }
-}
-
-pin_project! {
-    #[project = SlowProj]
-    enum SlowBody<B> {
-        Named {
-            #[pin]
-            body: B,
-            // In flight and in the request table. The entry is dropped first.
-            held: Option<(Named, Permit)>,
-        },
-        /// The server has the last frame, and has not polled again.
-        HandedOver { permit: Option<Permit> },
-        /// The text of a rejection.
-        Text { text: Bytes },
     }
 }
 
@@ -171,8 +156,6 @@ where
     }
 }
 
-type Polled<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>>;
-
 /// Polls a body, and releases its permit when the body has ended, unless the request outlives its
 /// body.
 #[inline(always)]
@@ -214,48 +197,6 @@ fn poll_inner<B: Body<Data: From<Bytes>>>(
     }
 }
 
-/// The permit, if the request stays in flight after this frame even if the frame is the last one.
-#[inline(always)]
-fn outliving<'a, D: Buf>(permit: Option<&'a Permit>, frame: &Frame<D>) -> Option<&'a Permit> {
-    let permit = permit?;
-    let data = frame.data_ref()?;
-    (data.remaining() >= LARGE || permit.word().is_stopping()).then_some(permit)
-}
-
-/// Returns the frame, counted as a piece until the server drops its data.
-#[cold]
-#[inline(never)]
-fn counted<D: Buf + From<Bytes>>(permit: &Permit, frame: Frame<D>) -> Frame<D> {
-    frame.map_data(|mut data| {
-        let data = data.copy_to_bytes(data.remaining());
-        let piece = permit.piece();
-        Bytes::from_owner(Counted {
-            data,
-            _piece: piece,
-        })
-        .into()
-    })
-}
-
-struct Counted {
-    data: Bytes,
-    _piece: Piece,
-}
-
-impl AsRef<[u8]> for Counted {
-    fn as_ref(&self) -> &[u8] {
-        &self.data
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum BodyState {
-    Open,
-    Ended,
-    /// The body returned an error, or it panicked.
-    Failed,
-}
-
 /// Releases the permit when it is dropped. A frame is large, and at that time it has already been
 /// moved into the return value. A panic drops this guard too.
 struct End<'a> {
@@ -273,27 +214,6 @@ impl Drop for End<'_> {
                 if let Some(permit) = self.permit.take() {
                     permit.fail();
                 }
-            }
-        }
-    }
-}
-
-/// As [`End`], for a named request.
-struct NamedEnd<'a> {
-    held: &'a mut Option<(Named, Permit)>,
-    state: BodyState,
-}
-
-impl Drop for NamedEnd<'_> {
-    fn drop(&mut self) {
-        if self.state == BodyState::Open {
-            return;
-        }
-        if let Some((named, permit)) = self.held.take() {
-            // Remove the entry while the request is in flight.
-            drop(named);
-            if self.state == BodyState::Failed {
-                permit.fail();
             }
         }
     }
@@ -324,75 +244,6 @@ fn hand_over<B>(mut kind: Pin<&mut Kind<B>>) {
     let slow = Box::pin(SlowBody::HandedOver { permit });
     // Drops the inner body while its request is still in flight.
     kind.set(Kind::Slow { slow });
-}
-
-impl<B: Body<Data: From<Bytes>>> SlowBody<B> {
-    #[cold]
-    #[inline(never)]
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<B> {
-        match self.project() {
-            SlowProj::Named { mut body, held } => {
-                // The server has the last frame and polls again.
-                if held.is_some() && body.is_end_stream() {
-                    *held = None;
-                    return Poll::Ready(None);
-                }
-                let mut end = NamedEnd {
-                    held,
-                    state: BodyState::Failed,
-                };
-                let polled = body.as_mut().poll_frame(cx);
-                end.state = match &polled {
-                    Poll::Pending => BodyState::Open,
-                    Poll::Ready(Some(Ok(_))) if !body.is_end_stream() => BodyState::Open,
-                    Poll::Ready(Some(Ok(_)) | None) => BodyState::Ended,
-                    Poll::Ready(Some(Err(_))) => BodyState::Failed,
-                };
-                let Poll::Ready(Some(Ok(frame))) = polled else {
-                    return polled;
-                };
-                let permit = end.held.as_ref().map(|(_, permit)| permit);
-                let Some(permit) = outliving(permit, &frame) else {
-                    return Poll::Ready(Some(Ok(frame)));
-                };
-                let frame = counted(permit, frame);
-                end.state = BodyState::Open;
-                Poll::Ready(Some(Ok(frame)))
-            }
-            SlowProj::HandedOver { permit } => {
-                *permit = None;
-                Poll::Ready(None)
-            }
-            // The text is returned once.
-            SlowProj::Text { text } => {
-                let text = std::mem::take(text);
-                Poll::Ready((!text.is_empty()).then(|| Ok(Frame::data(text.into()))))
-            }
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Named { body, held } => held.is_none() && body.is_end_stream(),
-            Self::HandedOver { permit } => permit.is_none(),
-            Self::Text { text } => text.is_empty(),
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Named { body, held } if held.is_some() && body.is_end_stream() => {
-                SizeHint::with_exact(0)
-            }
-            Self::Named { body, .. } => body.size_hint(),
-            Self::HandedOver { .. } => SizeHint::with_exact(0),
-            Self::Text { text } => SizeHint::with_exact(text.len() as u64),
-        }
-    }
 }
 
 impl<B> fmt::Debug for GracefulBody<B> {

@@ -16,6 +16,9 @@
 
 mod arrivals;
 mod body;
+mod body_poll;
+#[cfg(feature = "axum")]
+mod callers;
 pub(crate) mod connection_close;
 mod future;
 mod layer;
@@ -23,10 +26,12 @@ mod named;
 pub(crate) mod peer;
 #[cfg(feature = "axum")]
 pub(crate) mod pre_stop;
+pub(crate) mod probe_body;
 pub(crate) mod probe_route;
 pub(crate) mod probes;
 mod refusal;
 mod service;
+mod slow_body;
 mod slow_path;
 
 pub use self::{

@@ -4,17 +4,17 @@
 use std::{
     convert::Infallible,
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::atomic::Ordering,
     task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use tower_service::Service;
 
-use super::{connection_close, peer, probe_route, probes::ProbeBody};
+use super::{callers::Callers, connection_close, probe_body::ProbeBody, probe_route};
 use crate::{
     config::policy,
     events,
@@ -22,18 +22,6 @@ use crate::{
     phase::Phase,
     report::Trigger,
 };
-
-/// Header fields that proxies add to the requests that they forward.
-const ADDED_BY_PROXIES: [&str; 5] = [
-    "forwarded",
-    "via",
-    "x-real-ip",
-    "true-client-ip",
-    "cf-connecting-ip",
-];
-
-/// How the names of further such fields begin: those of most proxies, of Envoy, and of Linkerd.
-const PREFIXES_OF_PROXIES: [&str; 3] = ["x-forwarded-", "x-envoy-", "l5d-"];
 
 impl Graceful {
     /// A route for the `preStop` hook of Kubernetes: it starts the stop, and answers when the
@@ -127,14 +115,11 @@ impl Graceful {
         self.shared().wants_peers.store(true, Ordering::Relaxed);
         PreStop {
             graceful: self.clone(),
-            allowed: Arc::default(),
-            allowed_if: None,
+            callers: Callers::default(),
             is_route: false,
         }
     }
 }
-
-type AllowedIf = Arc<dyn Fn(IpAddr) -> bool + Send + Sync>;
 
 /// The service of the preStop route, made by [`Graceful::pre_stop`]. That page describes it.
 ///
@@ -150,8 +135,7 @@ type AllowedIf = Arc<dyn Fn(IpAddr) -> bool + Send + Sync>;
 #[must_use = "a route does nothing until a router has it"]
 pub struct PreStop {
     graceful: Graceful,
-    allowed: Arc<[IpAddr]>,
-    allowed_if: Option<AllowedIf>,
+    callers: Callers,
     /// Whether [`into_router`](Self::into_router) made this service.
     is_route: bool,
 }
@@ -160,8 +144,7 @@ impl PreStop {
     /// Allows these addresses, in addition to loopback (`127.0.0.0/8` and `::1`). Each call adds
     /// addresses. An IPv4 address also matches the IPv6 address that it is mapped to.
     pub fn allow(mut self, addresses: impl IntoIterator<Item = IpAddr>) -> Self {
-        let addresses = addresses.into_iter().map(|it| it.to_canonical());
-        self.allowed = self.allowed.iter().copied().chain(addresses).collect();
+        self.callers.allow(addresses);
         self
     }
 
@@ -169,7 +152,7 @@ impl PreStop {
     /// network. The function gets IPv4 addresses as IPv4, even on an IPv6 socket. A second call
     /// replaces the first.
     pub fn allow_if(mut self, allowed: impl Fn(IpAddr) -> bool + Send + Sync + 'static) -> Self {
-        self.allowed_if = Some(Arc::new(allowed));
+        self.callers.allow_if(allowed);
         self
     }
 
@@ -187,47 +170,12 @@ impl PreStop {
         axum::Router::new().route_service(policy::PRESTOP, route)
     }
 
-    /// Returns the peer if it is allowed, and otherwise the reason for the 403.
-    fn caller<B>(&self, request: &Request<B>) -> Result<SocketAddr, String> {
-        let Some(peer) = peer::socket(request) else {
-            return Err(
-                "the address of the caller is not known; serve the app with \
-                `into_make_service_with_connect_info::<SocketAddr>()`"
-                    .into(),
-            );
-        };
-        let headers = request.headers();
-        let is_of_proxy = |name: &&str| {
-            ADDED_BY_PROXIES.contains(name)
-                || PREFIXES_OF_PROXIES
-                    .iter()
-                    .any(|prefix| name.starts_with(prefix))
-        };
-        // Names of header fields are in lower case here.
-        if let Some(field) = headers.keys().map(HeaderName::as_str).find(is_of_proxy) {
-            return Err(format!(
-                "the call from {peer} has the field {field} of a proxy"
-            ));
-        }
-        let address = peer.ip().to_canonical();
-        let allowed = address.is_loopback()
-            || self.allowed.contains(&address)
-            || self.allowed_if.as_ref().is_some_and(|it| it(address));
-        if allowed {
-            Ok(peer)
-        } else {
-            Err(format!(
-                "the address {address} is not allowed to stop this service"
-            ))
-        }
-    }
-
     fn call<B>(&self, request: &Request<B>) -> Waiting {
         self.graceful.shared().outside.probed();
         if !matches!(*request.method(), Method::GET | Method::POST) {
             return Waiting::Answer(StatusCode::METHOD_NOT_ALLOWED, "use GET or POST\n".into());
         }
-        match self.caller(request) {
+        match self.callers.caller(request) {
             Ok(peer) => {
                 let shared = self.graceful.shared();
                 // If this caller disconnects, its missing answer does not count as lost.
@@ -269,8 +217,7 @@ impl Clone for PreStop {
         }
         Self {
             graceful: self.graceful.clone(),
-            allowed: Arc::clone(&self.allowed),
-            allowed_if: self.allowed_if.clone(),
+            callers: self.callers.clone(),
             is_route: self.is_route,
         }
     }
@@ -279,7 +226,7 @@ impl Clone for PreStop {
 impl fmt::Debug for PreStop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PreStop")
-            .field("allowed", &self.allowed)
+            .field("allowed", &self.callers.addresses)
             .field("graceful", &self.graceful)
             .field("is_route", &self.is_route)
             .finish_non_exhaustive()

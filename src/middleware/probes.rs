@@ -13,10 +13,9 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body::{Body, Frame, SizeHint};
 use tower_service::Service;
 
-use super::{connection_close, peer, probe_route};
+use super::{connection_close, peer, probe_body::ProbeBody, probe_route};
 #[cfg(feature = "axum")]
 use crate::config::policy;
 use crate::{handle::graceful::Graceful, phase::Phase, shutdown::leave_early::ProberId};
@@ -265,41 +264,5 @@ impl Future for ProbeFuture {
         self.0
             .take()
             .map_or(Poll::Pending, |it| Poll::Ready(Ok(it)))
-    }
-}
-
-/// The body of a [`Probe`]'s answer: one line of text, or nothing.
-#[derive(Clone, Debug, Default)]
-pub struct ProbeBody {
-    text: Option<Bytes>,
-}
-
-impl ProbeBody {
-    /// Makes the body of an answer. An answer to HEAD has no text.
-    #[cfg(feature = "axum")]
-    pub(super) fn new(text: Bytes, head: bool) -> Self {
-        Self {
-            text: (!head).then_some(text),
-        }
-    }
-}
-
-impl Body for ProbeBody {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(self.text.take().map(|text| Ok(Frame::data(text))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.text.is_none()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.text.as_ref().map_or(0, Bytes::len) as u64)
     }
 }

@@ -26,6 +26,8 @@
 //! The number of delivered bytes is unknown if the operating system does not give it, or if the IO is
 //! not a TCP socket. Then all written bytes count as delivered. Such a connection is never closed at
 //! once if something was written on it: it stays open as long as one whose response was just sent.
+//!
+//! This file is long because the rules above and the code that follows them must be read together.
 
 use std::{
     any::Any,

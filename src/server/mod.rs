@@ -35,6 +35,8 @@ mod handshakes;
 mod io;
 mod linger;
 #[cfg(feature = "axum")]
+mod listen;
+#[cfg(feature = "axum")]
 mod listener;
 pub(crate) mod requests;
 mod run;
@@ -51,13 +53,13 @@ mod tracked;
 #[cfg(feature = "axum")]
 pub use self::handshakes::{HandshakeExt, Handshakes, TrackedHandshakes};
 pub use self::io::GracefulIo;
-#[cfg(feature = "axum")]
-pub use self::listener::{GracefulListener, TrackedListener};
 #[cfg(all(feature = "axum", feature = "signal"))]
 pub use self::{
     accepted::Accepted,
     serve::{Serve, ServeFuture},
 };
+#[cfg(feature = "axum")]
+pub use self::{listen::TrackedListener, listener::GracefulListener};
 use crate::{
     connection::{
         entry,

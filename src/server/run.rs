@@ -8,7 +8,7 @@ use crate::{
     phase::Phase,
     report::Report,
     shutdown::state::{ClosingStage, ServerEnd},
-    tasks::table::{self, Completion},
+    tasks::completion::{self, Completion},
 };
 
 impl Graceful {
@@ -88,7 +88,7 @@ impl Graceful {
             let polled = server.as_mut().poll(cx);
             guard.end = ServerEnd::Dropped;
             if let Poll::Ready(output) = polled {
-                let error = table::error(output);
+                let error = completion::error(output);
                 return Poll::Ready(error.map_or(ServerEnd::Finished, ServerEnd::Failed));
             }
             given_up.as_mut().poll(cx).map(|_| ServerEnd::Dropped)

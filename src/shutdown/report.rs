@@ -13,7 +13,7 @@ use crate::{
         GivenUp, Outcome, Remaining, Report, Requests, TaskKind, TaskOutcome, TaskReport,
         UnlistedWorkers,
     },
-    tasks::table::Task,
+    tasks::list::Task,
 };
 
 impl Shutdown {

@@ -7,4 +7,7 @@
 //! the last hold is not missed, and loom models for it. The order of the steps in `release` and
 //! `is_idle` is part of that argument.
 
+pub(crate) mod awaited;
+pub(crate) mod completion;
+pub(crate) mod list;
 pub(crate) mod table;

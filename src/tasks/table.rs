@@ -16,120 +16,25 @@
 //! The models fail if the phase is read before the removal, and if the holds are counted before the
 //! requests are checked.
 
-use std::{
-    any::Any,
-    borrow::Cow,
-    cmp::Reverse,
-    collections::{BTreeMap, VecDeque},
-    error::Error,
-    fmt, iter,
-    panic::{AssertUnwindSafe, catch_unwind},
-    pin::{Pin, pin},
-    task::Poll,
-    time::Duration,
-};
+use std::{cmp::Reverse, fmt, iter, time::Duration};
 
 use slab::Slab;
 use tokio::{sync::oneshot, task::JoinHandle, time::Instant};
 
+use super::{
+    awaited::Awaited,
+    list::{Job, List, Name, Registration, Task},
+};
 use crate::{
     phase::Phase,
     report::{CutHold, TaskKind, TaskOutcome, UnlistedWorkers},
     sync::{Mutex, lock},
 };
 
-/// The name of a hold, worker, hook or cleanup step.
-pub(crate) type Name = Cow<'static, str>;
-
-type Job = Pin<Box<dyn Future<Output = TaskOutcome> + Send>>;
-
 #[derive(Default)]
 pub(crate) struct Work {
     holds: Mutex<Slab<(Name, Instant)>>,
     list: Mutex<List>,
-}
-
-#[derive(Default)]
-struct List {
-    hooks: Registered,
-    running_hooks: Vec<(usize, JoinHandle<()>)>,
-    /// The workers that have not ended.
-    workers: BTreeMap<usize, JoinHandle<()>>,
-    workers_closed: bool,
-    steps: Registered,
-    /// In the order in which they were registered.
-    tasks: BTreeMap<usize, Task>,
-    next_key: usize,
-    /// The keys of workers that ended without an error before the stop, as long as they are in
-    /// `tasks`.
-    ended: VecDeque<usize>,
-    /// The keys of workers that failed or panicked before the stop, as long as they are in `tasks`.
-    failed: VecDeque<usize>,
-    unlisted: UnlistedWorkers,
-}
-
-/// How many workers that ended before the stop are in the report: the latest ones that ended
-/// without an error, and separately the latest ones that failed. A service may start and end
-/// workers without limit.
-const MOST_ENDED: usize = 32;
-
-/// Hooks or steps in the order of their registration, until they are taken.
-#[derive(Default)]
-struct Registered {
-    jobs: Vec<Registration>,
-    taken: bool,
-}
-
-/// A registered future that has not been started.
-pub(crate) struct Registration {
-    /// The key of the task, for [`Work::began`] and [`Work::ended`].
-    pub(crate) key: usize,
-    pub(crate) timeout: Duration,
-    pub(crate) job: Job,
-}
-
-/// The state of a worker, a hook or a step.
-#[derive(Clone, Debug)]
-pub(crate) struct Task {
-    pub(crate) name: Name,
-    pub(crate) kind: TaskKind,
-    pub(crate) began: Option<Instant>,
-    pub(crate) ended: Option<(Instant, TaskOutcome)>,
-}
-
-/// What a stop waits for, apart from requests and connections: the first names, and how many more.
-pub(crate) struct Awaited {
-    names: Vec<String>,
-    more: usize,
-}
-
-impl Awaited {
-    /// How many names a progress line has.
-    const MOST: usize = 3;
-
-    pub(crate) fn is_nothing(&self) -> bool {
-        self.names.is_empty()
-    }
-
-    fn add<'a>(&mut self, kind: &str, names: impl Iterator<Item = &'a Name>) {
-        for name in names {
-            if self.names.len() < Self::MOST {
-                self.names.push(format!("{kind} {name}"));
-            } else {
-                self.more += 1;
-            }
-        }
-    }
-}
-
-impl fmt::Display for Awaited {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.names.join(", "))?;
-        match self.more {
-            0 => Ok(()),
-            more => write!(f, " and {more} more"),
-        }
-    }
 }
 
 impl Work {
@@ -176,8 +81,7 @@ impl Work {
     /// The holds, and during the cleanup also the tasks that have begun and not ended. The steps run
     /// one after another, so at most one of them is named.
     pub(crate) fn awaited(&self, cleans_up: bool) -> Awaited {
-        let (names, more) = (Vec::new(), 0);
-        let mut awaited = Awaited { names, more };
+        let mut awaited = Awaited::default();
         awaited.add("hold", lock!(self.holds).iter().map(|(_, (name, _))| name));
         if cleans_up {
             let list = lock!(self.list);
@@ -345,55 +249,6 @@ impl Work {
     }
 }
 
-impl List {
-    fn registered(&mut self, kind: TaskKind) -> &mut Registered {
-        match kind {
-            TaskKind::LameDuck => &mut self.hooks,
-            TaskKind::Worker | TaskKind::Cleanup => &mut self.steps,
-        }
-    }
-
-    /// Whether there is a hook that has not ended.
-    fn has_hook(&self) -> bool {
-        let mut hooks = self
-            .tasks
-            .values()
-            .filter(|it| it.kind == TaskKind::LameDuck);
-        hooks.any(|hook| hook.ended.is_none())
-    }
-
-    fn enter(&mut self, name: Name, kind: TaskKind, began: Option<Instant>) -> usize {
-        let key = self.next_key;
-        self.next_key += 1;
-        let task = Task {
-            name,
-            kind,
-            began,
-            ended: None,
-        };
-        self.tasks.insert(key, task);
-        key
-    }
-
-    /// Records that a worker has ended before the stop. If there are too many such workers, the
-    /// earliest is only counted from now on, and returned.
-    fn unlist(&mut self, key: usize, failed: bool) -> Option<Task> {
-        let listed = if failed {
-            &mut self.failed
-        } else {
-            &mut self.ended
-        };
-        listed.push_back(key);
-        if listed.len() <= MOST_ENDED {
-            return None;
-        }
-        let earliest = listed.pop_front()?;
-        self.unlisted.ended += 1;
-        self.unlisted.failed += usize::from(failed);
-        self.tasks.remove(&earliest)
-    }
-}
-
 impl fmt::Debug for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Work")
@@ -401,92 +256,6 @@ impl fmt::Debug for Work {
             .field("tasks", &self.tasks())
             .finish_non_exhaustive()
     }
-}
-
-/// The output of a future that is a server, a worker or a cleanup step: `()`, or a `Result<(), E>`
-/// whose error appears in the report.
-///
-/// The report contains the text of the error and of its [sources](Error::source), joined by `": "`.
-///
-/// This trait is sealed. It is implemented for these two types only.
-#[diagnostic::on_unimplemented(
-    message = "the future must end with `()` or a `Result<(), E>`, but its output is `{Self}`",
-    label = "the output of this future is `{Self}`",
-    note = "a future that only loops has the output `!`, and could not be stopped: leave the loop \
-            when the service stops, as with `() = &mut stop => break` in `tokio::select!`",
-    note = "the error `E` must convert into `Box<dyn Error + Send + Sync>`"
-)]
-pub trait Completion: sealed::Sealed {}
-
-impl Completion for () {}
-impl<E: Into<Box<dyn Error + Send + Sync>>> Completion for Result<(), E> {}
-
-mod sealed {
-    use std::error::Error;
-
-    #[allow(unreachable_pub)]
-    pub trait Sealed {
-        fn error(self) -> Option<String>;
-    }
-
-    impl Sealed for () {
-        fn error(self) -> Option<String> {
-            None
-        }
-    }
-
-    impl<E: Into<Box<dyn Error + Send + Sync>>> Sealed for Result<(), E> {
-        fn error(self) -> Option<String> {
-            self.err().map(|error| super::with_sources(&*error.into()))
-        }
-    }
-}
-
-/// The error of a completed future, if it has one.
-pub(crate) fn error(completion: impl Completion) -> Option<String> {
-    sealed::Sealed::error(completion)
-}
-
-/// The text of an error and of its sources. Sources whose text is already contained are omitted.
-pub(crate) fn with_sources(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let sources = iter::successors(error.source(), |&error| error.source());
-    // Limited, because an error may return itself as its source.
-    for source in sources.take(MOST_SOURCES) {
-        let source = source.to_string();
-        if !text.contains(&source) {
-            text.push_str(": ");
-            text.push_str(&source);
-        }
-    }
-    text
-}
-
-/// How many sources of an error its text includes.
-const MOST_SOURCES: usize = 32;
-
-/// Runs a future to its end, and catches its panic.
-pub(crate) async fn outcome<F: Future<Output: Completion>>(future: F) -> TaskOutcome {
-    // The block drops the future within the last poll, where a panic of its destructor is caught.
-    let mut future = pin!(async move { error(future.await) });
-    std::future::poll_fn(|cx| {
-        // A future that has panicked is not polled again.
-        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
-        match polled {
-            Ok(Poll::Pending) => Poll::Pending,
-            Ok(Poll::Ready(None)) => Poll::Ready(TaskOutcome::Done),
-            Ok(Poll::Ready(Some(error))) => Poll::Ready(TaskOutcome::Failed(error)),
-            Err(payload) => Poll::Ready(TaskOutcome::Panicked(message(&*payload))),
-        }
-    })
-    .await
-}
-
-/// The message of a panic.
-fn message(payload: &(dyn Any + Send)) -> String {
-    let text = payload.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("the payload is not text").to_owned()
 }
 
 #[cfg(all(test, tower_graceful_loom))]

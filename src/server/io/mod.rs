@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     connection::{
-        descriptors::Activity,
+        activity::Activity,
         directive::Directive,
         flags::{BODILESS, INSPECTED, RESPONDED, UPGRADED, UPGRADES},
         wakers::RegisteredWaker,
