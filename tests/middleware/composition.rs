@@ -526,6 +526,7 @@ async fn with_cors_outside_a_page_can_read_the_refusal_and_the_preflight_passes(
 }
 
 /// axum takes the answer to unknown paths from the router that is merged into the other one.
+#[cfg(feature = "axum")]
 #[tokio::test]
 async fn with_the_app_merged_into_the_probes_the_404_stays_inside_the_layers() {
     for inside in [true, false] {
