@@ -111,7 +111,9 @@
 //! waiting tasks and servers. When the last of them is dropped, the phase can no longer change.
 //! Requests reach the gate through their [`Admission`], so this makes no difference to them.
 
+mod admit;
 mod core;
+mod gate;
 mod kept;
 #[cfg(all(test, tower_graceful_loom))]
 mod models;
@@ -121,8 +123,10 @@ mod thread_index;
 mod word;
 
 pub(crate) use self::{
+    admit::Admission,
     core::SinceServing,
-    permit::{Admission, Gate, Permit, Piece, Reading, Unanswered, WeakGate},
+    gate::{Gate, WeakGate},
+    permit::{Permit, Piece, Reading, Unanswered},
     shard::Refused,
     thread_index::thread_index,
 };
