@@ -3,7 +3,6 @@
 
 use std::{
     future::pending,
-    pin::pin,
     time::{Duration, Instant},
 };
 
@@ -114,10 +113,13 @@ async fn once() -> Duration {
     time::sleep(Duration::from_millis(1)).await;
     assert_eq!(graceful.phase(), Phase::Draining);
     assert_eq!(graceful.in_flight(), 1);
-    let mut body = pin!(response.into_body());
-    let out = Instant::now();
+    let mut body = Box::pin(response.into_body());
     let frame = std::future::poll_fn(|cx| body.as_mut().poll_frame(cx)).await;
     assert!(frame.is_some());
+    // The service is stopping, so the request stays in flight until the server has sent the frame.
+    assert_eq!(graceful.in_flight(), 1);
+    let out = Instant::now();
+    drop((frame, body));
     let at = has_resolved.await.expect("a drain that resolves");
     at.duration_since(out)
 }

@@ -21,6 +21,8 @@
 //!
 //! The models fail if the phase is read before the removal, and if the list is copied before the
 //! directive is stored.
+//!
+//! This file is long because everything that takes the lock of the table is in it.
 
 use std::{cmp::Reverse, collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -36,6 +36,8 @@
 //!
 //! Inside a runtime whose clock is paused, tokio's clock applies, and this thread leaves the
 //! deadlines to the driver: see [`clock`].
+//!
+//! This file is long because the argument above and the thread's loop must be read together.
 
 pub(crate) mod clock;
 mod deadlines;

@@ -4,6 +4,8 @@
 //! control thread waits on. Handlers are installed once and never removed, because other code may
 //! have come to rely on them since. Instead, a signal is *given back*: the handler then performs
 //! the default action of the operating system.
+//!
+//! This file is long because it contains one implementation for each kind of operating system.
 
 #[cfg(unix)]
 use crate::report::Outcome;

@@ -1,4 +1,6 @@
 //! The data of a stop under way. This file takes no step.
+//!
+//! Half of this file is the documentation of its fields.
 
 use std::time::Duration;
 

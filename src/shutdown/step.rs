@@ -1,4 +1,6 @@
 //! The steps of the timeline: which of them are due, and in which order they are taken.
+//!
+//! This file is long because the order of the steps is one decision, and each step depends on the others.
 
 use std::time::Duration;
 
