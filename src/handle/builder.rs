@@ -209,7 +209,7 @@ impl GracefulBuilder {
     /// - A prober that is set to need more failures than `failures` has not noticed. The requests it
     ///   still sends put off the end, at the latest to the end of the delay.
     /// - With a [shared listener](Self::shared_listener), a prober that opens a connection for each
-    ///   check reaches the next process, and so the whole delay passes. Its default is 500 ms there.
+    ///   check reaches the next process, and so the whole delay passes. The default of the delay is 500 ms there.
     ///
     /// Signals and the report are as in [`leave_when_quiet`](Self::leave_when_quiet).
     pub fn leave_when_noticed(mut self, failures: u32, probers: usize) -> Self {
@@ -325,8 +325,8 @@ impl GracefulBuilder {
     /// connections are closed and draining starts, as with
     /// [`keep_listening(false)`](Self::keep_listening).
     ///
-    /// False: listeners accept until draining or the end of it, as
-    /// [`keep_listening`](Self::keep_listening) has it.
+    /// False: listeners accept until the drain ends, or, with
+    /// [`keep_listening(false)`](Self::keep_listening), until draining starts.
     ///
     /// Default: true for a `TcpListener` or `UnixListener` that was passed to the process by socket
     /// activation, and false for any other (see below).
@@ -380,8 +380,8 @@ impl GracefulBuilder {
     /// - A listener that wraps another one may be in the middle of a handshake, and so continues to
     ///   accept for 60 ms. Use [`handshakes`](crate::HandshakeExt::handshakes) instead: its handshakes
     ///   are finished, and the listener below closes at once.
-    /// - On axum's server, idle connections are closed without a last look at what has arrived. Prefer
-    ///   `serve`.
+    /// - On axum's server, idle connections are closed without a last read, so a request that has just
+    ///   arrived on one may be lost. Prefer `serve`.
     /// - If another process shuts the socket down (`shutdown(2)`), nothing is accepted any more. The
     ///   listener logs the error and tries again each second; the stop works as ever.
     pub fn shared_listener(mut self, shared: bool) -> Self {

@@ -70,6 +70,7 @@ pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 ///   [`serve`](Self::serve) listens for signals;
 /// - a call of [`shutdown`](Self::shutdown);
 /// - the future passed to [`drain_on`](Self::drain_on), when it resolves;
+/// - a call of the preStop route, `Graceful::pre_stop`, if you add that route;
 /// - a server passed to [`run`](Self::run), or a [`critical_worker`](Self::critical_worker), when
 ///   it ends.
 ///
@@ -156,8 +157,8 @@ impl Graceful {
     /// `Connection: close`.
     ///
     /// All calls, from any tasks and threads, before or after serving begins, are a single trigger.
-    /// A further call never ends a phase, as a further SIGINT does. The delay is the delay of
-    /// SIGTERM, [`drain_delay`](crate::GracefulBuilder::drain_delay).
+    /// Unlike a further SIGINT, a further call never ends a phase. The delay is the delay of SIGTERM,
+    /// [`drain_delay`](crate::GracefulBuilder::drain_delay).
     ///
     /// May be called outside a runtime.
     pub fn shutdown(&self) {

@@ -34,8 +34,8 @@ use crate::handle::graceful::Graceful;
 /// # Layer order
 ///
 /// Put the layer outside of everything that does work for a request, and inside of everything that
-/// must see rejected requests too. In axum each `.layer(…)` is outside of the ones before it, so
-/// the layer is one of the last:
+/// must see rejected requests too. In axum each `.layer(…)` is outside of the ones before it, so add
+/// this layer after most of the others. The order of the layers outside does not matter to it:
 ///
 /// ```
 /// use std::time::Duration;

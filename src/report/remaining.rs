@@ -4,8 +4,8 @@ use std::{fmt, net::SocketAddr, time::Duration};
 
 use http::Method;
 
-/// What was open when the cut came or did not end because of it, and what was lost without a cut. All
-/// zero after a clean shutdown.
+/// What was open when the cut came, what did not end even after the cut, and what was lost without a
+/// cut. All zero after a clean shutdown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]

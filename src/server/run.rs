@@ -20,9 +20,10 @@ impl Graceful {
     ///
     /// - the service counts as [stopped](Self::stopped) only when the server has ended, with all
     ///   its bytes sent;
-    /// - a server that does not end is dropped shortly after the drain deadline, or after further signals
-    ///   that skip the rest of the stop, and the report says [`Forced`](crate::Outcome::Forced). Handlers that the
-    ///   server owns are dropped with it, before the first cleanup step;
+    /// - a server that does not end is dropped shortly after the drain deadline, and the report says
+    ///   [`Forced`](crate::Outcome::Forced). Handlers that the server owns are dropped with it, before the
+    ///   first cleanup step. Further SIGINTs can drop the server earlier: if one of them ends the wait for
+    ///   it, the report says [`Abandoned`](crate::Outcome::Abandoned), and no cleanup step runs;
     /// - a server that ends before a stop was requested, whether normally, with an error or by a panic,
     ///   stops the service, and the report gives the reason. A panic is propagated.
     ///

@@ -60,13 +60,15 @@ impl Graceful {
     /// [`run`](Self::run). Because it owns its connections, it does more:
     ///
     /// - It asks HTTP/2 peers to leave by GOAWAY
-    ///   ([RFC 9113 §6.8](https://www.rfc-editor.org/rfc/rfc9113#section-6.8)). In the lame-duck phase a
-    ///   peer gets it with its next response. When draining starts, the remaining peers get it, and so do
-    ///   peers that connect later while the listener is still open.
+    ///   ([RFC 9113 §6.8](https://www.rfc-editor.org/rfc/rfc9113#section-6.8)). A peer that connected
+    ///   before the lame-duck phase gets it with its next response in that phase. When the phase ends, the
+    ///   remaining peers get it, also those that connected during the phase, and so do peers that connect
+    ///   later while the listener is still open.
     /// - If server-sent events end on an HTTP/1 connection while the service drains, it closes the
     ///   connection 25 ms later, unless another request has arrived on it. Otherwise the `EventSource`
     ///   would reconnect on the same connection and be refused, and it does not reconnect after a refusal.
-    /// - [`close_spread`](crate::GracefulBuilder::close_spread) spreads connections and not responses.
+    /// - [`close_spread`](crate::GracefulBuilder::close_spread) gives each connection a slot, and not each
+    ///   response.
     /// - It closes an HTTP/1 connection if a request head does not arrive within
     ///   [`header_read_timeout`](Serve::header_read_timeout). Idle connections stay open.
     /// - At the drain deadline it drops the handlers with their connections, whatever they wait for.
