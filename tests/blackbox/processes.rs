@@ -1,6 +1,6 @@
 //! Processes that are special to the operating system: a fork of a process, and the process with the id 1.
 
-use std::{fs, process::Command, thread, time::Duration};
+use std::{fs, os::unix::fs::MetadataExt, process::Command, thread, time::Duration};
 
 use nix::{
     sys::signal::{
@@ -82,13 +82,11 @@ fn fork(form: Form) {
 /// Starts a server as process 1 of a new namespace.
 fn start_as_process_1(knobs: &[&str]) -> (Server, Child) {
     let mut command = Command::new("unshare");
-    command.args([
-        "--user",
-        "--map-root-user",
-        "--pid",
-        "--fork",
-        "--kill-child",
-    ]);
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        // Only root may make the other namespace without this one.
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--pid", "--fork", "--kill-child"]);
     command.arg(std::env::current_exe().unwrap());
     let mut server = Server::run(command, Form::Serve, knobs);
     server.expect_line("starting");
