@@ -3,14 +3,14 @@
 
 use std::{
     io::{self, Read},
-    panic, thread,
+    thread,
     time::{Duration, Instant},
 };
 
 use crate::{
     Test,
     client::frames::{self, DATA, END_STREAM, GOAWAY, HEADERS},
-    process::{Server, soon, wait_for},
+    process::{Server, join, soon, wait_for},
     server::Form,
 };
 
@@ -263,10 +263,7 @@ fn asked_at<C: Send + 'static>(
         })
     });
     let clients: Vec<_> = clients.collect();
-    let asked = clients.into_iter().map(thread::JoinHandle::join);
-    let mut asked: Vec<_> = asked
-        .map(|asked| asked.unwrap_or_else(|failed| panic::resume_unwind(failed)))
-        .collect();
+    let mut asked: Vec<_> = clients.into_iter().map(join).collect();
     asked.sort_by(f64::total_cmp);
     asked
 }

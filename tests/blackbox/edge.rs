@@ -13,7 +13,7 @@ use std::{
 use crate::{
     Test,
     client::{Connection, Response},
-    process::{Server, wait_for},
+    process::{Server, join, wait_for},
     server::Form,
 };
 
@@ -137,9 +137,7 @@ fn connection_per_request(form: Form) {
         });
         server.terminate();
         for client in clients {
-            client
-                .join()
-                .unwrap_or_else(|lost| std::panic::resume_unwind(lost));
+            join(client);
         }
         server.exit().assert_clean();
     }

@@ -5,6 +5,7 @@ use std::{
     io::{self, BufRead, BufReader},
     net::{SocketAddr, TcpListener},
     os::fd::OwnedFd,
+    panic,
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
@@ -35,6 +36,12 @@ pub(crate) fn soon(time: Duration) -> Duration {
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let waiting = load.unwrap_or(0.0) / f64::from(u32::try_from(processors).unwrap()) - 1.0;
     time + Duration::from_millis(100).mul_f64(waiting.max(0.0))
+}
+
+/// The result of a thread. Its panic goes on in this one.
+pub(crate) fn join<T>(thread: thread::JoinHandle<T>) -> T {
+    let result = thread.join();
+    result.unwrap_or_else(|failed| panic::resume_unwind(failed))
 }
 
 /// A request in the background. [`join`](Self::join) returns its response or its error.

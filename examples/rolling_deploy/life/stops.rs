@@ -2,13 +2,18 @@
 
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
+use hyper::StatusCode;
+use tokio::{
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 
 use super::{Life, events, probed, texts};
 use crate::{
     instance::{Problem, free_port},
     kubelet::{Get, Hook, Pod},
     kubernetes::{DRAIN_DELAY, Sweep},
+    load::How,
     single,
 };
 
@@ -25,12 +30,9 @@ pub(super) async fn drains(sweep: &Sweep, hook: Hook) -> Result<Life, Problem> {
     let spec = sweep.pod(command, hook);
     let liveness = spec.liveness.clone();
     let mut pod = Pod::start(spec, free_port());
-    pod.ready().await?;
-    let (port, bound) = (pod.port, sweep.bound());
-    let request = tokio::spawn(async move { single::once(port, "GET", "/slow", bound).await });
     // The request is in flight when the pod is deleted.
-    in_flight(port).await?;
-    let death = timeout(bound, pod.delete()).await;
+    let request = slow_request(&mut pod, sweep.bound()).await?;
+    let death = timeout(sweep.bound(), pod.delete()).await;
     let death = death.map_err(|_| Problem("the deletion does not end".into()))??;
     let answer = request.await;
     let phases: Vec<_> = death.lively.phases.iter().map(String::as_str).collect();
@@ -70,11 +72,18 @@ pub(super) async fn drains(sweep: &Sweep, hook: Hook) -> Result<Life, Problem> {
     Ok(life)
 }
 
-/// Waits until a request is in flight: the slow one is sent at once, and then a quick one is answered.
-async fn in_flight(port: u16) -> Result<(), Problem> {
+/// Waits until the pod is ready and the slow request is in flight: it is sent at once, and then a quick
+/// one is answered.
+async fn slow_request(
+    pod: &mut Pod,
+    bound: Duration,
+) -> Result<JoinHandle<Result<StatusCode, How>>, Problem> {
+    pod.ready().await?;
+    let port = pod.port;
+    let request = tokio::spawn(async move { single::once(port, "GET", "/slow", bound).await });
     sleep(Duration::from_millis(200)).await;
     match single::get(port, "/").await {
-        Ok(status) if status.is_success() => Ok(()),
+        Ok(status) if status.is_success() => Ok(request),
         other => Err(Problem(format!("GET /: {other:?}"))),
     }
 }
@@ -111,10 +120,8 @@ pub(super) async fn signalled(sweep: &Sweep) -> Result<Life, Problem> {
     let spec = sweep.pod(command, Hook::None);
     let liveness = spec.liveness.clone();
     let mut pod = Pod::start(spec, free_port());
-    pod.ready().await?;
+    let request = slow_request(&mut pod, sweep.bound()).await?;
     let (port, bound) = (pod.port, sweep.bound());
-    let request = tokio::spawn(async move { single::once(port, "GET", "/slow", bound).await });
-    in_flight(port).await?;
     // This call does not come from the kubelet.
     let stop = tokio::spawn(async move { single::once(port, "GET", "/prestop", bound).await });
     pod.until("restarted", |status| status.restarts == 1)

@@ -151,22 +151,18 @@ impl<I: 'static> Drop for GracefulIo<I> {
             return;
         }
         if let Some(linger) = self.linger {
-            let last = if is_top {
-                Last {
-                    written: self.written,
-                    request,
-                    shut: self.writing == Writing::Shut,
-                }
-            } else {
-                Last {
-                    written: if entry.flags.has(UPGRADED) {
-                        Written::Upgrade
-                    } else {
-                        self.written
-                    },
-                    request: entry.flags.has(BODILESS),
-                    shut: self.writing == Writing::Shut,
-                }
+            let last = Last {
+                written: if !is_top && entry.flags.has(UPGRADED) {
+                    Written::Upgrade
+                } else {
+                    self.written
+                },
+                request: if is_top {
+                    request
+                } else {
+                    entry.flags.has(BODILESS)
+                },
+                shut: self.writing == Writing::Shut,
             };
             linger(io, last, self.guard.hand_over());
         }
