@@ -1,7 +1,7 @@
 //! A service that drains.
 //!
 //! ```sh
-//! cargo run --example hello
+//! cargo run --example hello           # the other commands are for another terminal
 //! curl -i localhost:3000/              # hello
 //! curl -i localhost:3000/slow &        # in flight for ten seconds
 //! kill -TERM $(pgrep -x hello)

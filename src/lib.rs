@@ -25,7 +25,7 @@
 //!
 //! # The parts
 //!
-//! Each works without the others.
+//! Use only the parts that you need.
 //!
 //! - [`GracefulLayer`] counts in-flight requests until their response bodies have ended, and
 //!   answers new ones with 503 once draining has begun.
@@ -87,9 +87,9 @@
 //! *Why is `/livez` not 503 while draining?* Because liveness decides whether the process is
 //! killed, and a draining process must not be.
 //!
-//! *Why is a limit on requests in this crate?* Because it is the same count. The number of requests
-//! that may be admitted and the number that a drain waits for are the same counter, so the limit is
-//! exact and free.
+//! *Why is a limit on requests in this crate?* Because the drain counts the requests in flight anyway,
+//! and the limit uses that count, so it is exact. Without a limit each thread counts separately, which
+//! costs less if several threads serve requests.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -101,7 +101,7 @@ impl fmt::Display for Life {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "- {}: {}", self.name, self.seen)?;
         for wrong in &self.wrong {
-            write!(f, "\n  WRONG, not so: {wrong}")?;
+            write!(f, "\n  FAILED, expected: {wrong}")?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@
 //! cargo build --example systemd
 //! systemd-socket-activate --listen=127.0.0.1:3000 target/debug/examples/systemd &
 //! curl localhost:3000/                 # starts the service
-//! kill -TERM $(pgrep -x systemd-example || pgrep -f examples/systemd$)
+//! kill -TERM $(pgrep -f 'examples/systemd$')
 //! ```
 
 #[cfg(not(target_os = "linux"))]

@@ -7,7 +7,8 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, V
 
 use crate::admission::Refused;
 
-/// Why a request was rejected.
+/// Why a request was rejected. The report, the counters and the guide call such a request *refused*; both
+/// words mean the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RejectionReason {

@@ -61,7 +61,7 @@ impl fmt::Display for Reason {
             Self::LeftEarly(why) => why.fmt(f),
             Self::EveryServerEnded => f.write_str("every server has ended"),
             Self::HandedOver => {
-                f.write_str("every connection has closed, and the next process accepts")
+                f.write_str("every connection has closed, and the next process accepts new ones")
             }
             Self::Signal => f.write_str("a further signal"),
             Self::Idle => f.write_str("nothing is in flight"),

@@ -145,7 +145,7 @@ impl GracefulBuilder {
     /// by socket activation, the default of the delay is 500 ms
     /// ([`shared_listener`](Self::shared_listener)). `build` cannot know this, and accepts a `minimum`
     /// that is longer; the rule has no effect then. If you set [`drain_delay`](Self::drain_delay), the
-    /// rule applies. There it sees only requests on the connections that exist, because new
+    /// rule applies. With such a socket it sees only requests on the connections that exist, because new
     /// connections wait for the next process.
     ///
     /// The phase does not end before [`close_spread`](Self::close_spread) is over, because until then
@@ -159,8 +159,8 @@ impl GracefulBuilder {
         self
     }
 
-    /// Ends the lame-duck phase before its delay is over, once every prober has seen readiness fail.
-    /// Default: no.
+    /// Ends the lame-duck phase before its delay is over, once every prober has seen readiness fail. A
+    /// *prober* is a client that asks the readiness probe again and again. Default: no.
     ///
     /// For balancers that poll [readiness](Graceful::readiness): HAProxy, Envoy, nginx Plus, target
     /// groups of a cloud. `failures` is how many failed checks a prober needs before it stops sending
@@ -185,10 +185,10 @@ impl GracefulBuilder {
     /// The phase ends 100 ms after the last of these:
     ///
     /// - at least `probers` probers have each received `failures` failing answers since the trigger;
-    /// - every other prober that asked before the trigger, or has asked since, has received as many. It
-    ///   may have stopped asking after them. A prober that had stopped before the trigger is left out:
-    ///   it was silent for more than four times its longest interval and a second, or for more than
-    ///   300 s;
+    /// - every other prober that asked before the trigger, or has asked since, has received as many,
+    ///   whether or not it has asked again afterwards. A prober that had stopped asking before the trigger
+    ///   is left out: one that was silent for more than 300 s, or for more than four times its longest
+    ///   interval plus one second;
     /// - the last new request has arrived, counted as in
     ///   [`leave_when_quiet`](Self::leave_when_quiet).
     ///
@@ -234,15 +234,16 @@ impl GracefulBuilder {
     }
 
     /// The share that is reserved for workers and cleanup steps after the drain. The drain cannot
-    /// use it. Default: 5 s, or a sixth of a grace period below 30 s.
+    /// use it. Default: 5 s, or a sixth of a grace period below 30 s; less if the shares that you set leave
+    /// less.
     pub fn cleanup_timeout(mut self, duration: Duration) -> Self {
         self.knobs.cleanup_timeout = Some(duration);
         self
     }
 
     /// How long the service waits for [workers](Graceful::worker), once nothing else is in flight.
-    /// The default is also the maximum: the time left of the grace period at that moment, less the
-    /// timeouts of the cleanup steps, for which up to half of it is reserved.
+    /// The default is also the maximum: the time from that moment to the margin, less the timeouts of the
+    /// cleanup steps, which take at most half of that time.
     pub fn worker_timeout(mut self, duration: Duration) -> Self {
         self.policy.worker_timeout = Some(duration);
         self
@@ -371,7 +372,7 @@ impl GracefulBuilder {
     /// listener of another type wraps the passed one, and on other systems. Variables that name
     /// another process, too many descriptors, or files that are not sockets make no listener a shared
     /// one. If some listeners of a lifecycle are shared and others are not, each closes at its own
-    /// time, and the delay is that of the others.
+    /// time, and the delay is that of a lifecycle without shared listeners.
     ///
     /// # Limits
     ///

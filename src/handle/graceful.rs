@@ -90,13 +90,15 @@ pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 ///
 /// # Runtime
 ///
-/// A thread of this crate keeps the deadlines, one thread for the process. The first call that
-/// listens for signals or triggers a stop starts it, and it ends when no lifecycle needs it any
-/// more. So deadlines hold while handlers block every thread of the runtime, and after the runtime
-/// has ended.
+/// A thread of this crate keeps the deadlines, one thread for the process. The first call that listens for
+/// signals, triggers a stop, or builds a lifecycle with a `watchdog` starts this *control thread*. It ends
+/// when no lifecycle needs it any more. So deadlines hold while handlers block every thread of the runtime,
+/// and after the runtime has ended.
 ///
 /// Workers run on the tokio runtime in which they are registered. Hooks and cleanup steps run on
-/// the runtime of the first call that is made inside of one. If that runtime ends earlier, they run
+/// the runtime in which the lifecycle is made. If it is made outside a runtime, they run on the runtime of
+/// the first later call inside one that registers a task, listens for signals, runs a server, triggers a
+/// stop or waits for a phase. If that runtime ends earlier, they run
 /// on the runtime of a task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or
 /// [`draining`](Self::draining). Tasks that can no longer be run are
 /// [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
@@ -347,8 +349,8 @@ impl Graceful {
     /// that did not end in time was given up.
     ///
     /// The shutdown must not wait for the task that waits here: do not await this inside a server
-    /// passed to [`run`](Self::run), or in a tracked connection. Otherwise it behaves like
-    /// [`draining`](Self::draining).
+    /// passed to [`run`](Self::run), or in a tracked connection. In all other respects the future is like
+    /// that of [`draining`](Self::draining).
     pub fn stopped(&self) -> PhaseReached {
         PhaseReached::new(self, Phase::Stopped, false)
     }

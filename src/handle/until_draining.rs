@@ -31,7 +31,8 @@ impl Graceful {
     ///     State(graceful): State<Graceful>,
     /// ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
     ///     let news = stream::pending(); // your events
-    ///     let last = Event::default().event("goodbye").retry(Duration::from_secs(5)).data("");
+    ///     // Without data, a browser fires no event.
+    ///     let last = Event::default().event("goodbye").retry(Duration::from_secs(5)).data("deploy");
     ///     Sse::new(graceful.until_draining(news).and_last(Ok(last)))
     /// }
     /// ```

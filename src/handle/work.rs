@@ -390,7 +390,7 @@ impl fmt::Display for RegisterError {
             ),
             Self::NoRuntime { name } => write!(
                 f,
-                "worker {name:?} was registered outside a tokio runtime, which is to run it"
+                "worker {name:?} was registered outside a tokio runtime, which it needs to run"
             ),
         }
     }

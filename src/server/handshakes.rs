@@ -86,7 +86,7 @@ where
     ///   handshake.
     /// - When the service stops, connections in the accept queue are still accepted. If a peer has sent
     ///   something, the service waits for its handshake for at most 1 s. It does not wait for a peer that
-    ///   has sent nothing for 25 ms. Handshakes that still run afterwards are dropped.
+    ///   has sent nothing within 25 ms after it connected. Handshakes that still run afterwards are dropped.
     ///
     /// # The PROXY protocol
     ///

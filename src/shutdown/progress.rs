@@ -81,8 +81,8 @@ impl Shared {
         }
         let now = Instant::now();
         let mut text = format!(
-            "shutdown: the grace period is over, and the service is {}: in flight {}, connections \
-             {}; ended by the watchdog",
+            "shutdown: the grace period is nearly over, and the service is {}: in flight {}, \
+             connections {}; the process is ended by the watchdog",
             self.phase(),
             self.in_flight(),
             self.connections.len(),

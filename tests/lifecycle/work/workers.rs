@@ -743,7 +743,7 @@ fn a_worker_outside_a_runtime_is_not_run() {
     assert_eq!(error, expected);
     assert_eq!(
         error.to_string(),
-        "worker \"homeless\" was registered outside a tokio runtime, which is to run it"
+        "worker \"homeless\" was registered outside a tokio runtime, which it needs to run"
     );
     graceful.shutdown();
     paused_runtime().block_on(async {
