@@ -1,8 +1,9 @@
 //! Threads for code that does not belong to this crate: log subscribers, wakers, and destructors of
 //! user values.
 //!
-//! Such code may block or panic, and no thread of the shutdown may wait for it. `control` and
-//! `events` queue jobs here. A job runs on a thread that exists only while there are jobs. If jobs
+//! Such code may block or panic, and no thread of the shutdown waits for it, with one exception: if the
+//! operating system cannot start a thread for wakers and destructors, the caller runs them. `control`
+//! and `events` queue jobs here. A job runs on a thread that exists only while there are jobs. If jobs
 //! must keep their order, there is one thread. Otherwise another thread takes over when a job takes
 //! too long.
 //!
@@ -78,8 +79,8 @@ impl JobThreads {
             return;
         }
         if self.most_threads == 1 {
-            // The next call tries again to start a thread.
-            self.abandon();
+            // The jobs are log events. They wait: the next call tries again to start a thread.
+            self.end_thread(&mut lock!(self.queue));
         } else {
             self.drain();
         }
@@ -120,19 +121,14 @@ impl JobThreads {
             shielded(job);
             queue = lock!(self.queue);
         }
-        drop(self.end_thread(queue));
+        self.end_thread(&mut queue);
     }
 
-    fn abandon(&self) {
-        drop(self.end_thread(lock!(self.queue)));
-    }
-
-    fn end_thread<Q: std::ops::DerefMut<Target = Queue>>(&self, mut queue: Q) -> Q {
+    fn end_thread(&self, queue: &mut Queue) {
         queue.threads -= 1;
         if queue.threads == 0 {
             self.emptied.notify_all();
         }
-        queue
     }
 
     /// Waits until every job is done, at most for `within`.

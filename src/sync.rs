@@ -1,4 +1,4 @@
-//! The only source of atomics, and of the locks that are ordered against them, in this crate.
+//! The source of the atomics and locks that a protocol of this crate depends on.
 //!
 //! In a normal build these are the types of the standard library. Under `--cfg tower_graceful_loom`
 //! they are loom's, so that the `models` modules explore the interleavings of the code that ships.

@@ -306,21 +306,21 @@ async fn io_that_panics_takes_only_its_connection_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn io_that_fails_does_not_outlast_the_end() {
+async fn io_that_fails_does_not_outlast_the_deadline() {
     for form in [Form::Serve, Form::Run] {
         ends_by_the_deadline(form, How::Errors).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn io_that_panics_does_not_outlast_the_end() {
+async fn io_that_panics_does_not_outlast_the_deadline() {
     for form in [Form::Serve, Form::Run] {
         ends_by_the_deadline(form, How::Panics).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn io_that_hangs_does_not_outlast_the_end() {
+async fn io_that_hangs_does_not_outlast_the_deadline() {
     for form in [Form::Serve, Form::Run] {
         ends_by_the_deadline(form, How::Hangs).await;
     }

@@ -290,7 +290,7 @@ async fn a_request_that_comes_before_its_connection_knows_of_the_close_is_served
 
 /// The queue of a listener of any kind is left as it is, also above and below other listeners.
 #[tokio::test]
-async fn what_connects_after_the_stop_is_left_to_the_next_process() {
+async fn what_connects_during_the_stop_is_left_to_the_next_process() {
     use tower_graceful::HandshakeExt;
 
     async fn holds<L>(listener: L, graceful: Graceful, bound: Duration, next: impl AsyncFnOnce())
@@ -301,7 +301,7 @@ async fn what_connects_after_the_stop_is_left_to_the_next_process() {
         let run = tokio::spawn(graceful.serve(listener, app).into_future());
         tokio::task::yield_now().await;
         graceful.shutdown();
-        // A listener that wraps one goes on for 60 ms.
+        // A wrapped listener keeps accepting for 60 ms.
         tokio::time::sleep(bound).await;
         next().await;
         assert_eq!(run.await.unwrap().outcome(), Outcome::Clean);

@@ -230,7 +230,7 @@ async fn an_accept_that_takes_its_time_is_not_disturbed_by_connections_that_end(
 }
 
 #[tokio::test]
-async fn an_accept_that_has_begun_is_finished_at_the_edge() {
+async fn an_accept_that_has_begun_when_the_listener_closes_is_finished() {
     for own in [true, false] {
         let (tcp, address) = listener().await;
         let handshake = Duration::from_millis(40);

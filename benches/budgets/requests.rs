@@ -202,7 +202,7 @@ fn cache_lines(rows: &mut Rows) {
     let rounds = |once: &dyn Fn() -> f64| Figures::new((0..ROUNDS).map(|_| once()).collect());
     let own = rounds(&|| time(2, add));
     let shared = rounds(&|| time(2, |_| add(0)));
-    let handed = rounds(&hand_over);
+    let handed = rounds(&transfer_time);
     let table = format!(
         "| | ns |\n|---|---|\n| two threads, each on its own cache line | {} |\n\
          | two threads on one cache line | {} |\n| a cache line handed from one thread to the other | {} |\n",
@@ -246,7 +246,7 @@ fn model(transfer: f64) -> String {
 }
 
 /// Nanoseconds until a core sees what another core has written: half of a round trip.
-fn hand_over() -> f64 {
+fn transfer_time() -> f64 {
     const TIMES: u32 = 10_000;
 
     let line = AtomicU32::new(0);

@@ -16,10 +16,10 @@ use crate::{phase::Phase, sync::lock};
 
 /// A gate, its rules `K`, and the value `T` behind it. Clones share all of it. `T` is dropped with
 /// the last clone.
-pub(crate) struct Gate<K: 'static, T: 'static>(pub(super) Arc<Shared<K, T>>);
+pub(crate) struct Gate<K: 'static, T: 'static>(pub(super) Arc<GateInner<K, T>>);
 
-pub(super) struct Shared<K: 'static, T: 'static> {
-    pub(super) core: Arc<Core<K, Shared<K, T>>>,
+pub(super) struct GateInner<K: 'static, T: 'static> {
+    pub(super) core: Arc<Core<K, GateInner<K, T>>>,
     /// Set by the first call of `Gate::admission`. From then on the core is kept until the
     /// process ends.
     pub(super) target: OnceLock<&'static Target<K, T>>,
@@ -28,15 +28,15 @@ pub(super) struct Shared<K: 'static, T: 'static> {
 
 /// What an `Admission` points at.
 pub(super) struct Target<K: 'static, T: 'static> {
-    pub(super) core: Arc<Core<K, Shared<K, T>>>,
+    pub(super) core: Arc<Core<K, GateInner<K, T>>>,
     /// The target for services that only lead to a probe. `None` on that target itself.
     pub(super) to_probe: Option<&'static Self>,
 }
 
-impl<K, T> Drop for Shared<K, T> {
+impl<K, T> Drop for GateInner<K, T> {
     fn drop(&mut self) {
         // The core holds a weak reference and may be kept until the process ends. Without this line
-        // it would keep the memory of `Shared` as well.
+        // it would keep the memory of `GateInner` as well.
         *lock!(self.core.common().owned) = Weak::new();
     }
 }
@@ -50,7 +50,7 @@ impl<K, T> Gate<K, T> {
         behind: impl FnOnce(&Arc<K>) -> T,
     ) -> Self {
         let core = Arc::new(Core::new(limit, named, rules));
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(GateInner {
             value: behind(&core.common().rules),
             target: OnceLock::new(),
             core: Arc::clone(&core),
@@ -159,7 +159,7 @@ impl<K, T> fmt::Debug for Gate<K, T> {
 }
 
 /// A reference to a gate that does not keep the value behind it alive.
-pub(crate) struct WeakGate<K: 'static, T: 'static>(Weak<Shared<K, T>>);
+pub(crate) struct WeakGate<K: 'static, T: 'static>(Weak<GateInner<K, T>>);
 
 impl<K, T> WeakGate<K, T> {
     pub(crate) fn upgrade(&self) -> Option<Gate<K, T>> {

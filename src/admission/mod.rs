@@ -103,9 +103,10 @@
 //! moment the first [`Admission`] of a gate is made. The layer does that when it makes its first
 //! service. A gate without an [`Admission`] is freed with its last owner.
 //!
-//! The price is two kilobytes and the rules, which may hold values captured by the user's
-//! rejection, for each lifecycle whose layer has made a service. A process usually makes one. A
-//! static list (`kept`) leads to all of it, so that leak checkers report nothing.
+//! The price is two kilobytes for each lifecycle whose layer has made a service, and the memory of
+//! its rules (`K`; in this crate the settings of the builder, with what the user's rejection function
+//! has captured). A process usually makes one. A static list (`kept`) leads to all of it, so that leak
+//! checkers report nothing.
 //!
 //! The value behind the gate has owners as usual: the clones of [`Gate`] in handles, layers,
 //! waiting tasks and servers. When the last of them is dropped, the phase can no longer change.

@@ -30,7 +30,8 @@ impl Refused {
     }
 }
 
-/// State that the shards of a gate share. A request in Serving does not touch it.
+/// State that the shards of a gate share. In Serving, a request touches it only if it is refused or
+/// named, or if its last frame is large.
 pub(super) struct Common<K, S> {
     pub(super) waiter: Mutex<Option<Waker>>,
     /// Admissions after Serving.
@@ -77,13 +78,13 @@ impl<K, S> Common<K, S> {
     }
 }
 
-/// Aligned to two cache lines, because processors fetch them in pairs. In Serving no other thread
-/// reads the lines that a thread writes.
+/// Aligned to two cache lines, because processors fetch them in pairs. In Serving, only a body that
+/// ends on another thread, a snapshot, a probe and a new connection use the lines of another thread.
 #[repr(align(128))]
 pub(super) struct Shard<K, S> {
     word: AtomicUsize,
-    /// The least word above the limit. Stored next to the word, so that an admission touches no
-    /// other cache line.
+    /// The least word in which an admission takes the slow path: see [`Word::full`]. Stored next to
+    /// the word, so that an admission touches no other cache line.
     full: Word,
     common: Arc<Common<K, S>>,
 }
@@ -197,12 +198,9 @@ impl<K, S> Shard<K, S> {
     #[cold]
     #[inline(never)]
     fn released_while_draining(&self, before: Word) {
-        if before.count() == 1 {
-            self.wake_waiter();
+        if before.count() != 1 {
+            return;
         }
-    }
-
-    fn wake_waiter(&self) {
         let waker = lock!(self.common.waiter).take();
         if let Some(waker) = waker {
             waker.wake();

@@ -6,7 +6,8 @@ use crate::sync::Ordering;
 
 /// What was read and written on a connection, as far as it shows whether the connection is idle.
 ///
-/// Two kinds of connection are certainly idle after they have been quiet for some rounds: a
+/// Two kinds of connection are certainly idle after they have been quiet for some rounds (a round is
+/// one attempt of a waiting listener to get descriptors, see `descriptors`): a
 /// connection on which nothing was ever read; and, while no request is in flight in the whole
 /// service, an HTTP/1 connection that was written to after the last read. All other connections are
 /// never certainly idle: HTTP/2, in which a stream may be a tunnel; TLS; and connections after an
@@ -41,7 +42,7 @@ impl Activity {
     /// Marks a connection that has an owner which closes it, so that its bytes need not be
     /// observed.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(crate) fn is_owned(&mut self) {
+    pub(crate) fn mark_owned(&mut self) {
         self.state = State::Other;
     }
 
@@ -136,7 +137,7 @@ mod tests {
     /// A lifecycle with a layer and a waiting listener.
     fn starved() -> Graceful {
         let graceful = Graceful::new();
-        graceful.shared().starved.counts_requests();
+        graceful.shared().starved.mark_layered();
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let kind = SocketKind::Tcp(tcp);
         let is_passed = false;

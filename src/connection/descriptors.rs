@@ -45,7 +45,8 @@ pub(crate) enum Passed {
 #[derive(Debug)]
 pub(crate) struct Socket {
     pub(crate) kind: SocketKind,
-    /// Passed by socket activation, or as far as is known: the queue outlives the process.
+    /// Whether the queue outlives the process, as far as is known: the socket is shared, or was or may
+    /// have been passed by socket activation.
     pub(crate) is_passed: bool,
 }
 
@@ -119,8 +120,8 @@ pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
 /// The interval at which waiting listeners have idle connections closed.
 const ROUND: Duration = Duration::from_millis(13);
 
-/// For how many rounds a connection must be quiet before it is closed: a little longer than any
-/// other close waits for data in transit.
+/// For how many rounds a connection must be quiet before it is closed: 39 ms, a little longer than
+/// `QUIET_BEFORE_CLOSE` of `shutdown`, because data may be in transit.
 pub(super) const QUIET: u32 = 3;
 
 /// The listeners of one service that wait for descriptors, and the results of their waits.
@@ -156,7 +157,7 @@ struct Waits {
 
 impl Starved {
     /// Records that a layer was made.
-    pub(crate) fn counts_requests(&self) {
+    pub(crate) fn mark_layered(&self) {
         let _ = self.layered.set(());
     }
 

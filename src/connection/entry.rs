@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
     directive::Directive,
-    flags::{ACTIVE, ANSWERS, Flags, HANDSHAKE, LINGERS, READ_AGAIN, RESPONDED},
+    flags::{ACTIVE, ANSWERS, Flags, HANDSHAKE, LINGERS, READ_ONCE_MORE, RESPONDED},
     sniffer::Sniffer,
     stagger::Place,
     state::ConnectionState,
@@ -30,7 +30,7 @@ pub(crate) struct ConnectionEntry<O> {
     /// The number of guards that must be dropped before the connection is removed. `Relaxed` when a
     /// guard is added, because another guard exists; `AcqRel` when one is dropped, so that the last
     /// drop is ordered after all others.
-    pub(crate) entries: AtomicU8,
+    pub(crate) guards: AtomicU8,
     /// Bytes that the peer had not acknowledged when the connection was cut.
     pub(crate) undelivered: AtomicU32,
     pub(crate) state: ConnectionState,
@@ -41,14 +41,7 @@ impl<O> ConnectionEntry<O> {
     pub(crate) fn number(&self) -> usize {
         std::ptr::from_ref(self).addr()
     }
-}
 
-/// An owner that knows how many pieces of responses its servers hold.
-pub(crate) trait Pieces {
-    fn pieces(&self) -> usize;
-}
-
-impl<O> ConnectionEntry<O> {
     /// Records a read while the service stops.
     #[inline]
     pub(crate) fn read_while_stopping(&self, directive: Directive) {
@@ -73,22 +66,20 @@ impl<O> ConnectionEntry<O> {
     pub(crate) fn was_read_once_more(&self) {
         // What a handshake reads is not a request.
         if !self.flags.has(HANDSHAKE) {
-            self.flags.set(READ_AGAIN);
+            self.flags.set(READ_ONCE_MORE);
         }
     }
 
     /// Whether HTTP/2 streams may be open, or responses may be left in the server, a while after
     /// the peer was asked to leave. On `serve` this is known. Other servers send the GOAWAY with a
-    /// ping; a live peer answers it, and then the connection closes with its last stream.
-    pub(crate) fn may_have_streams(&self) -> bool
-    where
-        O: Pieces,
-    {
+    /// ping; a live peer answers it, and then the connection closes with its last stream. `pieces` is the
+    /// number of pieces of responses that all servers hold.
+    pub(crate) fn may_have_streams(&self, pieces: impl FnOnce() -> usize) -> bool {
         #[cfg(all(feature = "axum", feature = "signal"))]
         if self.is_served() {
             return self.state.has_streams();
         }
-        self.flags.has(ANSWERS) || self.owner.pieces() > 0
+        self.flags.has(ANSWERS) || pieces() > 0
     }
 
     /// Whether the connection belongs to `serve`, which sends the GOAWAY as soon as the connection

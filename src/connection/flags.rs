@@ -11,8 +11,9 @@ impl Flags {
         Self(AtomicU16::new(flags))
     }
 
-    pub(crate) fn has(&self, flag: u16) -> bool {
-        self.0.load(Ordering::Relaxed) & flag != 0
+    /// Whether any of these flags is set.
+    pub(crate) fn has(&self, flags: u16) -> bool {
+        self.0.load(Ordering::Relaxed) & flags != 0
     }
 
     /// Writes only if something changes.
@@ -57,14 +58,12 @@ pub(super) const RENAMED: u16 = 2048;
 /// The request on this connection may be dropped without a response: it is a call of the preStop
 /// route, and its caller may disconnect.
 pub(crate) const MAY_DROP: u16 = 4096;
-/// The connection belongs to a task of `serve`.
-pub(crate) const OWNED: u16 = 8192;
 /// The `serve` task of the connection has read the directive to close. Draining need not wait for it
 /// any more.
-pub(crate) const CLOSE_NOTICED: u16 = 16384;
+pub(crate) const CLOSE_NOTICED: u16 = 8192;
 /// Nothing was there when the connection was [read once more](super::directive::Directive::Read), or the
 /// peer had closed its writing side.
-pub(crate) const READ_AGAIN: u16 = 32768;
+pub(crate) const READ_ONCE_MORE: u16 = 16384;
 
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
@@ -81,7 +80,7 @@ mod tests {
         assert!(!flags.take(ACTIVE) && !flags.has(ACTIVE));
         assert!(flags.has(ANSWERS) && flags.has(LINGERS));
         let none = Flags::new(0);
-        none.set(READ_AGAIN);
-        assert!(none.has(READ_AGAIN));
+        none.set(READ_ONCE_MORE);
+        assert!(none.has(READ_ONCE_MORE));
     }
 }

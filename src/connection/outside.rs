@@ -92,12 +92,12 @@ impl Servers {
 impl Outside {
     /// Records that a probe answers a request, so that the request is not reported as missed by the
     /// layer.
-    pub(crate) fn probed(&self) {
+    pub(crate) fn count_probe(&self) {
         self.probed.fetch_add(1, Relaxed);
     }
 
     /// The number of requests that probes have answered.
-    pub(crate) fn probes(&self) -> usize {
+    pub(crate) fn probe_count(&self) -> usize {
         self.probed.load(Relaxed)
     }
 

@@ -42,7 +42,7 @@
 use tokio::io::ReadBuf;
 
 use super::{
-    line_break::{KEPT, is_line_break, open_line, open_line_of},
+    line_break::{HELD_BACK, held_back_index, index_of, is_line_break},
     preface::{OTHER, UPGRADED, WHOLE, compared},
 };
 use crate::sync::{AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
@@ -57,7 +57,7 @@ pub(crate) struct Sniffer {
     /// else.
     preface: AtomicU8,
     /// The flags below, and in the highest bits the end of the last read that is held back, as an index
-    /// into [`KEPT`].
+    /// into [`HELD_BACK`].
     flags: AtomicU16,
     /// The number of the layer that records.
     layer: AtomicU8,
@@ -81,8 +81,8 @@ const HTTP1_ONLY: u16 = 1 << 6;
 const BEGUN: u16 = 1 << 7;
 /// A head was completed since the flag was last cleared.
 const COMPLETED: u16 = 1 << 8;
-/// The position of the index into [`KEPT`].
-const KEPT_SHIFT: u32 = 12;
+/// The position of the index into [`HELD_BACK`].
+const HELD_BACK_SHIFT: u32 = 12;
 
 impl Sniffer {
     /// Not a read-modify-write: only one task writes, so no change is lost.
@@ -104,11 +104,11 @@ impl Sniffer {
 
     #[inline]
     fn kept(&self) -> u16 {
-        self.flags.load(Relaxed) >> KEPT_SHIFT
+        self.flags.load(Relaxed) >> HELD_BACK_SHIFT
     }
 
     fn keep(&self, kept: u16) {
-        self.change(u16::MAX << KEPT_SHIFT, kept << KEPT_SHIFT);
+        self.change(u16::MAX << HELD_BACK_SHIFT, kept << HELD_BACK_SHIFT);
     }
 
     /// The connection belongs to `serve`: everything read from now on is recorded. The first head is
@@ -151,21 +151,21 @@ impl Sniffer {
         self.preface.store(UPGRADED, Relaxed);
     }
 
-    /// Records a read. `lets_in` tells whether the service admits requests at this time. Returns
+    /// Records a read. `admits` tells whether the service admits requests at this time. Returns
     /// the number of bytes at the end of `read`, at most three, that the caller holds back until
     /// the next read.
     #[inline]
-    pub(crate) fn note(&self, read: &[u8], lets_in: impl FnOnce() -> bool) -> usize {
+    pub(crate) fn note(&self, read: &[u8], admits: impl FnOnce() -> bool) -> usize {
         if !self.has(LISTENING) {
             self.note_preface(read);
-            self.set(ASKED, read.ends_with(b"\r\n\r\n") && lets_in());
+            self.set(ASKED, read.ends_with(b"\r\n\r\n") && admits());
             return 0;
         }
         let kept = match self.preface.load(Relaxed) {
             WHOLE | UPGRADED => 0,
-            _ => open_line(read),
+            _ => held_back_index(read),
         };
-        let length = KEPT[usize::from(kept)].len();
+        let length = HELD_BACK[usize::from(kept)].len();
         if length > 0 {
             self.keep(kept);
         }
@@ -175,18 +175,18 @@ impl Sniffer {
 
     /// Whether the end of the last read is held back.
     #[inline]
-    pub(crate) fn has_kept(&self) -> bool {
+    pub(crate) fn has_held_back(&self) -> bool {
         self.kept() != 0
     }
 
     /// Passes on the bytes that were held back, as if the network had split the read there.
     #[cold]
-    pub(crate) fn hand_on(&self, buf: &mut ReadBuf<'_>) {
-        let kept = KEPT[usize::from(self.kept())];
+    pub(crate) fn release_held_back(&self, buf: &mut ReadBuf<'_>) {
+        let kept = HELD_BACK[usize::from(self.kept())];
         let (passed, rest) = kept.split_at(kept.len().min(buf.remaining()));
         buf.put_slice(passed);
         self.note_passed(passed);
-        self.keep(open_line_of(rest));
+        self.keep(index_of(rest));
     }
 
     #[inline]
@@ -297,7 +297,7 @@ impl Sniffer {
         self.has(HTTP1_ONLY) && self.is_http2()
     }
 
-    pub(crate) fn joins_during_stop(&self) {
+    pub(crate) fn mark_joined_during_stop(&self) {
         self.set(LATE, true);
     }
 
@@ -398,19 +398,19 @@ mod tests {
 
     #[test]
     fn an_ambiguous_line_break_is_held_back() {
-        for (kept, line_break) in KEPT.into_iter().enumerate().skip(1) {
+        for (kept, line_break) in HELD_BACK.into_iter().enumerate().skip(1) {
             let line = [b"ok", line_break].concat();
-            assert_eq!(usize::from(open_line(&line)), kept, "{line:?}");
+            assert_eq!(usize::from(held_back_index(&line)), kept, "{line:?}");
             let sniffer = sniffer(&[]);
             assert_eq!(sniffer.note(&line, || true), line_break.len());
             sniffer.await_head();
             assert!(next_has_begun(&sniffer));
             // The bytes are passed on in order, as many as there is room for.
             let mut passed = Vec::new();
-            while sniffer.has_kept() {
+            while sniffer.has_held_back() {
                 let mut memory = [0];
                 let mut buf = ReadBuf::new(&mut memory);
-                sniffer.hand_on(&mut buf);
+                sniffer.release_held_back(&mut buf);
                 passed.extend_from_slice(buf.filled());
                 assert!(!next_has_begun(&sniffer));
             }
@@ -425,7 +425,7 @@ mod tests {
             b"\r\n",
             b"ok\r\r",
         ] {
-            assert_eq!(open_line(line), 0, "{line:?}");
+            assert_eq!(held_back_index(line), 0, "{line:?}");
         }
         let http2 = sniffer(&[&PREFACE]);
         assert_eq!(http2.note(b"a frame\r\n", || true), 0);

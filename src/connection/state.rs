@@ -70,7 +70,7 @@ impl ConnectionState {
 
     /// Registers the waker of a task that is about to poll, and returns the current directive. The
     /// task is woken by `Expire` and `Cut`; the owner is also woken by the directives from
-    /// `LeaveInSlot` on.
+    /// `LeaveInSlot` on, except by `Read` if it was told to leave before.
     #[inline]
     pub(crate) fn enter(
         &self,
@@ -191,6 +191,7 @@ impl ConnectionState {
     }
 
     pub(crate) fn has_streams(&self) -> bool {
+        // Acquire: partner of the Release in `stream_ended`.
         self.streams.load(Ordering::Acquire) > 0
     }
 
@@ -201,8 +202,7 @@ impl ConnectionState {
         cx: &Context<'_>,
     ) -> std::task::Poll<()> {
         self.enter(stored, WakerSlot::Streams, cx);
-        // Acquire: partner of the Release in `stream_ended`.
-        if self.streams.load(Ordering::Acquire) > 0 {
+        if self.has_streams() {
             return std::task::Poll::Pending;
         }
         std::task::Poll::Ready(())

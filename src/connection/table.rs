@@ -32,7 +32,7 @@ use super::{
     directive::Directive,
     entry::{ConnectionEntry, OpenAtCut},
     flags::{
-        ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, INSPECTED, LINGERS, MAY_DROP, OWNED, READ_AGAIN,
+        ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, INSPECTED, LINGERS, MAY_DROP, READ_ONCE_MORE,
         RENAMED, UPGRADED, WATCHED,
     },
     sniffer::Sniffer,
@@ -79,12 +79,12 @@ pub(crate) struct Listeners {
     pub(crate) open: usize,
     /// The number of listeners so far, including closed ones.
     pub(crate) so_far: usize,
-    /// And so many of these are not left to the next process.
+    /// The number of those in `so_far` that are not left to the next process.
     own: usize,
 }
 
 impl Listeners {
-    /// There has been one, and what connects to any of them is accepted by the next process.
+    /// Whether there has been a listener, and every one is left to the next process.
     pub(crate) fn are_shared(self) -> bool {
         self.so_far > 0 && self.own == 0
     }
@@ -149,7 +149,7 @@ impl<O> ConnectionTable<O> {
 
     /// Notes that the request on the connection with this peer may be dropped without a response.
     #[cfg(feature = "axum")]
-    pub(crate) fn may_drop_request(&self, peer: SocketAddr) {
+    pub(crate) fn mark_may_drop(&self, peer: SocketAddr) {
         let open = lock!(self.open);
         let renamed = |entry: &ConnectionEntry<O>| {
             entry.flags.has(RENAMED) && open.renamed.get(&entry.number()) == Some(&peer)
@@ -168,7 +168,7 @@ impl<O> ConnectionTable<O> {
     }
 
     /// The number of these requests.
-    pub(crate) fn count_half_closed(&self) -> usize {
+    pub(crate) fn half_closed_so_far(&self) -> usize {
         lock!(self.open).half_closed
     }
 
@@ -181,21 +181,22 @@ impl<O> ConnectionTable<O> {
     /// Whether a `serve` task has not yet read the directive to close its connection. Tasks of other
     /// servers are unknown and not included, and neither are upgraded connections and connections whose
     /// request may be dropped.
-    pub(crate) fn has_unnotified(&self) -> bool {
+    pub(crate) fn has_close_unnoticed(&self) -> bool {
         let open = lock!(self.open);
         let mut connections = open.connections.iter();
-        connections.any(|entry| {
-            entry.flags.has(OWNED) && !entry.flags.has(CLOSE_NOTICED | UPGRADED | MAY_DROP)
-        })
+        connections
+            .any(|entry| entry.is_served() && !entry.flags.has(CLOSE_NOTICED | UPGRADED | MAY_DROP))
     }
 
     /// How many connections have not been [read once more](Directive::Read), of those that a server other
     /// than `serve` has read before.
-    pub(crate) fn not_read_again(&self) -> usize {
-        const OTHERS: u16 = OWNED | READ_AGAIN | UPGRADED | MAY_DROP | HANDSHAKE | LINGERS;
+    pub(crate) fn not_read_once_more(&self) -> usize {
+        const OTHERS: u16 = READ_ONCE_MORE | UPGRADED | MAY_DROP | HANDSHAKE | LINGERS;
         let open = lock!(self.open);
         let connections = open.connections.iter();
-        let left = connections.filter(|entry| !entry.flags.has(OTHERS) && !entry.state.is_unread());
+        let left = connections.filter(|entry| {
+            !entry.is_served() && !entry.flags.has(OTHERS) && !entry.state.is_unread()
+        });
         left.count()
     }
 
@@ -206,8 +207,8 @@ impl<O> ConnectionTable<O> {
     pub(crate) fn may_be_idle(&self, in_flight: usize) -> bool {
         let open = lock!(self.open);
         let connections = open.connections.iter();
-        let mut others =
-            connections.filter(|entry| !entry.flags.has(OWNED | MAY_DROP | UPGRADED | LINGERS));
+        let mut others = connections
+            .filter(|entry| !entry.is_served() && !entry.flags.has(MAY_DROP | UPGRADED | LINGERS));
         let count = others.clone().count();
         count > in_flight || others.any(|entry| entry.sniffer.is_http2())
     }
@@ -259,7 +260,7 @@ impl<O> ConnectionTable<O> {
             place: Place::nth(open.entered),
             sniffer: Sniffer::default(),
             flags: Flags::new(ACTIVE | INSPECTED | if watched { WATCHED } else { 0 }),
-            entries: AtomicU8::new(1),
+            guards: AtomicU8::new(1),
             undelivered: AtomicU32::new(0),
             state: ConnectionState::new(directive),
         });

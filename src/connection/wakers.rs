@@ -2,6 +2,8 @@
 
 use std::{mem, task::Waker};
 
+use crate::background::shielded;
+
 /// What a task waits for: reading and writing, which may happen in two tasks; directives (the owner
 /// of the connection); and the end of the tasks that run beside the connection (streams).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,11 +142,16 @@ impl Wakers {
         }
     }
 
+    /// A waker that panics does not keep others from being woken.
     pub(super) fn wake(self) {
         match self {
             Self::None => {}
-            Self::One(waker, _) => waker.wake(),
-            Self::Several(several) => several.into_iter().flatten().for_each(Waker::wake),
+            Self::One(waker, _) => shielded(|| waker.wake()),
+            Self::Several(several) => {
+                for waker in several.into_iter().flatten() {
+                    shielded(|| waker.wake());
+                }
+            }
         }
     }
 }

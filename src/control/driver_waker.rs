@@ -11,6 +11,10 @@
 //! checks. Each read-modify-write is `AcqRel` and continues the release sequence of the one before,
 //! so the thread sees the change. Model: `an_announced_change_is_seen`; it fails if the thread
 //! checks before it unsets the flag.
+//!
+//! *`engaged` is seen in time.* A step sets it before it checks anything, and checks under the lock
+//! under which the task makes its change. So the step sees the change, or the lock orders the setting of
+//! `engaged` before the task's load of it.
 
 use std::{
     sync::{
@@ -69,7 +73,7 @@ impl DriverWaker {
     }
 
     /// The control thread calls this before it checks the stop.
-    pub(crate) fn looks(&self) {
+    pub(crate) fn begins_check(&self) {
         self.notified.swap(false, Ordering::AcqRel);
     }
 
@@ -133,7 +137,7 @@ mod models {
                 }
                 *woken = false;
                 drop(woken);
-                driver_waker.looks();
+                driver_waker.begins_check();
             }
             for announcer in announcers {
                 announcer.join().unwrap();
@@ -170,7 +174,7 @@ mod tests {
             driver_waker.notify();
             driver_waker.notify();
             assert_eq!(notified(), 1, "{round}");
-            driver_waker.looks();
+            driver_waker.begins_check();
         }
         assert!(driver_waker.engage(true));
         assert!(driver_waker.engage(false));

@@ -9,7 +9,8 @@
 //! the second has passed in which a signal may still belong to the last stop.
 //!
 //! The thread runs only this crate's code. Wakers, log subscribers and destructors of user values
-//! run on the threads of [`background`](crate::background), where they may block and panic.
+//! run on the threads of [`background`](crate::background), where they may block and panic. (If the
+//! operating system cannot start such a thread, wakers and destructors run here after all.)
 //!
 //! 1. *No need is left without the thread.* All needs, and whether the thread exists, are behind
 //!    one lock. The thread ends in the critical section in which it finds no need. A need that is
@@ -74,8 +75,8 @@ const LATE: Duration = Duration::from_secs(1);
 /// The longest sleep. Below the limits of the operating system's timeouts.
 const LONGEST: Duration = Duration::from_secs(3600);
 
-/// After what time a stop is checked again if its last check has not set a time.
-const OTHERWISE: Duration = Duration::from_millis(250);
+/// When a stop is checked again if its last check has panicked before it scheduled the next one.
+const FALLBACK_CHECK: Duration = Duration::from_millis(250);
 
 /// How often the driver of a stop is woken, if there are few stops.
 ///
@@ -288,7 +289,7 @@ impl<S: Subject> Control<S> {
     fn run(&'static self) {
         let mut inner = lock!(self.inner);
         loop {
-            inner.thread.looks();
+            inner.thread.begins_check();
             let now = Instant::now();
             let due = inner.take(now);
             if !due.is_empty() {

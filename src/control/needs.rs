@@ -7,9 +7,9 @@ use std::collections::HashMap;
 
 use tokio::time::Instant;
 
+use super::{FALLBACK_CHECK, Subject, deadlines::Deadlines, thread_state::ThreadState};
 #[cfg(feature = "signal")]
 use super::{Id, signals::Signals};
-use super::{OTHERWISE, Subject, deadlines::Deadlines, thread_state::ThreadState};
 use crate::config::plan::instant_after;
 #[cfg(feature = "signal")]
 use crate::report::Trigger;
@@ -82,7 +82,7 @@ impl<S: Subject> Needs<S> {
         #[cfg(feature = "signal")]
         let signals = signals.unwrap_or_default();
         DueWork {
-            checks: self.deadlines.take(now, instant_after(now, OTHERWISE)),
+            checks: self.deadlines.take(now, instant_after(now, FALLBACK_CHECK)),
             #[cfg(feature = "signal")]
             listeners: if signals.is_empty() {
                 Vec::new()

@@ -9,14 +9,9 @@
 
 #[cfg(unix)]
 use crate::report::Outcome;
-use crate::report::{Report, Trigger};
+use crate::report::Report;
 
-pub(crate) use self::os::Signals;
-
-/// Performs the default action of the signal.
-pub(crate) fn default_action(trigger: Trigger) {
-    os::default_action(trigger);
-}
+pub(crate) use self::os::{Signals, default_action};
 
 impl Report {
     /// Ends the process with the signal that triggered the stop, if the trigger was a signal and
@@ -66,7 +61,7 @@ mod os {
     const SIGNALS: [(i32, Trigger); 2] =
         [(SIGTERM, Trigger::Terminate), (SIGINT, Trigger::Interrupt)];
 
-    pub(super) fn default_action(trigger: Trigger) {
+    pub(crate) fn default_action(trigger: Trigger) {
         let Some((signal, _)) = SIGNALS.into_iter().find(|(_, it)| *it == trigger) else {
             return;
         };
@@ -233,7 +228,7 @@ mod os {
     use crate::report::Trigger;
 
     /// On Windows the default action of a console event cannot be restored once it is handled.
-    pub(super) fn default_action(_: Trigger) {}
+    pub(crate) fn default_action(_: Trigger) {}
 
     /// A thread with a small runtime that waits for console events. Tokio cannot give them back, so
     /// the thread never ends.
@@ -311,7 +306,7 @@ mod os {
 
     use crate::report::Trigger;
 
-    pub(super) fn default_action(_: Trigger) {}
+    pub(crate) fn default_action(_: Trigger) {}
 
     pub(crate) struct Signals(std::convert::Infallible);
 

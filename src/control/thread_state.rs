@@ -29,7 +29,7 @@ impl ThreadState {
     }
 
     /// Records that the thread checks everything now.
-    pub(super) fn looks(&mut self) {
+    pub(super) fn begins_check(&mut self) {
         self.awake = true;
     }
 
@@ -129,7 +129,7 @@ mod models {
         fn run(&self) {
             let mut inner = self.inner.lock().unwrap();
             loop {
-                inner.thread.looks();
+                inner.thread.begins_check();
                 if inner.seen < inner.entered {
                     inner.seen = inner.entered;
                     // Entries are handled without the lock.
@@ -231,7 +231,7 @@ mod tests {
         assert!(state.wakes());
         assert!(!state.wakes());
         state.sleeps();
-        state.looks();
+        state.begins_check();
         assert!(!state.wakes(), "it checks everything");
     }
 

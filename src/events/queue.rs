@@ -25,7 +25,8 @@ static LOG: LazyLock<JobThreads> = LazyLock::new(|| JobThreads::new("graceful-lo
 pub(crate) struct Origin(#[cfg(feature = "tracing")] Dispatch);
 
 impl Origin {
-    /// The subscriber of this thread, if it has one. Inside of an event no thread has one.
+    /// The subscriber of this thread, if it has one. While a subscriber handles an event, `tracing`
+    /// gives its thread none.
     pub(crate) fn here() -> Option<Self> {
         #[cfg(feature = "tracing")]
         {
@@ -48,17 +49,17 @@ pub(crate) struct Queue {
 #[derive(Default)]
 struct Queued {
     waiting: VecDeque<Event>,
-    /// One thread writes at a time.
-    written: bool,
+    /// A thread is writing. One writes at a time.
+    is_writing: bool,
 }
 
 impl Queue {
-    /// Queues events for [`write`](Self::write), or with `aside`, for the log thread.
+    /// Queues events for [`write`](Self::write), or with `on_log_thread`, for the log thread.
     #[cfg_attr(not(feature = "tracing"), expect(clippy::unused_self))]
-    pub(crate) fn push(&self, events: Vec<Event>, aside: bool, origin: Option<&Origin>) {
+    pub(crate) fn push(&self, events: Vec<Event>, on_log_thread: bool, origin: Option<&Origin>) {
         #[cfg(feature = "tracing")]
         if LevelFilter::current() == LevelFilter::OFF || events.is_empty() {
-        } else if aside {
+        } else if on_log_thread {
             let origin = origin.cloned();
             LOG.queue(Box::new(move || match origin {
                 Some(Origin(dispatch)) => {
@@ -70,7 +71,7 @@ impl Queue {
             lock!(self.events).waiting.extend(events);
         }
         #[cfg(not(feature = "tracing"))]
-        let _ = (events, aside, origin);
+        let _ = (events, on_log_thread, origin);
     }
 
     /// Writes the queued events on this thread, and makes the log thread write its own. Must be
@@ -83,12 +84,12 @@ impl Queue {
             let mut mine = false;
             loop {
                 let mut events = lock!(self.events);
-                if events.written && !mine {
+                if events.is_writing && !mine {
                     return;
                 }
                 let next = events.waiting.pop_front();
                 mine = next.is_some();
-                events.written = mine;
+                events.is_writing = mine;
                 drop(events);
                 let Some(event) = next else { return };
                 event.write();
@@ -117,15 +118,10 @@ pub(crate) fn flush() {
     LOG.flush(Duration::from_millis(100));
 }
 
-/// Writes an event that belongs to no lifecycle, on the log thread.
-#[cfg(feature = "signal")]
-fn aside(event: Event) {
-    Queue::default().push(vec![event], true, None);
-    work();
-}
-
-/// Logs a signal that arrives shortly after the last service has stopped.
+/// Logs a signal that arrives shortly after the last service has stopped. It belongs to no lifecycle.
 #[cfg(feature = "signal")]
 pub(crate) fn late_signal(trigger: Trigger) {
-    aside(Event::Signal(trigger, Effect::Nothing));
+    let event = Event::Signal(trigger, Effect::Nothing);
+    Queue::default().push(vec![event], true, None);
+    work();
 }

@@ -51,7 +51,7 @@ impl Graceful {
     #[cfg(feature = "signal")]
     pub fn drain(&self) -> Drain {
         self.handle_signals_or_log();
-        Drain::new(self, Cause::Nothing)
+        Drain::new(self, None)
     }
 
     /// As [`drain`](Self::drain), but the trigger is `future` instead of a signal. `future` is
@@ -78,7 +78,7 @@ impl Graceful {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        Drain::new(self, Cause::Future(Box::pin(future)))
+        Drain::new(self, Some(Box::pin(future)))
     }
 
     /// Listens for signals from now on, as [`drain`](Self::drain) does. For a server that is
@@ -121,16 +121,13 @@ impl Graceful {
 pub struct Drain {
     graceful: Graceful,
     cause: Cause,
-    /// Set from the first poll to the end.
+    /// `None` before the first poll. Its count ends when the drain resolves or is dropped.
     waiting: Option<Waiting>,
     reached: WatchUntil<ClosingStage>,
 }
 
 /// A trigger in addition to signals and `shutdown()`.
-enum Cause {
-    Future(Pin<Box<dyn Future<Output = ()> + Send>>),
-    Nothing,
-}
+type Cause = Option<Pin<Box<dyn Future<Output = ()> + Send>>>;
 
 impl Drain {
     fn new(graceful: &Graceful, cause: Cause) -> Self {
@@ -152,18 +149,18 @@ impl Future for Drain {
         if this.waiting.is_none() {
             this.waiting = Some(Waiting::new(&this.graceful));
         }
-        if let Cause::Future(future) = &mut this.cause {
+        if let Some(future) = &mut this.cause {
             let unwinding = TriggerOnPanic(&this.graceful);
             let ready = future.as_mut().poll(cx).is_ready();
             drop(unwinding);
             if ready {
-                this.cause = Cause::Nothing;
+                this.cause = None;
                 this.graceful.shared().trigger(Trigger::Future);
             }
         }
         let graceful = &this.graceful;
         ready!(this.reached.poll(cx, || graceful.shared().closing_stages()));
-        this.cause = Cause::Nothing;
+        this.cause = None;
         if let Some(waiting) = &mut this.waiting {
             waiting.end();
         }

@@ -131,10 +131,12 @@ where
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut outliving = Outliving {
             kind: self.project().kind,
-            is: false,
+            outlives: false,
         };
         match outliving.kind.as_mut().project() {
-            KindProj::Inner { body, permit } => poll_inner(body, permit, &mut outliving.is, cx),
+            KindProj::Inner { body, permit } => {
+                poll_inner(body, permit, &mut outliving.outlives, cx)
+            }
             KindProj::Slow { slow } => slow.as_mut().poll_frame(cx),
         }
     }
@@ -219,16 +221,16 @@ impl Drop for End<'_> {
     }
 }
 
-/// When it is dropped with `is` set, replaces a body that its request outlives.
+/// When it is dropped with `outlives` set, replaces the body, which its request outlives.
 struct Outliving<'a, B> {
     kind: Pin<&'a mut Kind<B>>,
-    is: bool,
+    outlives: bool,
 }
 
 impl<B> Drop for Outliving<'_, B> {
     #[inline(always)]
     fn drop(&mut self) {
-        if self.is {
+        if self.outlives {
             hand_over(self.kind.as_mut());
         }
     }

@@ -44,7 +44,7 @@ impl Callers {
 
     /// Returns the peer if it is allowed, and otherwise the reason for the 403.
     pub(super) fn caller<B>(&self, request: &Request<B>) -> Result<SocketAddr, String> {
-        let Some(peer) = peer::socket(request) else {
+        let Some(peer) = peer::socket_addr(request) else {
             return Err(
                 "the address of the caller is not known; serve the app with \
                 `into_make_service_with_connect_info::<SocketAddr>()`"

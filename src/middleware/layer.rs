@@ -136,7 +136,7 @@ impl<S> Layer<S> for GracefulLayer {
     type Service = GracefulService<S>;
 
     fn layer(&self, inner: S) -> GracefulService<S> {
-        self.graceful.shared().starved.counts_requests();
+        self.graceful.shared().starved.mark_layered();
         GracefulService::new(inner, self.graceful.admission())
     }
 }

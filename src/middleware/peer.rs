@@ -12,7 +12,7 @@ pub(crate) struct TrackedPeer(pub(crate) std::net::SocketAddr);
 
 /// The address and port of the peer. An IPv4 address that is mapped to IPv6 is not converted here.
 #[cfg(feature = "axum")]
-pub(super) fn socket<B>(request: &Request<B>) -> Option<std::net::SocketAddr> {
+pub(super) fn socket_addr<B>(request: &Request<B>) -> Option<std::net::SocketAddr> {
     use std::net::SocketAddr;
 
     use axum::extract::ConnectInfo;
@@ -29,7 +29,7 @@ pub(super) fn socket<B>(request: &Request<B>) -> Option<std::net::SocketAddr> {
 /// The address of the peer. An IPv4 address that is mapped to IPv6 is returned as IPv4.
 #[cfg(feature = "axum")]
 pub(super) fn address<B>(request: &Request<B>) -> Option<IpAddr> {
-    socket(request).map(|peer| peer.ip().to_canonical())
+    socket_addr(request).map(|peer| peer.ip().to_canonical())
 }
 
 #[cfg(not(feature = "axum"))]

@@ -170,8 +170,8 @@ impl PreStop {
         axum::Router::new().route_service(policy::PRESTOP, route)
     }
 
-    fn call<B>(&self, request: &Request<B>) -> Waiting {
-        self.graceful.shared().outside.probed();
+    fn begin<B>(&self, request: &Request<B>) -> Waiting {
+        self.graceful.shared().outside.count_probe();
         if !matches!(*request.method(), Method::GET | Method::POST) {
             return Waiting::Answer(StatusCode::METHOD_NOT_ALLOWED, "use GET or POST\n".into());
         }
@@ -179,7 +179,7 @@ impl PreStop {
             Ok(peer) => {
                 let shared = self.graceful.shared();
                 // If this caller disconnects, its missing answer does not count as lost.
-                shared.connections.may_drop_request(peer);
+                shared.connections.mark_may_drop(peer);
                 shared.trigger(Trigger::PreStop);
                 Waiting::Delay(PhaseReached::at_once(&self.graceful, Phase::Draining))
             }
@@ -202,7 +202,7 @@ impl<B> Service<Request<B>> for PreStop {
 
     fn call(&mut self, request: Request<B>) -> PreStopFuture {
         PreStopFuture {
-            waiting: PreStop::call(self, &request),
+            waiting: self.begin(&request),
             head: *request.method() == Method::HEAD,
             version: request.version(),
             graceful: self.graceful.clone(),

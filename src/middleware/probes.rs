@@ -131,7 +131,7 @@ impl Probe {
     fn answer<B>(&self, request: &Request<B>) -> Response<ProbeBody> {
         let (method, version) = (request.method(), request.version());
         let phase = self.graceful.phase();
-        self.graceful.shared().outside.probed();
+        self.graceful.shared().outside.count_probe();
         let (status, text) = match self.question {
             Question::Alive => (StatusCode::OK, phase.as_str()),
             Question::Ready if self.graceful.is_ready() => {

@@ -213,8 +213,9 @@ mod tests {
             Trigger::Future,
             Trigger::ServerEnded,
             Trigger::WorkerEnded,
+            Trigger::PreStop,
         ];
-        let names = "[\"terminate\",\"interrupt\",\"shutdown\",\"future\",\"server_ended\",\"worker_ended\"]";
+        let names = "[\"terminate\",\"interrupt\",\"shutdown\",\"future\",\"server_ended\",\"worker_ended\",\"pre_stop\"]";
         assert_eq!(serde_json::to_string(&triggers).unwrap(), names);
         let outcomes = [
             Outcome::Clean,
@@ -225,6 +226,9 @@ mod tests {
         ];
         let names = "[\"clean\",\"forced\",\"cleanup_failed\",\"abandoned\",\"server_failed\"]";
         assert_eq!(serde_json::to_string(&outcomes).unwrap(), names);
+        let early = [LeftEarly::Quiet, LeftEarly::Noticed];
+        let names = "[\"quiet\",\"noticed\"]";
+        assert_eq!(serde_json::to_string(&early).unwrap(), names);
         let task = task(
             "hook",
             TaskKind::LameDuck,

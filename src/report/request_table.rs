@@ -40,7 +40,7 @@ impl RequestTable {
         self.entries().insert(entry)
     }
 
-    /// Records that the head of the response has been sent.
+    /// Records that the head of the response has been passed to the server.
     pub(crate) fn streams(&self, key: usize) {
         if let Some(entry) = self.entries().get_mut(key) {
             entry.streaming = true;

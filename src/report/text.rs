@@ -1,6 +1,6 @@
 //! The text form of the report.
 
-use std::{fmt, time::Duration};
+use std::{borrow::Cow, fmt, time::Duration};
 
 use super::{Report, TaskKind, TaskOutcome, TaskReport, UnlistedWorkers};
 use crate::phase::Phase;
@@ -50,7 +50,8 @@ impl fmt::Display for Report {
             line(f, 2, &format!("server error: {error}"))?;
         }
         for warning in self.warnings() {
-            wrapped(f, &format!("warning: {warning}"))?;
+            let text = format!("warning: {warning}");
+            wrapped(f, "", " ", text.split(' ').map(Cow::Borrowed))?;
         }
         Ok(())
     }
@@ -93,8 +94,8 @@ impl Report {
             (requests.dropped, " dropped"),
         ];
         let figures = figures.iter().filter(|(count, _)| *count > 0);
-        let figures = figures.map(|(count, what)| format!("{count}{what}"));
-        listed(f, "requests", figures)
+        let figures = figures.map(|(count, what)| Cow::Owned(format!("{count}{what}")));
+        wrapped(f, "requests: ", ", ", figures)
     }
 
     fn write_given_up(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -102,7 +103,8 @@ impl Report {
             return Ok(());
         }
         let remaining = self.remaining.to_string();
-        listed(f, "given up", remaining.split(", ").map(str::to_owned))?;
+        let remaining = remaining.split(", ").map(Cow::Borrowed);
+        wrapped(f, "given up: ", ", ", remaining)?;
         named(f, &self.given_up.requests)?;
         named(f, &self.given_up.holds)?;
         named(f, &self.given_up.connections)?;
@@ -115,28 +117,6 @@ impl Report {
         }
         Ok(())
     }
-}
-
-/// Writes a list on as many lines as it needs. Writes nothing if the list is empty.
-fn listed(
-    f: &mut fmt::Formatter<'_>,
-    name: &str,
-    mut figures: impl Iterator<Item = String>,
-) -> fmt::Result {
-    let Some(first) = figures.next() else {
-        return Ok(());
-    };
-    let (mut indent, mut text) = (2, format!("{name}: {first}"));
-    for figure in figures {
-        // Includes the comma at the end of a line that is continued.
-        if indent + text.len() + ", ,".len() + figure.len() > WIDTH {
-            line(f, indent, &format!("{text},"))?;
-            (indent, text) = (4, figure);
-        } else {
-            text = format!("{text}, {figure}");
-        }
-    }
-    line(f, indent, &text)
 }
 
 fn named<T: fmt::Display>(f: &mut fmt::Formatter<'_>, given_up: &[T]) -> fmt::Result {
@@ -161,8 +141,12 @@ fn row(
     let column = |at: Duration| {
         let share = at.as_secs_f64() / total.as_secs_f64().max(f64::MIN_POSITIVE);
         // Between 0 and the width of the bar.
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-        let column = (share.clamp(0.0, 1.0) * 32.0).round() as usize;
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss
+        )]
+        let column = (share.clamp(0.0, 1.0) * BAR as f64).round() as usize;
         column
     };
     let from = column(began).min(BAR - 1);
@@ -187,19 +171,27 @@ fn line(f: &mut fmt::Formatter<'_>, indent: usize, text: &str) -> fmt::Result {
     write!(f, "\n{:indent$}{}", "", printable(text, WIDTH - indent))
 }
 
-/// Writes a text on as many lines as it needs.
-fn wrapped(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+/// Writes items on as many lines as they need. Writes nothing if there are none.
+fn wrapped<'a>(
+    f: &mut fmt::Formatter<'_>,
+    start: &str,
+    separator: &str,
+    mut items: impl Iterator<Item = Cow<'a, str>>,
+) -> fmt::Result {
     let columns = |text: &str| text.chars().map(width).sum::<usize>();
-    let (mut indent, mut shown) = (2, String::new());
-    for word in text.split(' ') {
-        if !shown.is_empty() && indent + columns(&shown) + 1 + columns(word) > WIDTH {
-            line(f, indent, &shown)?;
-            (indent, shown) = (4, String::new());
+    let Some(first) = items.next() else {
+        return Ok(());
+    };
+    // At the end of a line that is continued.
+    let end = separator.trim_end();
+    let (mut indent, mut shown) = (2, format!("{start}{first}"));
+    for item in items {
+        if indent + columns(&shown) + separator.len() + columns(&item) + end.len() > WIDTH {
+            line(f, indent, &format!("{shown}{end}"))?;
+            (indent, shown) = (4, item.into_owned());
+        } else {
+            shown = format!("{shown}{separator}{item}");
         }
-        if !shown.is_empty() {
-            shown.push(' ');
-        }
-        shown.push_str(word);
     }
     line(f, indent, &shown)
 }

@@ -1,6 +1,6 @@
 //! Accepts connections, and serves each of them in its own task.
 
-use std::{any::Any, convert::Infallible, future::poll_fn, pin::pin, ptr, sync::Arc};
+use std::{any::Any, convert::Infallible, future::poll_fn, pin::pin, sync::Arc};
 
 use axum::{extract::Request, response::Response, serve::Listener};
 use tokio::{sync::mpsc, task::JoinSet};
@@ -21,7 +21,7 @@ pub(super) enum Source<L: Listener> {
 
 impl<L: Listener> Source<L> {
     pub(super) fn new(graceful: &Graceful, listener: L) -> Self {
-        match tracked::find::<L::Io>() {
+        match tracked::finder::<L::Io>() {
             Some(find) => Self::Tracked(listener, find),
             None => Self::Untracked(GracefulListener::within(graceful.clone(), listener)),
         }
@@ -34,9 +34,7 @@ impl<L: Listener> Source<L> {
                 let (io, addr) = listener.accept().await;
                 let io = match find(&io) {
                     // Wrapped as a new layer: the server reads the IO that a handshake has returned.
-                    Some(entry)
-                        if ptr::eq(&raw const *entry.owner, &raw const **graceful.shared()) =>
-                    {
+                    Some(entry) if entry.owner.address() == graceful.shared().address() => {
                         GracefulIo::above(io, &entry)
                     }
                     // Tracked by another lifecycle, or untracked.

@@ -45,35 +45,47 @@ pub(super) async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::A
 }
 
 /// Removes the listener from the runtime and returns its socket, if it is a listener of tokio. Any
-/// other listener is closed.
+/// other listener is closed. An error means that the socket is closed, and what was queued is reset.
 ///
 /// `accept` on the socket finds every queued connection. The runtime knows only the connections that
 /// were queued when it last polled the operating system, which a busy runtime may not have done for
 /// milliseconds.
-pub(super) fn into_socket<L: Listener>(listener: L, is_passed: bool) -> Option<Socket> {
+pub(super) fn into_socket<L: Listener>(listener: L, is_passed: bool) -> io::Result<Option<Socket>> {
     let listener: Box<dyn Any> = Box::new(listener);
     // Another process that shares the socket may have made it blocking.
     let kind = match listener.downcast::<TcpListener>() {
         Ok(tcp) => {
-            let tcp = tcp.into_std().ok()?;
-            tcp.set_nonblocking(true).ok()?;
+            let tcp = tcp.into_std()?;
+            tcp.set_nonblocking(true)?;
             SocketKind::Tcp(tcp)
         }
         #[cfg(unix)]
         Err(other) => {
-            let unix = other.downcast::<UnixListener>().ok()?.into_std().ok()?;
-            unix.set_nonblocking(true).ok()?;
+            let Ok(unix) = other.downcast::<UnixListener>() else {
+                return Ok(None);
+            };
+            let unix = unix.into_std()?;
+            unix.set_nonblocking(true)?;
             SocketKind::Unix(unix)
         }
         #[cfg(not(unix))]
-        Err(_) => return None,
+        Err(_) => return Ok(None),
     };
-    Some(Socket { kind, is_passed })
+    Ok(Some(Socket { kind, is_passed }))
 }
 
-/// Accepts all connections that are queued, the latest first. Also returns the error of `accept` if the
-/// process had no file descriptors left for the rest of the queue.
-pub(super) fn accept_all<A: 'static>(socket: &Socket) -> (Vec<A>, Option<io::Error>) {
+/// The connections of an accept queue.
+pub(super) struct Queued<A> {
+    /// The latest first.
+    pub(super) accepted: Vec<A>,
+    /// The number of connections that were accepted, but reset because the runtime did not take them.
+    pub(super) reset: usize,
+    /// The process had no file descriptors left for the rest of the queue.
+    pub(super) is_starved: bool,
+}
+
+/// Accepts all connections that are queued.
+pub(super) fn accept_all<A: 'static>(socket: &Socket) -> Queued<A> {
     match &socket.kind {
         SocketKind::Tcp(tcp) => queue(|| {
             let (stream, addr) = tcp.accept()?;
@@ -93,16 +105,20 @@ pub(super) fn accept_all<A: 'static>(socket: &Socket) -> (Vec<A>, Option<io::Err
 }
 
 /// Calls `accept` until the queue is empty. `accept` returns `None` for a connection that has failed.
-fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> (Vec<A>, Option<io::Error>) {
-    let mut accepted = Vec::new();
-    let mut want = None;
-    while accepted.len() < MOST {
+fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> Queued<A> {
+    let mut queued = Queued {
+        accepted: Vec::new(),
+        reset: 0,
+        is_starved: false,
+    };
+    while queued.accepted.len() + queued.reset < MOST {
         match accept() {
-            Ok(one) => accepted.extend(one),
+            Ok(Some(connection)) => queued.accepted.push(connection),
+            Ok(None) => queued.reset += 1,
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) if is_out_of_descriptors(&error) => {
-                want = Some(error);
+                queued.is_starved = true;
                 break;
             }
             Err(error) => {
@@ -111,8 +127,8 @@ fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> (Vec<A>, Option<io::E
             }
         }
     }
-    accepted.reverse();
-    (accepted, want)
+    queued.accepted.reverse();
+    queued
 }
 
 /// Attaches a socket filter with which the kernel drops every packet that begins a new connection to
@@ -203,15 +219,36 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
-        let socket = into_socket(listener, false).unwrap();
-        let (last, want) = accept_all::<(tokio::net::TcpStream, SocketAddr)>(&socket);
-        assert!(want.is_none());
+        let socket = into_socket(listener, false).unwrap().unwrap();
+        let queued = accept_all::<(tokio::net::TcpStream, SocketAddr)>(&socket);
+        assert!(!queued.is_starved);
         // The latest comes first, because the listener takes connections from the end.
-        let ports: Vec<_> = last.iter().rev().map(|(_, peer)| peer.port()).collect();
+        let ports: Vec<_> = queued
+            .accepted
+            .iter()
+            .rev()
+            .map(|(_, peer)| peer.port())
+            .collect();
         let expected = clients.map(|client| client.local_addr().unwrap().port());
         assert_eq!(ports, expected);
         drop(socket);
         assert!(TcpStream::connect(address).is_err());
+    }
+
+    #[test]
+    fn connections_that_the_runtime_does_not_take_are_counted() {
+        let results = [
+            Ok(Some('a')),
+            Ok(None),
+            Err(io::ErrorKind::ConnectionAborted.into()),
+            Ok(Some('b')),
+            Err(io::ErrorKind::WouldBlock.into()),
+        ];
+        let results = std::cell::RefCell::new(results.into_iter());
+        let queued = queue(|| results.borrow_mut().next().unwrap());
+        assert_eq!(queued.accepted, ['b', 'a']);
+        assert_eq!(queued.reset, 1);
+        assert!(!queued.is_starved);
     }
 
     #[cfg(unix)]
@@ -223,9 +260,9 @@ mod tests {
         let path = std::env::temp_dir().join(name);
         let listener = UnixListener::bind(&path).unwrap();
         let _clients = [(); 3].map(|()| UnixStream::connect(&path).unwrap());
-        let socket = into_socket(listener, false).unwrap();
-        let (last, _) = accept_all::<(tokio::net::UnixStream, unix::SocketAddr)>(&socket);
-        assert_eq!(last.len(), 3);
+        let socket = into_socket(listener, false).unwrap().unwrap();
+        let queued = accept_all::<(tokio::net::UnixStream, unix::SocketAddr)>(&socket);
+        assert_eq!(queued.accepted.len(), 3);
         drop(socket);
         assert!(UnixStream::connect(&path).is_err());
         std::fs::remove_file(&path).unwrap();

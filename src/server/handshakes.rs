@@ -217,9 +217,10 @@ where
         let begin = move |io: GracefulIo<I>, mut addr: L::Addr, running: &mut Running<L, T>| {
             let handshake = Arc::clone(&handshake);
             let marker = RunningHandshake::new(&io);
+            // `handshake` is called inside the task, so that its panic ends only this task. The timeout
+            // begins here, because a busy runtime may run the task late.
+            let result = time::timeout(timeout, async move { handshake(io).await });
             running.spawn(async move {
-                // `handshake` is called inside the task, so that its panic ends only this task.
-                let result = time::timeout(timeout, async { handshake(io).await });
                 let error = match result.await {
                     Ok(Ok(io)) => {
                         let entry = marker.done();
@@ -229,7 +230,7 @@ where
                     Ok(Err(error)) => Some(error.into()),
                     Err(_) => None,
                 };
-                let peer = marker.peer();
+                let peer = marker.0.peer();
                 events::handshake_failed(peer, error);
                 None
             });
@@ -252,10 +253,6 @@ impl RunningHandshake {
         entry.flags.take(INSPECTED);
         entry.flags.set(HANDSHAKE);
         Self(entry)
-    }
-
-    fn peer(&self) -> Option<SocketAddr> {
-        self.0.peer()
     }
 
     /// Resets the connection entry to the state of a new connection, which its server has not polled.

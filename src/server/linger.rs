@@ -13,12 +13,12 @@
 //! - at once, if everything is delivered, nothing is unread, and the peer will send nothing: it has
 //!   closed its side, its last request had no body, or the service is stopping and has sent no
 //!   response since the stop began. So an idle connection costs no time;
-//! - when everything is delivered, and the peer has sent nothing for [`STILL_TIMEOUT`] (for [`SILENCE_TIMEOUT`] if it
+//! - when everything is delivered, and the peer has sent nothing for [`SILENT_PEER_TIMEOUT`] (for [`ACTIVE_PEER_TIMEOUT`] if it
 //!   has sent something since, for [`STARVED_TIMEOUT`] while a listener waits for file descriptors), or has
 //!   not closed for [`LINGER_TIMEOUT`];
 //! - while serving, when the peer has acknowledged nothing for [`STALLED_TIMEOUT`]. The kernel continues to
 //!   send;
-//! - after an upgrade: [`STILL_TIMEOUT`] after the peer last acknowledged something, or [`STILL_TIMEOUT`] after
+//! - after an upgrade: [`SILENT_PEER_TIMEOUT`] after the peer last acknowledged something, or [`SILENT_PEER_TIMEOUT`] after
 //!   everything was delivered;
 //! - while the service stops, when the connection is cut. The report gives the number of bytes that
 //!   were not delivered.
@@ -59,13 +59,13 @@ use crate::{
 
 /// How long the peer may be silent after its last byte, if it has sent something since everything was
 /// delivered.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(1);
+const ACTIVE_PEER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long the peer may be silent if it has sent nothing since everything was delivered. It may be in
 /// the middle of an upload, or a frame may be in transit.
-const STILL_TIMEOUT: Duration = Duration::from_millis(250);
+const SILENT_PEER_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// Replaces [`STILL_TIMEOUT`] while a listener waits for file descriptors, because this connection holds one.
+/// Replaces [`SILENT_PEER_TIMEOUT`] while a listener waits for file descriptors, because this connection holds one.
 const STARVED_TIMEOUT: Duration = Duration::from_millis(25);
 
 /// How long a peer that never stops sending is read from after everything was delivered.
@@ -76,8 +76,8 @@ const STALLED_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The first and the longest interval between two queries of the undelivered bytes. Each interval is
 /// twice the one before.
-const FIRST_LOOK: Duration = Duration::from_millis(2);
-const LAST_LOOK: Duration = Duration::from_millis(100);
+const FIRST_QUERY_INTERVAL: Duration = Duration::from_millis(2);
+const LONGEST_QUERY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The number of reads before the task yields to others, and the size of each read in bytes.
 const READS: usize = 16;
@@ -113,19 +113,19 @@ pub(super) struct Last {
 
 /// Closes a connection that its server has dropped, if the IO is a `TcpStream` or `UnixStream` of
 /// tokio. Other IO is dropped.
-pub(super) fn socket<I: 'static>(socket: I, last: Last, guard: EntryGuard) {
+pub(super) fn close_socket<I: 'static>(socket: I, last: Last, guard: EntryGuard) {
     let mut socket = Some(socket);
     let any: &mut dyn Any = &mut socket;
     if let Some(tcp) = any.downcast_mut::<Option<TcpStream>>() {
         if let Some(tcp) = tcp.take() {
-            io(tcp, last, guard);
+            close(tcp, last, guard);
         }
         return;
     }
     #[cfg(unix)]
     if let Some(unix) = any.downcast_mut::<Option<UnixStream>>() {
         if let Some(unix) = unix.take() {
-            io(unix, last, guard);
+            close(unix, last, guard);
         }
         return;
     }
@@ -134,7 +134,7 @@ pub(super) fn socket<I: 'static>(socket: I, last: Last, guard: EntryGuard) {
 
 /// Closes a connection that its server has dropped. Spawns a task for that, unless the connection is
 /// idle or there is no runtime.
-pub(super) fn io<I>(io: I, last: Last, guard: EntryGuard)
+pub(super) fn close<I>(io: I, last: Last, guard: EntryGuard)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -241,7 +241,7 @@ where
     }
 
     async fn until_closed(mut self) {
-        let mut look = FIRST_LOOK;
+        let mut look = FIRST_QUERY_INTERVAL;
         let mut left = u32::MAX;
         // When the peer last acknowledged something, and when it last sent something.
         let (mut took, mut sent) = (Instant::now(), Instant::now());
@@ -261,11 +261,11 @@ where
             if received {
                 sent = now;
             }
-            look = (look * 2).min(LAST_LOOK);
+            look = (look * 2).min(LONGEST_QUERY_INTERVAL);
             if left > 0 {
                 let patience = match self.guard.entry.state.directive() {
                     // The handler has dropped it, and has waited for the peer as long as it wanted.
-                    _ if self.last.written == Written::Upgrade => STILL_TIMEOUT,
+                    _ if self.last.written == Written::Upgrade => SILENT_PEER_TIMEOUT,
                     Directive::Stay => STALLED_TIMEOUT,
                     // The cut ends it.
                     _ => Duration::MAX,
@@ -283,16 +283,16 @@ where
             delivered = Some((since, talks));
             let upgraded = self.last.written == Written::Upgrade;
             let most = if upgraded {
-                STILL_TIMEOUT
+                SILENT_PEER_TIMEOUT
             } else {
                 LINGER_TIMEOUT
             };
             let silence = if talks && !upgraded {
-                SILENCE_TIMEOUT
+                ACTIVE_PEER_TIMEOUT
             } else if known.is_some() && self.guard.entry.owner.starved.is_waiting() {
                 STARVED_TIMEOUT
             } else {
-                STILL_TIMEOUT
+                SILENT_PEER_TIMEOUT
             };
             if now - sent.max(since) >= silence || now - since >= most {
                 return;

@@ -102,7 +102,9 @@ impl<L: Listener> Listener for GracefulListener<L> {
             self.closing = Closing::No;
             let shared = self.graceful.shared();
             shared.mark_served();
-            shared.connections.listener_opened(self.shared.is_some());
+            shared
+                .connections
+                .listener_opened(self.shared_phases.is_some());
             if let Some(listener) = &self.listener {
                 // A killed process may have left its filter on the socket.
                 detach_syn_filter(listener);
@@ -117,7 +119,7 @@ impl<L: Listener> Listener for GracefulListener<L> {
                 return (io, addr);
             }
             if let Some(socket) = self.socket.clone() {
-                self.accept_starved(socket).await;
+                self.accept_from_socket(socket).await;
                 continue;
             }
             let Some(listener) = &mut self.listener else {
@@ -138,13 +140,15 @@ impl<L: Listener> Listener for GracefulListener<L> {
                 }
                 Closing::At(instant) => time::timeout_at(instant, listener.accept()).await.ok(),
                 Closing::No | Closing::Unused | Closing::Starved | Closing::Done => {
-                    let asked = can_empty_queue(listener);
-                    if asked && self.shared.is_some() && self.graceful.phase() > Phase::Serving {
+                    let can_empty = can_empty_queue(listener);
+                    let is_stopping = self.graceful.phase() > Phase::Serving;
+                    if can_empty && self.shared_phases.is_some() && is_stopping {
                         self.leave();
                         continue;
                     }
                     let mut accept = pin!(listener.accept());
-                    let close_due = close_due(&mut self.closing_stages, self.shared.as_mut());
+                    let close_due =
+                        close_due(&mut self.closing_stages, self.shared_phases.as_mut());
                     let accepted = tokio::select! {
                         accepted = &mut accept => Some(accepted),
                         () = close_due => None,
@@ -152,8 +156,8 @@ impl<L: Listener> Listener for GracefulListener<L> {
                     let now = Instant::now();
                     match accepted {
                         Some(accepted) => Some(accepted),
-                        None if asked && self.shared.is_some() => continue,
-                        None if asked => {
+                        None if can_empty && self.shared_phases.is_some() => continue,
+                        None if can_empty => {
                             self.closing = Closing::Until(now + LAST_ACCEPTS);
                             continue;
                         }

@@ -53,7 +53,7 @@ pub struct GracefulListener<L: Listener> {
     /// accept from it.
     pub(super) is_passed: bool,
     /// For a shared socket: the phase. The listener closes when it is no longer `Serving`.
-    pub(super) shared: Option<watch::Receiver<Phase>>,
+    pub(super) shared_phases: Option<watch::Receiver<Phase>>,
     /// There was no file descriptor for a part of the queue. Connections that are accepted later may
     /// already be cut.
     was_starved: bool,
@@ -112,7 +112,7 @@ impl<L: Listener> GracefulListener<L> {
         let is_shared = is_shared.unwrap_or(passed == Passed::Yes);
         Self {
             is_passed: is_shared || passed != Passed::No,
-            shared: is_shared.then(|| graceful.shared().phases()),
+            shared_phases: is_shared.then(|| graceful.shared().phases()),
             listener: Some(listener),
             socket: None,
             last: Vec::new(),
@@ -125,7 +125,7 @@ impl<L: Listener> GracefulListener<L> {
 
     pub(super) fn track(&self, io: L::Io, addr: &L::Addr) -> GracefulIo<L::Io> {
         let peer = (addr as &dyn Any).downcast_ref::<SocketAddr>();
-        let io = GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::io));
+        let io = GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::close));
         if self.was_starved && io.is_cut() {
             // The cut closed other connections, and so freed the descriptor for this one.
             self.graceful.shared().starved.count_reset(1);
@@ -148,9 +148,7 @@ impl<L: Listener> GracefulListener<L> {
 
     /// Removes the listener from the runtime, and accepts what is queued. Closes it if that was all.
     pub(super) fn close(&mut self) {
-        let listener = self.listener.take();
-        let socket = listener.and_then(|listener| into_socket(listener, self.is_passed));
-        if let Some(socket) = socket {
+        if let Some(socket) = self.take_socket() {
             self.accept_rest(Arc::new(socket));
         }
         if self.last.is_empty() && self.socket.is_none() {
@@ -158,14 +156,28 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
+    /// The socket of the listener, if it is a listener of tokio. Any other listener is closed.
+    fn take_socket(&mut self) -> Option<Socket> {
+        match into_socket(self.listener.take()?, self.is_passed) {
+            Ok(socket) => socket,
+            Err(error) => {
+                events::queue_lost(&error);
+                // How many connections were in the queue is unknown.
+                self.graceful.shared().starved.count_reset(1);
+                None
+            }
+        }
+    }
+
     /// Accepts what is queued. Then drops the socket, unless there are no file descriptors for the rest
     /// of the queue, or a filter was attached and handshakes are being completed.
     fn accept_rest(&mut self, socket: Arc<Socket>) {
         let filtered = matches!(self.closing, Closing::At(_));
-        let (last, want) = accept_all(&socket);
-        self.last = last;
+        let queued = accept_all(&socket);
+        self.last = queued.accepted;
         let starved = &self.graceful.shared().starved;
-        if want.is_some() {
+        starved.count_reset(queued.reset);
+        if queued.is_starved {
             self.was_starved = true;
             // The wait for descriptors may be long, and new connections must not be dropped that long.
             detach_syn_filter(&*socket);
@@ -188,7 +200,7 @@ impl<L: Listener> GracefulListener<L> {
     /// Waits until handshakes are complete or the next attempt is due, and accepts what is queued.
     ///
     /// Cancel safe: the socket stays where it is.
-    pub(super) async fn accept_starved(&mut self, socket: Arc<Socket>) {
+    pub(super) async fn accept_from_socket(&mut self, socket: Arc<Socket>) {
         let again = match self.closing {
             Closing::At(instant) => instant,
             _ => Instant::now() + TRY_AGAIN,
@@ -248,8 +260,7 @@ impl<L: Listener> GracefulListener<L> {
         if !closes || matches!(self.closing, Closing::Unused | Closing::Done) {
             return;
         }
-        let listener = self.listener.take();
-        if let Some(socket) = listener.and_then(|listener| into_socket(listener, self.is_passed)) {
+        if let Some(socket) = self.take_socket() {
             self.graceful.shared().starved.close_unserved(socket);
         }
     }

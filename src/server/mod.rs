@@ -1,4 +1,5 @@
-//! Servers and connections: accepts, counts and closes connections, and cuts them at the drain deadline.
+//! Servers and connections: this room accepts, counts and closes connections, and cuts them at the drain
+//! deadline.
 //!
 //! A layer sees only requests. A process may also be kept from ending by an incomplete request head, by
 //! a peer that does not read its response, or by a WebSocket. So [`Graceful::track`] and
@@ -62,9 +63,11 @@ pub use self::{
 pub use self::{listen::TrackedListener, listener::GracefulListener};
 use crate::{
     connection::{
+        directive::Directive,
         entry,
-        flags::{UPGRADED, UPGRADES},
+        flags::{MAY_DROP, UPGRADED, UPGRADES},
     },
+    phase::Phase,
     shutdown::Shared,
 };
 
@@ -75,6 +78,21 @@ impl ConnectionEntry {
     /// The peer's address, if it is known.
     pub(crate) fn peer(&self) -> Option<std::net::SocketAddr> {
         self.owner.connections.peer(self)
+    }
+
+    /// Counts a request that was dropped without a response because its client has closed its writing
+    /// side: the client may still wait for the response. Counts only while the service stops, and not
+    /// after the cut: cut connections are reported as such.
+    #[cold]
+    fn dropped_unanswered(&self) {
+        let shared = &self.owner;
+        if self.sniffer.has_ended()
+            && shared.phase() > Phase::Serving
+            && self.state.directive() < Directive::Cut
+            && !self.flags.has(MAY_DROP)
+        {
+            shared.connections.half_closed();
+        }
     }
 
     /// Records that the connection no longer speaks HTTP.

@@ -59,7 +59,7 @@ impl Graceful {
         let server = server.into_future();
         async move {
             if graceful.phase() == Phase::Serving {
-                graceful.watch(server).await;
+                graceful.run_server(server).await;
             } else {
                 drop(server);
                 // Records a server that has ended. If there is no other server, the
@@ -78,7 +78,7 @@ impl Graceful {
     }
 
     /// Polls the server until it ends or the service stops waiting for it.
-    async fn watch(&self, server: impl Future<Output: Completion>) {
+    async fn run_server(&self, server: impl Future<Output: Completion>) {
         let mut guard = ServerGuard::take(self);
         let mut closing_stages = self.shared().closing_stages();
         let mut given_up = pin!(closing_stages.wait_for(|stage| *stage == ClosingStage::Servers));

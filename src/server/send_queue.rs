@@ -70,13 +70,13 @@ mod diag {
     /// One netlink socket for the process. Each query holds the lock for about 2 µs.
     static SOCKET: Mutex<Asking> = Mutex::new(Asking {
         socket: None,
-        questions: 0,
+        queries: 0,
     });
 
     struct Asking {
         socket: Option<Socket>,
         /// The number of queries so far. It is sent with the query, and the answer repeats it.
-        questions: u32,
+        queries: u32,
     }
 
     pub(super) fn prepare() {
@@ -91,8 +91,8 @@ mod diag {
         if asking.socket.is_none() {
             asking.socket = open().ok();
         }
-        asking.questions = asking.questions.wrapping_add(1);
-        let answer = ask(asking.socket.as_ref()?, asking.questions, local, peer);
+        asking.queries = asking.queries.wrapping_add(1);
+        let answer = ask(asking.socket.as_ref()?, asking.queries, local, peer);
         if answer.is_err() {
             // Opens a new socket for the next query, which must not read a late answer to this one.
             asking.socket = None;

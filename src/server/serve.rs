@@ -18,7 +18,7 @@ use tower_service::Service;
 use super::{
     accept::{self, Source},
     accepted::Accepted,
-    settings::Settings,
+    settings::{Settings, Versions},
 };
 use crate::{handle::graceful::Graceful, report::Report};
 
@@ -185,7 +185,7 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// Each idle connection costs a PING and its acknowledgement in each interval. If the
     /// interval is zero, or 30 years or more, no PING is sent. HTTP/1 has no PING.
     pub fn http2_keep_alive_interval(mut self, interval: Duration) -> Self {
-        self.settings.set_keep_alive_interval(interval);
+        self.settings.keep_alive_interval = interval;
         self
     }
 
@@ -196,7 +196,7 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// `Duration::MAX` closes no connection. Zero closes each connection at its first PING, even if the
     /// peer is alive. Choose a value above the round trip time of your slowest clients.
     pub fn http2_keep_alive_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.set_keep_alive_timeout(timeout);
+        self.settings.keep_alive_timeout = timeout;
         self
     }
 
@@ -208,7 +208,7 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) is the limit for the whole service.
     /// Zero counts as 1, because a client that may not open a stream would wait forever.
     pub fn http2_max_concurrent_streams(mut self, streams: u32) -> Self {
-        self.settings.set_max_concurrent_streams(streams);
+        self.settings.max_concurrent_streams = Some(streams.max(1));
         self
     }
 
@@ -221,7 +221,7 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     ///
     /// Of `http1_only` and [`http2_only`](Self::http2_only) the one that is called last takes effect.
     pub fn http1_only(mut self) -> Self {
-        self.settings.set_http1_only();
+        self.settings.versions = Versions::Http1;
         self
     }
 
@@ -234,7 +234,7 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     ///
     /// If both [`http1_only`](Self::http1_only) and `http2_only` are called, the last call takes effect.
     pub fn http2_only(mut self) -> Self {
-        self.settings.set_http2_only();
+        self.settings.versions = Versions::Http2;
         self
     }
 }

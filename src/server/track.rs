@@ -70,7 +70,7 @@ impl Graceful {
     /// ```
     pub fn track<I: 'static>(&self, io: I) -> GracefulIo<I> {
         let peer = socket::tcp(&io).and_then(|tcp| tcp.peer_addr().ok());
-        let linger = socket::is_socket(&io).then_some(linger::socket as Linger<I>);
+        let linger = socket::is_socket(&io).then_some(linger::close_socket as Linger<I>);
         self.shared().tracks.store(true, Ordering::Relaxed);
         GracefulIo::new(self, io, peer, linger)
     }

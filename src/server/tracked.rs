@@ -34,7 +34,7 @@ pub(super) fn note<I: 'static>() {
 
 /// The function that finds the connection of IO of this type, if a listener has registered the type.
 #[cfg_attr(not(feature = "signal"), expect(dead_code))]
-pub(super) fn find<I: 'static>() -> Option<Find> {
+pub(super) fn finder<I: 'static>() -> Option<Find> {
     let id = TypeId::of::<I>();
     let types = lock!(TYPES);
     let noted = types.iter().find(|(noted, _)| *noted == id);

@@ -62,7 +62,7 @@ impl Shared {
                 };
                 shared.task_ended(hook.key, outcome);
             });
-            self.work.hook_runs(key, handle);
+            self.work.add_running_hook(key, handle);
         }
     }
 
@@ -70,7 +70,7 @@ impl Shared {
     /// polled gets its first poll here.
     async fn join_hooks(&self) {
         let abort_deadline = abort_deadline();
-        for (key, handle) in self.work.running_hooks() {
+        for (key, handle) in self.work.take_running_hooks() {
             if !Job(handle).ends_by(abort_deadline).await {
                 self.task_ended(key, TaskOutcome::Cut);
             }
@@ -148,7 +148,7 @@ impl Shared {
     /// A task that blocks its thread cannot be aborted, and may complete long after its timeout.
     /// Such a task is recorded as cut.
     fn record_if_late(&self, key: usize, until: Instant) {
-        self.work.was_late(key, instant_after(until, ABORT_TIME));
+        self.work.cut_if_late(key, instant_after(until, ABORT_TIME));
     }
 
     /// How long the cleanup waits for workers. The steps keep the time that they have asked for,
@@ -171,11 +171,6 @@ impl Shared {
     /// Records how a task ended, and logs it.
     pub(crate) fn task_ended(&self, key: usize, outcome: TaskOutcome) {
         let before_stop = self.phase() < Phase::Draining;
-        let outcome = match outcome {
-            // A worker that ended although it had not been told to stop.
-            TaskOutcome::Done if before_stop && self.work.is_worker(key) => TaskOutcome::EndedEarly,
-            outcome => outcome,
-        };
         if let Some(task) = self.work.ended(key, outcome, before_stop) {
             self.log_event(Event::Task(Box::new(task)));
         }

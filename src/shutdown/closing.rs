@@ -25,10 +25,10 @@ pub(super) const MOST_UNREAD: Duration = Duration::from_secs(1);
 
 /// How often to check whether such handshakes are still in progress, and whether connections have
 /// closed.
-pub(super) const LOOK: Duration = Duration::from_millis(5);
+pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How soon to check whether every connection has been read once more. Usually this takes microseconds.
-const FIRST_LOOK: Duration = Duration::from_millis(1);
+const FIRST_CHECK: Duration = Duration::from_millis(1);
 
 /// How long to wait for the next connection to be read once more: with nothing in flight, and with
 /// requests in flight, whose connections may not be read.
@@ -62,7 +62,7 @@ impl Shared {
             let most = shutdown.drain_until.min(begun + MOST_UNREAD);
             if now < most && self.connections.has_handshakes() {
                 shutdown.last_handshake = Some(now);
-                return Some(most.min(now + LOOK));
+                return Some(most.min(now + CHECK_INTERVAL));
             }
             let unread = self.connections.has_unread();
             let most = begun
@@ -75,7 +75,7 @@ impl Shared {
             // after it.
             let last_handshake = shutdown
                 .last_handshake
-                .map_or(most, |at| at + LOOK + QUIET_BEFORE_CLOSE);
+                .map_or(most, |at| at + CHECK_INTERVAL + QUIET_BEFORE_CLOSE);
             let most = shutdown.drain_until.min(most.max(last_handshake));
             if self.connections.take_activity() || unread {
                 shutdown.last_activity = Some(now);
@@ -104,7 +104,7 @@ impl Shared {
     /// such as those whose handler does not read the rest of an upload.
     fn read_once_more(&self, shutdown: &mut Shutdown, now: Instant) -> Option<Instant> {
         shutdown.closing_stage = ClosingStage::Reads;
-        let left = self.connections.not_read_again();
+        let left = self.connections.not_read_once_more();
         let first = shutdown.reads.is_none();
         let reads = shutdown.reads.get_or_insert(Reads {
             begun: now,
@@ -121,7 +121,7 @@ impl Shared {
         };
         let until = (reads.begun + most).min(reads.fell + patience);
         let until = shutdown.drain_until.min(until);
-        let look = if first { FIRST_LOOK } else { LOOK };
+        let look = if first { FIRST_CHECK } else { CHECK_INTERVAL };
         (left > 0 && now < until).then(|| until.min(now + look))
     }
 }

@@ -34,35 +34,27 @@ use crate::control::{DriverWaker, clock};
 
 /// Sleeps until the next step is due, and takes it, until the service has stopped.
 struct Driver {
-    gate: WeakShared,
+    shared: WeakShared,
     waker: Arc<DriverWaker>,
     /// The driver has been polled at least once.
     ran: bool,
 }
 
 impl Driver {
-    fn new(gate: WeakShared, waker: Arc<DriverWaker>) -> Self {
-        Self {
-            gate,
-            waker,
-            ran: false,
-        }
-    }
-
     /// Waits until a stop passes it the lifecycle, and then drives the stop. Ends at once if the
     /// lifecycle is dropped first.
     async fn run(mut self, mut started: oneshot::Receiver<Shared>) {
         self.ran = true;
-        let gate = loop {
+        let shared = loop {
             tokio::select! {
-                gate = &mut started => match gate {
-                    Ok(gate) => break gate,
+                shared = &mut started => match shared {
+                    Ok(shared) => break shared,
                     Err(_) => return,
                 },
                 () = self.waker.notified() => {
                     #[cfg(feature = "signal")]
-                    if let Some(gate) = self.gate.upgrade() {
-                        gate.act_on_signals();
+                    if let Some(shared) = self.shared.upgrade() {
+                        shared.act_on_signals();
                     }
                 }
             }
@@ -70,13 +62,13 @@ impl Driver {
         let mut hooked = false;
         let mut cleaning = None;
         let mut cleaned = false;
-        while let Some(next) = gate.tick() {
+        while let Some(next) = shared.tick() {
             if !std::mem::replace(&mut hooked, true) {
-                gate.start_hooks();
+                shared.start_hooks();
             }
             if cleaning.is_none() {
-                let deadline = gate.cleanup_deadline();
-                cleaning = deadline.map(|deadline| Box::pin(gate.clone().clean_up(deadline)));
+                let deadline = shared.cleanup_deadline();
+                cleaning = deadline.map(|deadline| Box::pin(shared.clone().clean_up(deadline)));
             }
             tokio::select! {
                 biased;
@@ -84,12 +76,12 @@ impl Driver {
                 () = time::sleep_until(next) => {}
                 () = optional(&mut cleaning), if cleaning.is_some() && !cleaned => {
                     cleaned = true;
-                    gate.cleaned_up();
+                    shared.cleaned_up();
                 }
             }
         }
         drop(cleaning);
-        gate.give_up_work();
+        shared.give_up_work();
     }
 }
 
@@ -105,8 +97,8 @@ impl Drop for Driver {
     fn drop(&mut self) {
         // If its runtime has shut down and the lifecycle is still alive, the control thread has to
         // take over.
-        if let Some(gate) = self.gate.upgrade() {
-            gate.driver_ended(self.ran);
+        if let Some(shared) = self.shared.upgrade() {
+            shared.driver_ended(self.ran);
         }
     }
 }
@@ -140,7 +132,11 @@ impl Shared {
             state.driver_gone = None;
             state.start = Some(start);
         }
-        let driver = Driver::new(self.downgrade(), Arc::clone(&self.driver_waker));
+        let driver = Driver {
+            shared: self.downgrade(),
+            waker: Arc::clone(&self.driver_waker),
+            ran: false,
+        };
         // `sleep` panics if the runtime has no timers. Here the panic reaches the caller. In the
         // driver task it would stay unnoticed.
         drop(time::sleep(Duration::ZERO));

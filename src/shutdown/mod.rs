@@ -37,7 +37,6 @@ use std::{
         Arc, LazyLock, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
-    task::Waker,
     time::Duration,
 };
 
@@ -56,7 +55,6 @@ use crate::{
     },
     connection::{
         descriptors::Starved,
-        entry::Pieces,
         outside::Outside,
         requests::Requests,
         stagger::{Place, SLOT_REACHED},
@@ -109,9 +107,6 @@ pub(crate) struct Lifecycle {
     closing_stages: watch::Sender<ClosingStage>,
     /// Notified of every change that `settle` has to check.
     driver_waker: Arc<DriverWaker>,
-    /// Notifies `driver_waker`. Registered with the gate, which wakes it when the last request
-    /// ends.
-    idle: Waker,
     log: events::Queue,
     /// The plan has been logged.
     plan_logged: AtomicBool,
@@ -148,7 +143,6 @@ impl Lifecycle {
             pre_stop: OnceLock::new(),
             phases: watch::Sender::new(Phase::Serving),
             closing_stages: watch::Sender::new(ClosingStage::Open),
-            idle: Waker::from(Arc::clone(&driver_waker)),
             driver_waker,
             log: events::Queue::default(),
             plan_logged: AtomicBool::new(false),
@@ -212,8 +206,9 @@ impl Lifecycle {
 
     /// Logs an event that belongs to no step. The lock must not be held.
     fn log_event(&self, event: Event) {
-        let aside = self.state().clock == Clock::Real;
-        self.log.push(vec![event], aside, Origin::here().as_ref());
+        let on_log_thread = self.state().clock == Clock::Real;
+        self.log
+            .push(vec![event], on_log_thread, Origin::here().as_ref());
         self.log.write();
     }
 
@@ -278,12 +273,6 @@ impl Lifecycle {
 impl Drop for Lifecycle {
     fn drop(&mut self) {
         CONTROL.forget(self.driver_waker.id());
-    }
-}
-
-impl Pieces for Shared {
-    fn pieces(&self) -> usize {
-        Gate::pieces(self)
     }
 }
 

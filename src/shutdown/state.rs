@@ -71,8 +71,8 @@ pub(crate) struct State {
     /// When the log next says what the drain waits for.
     pub(crate) progress_at: Option<Instant>,
     pub(crate) shutdown: Option<Shutdown>,
-    /// The number of servers given to `run` that have not ended. `None`: there has never been one.
-    pub(crate) servers: Option<usize>,
+    /// The number of servers given to `run` that have not ended.
+    pub(crate) servers: usize,
     /// The number of servers given to `run` so far.
     pub(crate) servers_so_far: usize,
     /// The number of drain futures that are waiting. Each stands for a server that may run outside

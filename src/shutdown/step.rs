@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     Shared,
-    closing::{LOOK, MOST_UNREAD},
+    closing::{CHECK_INTERVAL, MOST_UNREAD},
     state::{ASK_ALL_BEFORE, ClosingStage, Cut, Shutdown, State},
 };
 use crate::{
@@ -76,8 +76,8 @@ impl Shared {
     ) -> Option<Instant> {
         loop {
             let phase = self.phase();
-            let servers = state.servers.unwrap_or(0);
-            let nothing_serves = state.servers == Some(0) && state.drains == 0;
+            let servers = state.servers;
+            let nothing_serves = state.servers_so_far > 0 && servers == 0 && state.drains == 0;
             let driver_gone = state.driver_gone;
             let shutdown = state.shutdown.as_mut()?;
             let step = match phase {
@@ -163,10 +163,11 @@ impl Shared {
             // arrive once every connection has a request in flight.
             let until = shutdown.drain_until.min(since + MOST_UNREAD);
             let waits = || {
-                self.connections.has_unnotified() || self.connections.may_be_idle(self.in_flight())
+                self.connections.has_close_unnoticed()
+                    || self.connections.may_be_idle(self.in_flight())
             };
             if now < until && waits() {
-                return Step::Until(until.min(now + LOOK));
+                return Step::Until(until.min(now + CHECK_INTERVAL));
             }
         }
         Step::To(Phase::Draining, reason)
@@ -284,7 +285,7 @@ impl Shared {
         if to == Phase::Stopped {
             let error = state.server_error.take();
             let figures = self.since_serving();
-            let half_closed = self.connections.count_half_closed();
+            let half_closed = self.connections.half_closed_so_far();
             let tasks = self.work.tasks();
             let tasks = (tasks, self.work.unlisted());
             let mut report = shutdown.report(reason, error, figures, half_closed, tasks, now);
@@ -336,7 +337,7 @@ impl Shared {
             connections: Vec::new(),
         };
         let connections = self.connections.list(now);
-        shutdown.cleans_up = self.work.has_steps();
+        shutdown.cleans_up = self.work.steps() > 0;
         shutdown.cut = Some(Cut {
             at: now,
             remaining: Remaining {

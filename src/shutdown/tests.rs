@@ -16,7 +16,7 @@ use crate::{
     connection::{
         directive::Directive,
         entry::ConnectionEntry,
-        flags::{CLOSE_NOTICED, OWNED},
+        flags::CLOSE_NOTICED,
         wakers::{RegisteredWaker, WakerSlot},
     },
     handle::{builder::GracefulBuilder, graceful::Graceful},
@@ -831,7 +831,7 @@ async fn the_connections_of_a_shared_listener_that_have_noticed_the_close_are_no
     let mut stop = Stop::new(300, 5000, |it| it.shared_listener(true));
     stop.listen();
     let entry = stop.connect_and_read();
-    entry.flags.set(OWNED);
+    entry.sniffer.listen();
     stop.terminate();
     stop.close_listener();
     stop.at(400).await;
@@ -870,7 +870,7 @@ async fn without_keep_listening_draining_waits_for_connections_that_have_not_not
     let mut stop = Stop::new(0, 5000, |it| it.keep_listening(false));
     stop.listen();
     let entry = stop.connect_and_read();
-    entry.flags.set(OWNED);
+    entry.sniffer.listen();
     stop.terminate();
     stop.close_listener();
     stop.at(60).await;

@@ -149,7 +149,7 @@ impl Shared {
     pub(crate) fn server_began(&self) {
         {
             let mut state = self.state();
-            state.servers = Some(state.servers.map_or(1, |servers| servers + 1));
+            state.servers += 1;
             state.servers_so_far += 1;
         }
         self.mark_served();
@@ -159,7 +159,7 @@ impl Shared {
 
     pub(crate) fn server_ended(&self, end: &ServerEnd) {
         self.change(|state, now| {
-            state.servers = state.servers.map(|servers| servers - 1);
+            state.servers -= 1;
             if let ServerEnd::Failed(error) = end {
                 state.server_error.get_or_insert_with(|| error.clone());
             }

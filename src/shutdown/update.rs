@@ -3,7 +3,10 @@
 //! Each of the published values only moves forward, so an older update that is published late changes
 //! nothing.
 
-use std::task::Context;
+use std::{
+    sync::Arc,
+    task::{Context, Waker},
+};
 
 use tokio::{sync::watch, time::Instant};
 
@@ -33,8 +36,7 @@ pub(super) struct Update {
     /// ([`Directive::Expire`]).
     expiries: u32,
     closing_stage: ClosingStage,
-    phase: Phase,
-    waiters: Moment,
+    moment: Moment,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,7 +57,7 @@ impl Subject for Shared {
     }
 
     fn take_due_steps(&self) -> Option<Box<dyn FnOnce() + Send>> {
-        self.driver_waker.looks();
+        self.driver_waker.begins_check();
         self.driver_waker.wake_driver();
         let (_, update) = self.step_by(By::Control, |_, _| ());
         self.to_publish(update)
@@ -114,18 +116,16 @@ impl Shared {
         change(&mut state, now);
         let is_real = state.clock == Clock::Real;
         let stopping = state.shutdown.is_some() && state.report.is_none();
-        let was_engaged = if stopping && is_real {
-            self.driver_waker.engage(true)
-        } else {
-            self.driver_waker.engage(false)
-        };
+        let keeps_time = stopping && is_real;
+        let was_engaged = self.driver_waker.engage(keeps_time);
         let next = if by == By::Control && !is_real {
             None
         } else {
             if stopping {
                 // Registered before the check, so that work that ends after the check notifies the
                 // driver.
-                let _ = self.poll_idle(&mut Context::from_waker(&self.idle));
+                let waker = Waker::from(Arc::clone(&self.driver_waker));
+                let _ = self.poll_idle(&mut Context::from_waker(&waker));
             }
             let next = self.settle(&mut state, now, &mut transitions);
             let next = self.note_progress(&mut state, next, now, &mut transitions);
@@ -136,7 +136,7 @@ impl Shared {
                 CONTROL.schedule(self.driver_waker.id(), self, next, state.driven);
                 None
             }
-            _ if was_engaged || stopping && is_real => {
+            _ if was_engaged || keeps_time => {
                 self.driver_waker.engage(false);
                 CONTROL.end(self.driver_waker.id())
             }
@@ -163,7 +163,6 @@ impl Shared {
         } else {
             origin
         };
-        let phase = self.phase();
         let update = Update {
             connections: self.directive(&state),
             expiries: state.shutdown.as_ref().map_or(0, |it| it.expiries),
@@ -171,8 +170,7 @@ impl Shared {
                 .shutdown
                 .as_ref()
                 .map_or(ClosingStage::Open, |it| it.closing_stage),
-            phase,
-            waiters: self.moment(&state, now),
+            moment: self.moment(&state, now),
         };
         let undriven = stopped && !state.driven;
         drop(state);
@@ -201,16 +199,16 @@ impl Shared {
     /// Publishes an update to connections, servers and waiters. No lock may be held, because wakers
     /// may call back. A panic in one of them does not keep the others from being notified.
     fn publish(&self, update: Update) {
-        shielded(|| self.connections.instruct(update.connections));
+        self.connections.instruct(update.connections);
         if update.expiries > 1 {
             // Connections that had something to wait for at the last check may have nothing left
             // now.
-            shielded(|| self.connections.wake_all());
+            self.connections.wake_all();
         }
         shielded(|| advance(&self.closing_stages, update.closing_stage));
-        shielded(|| advance(&self.phases, update.phase));
-        if update.waiters.phase > Phase::LameDuck {
-            self.waiters.notify(update.waiters);
+        shielded(|| advance(&self.phases, update.moment.phase));
+        if update.moment.phase > Phase::LameDuck {
+            self.waiters.notify(update.moment);
         }
         self.log.write();
     }

@@ -68,5 +68,5 @@ impl Window {
 /// the layer.
 fn unadmitted_answers(shared: &Shared) -> usize {
     let refusals = shared.refusals();
-    shared.outside.probes() + refusals.draining + refusals.full
+    shared.outside.probe_count() + refusals.draining + refusals.full
 }

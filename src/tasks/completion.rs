@@ -4,7 +4,7 @@
 use std::{
     any::Any,
     error::Error,
-    iter,
+    iter, mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
     task::Poll,
@@ -85,7 +85,12 @@ pub(crate) async fn outcome<F: Future<Output: Completion>>(future: F) -> TaskOut
             Ok(Poll::Pending) => Poll::Pending,
             Ok(Poll::Ready(None)) => Poll::Ready(TaskOutcome::Done),
             Ok(Poll::Ready(Some(error))) => Poll::Ready(TaskOutcome::Failed(error)),
-            Err(payload) => Poll::Ready(TaskOutcome::Panicked(message(&*payload))),
+            Err(payload) => {
+                let outcome = TaskOutcome::Panicked(message(&*payload));
+                // The destructor of the payload is the user's code too, and may panic.
+                mem::forget(payload);
+                Poll::Ready(outcome)
+            }
         }
     })
     .await

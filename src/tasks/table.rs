@@ -141,12 +141,12 @@ impl Work {
         std::mem::take(&mut list.workers).into_iter().collect()
     }
 
-    pub(crate) fn hook_runs(&self, key: usize, handle: JoinHandle<()>) {
+    pub(crate) fn add_running_hook(&self, key: usize, handle: JoinHandle<()>) {
         lock!(self.list).running_hooks.push((key, handle));
     }
 
     /// Takes the handles of the hooks that have been started.
-    pub(crate) fn running_hooks(&self) -> Vec<(usize, JoinHandle<()>)> {
+    pub(crate) fn take_running_hooks(&self) -> Vec<(usize, JoinHandle<()>)> {
         std::mem::take(&mut lock!(self.list).running_hooks)
     }
 
@@ -157,7 +157,7 @@ impl Work {
     }
 
     /// Records how a task ended. Only the first call for a task counts. Returns the task if it was
-    /// recorded.
+    /// recorded. A worker that ends before the stop has not been told to, so it ends early.
     pub(crate) fn ended(
         &self,
         key: usize,
@@ -169,11 +169,16 @@ impl Work {
         if task.ended.is_some() {
             return None;
         }
+        let ends_early = before_stop && task.kind == TaskKind::Worker;
+        let outcome = match outcome {
+            TaskOutcome::Done if ends_early => TaskOutcome::EndedEarly,
+            outcome => outcome,
+        };
         let failed = matches!(outcome, TaskOutcome::Failed(_) | TaskOutcome::Panicked(_));
         task.ended = Some((Instant::now(), outcome));
         let task = task.clone();
         let handle = list.workers.remove(&key);
-        let unlisted = if before_stop && task.kind == TaskKind::Worker {
+        let unlisted = if ends_early {
             list.unlist(key, failed)
         } else {
             None
@@ -184,7 +189,7 @@ impl Work {
     }
 
     /// Records a task that ended without an error, but after `latest`, as cut.
-    pub(crate) fn was_late(&self, key: usize, latest: Instant) {
+    pub(crate) fn cut_if_late(&self, key: usize, latest: Instant) {
         let mut list = lock!(self.list);
         let ended = list
             .tasks
@@ -210,10 +215,6 @@ impl Work {
         false
     }
 
-    pub(crate) fn has_steps(&self) -> bool {
-        self.steps() > 0
-    }
-
     /// How many steps have not been taken.
     pub(crate) fn steps(&self) -> usize {
         lock!(self.list).steps.jobs.len()
@@ -224,13 +225,6 @@ impl Work {
         let list = lock!(self.list);
         let timeouts = list.steps.jobs.iter().map(|step| step.timeout);
         timeouts.fold(Duration::ZERO, Duration::saturating_add)
-    }
-
-    pub(crate) fn is_worker(&self, key: usize) -> bool {
-        let list = lock!(self.list);
-        list.tasks
-            .get(&key)
-            .is_some_and(|task| task.kind == TaskKind::Worker)
     }
 
     /// A hook has not begun, or not come to its end.

@@ -93,49 +93,39 @@ impl Waiters {
         spread: bool,
         cx: &Context<'_>,
     ) -> Poll<()> {
-        match wait_key {
-            Some(_) => self.poll_registered(wait_key, cx),
-            None => self.poll_first(wait_key, phase, spread, cx),
+        let Some(registered) = *wait_key else {
+            return self.poll_first(wait_key, phase, spread, cx);
+        };
+        let polled = self.poll_registered(registered, cx);
+        if polled.is_ready() {
+            *wait_key = None;
         }
+        polled
     }
 
-    fn poll_registered(&self, wait_key: &mut Option<WaitKey>, cx: &Context<'_>) -> Poll<()> {
-        let Some(WaitKey {
+    fn poll_registered(&self, registered: WaitKey, cx: &Context<'_>) -> Poll<()> {
+        let WaitKey {
             shard,
             key,
             awaited,
-        }) = *wait_key
-        else {
-            return Poll::Ready(());
-        };
+        } = registered;
         {
             let shard = lock!(self.shards[shard]);
             if shard.notified >= awaited {
-                *wait_key = None;
                 return Poll::Ready(());
             }
             if shard.waiting[key].1.will_wake(cx.waker()) {
                 return Poll::Pending;
             }
         }
+        // Declared before the guard, so it is dropped after the lock is released: point 2.
         let mut waker = cx.waker().clone();
-        let is_notified = {
-            let mut shard = lock!(self.shards[shard]);
-            let is_notified = shard.notified >= awaited;
-            if !is_notified {
-                mem::swap(&mut shard.waiting[key].1, &mut waker);
-            }
-            is_notified
-        };
-        if is_notified {
-            *wait_key = None;
+        let mut shard = lock!(self.shards[shard]);
+        if shard.notified >= awaited {
+            return Poll::Ready(());
         }
-        drop(waker);
-        if is_notified {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
-        }
+        mem::swap(&mut shard.waiting[key].1, &mut waker);
+        Poll::Pending
     }
 
     fn poll_first(
@@ -152,8 +142,6 @@ impl Waiters {
         let waker = cx.waker().clone();
         let mut shard = lock!(self.shards[number]);
         if shard.notified.phase >= phase {
-            drop(shard);
-            drop(waker);
             return Poll::Ready(());
         }
         let entry = shard.waiting.vacant_entry();

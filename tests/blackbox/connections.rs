@@ -48,12 +48,12 @@ pub(crate) const TESTS: &[Test] = &[
     (
         "connections::are_asked_to_leave_one_after_another",
         &[Form::Serve],
-        turns,
+        asked_in_slots,
     ),
     (
         "connections::of_http2_are_asked_to_leave_one_after_another",
         &[Form::Serve],
-        http2_turns,
+        http2_asked_in_slots,
     ),
     (
         "connections::of_other_servers_are_asked_on_a_fraction_of_responses",
@@ -63,7 +63,7 @@ pub(crate) const TESTS: &[Test] = &[
     (
         "connections::that_are_cut_are_visibly_cut",
         Form::CUTTING,
-        look_cut,
+        cut_is_visible,
     ),
     (
         "connections::that_are_upgraded_count_until_they_are_cut",
@@ -283,7 +283,7 @@ fn assert_linear(asked: &[f64]) {
 /// The delay is longer than the spread, so that a client that runs late on a busy machine is still asked.
 const SPREAD: &[&str] = &["delay=4000", "spread=2000"];
 
-fn turns(form: Form) {
+fn asked_in_slots(form: Form) {
     let mut server = Server::start(form, SPREAD);
     let mut clients: Vec<_> = (0..40).map(|_| server.connect()).collect();
     for client in &mut clients {
@@ -303,7 +303,7 @@ fn turns(form: Form) {
     server.exit().assert_clean();
 }
 
-fn http2_turns(form: Form) {
+fn http2_asked_in_slots(form: Form) {
     let mut server = Server::start(form, SPREAD);
     let clients: Vec<_> = (0..40).map(|_| used_http2(&server)).collect();
     // No client sends another request.
@@ -338,7 +338,7 @@ fn share_of_responses(form: Form) {
     server.exit().assert_clean();
 }
 
-fn look_cut(form: Form) {
+fn cut_is_visible(form: Form) {
     let mut server = Server::start(form, &["delay=0", "drain=500"]);
     let open = |request: &str| {
         let mut connection = server.connect();

@@ -85,7 +85,7 @@ pub(crate) const TESTS: &[Test] = &[
     (
         "long_lived::event_streams_over_http2_end_with_a_last_event",
         Form::ALL,
-        goodbye_over_http2,
+        last_event_over_http2,
     ),
     (
         "long_lived::a_websocket_over_http2_is_closed_and_waited_for",
@@ -418,7 +418,7 @@ fn spread(form: Form) {
     exit.assert_within(MS(1000), MS(1900));
 }
 
-fn goodbye_over_http2(form: Form) {
+fn last_event_over_http2(form: Form) {
     const STREAMS: usize = 25;
     let mut server = Server::start(form, &["delay=300"]);
     let mut connection = frames::Connection::open(server.address);

@@ -146,7 +146,7 @@ fn clients_lose_nothing(form: Form) {
         let balancer = {
             let away = away.clone();
             thread::spawn(move || {
-                wait_for("the balancer to look away", || {
+                wait_for("the balancer to stop sending", || {
                     thread::sleep(Duration::from_millis(50));
                     Connection::open(address).get("/readyz").status != 200
                 });
@@ -266,7 +266,7 @@ fn never_refused(form: Form) {
         assert_eq!(
             server.in_flight(),
             1,
-            "what passes a closed gate is not counted"
+            "exempt requests and probes are not counted while others are refused"
         );
     };
     check(&server, 429, 200);

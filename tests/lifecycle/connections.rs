@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, ErrorKind, IoSlice},
+    panic::resume_unwind,
     pin::{Pin, pin},
     sync::{Arc, Mutex},
     task::{Context, Poll, Wake, Waker},
@@ -437,6 +438,41 @@ fn a_waker_that_asks_for_the_state_at_the_cut_is_answered() {
         });
         assert_eq!(curious.1.lock().unwrap().len(), 1);
     });
+}
+
+struct Panicking;
+
+impl Wake for Panicking {
+    fn wake(self: Arc<Self>) {
+        // Without the panic hook, which would print a backtrace.
+        resume_unwind(Box::new("a waker that panics"));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waker_that_panics_does_not_keep_other_connections_from_being_cut() {
+    let graceful = without_delay();
+    let waker = Waker::from(Arc::new(Panicking));
+    let (_, read) = OPERATIONS[0];
+    let (_, write) = OPERATIONS[1];
+    let mut first = pin!(graceful.track(Stuck));
+    assert_pending!(read(first.as_mut(), &mut Context::from_waker(&waker)));
+    let mut second = pin!(graceful.track(Stuck));
+    let mut reader = task::spawn(());
+    let mut writer = task::spawn(());
+    // The connection has two wakers, and the first of them panics.
+    assert_pending!(read(second.as_mut(), &mut Context::from_waker(&waker)));
+    assert_pending!(poll(&mut writer, write, second.as_mut()));
+    let mut third = pin!(graceful.track(Stuck));
+    assert_pending!(poll(&mut reader, read, third.as_mut()));
+    graceful.shutdown();
+    graceful.stopped().await;
+    assert!(writer.is_woken());
+    assert!(reader.is_woken());
+    for io in [first, second, third] {
+        let after = task::spawn(()).enter(|cx, _| read(io, cx));
+        assert!(aborted(assert_ready!(after)));
+    }
 }
 
 #[tokio::test(start_paused = true)]

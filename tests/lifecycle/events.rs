@@ -499,7 +499,7 @@ async fn the_end_of_every_task_is_an_event_of_its_moment() {
 }
 
 #[test]
-fn a_log_that_panics_at_the_end_of_a_task_stops_nothing() {
+fn a_subscriber_that_panics_at_the_end_of_a_task_stops_nothing() {
     does_not_hang(|| {
         let _log = Log::with(|_| panic!("the log panics, as the test wants it to"));
         let graceful = graceful();
@@ -661,7 +661,7 @@ fn a_request_that_ends_while_the_line_is_written_ends_the_drain() {
 }
 
 #[test]
-fn a_log_that_panics_stops_nothing() {
+fn a_subscriber_that_panics_stops_nothing() {
     does_not_hang(|| {
         // Set here, because a subscriber belongs to the thread that sets it.
         let _log = Log::with(|_| panic!("the log panics, as the test wants it to"));

@@ -447,15 +447,6 @@ fn clones_share_one_lifecycle() {
     drop((held, connection));
 }
 
-#[tokio::test(start_paused = true)]
-async fn clones_share_one_limit() {
-    let graceful = plan().max_in_flight(2).build().unwrap();
-    let _one = request(&graceful);
-    let _two = request(&graceful.clone());
-    assert_eq!(quick_request(&graceful.layer().handle()).await, 429);
-    assert_eq!(graceful.in_flight(), 2);
-}
-
 #[test]
 fn two_lifecycles_share_nothing() {
     let (one, other) = (without_delay(), without_delay());

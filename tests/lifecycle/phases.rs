@@ -268,30 +268,6 @@ async fn the_snapshot_of_closing_says_when_the_cut_comes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn fifty_tasks_that_call_shutdown_at_once_are_one_trigger() {
-    let graceful = graceful();
-    let begun = Instant::now();
-    let run = serve(&graceful, server(&graceful)).await;
-    let tasks: Vec<_> = (0..50)
-        .map(|_| {
-            let graceful = graceful.clone();
-            tokio::spawn(async move {
-                graceful.shutdown();
-                assert_eq!(graceful.phase(), Phase::LameDuck);
-            })
-        })
-        .collect();
-    let report = run.await.unwrap();
-    assert_eq!(begun.elapsed(), DELAY);
-    assert_eq!(report.trigger(), Trigger::Shutdown);
-    assert_eq!(report.outcome(), Outcome::Clean);
-    assert_eq!(report.duration(), DELAY);
-    for task in tasks {
-        task.await.unwrap();
-    }
-}
-
-#[tokio::test(start_paused = true)]
 async fn a_further_shutdown_neither_skips_nor_prolongs_any_phase() {
     let graceful = graceful();
     let _held = request(&graceful);

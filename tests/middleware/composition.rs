@@ -79,7 +79,7 @@ where
 }
 
 #[tokio::test]
-async fn without_axum() {
+async fn requests_are_counted_and_refused_without_axum() {
     let graceful = graceful();
     let service = graceful
         .layer()
@@ -90,7 +90,7 @@ async fn without_axum() {
 }
 
 #[tokio::test]
-async fn in_a_service_builder() {
+async fn requests_are_counted_and_refused_in_a_service_builder() {
     let graceful = graceful();
     let service = ServiceBuilder::new()
         .layer(TraceLayer::new_for_http())
@@ -106,14 +106,14 @@ async fn in_a_service_builder() {
 }
 
 #[tokio::test]
-async fn as_the_last_layer_of_a_router() {
+async fn requests_are_counted_and_refused_as_the_last_layer_of_a_router() {
     let graceful = graceful();
     let app = hello_at("/").layer(graceful.layer());
     counts_and_refuses(app, &graceful, "/").await;
 }
 
 #[tokio::test]
-async fn as_a_route_layer_and_round_a_whole_router() {
+async fn requests_are_counted_and_refused_as_a_route_layer_and_round_a_whole_router() {
     let graceful1 = graceful();
     let app = hello_at("/").route_layer(graceful1.layer());
     counts_and_refuses(app, &graceful1, "/").await;
@@ -124,7 +124,7 @@ async fn as_a_route_layer_and_round_a_whole_router() {
 }
 
 #[tokio::test]
-async fn inside_and_outside_nest() {
+async fn requests_are_counted_and_refused_inside_and_outside_nest() {
     let inside = graceful();
     let app = Router::new().nest("/api", hello_at("/hello").layer(inside.layer()));
     counts_and_refuses(app, &inside, "/api/hello").await;
@@ -137,7 +137,7 @@ async fn inside_and_outside_nest() {
 }
 
 #[tokio::test]
-async fn with_a_fallback() {
+async fn requests_are_counted_and_refused_with_a_fallback() {
     let graceful = graceful();
     let app = Router::new().fallback(hello).layer(graceful.layer());
     counts_and_refuses(app, &graceful, "/anywhere").await;
@@ -189,7 +189,7 @@ async fn a_request_to_head_is_released_with_its_head() {
 }
 
 #[tokio::test]
-async fn with_trace_inside_and_outside() {
+async fn requests_are_counted_and_refused_with_trace_inside_and_outside() {
     let inside = graceful();
     let app = hello_at("/")
         .layer(TraceLayer::new_for_http())
@@ -239,7 +239,7 @@ async fn a_timeout_inside_or_outside_releases_the_request() {
 }
 
 #[tokio::test]
-async fn with_a_timeout_that_does_not_expire() {
+async fn requests_are_counted_and_refused_with_a_timeout_that_does_not_expire() {
     let timeout =
         TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, Duration::from_secs(3));
     let graceful = graceful();
@@ -316,7 +316,7 @@ async fn a_panic_is_a_500_and_releases_the_request_in_both_orders() {
 }
 
 #[tokio::test]
-async fn with_catch_panic_and_no_panic() {
+async fn requests_are_counted_and_refused_with_catch_panic_and_no_panic() {
     let graceful = graceful();
     let app = hello_at("/")
         .layer(graceful.layer())
@@ -352,7 +352,7 @@ async fn a_refusal_carries_the_request_id_too() {
 }
 
 #[tokio::test]
-async fn with_request_ids_inside() {
+async fn requests_are_counted_and_refused_with_request_ids_inside() {
     let graceful = graceful();
     let app = hello_at("/")
         .layer(PropagateRequestIdLayer::x_request_id())

@@ -48,15 +48,6 @@ fn a_response_that_streams_is_in_flight_after_its_head() {
 }
 
 #[test]
-fn an_empty_response_is_released_with_its_head() {
-    let graceful = Graceful::new();
-    let body = Empty::<Bytes>::new();
-    let mut request = start(&graceful, ready(Ok(Response::new(body))));
-    let _response = assert_ready_ok!(request.poll());
-    assert_eq!(graceful.in_flight(), 0);
-}
-
-#[test]
 fn dropping_the_future_releases_its_request() {
     let graceful = Graceful::new();
     let mut polled = start(&graceful, pending::<Answer<Empty<Bytes>>>());

@@ -14,8 +14,10 @@ use crate::{
 /// Timers have milliseconds, and several follow one another.
 const ROUNDING: Duration = Duration::from_millis(10);
 
-const LEAST_TURN: Duration = Duration::from_millis(10);
+/// The time that each cleanup step has even if none is left.
+const LEAST_STEP: Duration = Duration::from_millis(10);
 
+/// The time that cut work and dropped servers have even if none is left, 50 ms each.
 const LEAST_CLOSING: Duration = Duration::from_millis(100);
 
 pub(crate) fn check(schedule: &Schedule, seen: &Seen) -> Result<(), TestCaseError> {
@@ -50,7 +52,7 @@ fn the_stop_ends_within_the_grace_period(
     let took = played.stopped - played.triggered;
     // In a long grace period the margin has room for the least time that each wait has, even where
     // nothing is left: what was cut, servers that are dropped, and each cleanup step.
-    let steps = LEAST_TURN * schedule.cleanup.len().try_into().unwrap();
+    let steps = LEAST_STEP * schedule.cleanup.len().try_into().unwrap();
     let most = if played.grace_period < Duration::from_secs(6) {
         played.grace_period + LEAST_CLOSING + steps + ROUNDING
     } else {

@@ -10,7 +10,7 @@ use bytes::{Buf, Bytes};
 use http_body::{Frame, SizeHint};
 use tokio::time;
 
-use super::owner::{Owner, Running};
+use super::owner::{OpenStream, Owner};
 use crate::{
     connection::directive::Directive, phase::Phase, shutdown::closing::QUIET_BEFORE_CLOSE,
 };
@@ -34,7 +34,7 @@ pub(super) struct OwnedBody {
 /// A piece of a response.
 pub(super) struct Piece {
     bytes: Bytes,
-    _counted: Option<Running>,
+    _counted: Option<OpenStream>,
 }
 
 impl Buf for Piece {
@@ -88,7 +88,7 @@ impl http_body::Body for OwnedBody {
             frame.map(|frame| {
                 frame.map_data(|bytes| Piece {
                     bytes,
-                    _counted: counting.map(|owner| Running::new(owner.clone())),
+                    _counted: counting.map(|owner| OpenStream::new(owner.clone())),
                 })
             })
         });

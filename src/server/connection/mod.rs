@@ -26,14 +26,14 @@ use tower_service::Service;
 
 use self::{
     head_timer::{HeadTimeout, HeadTimer},
-    owner::{Owner, RareSleep, Running},
+    owner::{OpenStream, Owner, RareSleep},
     service::Owned,
 };
 use super::{io::GracefulIo, settings::Settings};
 use crate::{
     connection::{
         directive::Directive,
-        flags::{CLOSE_NOTICED, OWNED},
+        flags::CLOSE_NOTICED,
         wakers::{RegisteredWaker, WakerSlot},
     },
     phase::Phase,
@@ -60,9 +60,8 @@ where
     S::Future: Send,
 {
     let owner = Owner(io.begin_serving());
-    owner.0.flags.set(OWNED);
     if owner.phase() > Phase::Serving {
-        owner.0.sniffer.joins_during_stop();
+        owner.0.sniffer.mark_joined_during_stop();
     }
     if settings.http1_only() {
         owner.0.sniffer.refuse_http2();
@@ -191,7 +190,7 @@ struct Streams(Owner);
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     fn execute(&self, stream: F) {
-        let running = Running::new(self.0.clone());
+        let running = OpenStream::new(self.0.clone());
         tokio::spawn(async move {
             stream.await;
             drop(running);

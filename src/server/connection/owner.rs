@@ -13,7 +13,7 @@ use tokio::time;
 use crate::{
     connection::{
         directive::Directive,
-        flags::{MAY_DROP, RESPONDED, UPGRADES},
+        flags::{RESPONDED, UPGRADES},
         outside::Window,
     },
     middleware::connection_close,
@@ -63,21 +63,6 @@ impl Owner {
         match self.phase() {
             Phase::Serving => true,
             phase => phase < Phase::Draining && !is_probe(),
-        }
-    }
-
-    /// Counts an HTTP/1 request that was dropped without a response because its client has closed its
-    /// writing side: the client may have waited for the response. Counts only while the service stops, and
-    /// not after the cut: cut connections are reported as such.
-    #[cold]
-    pub(super) fn dropped_unanswered(&self) {
-        let shared = &self.0.owner;
-        if self.0.sniffer.has_ended()
-            && shared.phase() > Phase::Serving
-            && self.0.state.directive() < Directive::Cut
-            && !self.0.flags.has(MAY_DROP)
-        {
-            shared.connections.half_closed();
         }
     }
 
@@ -160,16 +145,16 @@ impl Owner {
 }
 
 /// Counts the task of a stream, or a piece of a response body, until it is dropped.
-pub(super) struct Running(Owner);
+pub(super) struct OpenStream(Owner);
 
-impl Running {
+impl OpenStream {
     pub(super) fn new(owner: Owner) -> Self {
         owner.0.state.stream_began();
         Self(owner)
     }
 }
 
-impl Drop for Running {
+impl Drop for OpenStream {
     fn drop(&mut self) {
         self.0.0.state.stream_ended();
     }

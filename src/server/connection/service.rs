@@ -111,7 +111,7 @@ pin_project! {
                     window.close(&owner.0.owner);
                 }
                 if *this.is_lost_by_fin {
-                    owner.dropped_unanswered();
+                    owner.0.dropped_unanswered();
                 }
             }
         }

@@ -31,7 +31,7 @@ impl Heads {
         self.0 & Self::BODILESS != 0
     }
 
-    pub(super) fn first(&mut self, read: &[u8]) {
+    pub(super) fn note_first(&mut self, read: &[u8]) {
         let mut breaks = self.0 & Self::BREAKS;
         for byte in read {
             breaks = match byte {
@@ -47,7 +47,7 @@ impl Heads {
     /// A request may arrive in several reads, because servers first read a few bytes to tell HTTP/1 from
     /// HTTP/2.
     #[inline]
-    pub(super) fn last(&mut self, read: &[u8], is_probe: impl FnOnce() -> bool) {
+    pub(super) fn note_last(&mut self, read: &[u8], is_probe: impl FnOnce() -> bool) {
         let mut bits = self.0 & !Self::BODILESS;
         if self.0 & Self::BODILESS != 0 && bits & Self::ASKING != 0 {
             // Another request follows before the response.

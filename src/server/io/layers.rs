@@ -25,7 +25,7 @@ impl<I: 'static> GracefulIo<I> {
     /// Passes the connection to `serve`: from now on the sniffer records every read.
     #[cfg(feature = "signal")]
     pub(in crate::server) fn begin_serving(&mut self) -> Arc<ConnectionEntry> {
-        self.activity.is_owned();
+        self.activity.mark_owned();
         self.guard.entry.flags.take(INSPECTED);
         self.guard.entry.sniffer.listen();
         Arc::clone(&self.guard.entry)

@@ -107,7 +107,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
             entry.owner.upgraded.ended(entry.number());
         }
         if is_top && entry.sniffer.is_unanswered() {
-            self.guard.half_closed();
+            entry.dropped_unanswered();
         }
         let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();
         let entry = &self.guard.entry;
@@ -164,7 +164,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
                 },
                 shut: self.writing == Writing::Shut,
             };
-            linger(io, last, self.guard.hand_over());
+            linger(io, last, EntryGuard::share(entry));
         }
     }
 }

@@ -70,7 +70,7 @@ impl<I: 'static> GracefulIo<I> {
     fn expires(&self) -> bool {
         let entry = &self.guard.entry;
         let in_flight = if entry.sniffer.is_http2() {
-            entry.may_have_streams()
+            entry.may_have_streams(|| entry.owner.pieces())
         } else if !self.is_top() {
             entry.flags.has(BUSY)
         } else {
@@ -179,8 +179,8 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         let room = buf.remaining() > 0;
         let is_top = this.is_top();
         let entry = &this.guard.entry;
-        if is_top && entry.sniffer.has_kept() {
-            entry.sniffer.hand_on(buf);
+        if is_top && entry.sniffer.has_held_back() {
+            entry.sniffer.release_held_back(buf);
             return Poll::Ready(Ok(()));
         }
         let io = present(this.io.as_mut());
@@ -204,19 +204,19 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 requests::read(entry, read);
             }
             let is_probe = || directive > Directive::Stay && entry.owner.is_probe(path(read));
-            this.heads.last(read, is_probe);
+            this.heads.note_last(read, is_probe);
             if this.written == Written::Nothing {
-                this.heads.first(read);
+                this.heads.note_first(read);
                 if this.layer > 0 && this.heads.first_is_whole() {
                     entry.flags.set(BUSY);
                 }
             }
             // A prober that has given up waiting has lost nothing.
-            let lets_in = || {
+            let admits = || {
                 directive == Directive::Stay
                     || entry.owner.phase() < Phase::Draining && !this.heads.last_is_probe()
             };
-            let kept = entry.sniffer.note(read, lets_in);
+            let kept = entry.sniffer.note(read, admits);
             if kept > 0 {
                 let passed = buf.filled().len() - kept;
                 buf.set_filled(passed);

@@ -511,7 +511,7 @@ impl Client<'_> {
         self.shared.vanished.lock().unwrap().push(connection);
     }
 
-    /// A WebSocket: echoes until the server says goodbye, and answers that.
+    /// A WebSocket: sends messages until the server sends a close frame, and answers that.
     fn socket(&mut self, connection: &mut Connection) {
         let id = self.id();
         let address = connection.stream().local_addr().ok();

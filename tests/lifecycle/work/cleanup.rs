@@ -342,7 +342,7 @@ async fn time_that_a_step_does_not_use_is_left_to_the_next() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn steps_without_a_bound_share_what_is_left() {
+async fn steps_without_a_timeout_share_what_is_left() {
     let graceful = without_delay();
     hangs(&graceful, "A", Duration::MAX);
     hangs(&graceful, "B", Duration::MAX);
@@ -352,7 +352,7 @@ async fn steps_without_a_bound_share_what_is_left() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_step_without_a_bound_leaves_its_part_to_one_that_has_one() {
+async fn a_step_without_a_timeout_leaves_its_part_to_one_that_has_one() {
     let graceful = without_delay();
     hangs(&graceful, "A", Duration::MAX);
     graceful.cleanup("B", s(1), sleep_for(ms(900))).unwrap();
@@ -374,7 +374,7 @@ async fn a_step_with_a_timeout_of_zero_is_polled() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_grace_period_a_step_without_a_bound_may_take_a_year() {
+async fn without_a_grace_period_a_step_without_a_timeout_may_take_a_year() {
     const YEAR: Duration = Duration::from_secs(60 * 60 * 24 * 365);
     let graceful = Graceful::builder()
         .grace_period(Duration::MAX)

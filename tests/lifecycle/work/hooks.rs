@@ -252,7 +252,7 @@ async fn a_hook_that_fails_or_panics_is_reported_as_a_failure() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hook_that_comes_when_a_stop_was_asked_for_is_not_run() {
+async fn a_hook_registered_after_the_trigger_is_not_run() {
     let graceful = graceful();
     graceful.shutdown();
     let (hook, log) = watched(pending::<()>());

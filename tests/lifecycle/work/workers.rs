@@ -237,7 +237,15 @@ async fn a_worker_that_fails_is_reported_and_does_not_stop_the_service() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_worker_that_panics_is_reported_with_what_it_said() {
+async fn a_worker_that_panics_is_reported_with_its_message() {
+    struct Bomb;
+
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            resume_unwind(Box::new("the payload of a panic panics when it is dropped"));
+        }
+    }
+
     fn in_closure(_: Stop) -> Ready<()> {
         resume_unwind(Box::new("in the closure"))
     }
@@ -255,6 +263,7 @@ async fn a_worker_that_panics_is_reported_with_what_it_said() {
         panics(42_u8).await;
     };
     graceful.worker("other", other).unwrap();
+    graceful.worker("bomb", |_| panics(Bomb)).unwrap();
     graceful.worker("obedient", obedient).unwrap();
     pass(s(60)).await;
     assert_eq!(graceful.phase(), Phase::Serving);
@@ -268,6 +277,7 @@ async fn a_worker_that_panics_is_reported_with_what_it_said() {
             panicked("in the closure"),
             panicked("at once"),
             panicked("a str"),
+            panicked("the payload is not text"),
             panicked("the payload is not text"),
             TaskOutcome::Done,
         ]
@@ -714,7 +724,7 @@ fn comes_too_late(graceful: &Graceful) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_worker_that_comes_when_draining_has_started_is_not_run() {
+async fn a_worker_registered_after_draining_has_started_is_not_run() {
     let graceful = without_delay();
     let held = request(&graceful);
     let connection = graceful.track(());
