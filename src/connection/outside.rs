@@ -20,7 +20,8 @@
 //!
 //! # Requests that are not reported
 //!
-//! - Responses of a [`Probe`](crate::Probe) of the lifecycle, exempt paths, and `OPTIONS`.
+//! - Responses of a [`Probe`](crate::Probe) of the lifecycle, exempt paths, gRPC health checks, and
+//!   `OPTIONS`.
 //! - Responses other than 2xx and 101: by default axum answers paths without a route outside the
 //!   layer, and middleware around the layer may redirect or reject.
 //! - gRPC calls that fail.

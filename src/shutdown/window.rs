@@ -7,6 +7,9 @@ use http::{Method, StatusCode};
 use super::Shared;
 use crate::{connection::outside::Window, phase::Phase, report::OutsideLayer};
 
+/// The health checks of gRPC. They belong outside the layer, because they are answered until the end.
+const GRPC_HEALTH: &str = "/grpc.health.v1.Health/";
+
 impl Window {
     /// Opens a window for a request that has arrived. Returns `None` if the layer need not see this
     /// request, or if another window is open. `served`: on a server of `serve`.
@@ -24,6 +27,7 @@ impl Window {
         let mut exempt = shared.policy.exempt.iter();
         if shared.phase() >= Phase::Draining
             || others.contains(method)
+            || path.starts_with(GRPC_HEALTH)
             || exempt.any(|exempt| path.ends_with(&**exempt))
         {
             return None;

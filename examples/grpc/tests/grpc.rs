@@ -171,12 +171,14 @@ fn promptly() -> GracefulBuilder {
 }
 
 async fn start(form: Form, plan: GracefulBuilder) -> Running {
-    // For tonic's server, where the layer is around health too.
-    let graceful = plan
-        .exempt("/grpc.health.v1.Health/Check")
-        .exempt("/grpc.health.v1.Health/Watch")
-        .build()
-        .unwrap();
+    let plan = match form {
+        Form::Serve => plan,
+        // The layer of tonic's server is around health too.
+        Form::Tonic => plan
+            .exempt("/grpc.health.v1.Health/Check")
+            .exempt("/grpc.health.v1.Health/Watch"),
+    };
+    let graceful = plan.build().unwrap();
     let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = tcp.local_addr().unwrap();
     let service = Service {
@@ -268,6 +270,7 @@ impl Running {
     async fn ends_clean(self) -> Requests {
         let report = within(self.server).await.unwrap();
         assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+        assert!(report.warnings().is_empty(), "{report}");
         report.requests()
     }
 }
