@@ -236,7 +236,7 @@ pub enum ConfigError {
     /// `unready_status` does not mean "not ready": it is informational (1xx), or it is 200, the
     /// status of a ready service.
     UnreadyStatus(http::StatusCode),
-    /// An exempt path does not begin with a slash, so no request can have it.
+    /// An exempt path does not begin with a slash or contains a query, so no request can have it.
     ExemptPath(String),
     /// A rule for ending the lame-duck phase early cannot work.
     LeaveEarly(LeaveEarlyError),
@@ -336,6 +336,10 @@ impl fmt::Display for ConfigError {
                 } else {
                     "is the status of a ready service"
                 }
+            ),
+            Self::ExemptPath(path) if path.starts_with('/') => write!(
+                f,
+                "exempt path {path:?} contains a query, which is not compared, so no request can have it; leave the query out"
             ),
             Self::ExemptPath(path) => write!(
                 f,

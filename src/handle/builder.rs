@@ -589,7 +589,7 @@ impl GracefulBuilder {
             .policy
             .exempt
             .iter()
-            .find(|path| !path.starts_with('/'))
+            .find(|path| !path.starts_with('/') || path.contains('?'))
         {
             return Err(ConfigError::ExemptPath(path.clone()));
         }

@@ -401,6 +401,8 @@ fn mute(form: Form) {
         ),
         ("half a head", b"GET / HTTP/1.1\r\nhost: te"),
         ("an empty line", b"\r\n"),
+        ("empty lines", b"\r\n\r\n"),
+        ("empty lines and half a head", b"\n\n\r\nGET / HTTP/1.1\r\n"),
         ("nothing", b""),
     ];
     let mut server = Server::start(form, &["delay=100", "drain=20000"]);

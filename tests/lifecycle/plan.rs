@@ -162,15 +162,17 @@ fn an_informational_unready_status_is_refused() {
 }
 
 #[test]
-fn an_exempt_path_without_a_slash_is_refused_by_name() {
-    for path in ["metrics", "", "*", "http://localhost/metrics"] {
+fn an_exempt_path_that_no_request_can_have_is_refused_by_name() {
+    let without_slash =
+        ["metrics", "", "*", "http://localhost/metrics"].map(|path| (path, "slash"));
+    for (path, why) in without_slash.into_iter().chain([("/metrics?all", "query")]) {
         let error = Graceful::builder()
             .exempt("/fine")
             .exempt(path)
             .build()
             .unwrap_err();
         assert_eq!(error, ConfigError::ExemptPath(path.to_owned()));
-        assert_names(&error.to_string(), &[&format!("{path:?}"), "slash"]);
+        assert_names(&error.to_string(), &[&format!("{path:?}"), why]);
     }
     assert!(
         Graceful::builder()

@@ -1,15 +1,19 @@
 //! What the bytes of a connection show about HTTP/1 request heads, when the tracked IO only needs to know
 //! whether a request is complete.
 
-/// What the reads show about HTTP/1 requests. The two lowest bits count the line breaks at the end of
-/// the bytes read so far. Two in a row mean that the first head may be complete, and then the count
-/// stays.
+/// What the reads show about HTTP/1 requests. The two lowest bits are the state of the first head: not
+/// begun, in a line, at the end of a line, or whole, which is after an empty line and stays. Empty lines
+/// before the request line do not begin it
+/// ([RFC 9112 §2.2](https://www.rfc-editor.org/rfc/rfc9112#section-2.2)).
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Heads(u8);
 
 impl Heads {
-    const BREAKS: u8 = 3;
-    const WHOLE: u8 = 2;
+    const FIRST: u8 = 3;
+    const NOT_BEGUN: u8 = 0;
+    const IN_LINE: u8 = 1;
+    const LINE_END: u8 = 2;
+    const WHOLE: u8 = 3;
     /// The bytes read since the last write are a request without a body.
     const BODILESS: u8 = 4;
     /// The bytes read since the last write begin with `GET` or `HEAD`, which have no body.
@@ -20,7 +24,7 @@ impl Heads {
     const PROBE: u8 = 32;
 
     pub(super) fn first_is_whole(self) -> bool {
-        self.0 & Self::BREAKS == Self::WHOLE
+        self.0 & Self::FIRST == Self::WHOLE
     }
 
     pub(super) fn last_is_probe(self) -> bool {
@@ -32,16 +36,18 @@ impl Heads {
     }
 
     pub(super) fn note_first(&mut self, read: &[u8]) {
-        let mut breaks = self.0 & Self::BREAKS;
+        let mut first = self.0 & Self::FIRST;
         for byte in read {
-            breaks = match byte {
-                _ if breaks == Self::WHOLE => break,
-                b'\n' => breaks + 1,
-                b'\r' => breaks,
-                _ => 0,
+            first = match (byte, first) {
+                (_, Self::WHOLE) => break,
+                (b'\r', first) => first,
+                (b'\n', Self::NOT_BEGUN) => Self::NOT_BEGUN,
+                (b'\n', Self::IN_LINE) => Self::LINE_END,
+                (b'\n', _) => Self::WHOLE,
+                _ => Self::IN_LINE,
             };
         }
-        self.0 = self.0 & !Self::BREAKS | breaks;
+        self.0 = self.0 & !Self::FIRST | first;
     }
 
     /// A request may arrive in several reads, because servers first read a few bytes to tell HTTP/1 from
@@ -69,5 +75,50 @@ impl Heads {
     #[inline]
     pub(super) fn wrote(&mut self) {
         self.0 &= !Self::ASKING;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn first_is_whole(reads: &[&[u8]]) -> bool {
+        let mut heads = Heads::default();
+        for read in reads {
+            heads.note_first(read);
+        }
+        heads.first_is_whole()
+    }
+
+    #[test]
+    fn the_first_head_ends_with_an_empty_line_in_any_pieces() {
+        let whole: &[&[u8]] = &[
+            b"GET / HTTP/1.1\r\nhost: test\r\n\r\n",
+            b"GET / HTTP/1.1\n\n",
+            b"\r\n\r\nGET / HTTP/1.1\r\n\r\nbody",
+        ];
+        for head in whole {
+            assert!(first_is_whole(&[head]));
+            let bytes: Vec<_> = head.chunks(1).collect();
+            assert!(first_is_whole(&bytes));
+        }
+    }
+
+    #[test]
+    fn empty_lines_and_half_a_head_are_no_head() {
+        let parts: &[&[u8]] = &[
+            b"",
+            b"\r\n",
+            b"\r\n\r\n",
+            b"\n\n\n",
+            b"\r\n\r\nGET / HTTP/1.1\r\n",
+            b"GET / HTTP/1.1\r\nhost: te",
+            b"GET / HTTP/1.1\r\n\r",
+        ];
+        for part in parts {
+            assert!(!first_is_whole(&[part]), "{part:?}");
+            let bytes: Vec<_> = part.chunks(1).collect();
+            assert!(!first_is_whole(&bytes), "{part:?} in pieces");
+        }
     }
 }
