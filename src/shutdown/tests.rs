@@ -156,6 +156,33 @@ async fn the_delay_goes_on_while_a_drain_waits_although_every_server_has_ended()
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_delay_goes_on_until_the_last_of_two_servers_has_ended() {
+    let mut stop = Stop::new(1000, 1000, unchanged);
+    for _ in 0..2 {
+        stop.shared().server_began();
+    }
+    stop.terminate();
+    stop.shared().server_ended(&ServerEnd::Finished);
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    stop.shared().server_ended(&ServerEnd::Finished);
+    assert_eq!(stop.phase(), Phase::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn servers_and_drain_futures_that_have_ended_stay_in_the_number_so_far() {
+    let stop = Stop::new(0, 1000, unchanged);
+    for n in 1..=2 {
+        stop.shared().server_began();
+        stop.shared().server_ended(&ServerEnd::Dropped);
+        stop.shared().drain_began();
+        stop.shared().drain_ended();
+        let servers = stop.shared().servers(&stop.shared().state());
+        assert_eq!((servers.run, servers.drains), (n, n));
+    }
+    assert_eq!(stop.phase(), Phase::Serving);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_sigint_ends_the_delay_once_the_listener_has_closed() {
     let mut stop = Stop::new(5000, 5000, |it| it.keep_listening(false));
     stop.listen();
