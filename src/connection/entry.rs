@@ -120,3 +120,85 @@ impl<O> OpenAtCut<O> {
         }
     }
 }
+
+#[cfg(all(test, feature = "axum", feature = "signal", not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+    use crate::connection::table::ConnectionTable;
+
+    fn connect() -> Arc<ConnectionEntry<()>> {
+        ConnectionTable::default().insert((), None)
+    }
+
+    #[test]
+    fn open_connections_have_different_numbers() {
+        let [one, other] = [(); 2].map(|()| connect());
+        assert_eq!(one.number(), one.number());
+        assert_ne!(one.number(), other.number());
+    }
+
+    /// The GOAWAY goes out when a connection of `serve` is told to leave, and elsewhere when it is told to
+    /// close.
+    #[test]
+    fn a_peer_answers_if_something_is_read_after_the_goaway() {
+        for (served, directive, answers) in [
+            (true, Directive::Stopping, false),
+            (true, Directive::Leave, true),
+            (true, Directive::Close, true),
+            (false, Directive::Stopping, false),
+            (false, Directive::Leave, false),
+            (false, Directive::Read, false),
+            (false, Directive::Close, true),
+            (false, Directive::Expire, true),
+        ] {
+            let entry = connect();
+            if served {
+                entry.sniffer.listen();
+            }
+            assert_eq!(entry.is_served(), served);
+            // It has been active since it was inserted.
+            entry.read_while_stopping(directive);
+            assert_eq!(entry.flags.has(ANSWERS), answers, "{served} {directive:?}");
+            assert!(entry.flags.take(ACTIVE));
+            entry.read_while_stopping(directive);
+            assert_eq!(entry.flags.has(ANSWERS), answers, "{served} {directive:?}");
+            assert!(entry.flags.has(ACTIVE), "{served} {directive:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_handshake_reads_is_no_request() {
+        let entry = connect();
+        entry.flags.set(HANDSHAKE);
+        entry.was_read_once_more();
+        assert!(!entry.flags.has(READ_ONCE_MORE));
+        entry.flags.take(HANDSHAKE);
+        entry.was_read_once_more();
+        assert!(entry.flags.has(READ_ONCE_MORE));
+    }
+
+    #[test]
+    fn streams_may_be_open_if_the_peer_answers_or_a_piece_of_a_response_is_held() {
+        for (answers, held, expected) in [
+            (false, 0, false),
+            (true, 0, true),
+            (false, 1, true),
+            (true, 1, true),
+        ] {
+            let entry = connect();
+            if answers {
+                entry.flags.set(ANSWERS);
+            }
+            assert_eq!(
+                entry.may_have_streams(|| held),
+                expected,
+                "{answers} {held}"
+            );
+            // A server of `serve` knows its streams.
+            entry.sniffer.listen();
+            assert!(!entry.may_have_streams(|| held));
+            entry.state.stream_began();
+            assert!(entry.may_have_streams(|| held));
+        }
+    }
+}

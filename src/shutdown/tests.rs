@@ -6,7 +6,10 @@ use std::{
     task::{Context, Waker},
 };
 
-use tokio::time::{Duration, Instant, sleep_until};
+use tokio::{
+    sync::oneshot,
+    time::{Duration, Instant, sleep_until},
+};
 
 use super::{
     Shared,
@@ -16,7 +19,7 @@ use crate::{
     connection::{
         directive::Directive,
         entry::ConnectionEntry,
-        flags::CLOSE_NOTICED,
+        flags::{ACTIVE, CLOSE_NOTICED, HANDSHAKE},
         wakers::{RegisteredWaker, WakerSlot},
     },
     handle::{builder::GracefulBuilder, graceful::Graceful},
@@ -150,6 +153,33 @@ async fn the_delay_goes_on_while_a_drain_waits_although_every_server_has_ended()
     assert_eq!(stop.phase(), Phase::LameDuck);
     stop.shared().drain_ended();
     assert_eq!(stop.phase(), Phase::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_delay_goes_on_until_the_last_of_two_servers_has_ended() {
+    let mut stop = Stop::new(1000, 1000, unchanged);
+    for _ in 0..2 {
+        stop.shared().server_began();
+    }
+    stop.terminate();
+    stop.shared().server_ended(&ServerEnd::Finished);
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    stop.shared().server_ended(&ServerEnd::Finished);
+    assert_eq!(stop.phase(), Phase::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn servers_and_drain_futures_that_have_ended_stay_in_the_number_so_far() {
+    let stop = Stop::new(0, 1000, unchanged);
+    for n in 1..=2 {
+        stop.shared().server_began();
+        stop.shared().server_ended(&ServerEnd::Dropped);
+        stop.shared().drain_began();
+        stop.shared().drain_ended();
+        let servers = stop.shared().servers(&stop.shared().state());
+        assert_eq!((servers.run, servers.drains), (n, n));
+    }
+    assert_eq!(stop.phase(), Phase::Serving);
 }
 
 #[tokio::test(start_paused = true)]
@@ -400,6 +430,150 @@ async fn a_server_is_told_to_close_when_its_idle_connections_have_been_read_once
     stop.at(280).await;
     assert_eq!(idle.state.directive(), Directive::Close);
     stop.leave(&idle);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_that_are_read_once_more_one_after_another_are_waited_for_one_second() {
+    let mut stop = Stop::new(0, 5000, unchanged);
+    stop.listen();
+    stop.close_listener();
+    let entries = [(); 10].map(|()| stop.connect_and_read());
+    stop.terminate();
+    stop.at(30).await;
+    for (n, entry) in (0..9).zip(&entries) {
+        assert_eq!(stop.closing_stage(), ClosingStage::Reads);
+        entry.was_read_once_more();
+        stop.at(30 + 110 * (n + 1)).await;
+    }
+    // Read less than 250 ms ago, and the last one is left.
+    stop.at(1021).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Reads);
+    stop.at(1035).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Connections);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_are_not_read_once_more_after_the_drain_deadline() {
+    let mut stop = Stop::new(0, 1000, unchanged);
+    stop.listen();
+    stop.close_listener();
+    let entry = stop.connect_and_read();
+    let hold = stop.graceful.hold("work");
+    stop.terminate();
+    stop.at(915).await;
+    assert_eq!(entry.state.directive(), Directive::Read);
+    // With nothing in flight it has 250 ms.
+    drop(hold);
+    stop.at(995).await;
+    assert_eq!(entry.state.directive(), Directive::Read);
+    stop.at(1005).await;
+    assert_eq!(entry.state.directive(), Directive::Close);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_check_for_the_read_comes_after_1_ms_and_the_others_every_5_ms() {
+    let mut stop = Stop::new(0, 1000, unchanged);
+    stop.listen();
+    stop.close_listener();
+    let entry = stop.connect_and_read();
+    stop.terminate();
+    stop.at(24).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
+    stop.at(25).await;
+    for after in [1, 5, 5] {
+        let now = Instant::now();
+        let next = stop.shared().step(|_, _| ()).unwrap();
+        assert_eq!(entry.state.directive(), Directive::Read);
+        assert_eq!(next - now, ms(after));
+    }
+    stop.leave(&entry);
+}
+
+/// A service with a connection whose handshake runs.
+fn stop_in_handshake(drain: u64) -> (Stop, Arc<ConnectionEntry<Shared>>) {
+    let stop = Stop::new(0, drain, unchanged);
+    stop.listen();
+    stop.close_listener();
+    let entry = stop.connect_and_read();
+    entry.flags.set(HANDSHAKE);
+    entry.sniffer.note(b"\x16\x03\x01", || true);
+    (stop, entry)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handshake_is_waited_for_one_second() {
+    let (mut stop, entry) = stop_in_handshake(5000);
+    stop.terminate();
+    stop.at(998).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
+    stop.at(1100).await;
+    assert_eq!(entry.state.directive(), Directive::Close);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handshake_is_not_waited_for_beyond_the_drain_deadline() {
+    let (mut stop, entry) = stop_in_handshake(400);
+    let hold = stop.graceful.hold("work");
+    stop.terminate();
+    // The closing of idle connections begins 350 ms after the stop began.
+    stop.at(380).await;
+    drop(hold);
+    stop.at(395).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
+    stop.at(405).await;
+    assert_eq!(entry.state.directive(), Directive::Close);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_handshake_is_noticed_within_5_ms() {
+    let (mut stop, entry) = stop_in_handshake(5000);
+    stop.terminate();
+    stop.at(500).await;
+    entry.flags.take(HANDSHAKE);
+    entry.flags.set(ACTIVE);
+    stop.at(520).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
+    stop.at(540).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Reads);
+    stop.assert_closed_after_one_more_read(&entry).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_request_may_come_30_ms_after_a_handshake() {
+    let (mut stop, entry) = stop_in_handshake(5000);
+    stop.terminate();
+    stop.at(500).await;
+    stop.shared().change(|_, _| ());
+    entry.flags.take(HANDSHAKE);
+    entry.flags.set(ACTIVE);
+    stop.at(510).await;
+    // A part of the first request. The rest is not waited for any longer.
+    entry.flags.set(ACTIVE);
+    stop.shared().change(|_, _| ());
+    stop.at(529).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
+    stop.at(532).await;
+    stop.assert_closed_after_one_more_read(&entry).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_short_handshake_shortens_no_other_wait() {
+    let (mut stop, entry) = stop_in_handshake(5000);
+    stop.terminate();
+    stop.at(10).await;
+    entry.flags.take(HANDSHAKE);
+    for after in (20..=140).step_by(20) {
+        entry.flags.set(ACTIVE);
+        stop.shared().change(|_, _| ());
+        stop.at(after).await;
+        assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
+    }
+    entry.flags.set(ACTIVE);
+    stop.shared().change(|_, _| ());
+    stop.at(149).await;
+    assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
+    stop.at(152).await;
+    stop.assert_closed_after_one_more_read(&entry).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -901,4 +1075,63 @@ async fn draining_does_not_wait_for_a_connection_that_its_server_has_dropped() {
         assert!(stop.phase() > Phase::LameDuck);
         stop.leave(&entry);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_has_ended_when_no_request_connection_or_running_task_is_left() {
+    let stop = Stop::new(0, 1000, unchanged);
+    let shared = stop.shared();
+    // A step that has not begun is not waited for.
+    stop.graceful.cleanup("step", ms(10), async {}).unwrap();
+    assert!(shared.has_ended(false));
+
+    let entry = stop.connect();
+    assert!(!shared.has_ended(false) && !shared.has_ended(true));
+    stop.leave(&entry);
+    let hold = stop.graceful.hold("work");
+    assert!(!shared.has_ended(false) && !shared.has_ended(true));
+    drop(hold);
+    let (end, ended) = oneshot::channel::<()>();
+    let worker = stop.graceful.worker("worker", |_| async move {
+        let _ = ended.await;
+    });
+    worker.unwrap();
+    assert!(!shared.has_ended(false));
+    assert!(shared.has_ended(true), "the runtime has dropped the worker");
+    drop(end);
+    stop.at(1).await;
+    assert!(shared.has_ended(false));
+}
+
+#[cfg(unix)]
+#[tokio::test(start_paused = true)]
+async fn the_watchdog_names_what_is_left_and_has_no_message_if_nothing_is() {
+    let mut stop = Stop::new(0, 1000, unchanged);
+    let entry = stop.connect();
+    let hold = stop.graceful.hold("job");
+    stop.graceful.worker("short", |_| async {}).unwrap();
+    stop.graceful
+        .worker("pump", |stop| async move { stop.idle().await })
+        .unwrap();
+    stop.at(1).await;
+    stop.terminate();
+    let text = stop.shared().describe_end().unwrap();
+    let mut lines = text.lines();
+    assert_eq!(
+        lines.next(),
+        Some(
+            "shutdown: the grace period is nearly over, and the service is draining: in flight 1, \
+             connections 1; the process is ended by the watchdog"
+        )
+    );
+    assert!(lines.next().unwrap().contains("job"), "{text}");
+    assert_eq!(lines.next(), Some("  pump has not ended"));
+    assert_eq!(lines.next(), None);
+
+    stop.leave(&entry);
+    drop(hold);
+    stop.graceful.stopped().await;
+    assert_eq!(stop.shared().describe_end(), None);
+    let _late = stop.connect();
+    assert!(stop.shared().describe_end().is_some());
 }
