@@ -44,7 +44,10 @@ pub(crate) struct ConnectionState {
     /// The slots whose stored waker is the one in their poller's [`RegisteredWaker`]. Changes under
     /// the lock of the wakers. Each poller reads only its own bits.
     waits: AtomicU8,
-    /// The number of tasks that run beside the connection's own task.
+    /// The number of streams: tasks that run beside the connection's own task, and HTTP/2 responses of
+    /// which the server holds bytes. In the high half, the number of those responses whose bodies have
+    /// ended. In one word, because there may be very many connections. The word is 0 only if there are no
+    /// streams, even if there are so many that the low half overflows.
     #[cfg(all(feature = "axum", feature = "signal"))]
     streams: AtomicU32,
     wakers: Mutex<Wakers>,
@@ -175,8 +178,17 @@ impl ConnectionState {
     }
 }
 
+/// One response in the high half of [`ConnectionState::streams`].
+#[cfg(all(feature = "axum", feature = "signal"))]
+const UNSENT: u32 = 1 << 16;
+
 #[cfg(all(feature = "axum", feature = "signal"))]
 impl ConnectionState {
+    /// The number of responses whose bodies have ended, and of which the server still holds bytes.
+    pub(crate) fn unsent(&self) -> u32 {
+        self.streams.load(Ordering::Relaxed) / UNSENT
+    }
+
     pub(crate) fn stream_began(&self) {
         self.streams.fetch_add(1, Ordering::Relaxed);
     }
@@ -188,6 +200,16 @@ impl ConnectionState {
             let woken = lock!(self.wakers).of(WakerSlot::Streams);
             woken.wake();
         }
+    }
+
+    /// The body of a response has ended, and the server holds bytes of it.
+    pub(crate) fn response_is_held(&self) {
+        self.streams.fetch_add(UNSENT, Ordering::Relaxed);
+    }
+
+    /// The server has sent these bytes, or has dropped them because the client has reset the stream.
+    pub(crate) fn response_is_released(&self) {
+        self.streams.fetch_sub(UNSENT, Ordering::Relaxed);
     }
 
     pub(crate) fn has_streams(&self) -> bool {

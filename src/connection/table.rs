@@ -303,6 +303,10 @@ impl<O> ConnectionTable<O> {
             let left = connections.map(|entry| OpenAtCut {
                 age: first.saturating_sub(Duration::from_nanos(entry.opened)),
                 peer: open.renamed.get(&entry.number()).copied().or(entry.peer),
+                #[cfg(all(feature = "axum", feature = "signal"))]
+                unsent: entry.state.unsent(),
+                #[cfg(not(all(feature = "axum", feature = "signal")))]
+                unsent: 0,
                 entry,
             });
             left.collect()

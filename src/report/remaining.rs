@@ -94,6 +94,9 @@ pub struct Requests {
     pub refused: usize,
     /// Requests that were still in flight at the cut, or whose response was not wholly received by
     /// the client, as far as the operating system reports it: see [`CutConnection::undelivered`].
+    /// Responses over HTTP/2 that wait in the server, because the window of the client is full, are
+    /// included. On servers other than [`serve`](crate::Graceful::serve) they count at most once for
+    /// each connection, so some of them may be in `finished`.
     pub cut: usize,
     /// Requests that ended without a whole response: they were dropped before they had a response, by
     /// their clients or by middleware outside the layer, or their response body failed or panicked.
@@ -168,7 +171,9 @@ pub struct CutConnection {
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
     /// The number of written bytes that the peer had not acknowledged, including the overhead of
-    /// TLS and HTTP. Known on Linux, for a connection whose IO is a `TcpStream`; 0 otherwise.
+    /// TLS and HTTP. Known on Linux, for a connection whose IO is a `TcpStream`; 0 otherwise. Bytes
+    /// that have not been written, such as those for which the client has no HTTP/2 window, are not
+    /// included.
     pub undelivered: u64,
 }
 

@@ -47,11 +47,13 @@ impl Shutdown {
             let owing = left().filter(|left| left.undelivered() > 0 && left.responded());
             owing.filter(|left| left.lingered() == lingered).count()
         };
-        // A response may consist of several pieces, so the pieces count at most once for each open
-        // connection.
+        // On `serve` the server says of how many responses it held bytes. On other servers a response may
+        // consist of several pieces, so the pieces count at most once for each open connection.
+        let unsent: usize = left().map(|left| left.unsent as usize).sum();
         let open = left().filter(|left| !left.lingered()).count();
         let pieces = cut.map_or(0, |cut| cut.pieces.min(open));
-        let requests_cut = owing(true) + owing(false).max(pieces).max(remaining.requests);
+        let known = remaining.requests + unsent;
+        let requests_cut = owing(true) + owing(false).max(pieces).max(known);
         remaining.servers = self.servers_left;
         remaining.queued = self.queued;
         remaining.half_closed = half_closed;

@@ -12,7 +12,10 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::{
     Test,
-    client::frames::{Connection, DATA, END_STREAM, GOAWAY, HEADERS, PING, WINDOW_UPDATE},
+    client::frames::{
+        Connection, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Method, PING, WINDOW_UPDATE,
+        request,
+    },
     process::{BOUND, Server, wait_for},
     server::Form,
 };
@@ -82,6 +85,11 @@ pub(crate) const TESTS: &[Test] = &[
         "whole::what_a_client_has_not_received_is_reported_as_cut",
         Form::CUTTING,
         undelivered,
+    ),
+    (
+        "whole::responses_that_wait_for_a_window_of_http2_are_reported_as_cut",
+        &[Form::Serve],
+        without_window,
     ),
     (
         "whole::a_client_that_resets_a_connection_being_closed_leaves_nothing_behind",
@@ -442,6 +450,32 @@ fn undelivered(form: Form) {
         assert!(exit.report.contains("bytes undelivered"), "{exit:?}");
         drop(client);
     }
+}
+
+/// The window of each stream has 1,000 bytes, and the client never enlarges it.
+fn without_window(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=1500"]);
+    // SETTINGS_INITIAL_WINDOW_SIZE (RFC 9113 §6.5.2)
+    let settings = [0, 4, 0, 0, 3, 232];
+    let mut client = Connection::on(TcpStream::connect(server.address).unwrap(), &settings);
+    for _ in 0..2 {
+        client.begin("/").unwrap();
+        client.end_of_stream();
+    }
+    for path in ["/bytes/300/2", "/bytes/300/200", "/bytes/300/3000"] {
+        client.begin(path).unwrap();
+    }
+    // Its body ends with trailers.
+    let call = request(Method::Post, "/grpc/300/200");
+    let flags = END_STREAM | END_HEADERS;
+    client.send(HEADERS, flags, 101, &call).unwrap();
+    server.wait_for_in_flight(4);
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    assert!(exit.report.contains(", 4 cut"), "{exit:?}");
+    assert!(!exit.report.contains("finished"), "{exit:?}");
+    drop(client);
 }
 
 fn reset(form: Form) {

@@ -2,6 +2,7 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -12,7 +13,10 @@ use tokio::time;
 
 use super::owner::{OpenStream, Owner};
 use crate::{
-    connection::directive::Directive, phase::Phase, shutdown::closing::QUIET_BEFORE_CLOSE,
+    connection::directive::Directive,
+    phase::Phase,
+    shutdown::closing::QUIET_BEFORE_CLOSE,
+    sync::{AtomicBool, Ordering},
 };
 
 /// The body of a response.
@@ -24,17 +28,61 @@ use crate::{
 /// 503: a client may not repeat a request, such as a `POST`, that is lost with its connection.
 ///
 /// Over HTTP/2, pieces for which the peer has no window stay in the server after the task of the stream
-/// has ended. So each piece counts as a stream until the server drops it.
+/// has ended. So a response counts as a stream until the server has dropped all its pieces, and if the
+/// connection is cut before, the report counts its request as cut.
 pub(super) struct OwnedBody {
     pub(super) inner: Body,
     pub(super) owner: Option<Owner>,
     pub(super) http2: bool,
+    /// What the pieces passed so far share. `None` before the first piece, and for a body of one piece.
+    pub(super) held: Option<Arc<HeldResponse>>,
 }
 
 /// A piece of a response.
 pub(super) struct Piece {
     bytes: Bytes,
-    _counted: Option<OpenStream>,
+    _held: Held,
+}
+
+/// What a piece keeps counted.
+enum Held {
+    /// Nothing: a piece of an HTTP/1 response.
+    No,
+    /// The response, of which this piece is the only one. Most responses have one piece, and take no
+    /// allocation for this.
+    Alone { _response: HeldResponse },
+    /// The response, with its other pieces.
+    Shared { _response: Arc<HeldResponse> },
+}
+
+/// Counts a response while the server holds pieces of it.
+pub(super) struct HeldResponse {
+    stream: OpenStream,
+    has_ended: AtomicBool,
+}
+
+impl HeldResponse {
+    fn new(owner: Owner) -> Self {
+        Self {
+            stream: OpenStream::new(owner),
+            has_ended: AtomicBool::new(false),
+        }
+    }
+
+    /// The body has ended, so that its request is in flight no longer.
+    fn end(&self) {
+        if !self.has_ended.swap(true, Ordering::Relaxed) {
+            self.stream.state().response_is_held();
+        }
+    }
+}
+
+impl Drop for HeldResponse {
+    fn drop(&mut self) {
+        if self.has_ended.load(Ordering::Relaxed) {
+            self.stream.state().response_is_released();
+        }
+    }
 }
 
 impl Buf for Piece {
@@ -56,7 +104,37 @@ impl Buf for Piece {
 }
 
 impl OwnedBody {
+    /// What a piece of this response keeps counted. `is_last`: no other piece follows.
+    fn hold(&mut self, is_last: bool) -> Held {
+        if !self.http2 {
+            return Held::No;
+        }
+        if is_last && self.held.is_none() {
+            let Some(owner) = self.owner.take() else {
+                return Held::No;
+            };
+            let response = HeldResponse::new(owner);
+            response.end();
+            return Held::Alone {
+                _response: response,
+            };
+        }
+        if self.held.is_none() {
+            let owner = self.owner.take();
+            self.held = owner.map(|owner| Arc::new(HeldResponse::new(owner)));
+        }
+        match &self.held {
+            Some(held) => Held::Shared {
+                _response: Arc::clone(held),
+            },
+            None => Held::No,
+        }
+    }
+
     fn ended(&mut self) {
+        if let Some(held) = self.held.take() {
+            held.end();
+        }
         let Some(owner) = self.owner.take() else {
             return;
         };
@@ -83,16 +161,19 @@ impl http_body::Body for OwnedBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Piece>, axum::Error>>> {
         let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let is_last = match &frame {
+            Some(Ok(frame)) => frame.is_trailers() || self.inner.is_end_stream(),
+            _ => true,
+        };
         let frame = frame.map(|frame| {
-            let counting = self.owner.as_ref().filter(|_| self.http2);
             frame.map(|frame| {
                 frame.map_data(|bytes| Piece {
                     bytes,
-                    _counted: counting.map(|owner| OpenStream::new(owner.clone())),
+                    _held: self.hold(is_last),
                 })
             })
         });
-        if !matches!(frame, Some(Ok(_))) || self.inner.is_end_stream() {
+        if is_last {
             self.ended();
         }
         Poll::Ready(frame)
@@ -104,5 +185,112 @@ impl http_body::Body for OwnedBody {
 
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{convert::Infallible, task::Waker};
+
+    use http::HeaderMap;
+    use http_body::Body as _;
+    use http_body_util::StreamBody;
+
+    use super::*;
+    use crate::{Graceful, connection::entry::ConnectionEntry, shutdown::Shared};
+
+    type Frames = Vec<Frame<Bytes>>;
+
+    fn connected(graceful: &Graceful) -> Arc<ConnectionEntry<Shared>> {
+        let shared = graceful.shared();
+        shared.connections.insert(shared.clone(), None)
+    }
+
+    fn body(entry: &Arc<ConnectionEntry<Shared>>, inner: axum::body::Body) -> OwnedBody {
+        OwnedBody {
+            inner,
+            owner: Some(Owner(Arc::clone(entry))),
+            http2: true,
+            held: None,
+        }
+    }
+
+    fn of_frames(frames: Frames) -> Body {
+        let frames = frames.into_iter().map(Ok::<_, Infallible>);
+        Body::new(StreamBody::new(futures_util::stream::iter(frames)))
+    }
+
+    /// Polls the next frame, and returns its piece.
+    fn next(body: &mut OwnedBody) -> Option<Piece> {
+        let mut cx = Context::from_waker(Waker::noop());
+        match Pin::new(body).poll_frame(&mut cx) {
+            Poll::Ready(Some(Ok(frame))) => frame.into_data().ok(),
+            Poll::Ready(None) => None,
+            _ => panic!("a frame that is ready, or the end"),
+        }
+    }
+
+    #[test]
+    fn a_response_is_unsent_from_the_end_of_its_body_until_its_last_piece_is_dropped() {
+        let graceful = Graceful::new();
+        let entry = connected(&graceful);
+        let state = &entry.state;
+        let data = || Frame::data(Bytes::from_static(b"piece"));
+        let trailers = Frame::trailers(HeaderMap::new());
+        for (frames, pieces) in [
+            (vec![data(), data()], 2),
+            (vec![data(), data(), trailers], 2),
+        ] {
+            let mut body = body(&entry, of_frames(frames));
+            let held: Vec<_> = (0..pieces).map(|_| next(&mut body).unwrap()).collect();
+            assert_eq!((state.unsent(), state.has_streams()), (0, true));
+            assert!(next(&mut body).is_none());
+            assert_eq!(state.unsent(), 1);
+            drop(body);
+            let mut held = held.into_iter();
+            drop(held.next());
+            assert_eq!((state.unsent(), state.has_streams()), (1, true));
+            drop(held);
+            assert_eq!((state.unsent(), state.has_streams()), (0, false));
+        }
+    }
+
+    #[test]
+    fn the_only_piece_of_a_body_of_known_length_is_its_last() {
+        let graceful = Graceful::new();
+        let entry = connected(&graceful);
+        let state = &entry.state;
+        let pieces: Vec<_> = (0..3)
+            .map(|_| next(&mut body(&entry, Body::from("whole"))).unwrap())
+            .collect();
+        assert_eq!((state.unsent(), state.has_streams()), (3, true));
+        drop(pieces);
+        assert_eq!((state.unsent(), state.has_streams()), (0, false));
+    }
+
+    #[test]
+    fn a_body_that_is_dropped_before_its_end_is_not_unsent() {
+        let graceful = Graceful::new();
+        let entry = connected(&graceful);
+        let data = || Frame::data(Bytes::from_static(b"piece"));
+        let mut body = body(&entry, of_frames(vec![data(), data()]));
+        let held = next(&mut body).unwrap();
+        drop(body);
+        assert_eq!((entry.state.unsent(), entry.state.has_streams()), (0, true));
+        drop(held);
+        assert!(!entry.state.has_streams());
+    }
+
+    #[test]
+    fn an_http1_response_is_not_counted() {
+        let graceful = Graceful::new();
+        let entry = connected(&graceful);
+        let mut body = body(&entry, Body::from("whole"));
+        body.http2 = false;
+        let _held = next(&mut body).unwrap();
+        assert_eq!(
+            (entry.state.unsent(), entry.state.has_streams()),
+            (0, false)
+        );
     }
 }

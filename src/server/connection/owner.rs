@@ -15,6 +15,7 @@ use crate::{
         directive::Directive,
         flags::{RESPONDED, UPGRADES},
         outside::Window,
+        state::ConnectionState,
     },
     middleware::connection_close,
     phase::Phase,
@@ -151,6 +152,10 @@ impl OpenStream {
     pub(super) fn new(owner: Owner) -> Self {
         owner.0.state.stream_began();
         Self(owner)
+    }
+
+    pub(super) fn state(&self) -> &ConnectionState {
+        &self.0.0.state
     }
 }
 

@@ -156,6 +156,7 @@ where
             inner,
             owner,
             http2,
+            held: None,
         })))
     }
 }
@@ -173,6 +174,7 @@ fn version_not_supported(version: Version) -> http::Response<OwnedBody> {
         inner,
         owner: None,
         http2: false,
+        held: None,
     })
 }
 
