@@ -179,6 +179,21 @@ mod tests {
     }
 
     #[test]
+    fn a_sum_has_served_and_has_admitted_if_any_shard_has() {
+        let admitted = Word::SERVING.plus_one().minus_one();
+        for shards in [
+            [Word::SERVING, admitted],
+            [admitted, Word::SERVING],
+            [admitted; 2],
+        ] {
+            let sum = Word::sum(shards);
+            assert!(sum.has_served() && sum.has_admitted(), "{sum:?}");
+        }
+        let sum = Word::sum([Word::SERVING, Word::SERVING.served()]);
+        assert!(sum.has_served() && !sum.has_admitted(), "{sum:?}");
+    }
+
+    #[test]
     fn a_sum_saturates_at_the_largest_count_of_a_word() {
         let most = Word(Word::MAX_COUNT * Word::ONE);
         let sum = Word::sum([most, most]);

@@ -6,6 +6,7 @@ use std::{
     task::{Context, Waker},
 };
 
+use http::{Method, StatusCode};
 use tokio::{
     sync::oneshot,
     time::{Duration, Instant, sleep_until},
@@ -20,11 +21,14 @@ use crate::{
         directive::Directive,
         entry::ConnectionEntry,
         flags::{ACTIVE, CLOSE_NOTICED, HANDSHAKE},
+        outside::Window,
         wakers::{RegisteredWaker, WakerSlot},
     },
+    control::Subject,
     handle::{builder::GracefulBuilder, graceful::Graceful},
     phase::Phase,
     report::{Outcome, Trigger},
+    sync::lock,
 };
 
 const fn ms(ms: u64) -> Duration {
@@ -1134,4 +1138,127 @@ async fn the_watchdog_names_what_is_left_and_has_no_message_if_nothing_is() {
     assert_eq!(stop.shared().describe_end(), None);
     let _late = stop.connect();
     assert!(stop.shared().describe_end().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_further_sigterm_changes_nothing() {
+    let mut stop = Stop::new(1000, 1000, unchanged);
+    let _hold = stop.graceful.hold("work");
+    stop.terminate();
+    for (after, phase) in [(500, Phase::LameDuck), (1005, Phase::Draining)] {
+        stop.at(after).await;
+        stop.shared().signal(Trigger::Terminate);
+        assert_eq!(stop.phase(), phase);
+    }
+}
+
+/// The control thread, which receives signals, knows only the real clock.
+#[tokio::test(start_paused = true)]
+async fn where_the_clock_is_paused_the_control_thread_leaves_signals_to_the_driver() {
+    let stop = Stop::new(1000, 1000, unchanged);
+    stop.shared().drive();
+    assert!(Subject::on_signal(stop.shared(), Trigger::Terminate).is_none());
+    assert_eq!(stop.phase(), Phase::Serving);
+    stop.at(1).await;
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    // It does not keep the deadlines either.
+    assert!(!stop.shared().driver_waker.engage(false));
+}
+
+#[test]
+fn the_control_thread_is_notified_of_changes_while_a_stop_is_under_way() {
+    let graceful = Graceful::builder()
+        .drain_delay(Duration::from_secs(20))
+        .build()
+        .unwrap();
+    let is_engaged = |graceful: &Graceful| {
+        let waker = &graceful.shared().driver_waker;
+        let engaged = waker.engage(false);
+        waker.engage(engaged);
+        engaged
+    };
+    graceful.shared().change(|_, _| ());
+    assert!(!is_engaged(&graceful));
+    graceful.shared().trigger(Trigger::Shutdown);
+    assert_eq!(graceful.phase(), Phase::LameDuck);
+    assert!(is_engaged(&graceful));
+
+    // A stop that is over after its first pass.
+    let graceful = Graceful::new();
+    graceful.shared().signal(Trigger::Terminate);
+    assert_eq!(graceful.phase(), Phase::Stopped);
+    assert!(!is_engaged(&graceful));
+}
+
+#[cfg(feature = "tracing")]
+#[tokio::test(start_paused = true)]
+async fn a_subscriber_is_kept_only_while_a_stop_is_under_way() {
+    let _subscribed = tracing::subscriber::set_default(tracing_subscriber::registry());
+    let mut stop = Stop::new(1000, 1000, unchanged);
+    let has_subscriber = |stop: &Stop| stop.shared().state().origin.is_some();
+    stop.shared().change(|_, _| ());
+    assert!(!has_subscriber(&stop));
+    stop.terminate();
+    assert!(has_subscriber(&stop));
+    stop.at(1010).await;
+    assert_eq!(stop.phase(), Phase::Stopped);
+    assert!(!has_subscriber(&stop));
+    stop.shared().change(|_, _| ());
+    assert!(!has_subscriber(&stop));
+}
+
+#[tokio::test(start_paused = true)]
+async fn servers_have_50_ms_to_be_dropped_before_the_service_has_stopped() {
+    let mut stop = Stop::new(0, 1000, unchanged);
+    stop.shared().server_began();
+    stop.terminate();
+    stop.at(1255).await;
+    assert_eq!(
+        (stop.phase(), stop.closing_stage()),
+        (Phase::Closing, ClosingStage::Servers)
+    );
+    stop.at(1295).await;
+    assert_eq!(stop.phase(), Phase::Closing);
+    stop.at(1310).await;
+    assert_eq!(stop.phase(), Phase::Stopped);
+    let report = stop.shared().report().unwrap();
+    assert_eq!(report.remaining().servers, 1);
+}
+
+/// A rule that is met at the moment when the delay is over anyway has shortened nothing.
+#[tokio::test(start_paused = true)]
+async fn a_delay_that_is_as_short_as_the_rule_does_not_end_early() {
+    let stop = Stop::new(5000, 5000, |it| when_quiet(it.interrupt_delay(ms(1000))));
+    stop.interrupt();
+    five_requests(&stop);
+    stop.graceful.stopped().await;
+    let report = stop.shared().report().unwrap();
+    assert_eq!(report.left_early(), None);
+}
+
+/// Without an admission it is certain only when the stop begins that no request reaches the layer.
+#[tokio::test(start_paused = true)]
+async fn a_layer_that_sees_no_request_is_reported_when_the_stop_or_the_drain_begins() {
+    fn answer_outside(stop: &Stop) {
+        let shared = stop.shared();
+        let window = Window::open(shared, &Method::GET, "/", None, true).unwrap();
+        window.answered(shared, StatusCode::OK);
+    }
+    let warnings = |stop: &Stop| lock!(stop.shared().warnings).len();
+
+    let mut stop = Stop::new(1000, 1000, unchanged);
+    stop.listen();
+    answer_outside(&stop);
+    assert_eq!(warnings(&stop), 0);
+    stop.terminate();
+    assert_eq!((stop.phase(), warnings(&stop)), (Phase::LameDuck, 1));
+
+    let mut stop = Stop::new(1000, 1000, unchanged);
+    stop.listen();
+    let _hold = stop.graceful.hold("work");
+    stop.terminate();
+    answer_outside(&stop);
+    assert_eq!((stop.phase(), warnings(&stop)), (Phase::LameDuck, 0));
+    stop.at(1005).await;
+    assert_eq!((stop.phase(), warnings(&stop)), (Phase::Draining, 1));
 }

@@ -154,12 +154,18 @@ impl Shared {
             let has_ended = self.has_ended(state.driver_gone.is_some());
             CONTROL.stopped(self.driver_waker.id(), has_ended);
         }
-        // A service that has stopped keeps no reference to a subscriber.
-        let origin = origin.or_else(|| state.origin.take());
+        // Taken in any case: a service that has stopped keeps no reference to a subscriber.
+        let kept = state.origin.take();
+        let (origin, former) = if origin.is_some() {
+            (origin, kept)
+        } else {
+            (kept, None)
+        };
         let events = std::mem::take(&mut state.events);
         self.log.push(events, is_real, origin.as_ref());
-        let former = if stopping && !stopped {
-            std::mem::replace(&mut state.origin, origin)
+        let unused = if stopping && !stopped {
+            state.origin = origin;
+            None
         } else {
             origin
         };
@@ -174,7 +180,7 @@ impl Shared {
         };
         let undriven = stopped && !state.driven;
         drop(state);
-        drop((ended, former));
+        drop((ended, former, unused));
         if undriven {
             let shared = self.clone();
             CONTROL.run_elsewhere(Box::new(move || shared.give_up_work()));
