@@ -156,9 +156,9 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// A client that closes its writing side and a client that closes its connection send the same
     /// FIN, so each choice has a cost:
     ///
-    /// - True: the FIN is ignored until the response is written, while serving and while draining.
-    ///   The handler of a client that has left runs to its end, and a drain waits for it. Where
-    ///   handlers are long or expensive, put a timeout on them.
+    /// - True: the FIN is ignored until the response is written, while serving and while draining. A
+    ///   reset (RST) is not noticed before that either. The handler of a client that has left runs to its
+    ///   end, and a drain waits for it. Where handlers are long or expensive, put a timeout on them.
     /// - False: the FIN drops the handler at once, and the client gets no response. During a
     ///   shutdown the dropped request is reported in
     ///   [`Remaining::half_closed`](crate::Remaining::half_closed), and the outcome is
