@@ -111,11 +111,12 @@ pub(crate) fn work() {
     LOG.work();
 }
 
-/// Waits until the log thread has written its events, for at most 100 ms: a subscriber may block,
-/// and the process may be about to end.
-pub(crate) fn flush() {
+/// Waits until the log thread has written its events, for at most 250 ms or half of the margin of the
+/// plan: a subscriber may block, and the process may be about to end.
+#[cfg_attr(not(feature = "tracing"), expect(unused_variables))]
+pub(crate) fn flush(margin: Duration) {
     #[cfg(feature = "tracing")]
-    LOG.flush(Duration::from_millis(100));
+    LOG.flush(Duration::from_millis(250).min(margin / 2));
 }
 
 /// Logs a signal that arrives shortly after the last service has stopped. It belongs to no lifecycle.

@@ -72,7 +72,7 @@ impl Graceful {
             });
             // The process may exit as soon as this returns. `report` takes the state lock, and the last
             // events are queued before that lock is released, so `flush` includes them.
-            events::flush();
+            events::flush(graceful.plan().margin);
             report
         }
     }
