@@ -1,7 +1,8 @@
 //! The queue of events, and the log thread that writes them.
 
+use std::time::Duration;
 #[cfg(feature = "tracing")]
-use std::{collections::VecDeque, sync::LazyLock, time::Duration};
+use std::{collections::VecDeque, sync::LazyLock};
 
 #[cfg(feature = "tracing")]
 use tracing::{Dispatch, dispatcher, level_filters::LevelFilter, subscriber::NoSubscriber};
