@@ -46,6 +46,11 @@ pub(crate) const TESTS: &[Test] = &[
         further_sigterm,
     ),
     (
+        "signals::one_that_changes_nothing_is_logged_at_once",
+        Form::CUTTING,
+        logged_at_once,
+    ),
+    (
         "signals::a_sigint_after_sigterm_skips_the_delay",
         Form::ALL,
         second_skips,
@@ -257,6 +262,26 @@ fn further_sigterm(form: Form) {
     let changes_nothing = "shutdown: a further SIGTERM changes nothing";
     assert!(exit.log.contains(changes_nothing), "{exit:?}");
     assert!(exit.logged_after("draining, because the delay is over") >= MS(390));
+}
+
+/// Nothing else makes the log thread write until the delay ends.
+fn logged_at_once(form: Form) {
+    let mut server = Server::start(form, &["delay=10000"]);
+    // A server that is stopped before it has begun to serve does not serve any more.
+    server.get("/").assert_ok();
+    server.terminate();
+    server.wait_for_unready();
+    server.terminate();
+    thread::sleep(MS(1000));
+    server.signal(SIGINT);
+    let exit = server.exit();
+    exit.assert_clean();
+    let further = exit.written_after("a further SIGTERM changes nothing");
+    let draining = exit.written_after("draining, because");
+    assert!(
+        further + MS(300) < draining,
+        "{further:?}, {draining:?}, {exit:?}"
+    );
 }
 
 fn afterwards(form: Form) {

@@ -1,6 +1,7 @@
 //! The body of a response of `serve`.
 
 use std::{
+    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -20,42 +21,55 @@ use crate::{
 };
 
 /// The body of a response.
-///
-/// When an HTTP/1 body of server-sent events ends while the service drains, its connection is closed.
-/// Otherwise the client would reconnect on the same connection and be refused, and an `EventSource`
-/// does not reconnect after a refusal. The head of the response was sent too early to ask the client to
-/// leave. After other responses the connection stays open, and the next request on it is refused with a
-/// 503: a client may not repeat a request, such as a `POST`, that is lost with its connection.
-///
-/// Over HTTP/2, pieces for which the peer has no window stay in the server after the task of the stream
-/// has ended. So a response counts as a stream until the server has dropped all its pieces, and if the
-/// connection is cut before, the report counts its request as cut.
 pub(super) struct OwnedBody {
     pub(super) inner: Body,
-    pub(super) owner: Option<Owner>,
-    pub(super) http2: bool,
-    /// What the pieces passed so far share. `None` before the first piece, and for a body of one piece.
-    pub(super) held: Option<Arc<HeldResponse>>,
+    pub(super) kind: Kind,
+}
+
+/// What the connection has to know about the end of a response.
+pub(super) enum Kind {
+    Other,
+    /// An HTTP/1 response of server-sent events. When it ends while the service drains, its connection is
+    /// closed. Otherwise the client would reconnect on the same connection and be refused, and an
+    /// `EventSource` does not reconnect after a refusal. The head of the response was sent too early to
+    /// ask the client to leave. After other responses the connection stays open, and the next request on
+    /// it is refused with a 503: a client may not repeat a request, such as a `POST`, that is lost with
+    /// its connection.
+    Events(Owner),
+    /// An HTTP/2 response. Pieces for which the peer has no window stay in the server after the task of the
+    /// stream has ended. So a response counts as a stream until the server has dropped all its pieces,
+    /// and if the connection is cut before, the report counts its request as cut.
+    Http2(Owner),
+    /// An HTTP/2 response of several pieces, one of which has been passed to the server.
+    Pieces(Arc<HeldResponse>),
 }
 
 /// A piece of a response.
 pub(super) struct Piece {
     bytes: Bytes,
-    _held: Held,
+    /// Only in the piece of an HTTP/2 response of one piece. Most responses are such, and take no allocation
+    /// for this.
+    _only: Option<OnlyPiece>,
 }
 
-/// What a piece keeps counted.
-enum Held {
-    /// Nothing: a piece of an HTTP/1 response.
-    No,
-    /// The response, of which this piece is the only one. Most responses have one piece, and take no
-    /// allocation for this.
-    Alone { _response: HeldResponse },
-    /// The response, with its other pieces.
-    Shared { _response: Arc<HeldResponse> },
+/// Counts an HTTP/2 response of one piece while the server holds the piece. Its body has ended.
+struct OnlyPiece(OpenStream);
+
+impl OnlyPiece {
+    fn new(owner: Owner) -> Self {
+        let stream = OpenStream::new(owner);
+        stream.state().response_is_held();
+        Self(stream)
+    }
 }
 
-/// Counts a response while the server holds pieces of it.
+impl Drop for OnlyPiece {
+    fn drop(&mut self) {
+        self.0.state().response_is_released();
+    }
+}
+
+/// Counts an HTTP/2 response of several pieces while the server holds one of them.
 pub(super) struct HeldResponse {
     stream: OpenStream,
     has_ended: AtomicBool,
@@ -85,6 +99,18 @@ impl Drop for HeldResponse {
     }
 }
 
+/// The bytes of one of several pieces.
+struct PieceOf {
+    bytes: Bytes,
+    _response: Arc<HeldResponse>,
+}
+
+impl AsRef<[u8]> for PieceOf {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 impl Buf for Piece {
     fn remaining(&self) -> usize {
         self.bytes.remaining()
@@ -103,44 +129,36 @@ impl Buf for Piece {
     }
 }
 
-impl OwnedBody {
-    /// What a piece of this response keeps counted. `is_last`: no other piece follows.
-    fn hold(&mut self, is_last: bool) -> Held {
-        if !self.http2 {
-            return Held::No;
+impl Kind {
+    /// Makes a piece. `is_last`: no other piece follows.
+    fn piece(&mut self, bytes: Bytes, is_last: bool) -> Piece {
+        match mem::replace(self, Self::Other) {
+            Self::Http2(owner) if is_last => {
+                return Piece {
+                    bytes,
+                    _only: Some(OnlyPiece::new(owner)),
+                };
+            }
+            Self::Http2(owner) => *self = Self::Pieces(Arc::new(HeldResponse::new(owner))),
+            other => *self = other,
         }
-        if is_last && self.held.is_none() {
-            let Some(owner) = self.owner.take() else {
-                return Held::No;
-            };
-            let response = HeldResponse::new(owner);
-            response.end();
-            return Held::Alone {
-                _response: response,
-            };
-        }
-        if self.held.is_none() {
-            let owner = self.owner.take();
-            self.held = owner.map(|owner| Arc::new(HeldResponse::new(owner)));
-        }
-        match &self.held {
-            Some(held) => Held::Shared {
-                _response: Arc::clone(held),
-            },
-            None => Held::No,
-        }
+        let bytes = match self {
+            Self::Pieces(response) => Bytes::from_owner(PieceOf {
+                bytes,
+                _response: Arc::clone(response),
+            }),
+            _ => bytes,
+        };
+        Piece { bytes, _only: None }
     }
 
+    /// The body has ended.
     fn ended(&mut self) {
-        if let Some(held) = self.held.take() {
-            held.end();
-        }
-        let Some(owner) = self.owner.take() else {
-            return;
+        let owner = match mem::replace(self, Self::Other) {
+            Self::Pieces(response) => return response.end(),
+            Self::Events(owner) if owner.phase() >= Phase::Draining => owner,
+            _ => return,
         };
-        if self.http2 || owner.phase() < Phase::Draining {
-            return;
-        }
         let reads = owner.0.sniffer.reads();
         tokio::spawn(async move {
             time::sleep(QUIET_BEFORE_CLOSE).await;
@@ -165,16 +183,11 @@ impl http_body::Body for OwnedBody {
             Some(Ok(frame)) => frame.is_trailers() || self.inner.is_end_stream(),
             _ => true,
         };
-        let frame = frame.map(|frame| {
-            frame.map(|frame| {
-                frame.map_data(|bytes| Piece {
-                    bytes,
-                    _held: self.hold(is_last),
-                })
-            })
-        });
+        let kind = &mut self.kind;
+        let frame = frame
+            .map(|frame| frame.map(|frame| frame.map_data(|bytes| kind.piece(bytes, is_last))));
         if is_last {
-            self.ended();
+            self.kind.ended();
         }
         Poll::Ready(frame)
     }
@@ -209,9 +222,7 @@ mod tests {
     fn body(entry: &Arc<ConnectionEntry<Shared>>, inner: axum::body::Body) -> OwnedBody {
         OwnedBody {
             inner,
-            owner: Some(Owner(Arc::clone(entry))),
-            http2: true,
-            held: None,
+            kind: Kind::Http2(Owner(Arc::clone(entry))),
         }
     }
 
@@ -286,7 +297,7 @@ mod tests {
         let graceful = Graceful::new();
         let entry = connected(&graceful);
         let mut body = body(&entry, Body::from("whole"));
-        body.http2 = false;
+        body.kind = Kind::Events(Owner(Arc::clone(&entry)));
         let _held = next(&mut body).unwrap();
         assert_eq!(
             (entry.state.unsent(), entry.state.has_streams()),

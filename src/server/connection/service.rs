@@ -17,7 +17,10 @@ use pin_project_lite::pin_project;
 use tokio::time;
 use tower_service::Service;
 
-use super::{body::OwnedBody, owner::Owner};
+use super::{
+    body::{Kind, OwnedBody},
+    owner::Owner,
+};
 use crate::{
     connection::{flags::WATCHED, outside::Window, stagger::SLOT_REACHED},
     middleware::{connection_close, peer::TrackedPeer},
@@ -149,15 +152,12 @@ where
         if phase > Phase::Serving {
             owner.ask_to_leave(&mut response, *this.version, phase);
         }
-        let http2 = *this.version == Version::HTTP_2;
-        let reconnects = *this.version < Version::HTTP_2 && is_event_stream(&response);
-        let owner = this.owner.take().filter(|_| reconnects || http2);
-        Poll::Ready(Ok(response.map(|inner| OwnedBody {
-            inner,
-            owner,
-            http2,
-            held: None,
-        })))
+        let kind = match this.owner.take() {
+            Some(owner) if *this.version == Version::HTTP_2 => Kind::Http2(owner),
+            Some(owner) if is_event_stream(&response) => Kind::Events(owner),
+            _ => Kind::Other,
+        };
+        Poll::Ready(Ok(response.map(|inner| OwnedBody { inner, kind })))
     }
 }
 
@@ -172,9 +172,7 @@ fn version_not_supported(version: Version) -> http::Response<OwnedBody> {
     connection_close::say_close(&mut response, version);
     response.map(|inner| OwnedBody {
         inner,
-        owner: None,
-        http2: false,
-        held: None,
+        kind: Kind::Other,
     })
 }
 
