@@ -264,13 +264,15 @@ fn further_sigterm(form: Form) {
     assert!(exit.logged_after("draining, because the delay is over") >= MS(390));
 }
 
-/// Nothing else makes the log thread write until the delay ends.
+/// While the runtime is blocked, nothing else makes the log thread write until the delay ends.
 fn logged_at_once(form: Form) {
-    let mut server = Server::start(form, &["delay=10000"]);
-    // A server that is stopped before it has begun to serve does not serve any more.
-    server.get("/").assert_ok();
+    let knobs = ["delay=10000", "observed=yes", "threads=1"];
+    let mut server = Server::start(form, &knobs);
+    let mut client = server.connect();
+    client.send("GET /block/3000 HTTP/1.1\r\nhost: test\r\n\r\n");
+    thread::sleep(MS(300));
     server.terminate();
-    server.wait_for_unready();
+    server.expect_phase("lame duck");
     server.terminate();
     thread::sleep(MS(1000));
     server.signal(SIGINT);
