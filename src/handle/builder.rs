@@ -185,10 +185,10 @@ impl GracefulBuilder {
     /// The phase ends 100 ms after the last of these:
     ///
     /// - at least `probers` probers have each received `failures` failing answers since the trigger;
-    /// - every other prober that asked before the trigger, or has asked since, has received as many,
-    ///   whether or not it has asked again afterwards. A prober that had stopped asking before the trigger
-    ///   is left out: one that was silent for more than 300 s, or for more than four times its longest
-    ///   interval plus one second;
+    /// - every other prober that asked before the trigger, or has asked since, has received as many. So a
+    ///   prober that does not ask again after the trigger prevents an early end. A prober that had stopped
+    ///   asking before the trigger is left out: at the trigger it had been silent for more than 300 s, or
+    ///   for more than one second plus four times its longest interval;
     /// - the last new request has arrived, counted as in
     ///   [`leave_when_quiet`](Self::leave_when_quiet).
     ///
@@ -359,8 +359,9 @@ impl GracefulBuilder {
     /// connection that is closed while idle loses a request that crosses the close
     /// ([RFC 9112 §9.5](https://www.rfc-editor.org/rfc/rfc9112#section-9.5)). The phase ends before the
     /// delay if every connection has closed. Where the next process is started only after this one has
-    /// ended, new connections wait for the whole stop: a shorter delay shortens that wait, and a
-    /// listen backlog that is too small for it costs clients a second.
+    /// ended, new connections wait for the whole stop, and a shorter delay shortens that wait. If the
+    /// listen backlog is too small for the connections that arrive meanwhile, the kernel drops further
+    /// connection attempts, and their clients try again after a second.
     ///
     /// # Socket activation
     ///
@@ -397,9 +398,9 @@ impl GracefulBuilder {
     /// It must not be longer than [`drain_delay`](Self::drain_delay). If the delay that applies is
     /// shorter, the remaining clients are asked when it ends.
     ///
-    /// On a server of [`serve`](Graceful::serve) each connection has one slot. Before it, responses
-    /// on that connection are unchanged. Over HTTP/2 the client is asked when the slot is reached,
-    /// even without a response. On other servers each HTTP/1 response has a slot.
+    /// On a server of [`serve`](Graceful::serve) each connection has a *slot*: a moment within this time.
+    /// Before its slot, responses on that connection are unchanged. Over HTTP/2 the client is asked when
+    /// the slot is reached, even without a response. On other servers each HTTP/1 response has a slot.
     pub fn close_spread(mut self, duration: Duration) -> Self {
         self.policy.close_spread = duration;
         self
@@ -414,7 +415,8 @@ impl GracefulBuilder {
     /// steps. Tasks that have not been notified when the drain ends are notified then.
     /// [Workers](Graceful::worker) are notified at once in any case.
     ///
-    /// It must be shorter than the longest possible drain.
+    /// It must be shorter than the time that a drain has after the longer of the two delays,
+    /// [`drain_delay`](Self::drain_delay) and [`interrupt_delay`](Self::interrupt_delay): 19 s by default.
     pub fn drain_spread(mut self, duration: Duration) -> Self {
         self.policy.drain_spread = duration;
         self
@@ -551,12 +553,12 @@ impl GracefulBuilder {
     /// Returns an error, with the numbers in its message, if
     ///
     /// - the shares do not fit the grace period, or leave no time to drain;
-    /// - `close_spread` is longer than `drain_delay`, or `drain_spread` is not shorter than the
-    ///   longest possible drain;
+    /// - `close_spread` is longer than `drain_delay`, or `drain_spread` is not shorter than the time that
+    ///   a drain has after the longer of the two delays;
     /// - `max_in_flight` or `header_read_timeout` is zero;
     /// - `unready_status` is informational or 200;
     /// - a rule for leaving early cannot work;
-    /// - an exempt path does not begin with a slash;
+    /// - an exempt path does not begin with a slash, or contains a query;
     /// - the thread of the watchdog cannot be started.
     pub fn build(mut self) -> Result<Graceful, ConfigError> {
         let plan = self.plan()?;

@@ -102,7 +102,8 @@ pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 /// on the runtime of a task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or
 /// [`draining`](Self::draining). Tasks that can no longer be run are
 /// [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
-/// (`enable_time` or `enable_all`): if it has none, that first call panics.
+/// (`enable_time` or `enable_all`): if it has none, the call that would use it panics. This is the call
+/// that makes the lifecycle, if that is inside a runtime.
 ///
 /// Methods may be called outside a runtime too, except [`spawn`](Self::spawn), which panics there, and
 /// [`worker`](Self::worker) and [`critical_worker`](Self::critical_worker), which return an error.
@@ -390,9 +391,10 @@ pub struct Snapshot {
     pub in_flight: usize,
     /// Open tracked connections.
     pub connections: usize,
-    /// The time until the current phase ends at the latest. In [`Phase::Closing`]: until open
-    /// connections are cut, and after that, until they are given up. `None` while serving and once
-    /// stopped.
+    /// The time until the current phase ends at the latest. In [`Phase::Closing`] it is the time that
+    /// the present step has: until open connections are cut; after a cut, until the service stops
+    /// waiting for what was cut; during cleanup, until workers and steps are given up. `None` while
+    /// serving and once stopped.
     #[cfg_attr(
         feature = "serde",
         serde(serialize_with = "crate::report::json::seconds_left")

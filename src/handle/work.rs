@@ -246,8 +246,8 @@ impl Graceful {
     /// A step that does not end within `timeout` is dropped. A step that is dropped, fails or
     /// panics makes the outcome [`CleanupFailed`](crate::Outcome::CleanupFailed), and the following
     /// steps still run. A drain cannot use up the share of the grace period that is reserved for
-    /// cleanup. If the sum of the timeouts is more than the time left of it, each step gets a
-    /// proportional part.
+    /// cleanup. If the sum of the timeouts is more than the time left until the margin, each step gets
+    /// a proportional part.
     ///
     /// Steps run on a tokio runtime and only while the process lives: await [`run`](Self::run),
     /// [`serve`](Self::serve) or [`stopped`](Self::stopped) before `main` returns.

@@ -115,8 +115,9 @@ impl Report {
         self.outcome.exit_code()
     }
 
-    /// How long `phase` lasted. Zero for [`Phase::Serving`], which is not part of a shutdown, and
-    /// for [`Phase::Stopped`], which does not end.
+    /// How long `phase` lasted. For [`Phase::Closing`] without its last part, which is the
+    /// [`cleanup_time`](Self::cleanup_time). Zero for [`Phase::Serving`], which is not part of a
+    /// shutdown, and for [`Phase::Stopped`], which does not end.
     #[must_use]
     pub fn time_in(&self, phase: Phase) -> Duration {
         let [lame_duck, draining, closing] = self.phases;
@@ -137,8 +138,8 @@ impl Report {
         self.left_early
     }
 
-    /// How long the service waited for workers and ran cleanup steps: the time between
-    /// [`Phase::Closing`] and the end.
+    /// How long the service waited for workers and ran cleanup steps: the last part of
+    /// [`Phase::Closing`], after the connections have closed.
     #[must_use]
     pub fn cleanup_time(&self) -> Duration {
         self.cleanup
