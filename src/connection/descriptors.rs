@@ -181,7 +181,7 @@ impl Starved {
         waits.reset
     }
 
-    /// Records `count` connections that were accepted too late to be served.
+    /// Records `count` connections that were accepted and not served.
     pub(crate) fn count_reset(&self, count: usize) {
         lock!(self.waits).reset += count;
     }

@@ -94,7 +94,8 @@ pub(crate) struct OpenAtCut<O> {
     pub(crate) entry: Arc<ConnectionEntry<O>>,
     pub(super) peer: Option<SocketAddr>,
     pub(super) age: Duration,
-    /// The number of responses whose bodies had ended, and of which the server held bytes. Known on `serve`.
+    /// The number of responses whose bodies had ended during the stop, and of which the server held bytes.
+    /// Known on `serve`.
     pub(crate) unsent: u32,
 }
 

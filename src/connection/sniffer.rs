@@ -103,11 +103,11 @@ impl Sniffer {
     }
 
     #[inline]
-    fn kept(&self) -> u16 {
+    fn held_back(&self) -> u16 {
         self.flags.load(Relaxed) >> HELD_BACK_SHIFT
     }
 
-    fn keep(&self, kept: u16) {
+    fn hold_back(&self, kept: u16) {
         self.change(u16::MAX << HELD_BACK_SHIFT, kept << HELD_BACK_SHIFT);
     }
 
@@ -167,7 +167,7 @@ impl Sniffer {
         };
         let length = HELD_BACK[usize::from(kept)].len();
         if length > 0 {
-            self.keep(kept);
+            self.hold_back(kept);
         }
         self.note_passed(&read[..read.len() - length]);
         length
@@ -176,17 +176,17 @@ impl Sniffer {
     /// Whether the end of the last read is held back.
     #[inline]
     pub(crate) fn has_held_back(&self) -> bool {
-        self.kept() != 0
+        self.held_back() != 0
     }
 
     /// Passes on the bytes that were held back, as if the network had split the read there.
     #[cold]
     pub(crate) fn release_held_back(&self, buf: &mut ReadBuf<'_>) {
-        let kept = HELD_BACK[usize::from(self.kept())];
+        let kept = HELD_BACK[usize::from(self.held_back())];
         let (passed, rest) = kept.split_at(kept.len().min(buf.remaining()));
         buf.put_slice(passed);
         self.note_passed(passed);
-        self.keep(index_of(rest));
+        self.hold_back(index_of(rest));
     }
 
     #[inline]

@@ -19,7 +19,8 @@
 //!    then loads the number of streams. The last stream subtracts itself, and then copies the waker
 //!    under the lock. If the waker was stored before, it is woken. Otherwise the lock orders the
 //!    subtraction before the load. `stream_ended` is `AcqRel`, so that the last stream is ordered
-//!    after all others; its partner is the `Acquire` load in `poll_streams_ended`. Models:
+//!    after all others; its partner is the `Acquire` load in `poll_streams_ended`. A held response is
+//!    released before its stream ends, so nothing but the last stream is left in the word then. Models:
 //!    `the_last_stream_is_waited_for`, `the_last_stream_is_waited_for_whenever_the_cut_comes`.
 
 use std::{
@@ -46,8 +47,8 @@ pub(crate) struct ConnectionState {
     waits: AtomicU8,
     /// The number of streams: tasks that run beside the connection's own task, and HTTP/2 responses of
     /// which the server holds bytes. In the high half, the number of those responses whose bodies have
-    /// ended. In one word, because there may be very many connections. The word is 0 only if there are no
-    /// streams, even if there are so many that the low half overflows.
+    /// ended during the stop. In one word, because there may be very many connections. Below 65,535 such
+    /// responses the word is 0 only if there are no streams, even if the low half overflows.
     #[cfg(all(feature = "axum", feature = "signal"))]
     streams: AtomicU32,
     wakers: Mutex<Wakers>,
@@ -184,7 +185,7 @@ const UNSENT: u32 = 1 << 16;
 
 #[cfg(all(feature = "axum", feature = "signal"))]
 impl ConnectionState {
-    /// The number of responses whose bodies have ended, and of which the server still holds bytes.
+    /// The number of responses whose bodies have ended during the stop, and of which the server holds bytes.
     pub(crate) fn unsent(&self) -> u32 {
         self.streams.load(Ordering::Relaxed) / UNSENT
     }

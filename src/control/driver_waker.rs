@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_control_thread_is_notified_once_before_it_looks_and_only_while_engaged() {
+    fn the_control_thread_is_notified_once_before_it_checks_and_only_while_engaged() {
         static NOTIFIED: AtomicUsize = AtomicUsize::new(0);
 
         fn notified() -> usize {

@@ -112,12 +112,13 @@ pub(crate) fn work() {
     LOG.work();
 }
 
-/// Waits until the log thread has written its events, for at most 250 ms or half of the margin of the
-/// plan: a subscriber may block, and the process may be about to end.
+/// Waits until the log thread has written its events, for at most 250 ms: a subscriber may block, and
+/// the process may be about to end. If half of the margin of the plan is less, it waits for that time,
+/// but not for less than 100 ms.
 #[cfg_attr(not(feature = "tracing"), expect(unused_variables))]
 pub(crate) fn flush(margin: Duration) {
     #[cfg(feature = "tracing")]
-    LOG.flush(Duration::from_millis(250).min(margin / 2));
+    LOG.flush((margin / 2).clamp(Duration::from_millis(100), Duration::from_millis(250)));
 }
 
 /// Logs a signal that arrives shortly after the last service has stopped. It belongs to no lifecycle.

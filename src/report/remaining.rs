@@ -117,7 +117,7 @@ pub struct CutRequest {
     /// How long it had been in flight.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]
     pub age: Duration,
-    /// Whether the head of the response had been sent, and its body had not ended.
+    /// Whether the head of the response had been passed to the server, and its body had not ended.
     pub streaming: bool,
 }
 

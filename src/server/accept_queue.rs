@@ -45,7 +45,8 @@ pub(super) async fn queued<L: Listener>(listener: &mut L) -> Option<(L::Io, L::A
 }
 
 /// Removes the listener from the runtime and returns its socket, if it is a listener of tokio. Any
-/// other listener is closed. An error means that the socket is closed, and what was queued is reset.
+/// other listener is closed. An error means that the socket is closed, and what was queued is reset, unless
+/// another process has the socket.
 ///
 /// `accept` on the socket finds every queued connection. The runtime knows only the connections that
 /// were queued when it last polled the operating system, which a busy runtime may not have done for

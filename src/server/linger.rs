@@ -241,14 +241,14 @@ where
     }
 
     async fn until_closed(mut self) {
-        let mut look = FIRST_QUERY_INTERVAL;
+        let mut interval = FIRST_QUERY_INTERVAL;
         let mut left = u32::MAX;
         // When the peer last acknowledged something, and when it last sent something.
         let (mut took, mut sent) = (Instant::now(), Instant::now());
         let mut delivered = None;
         loop {
             let peer = std::future::poll_fn(|cx| self.poll_peer(cx));
-            if time::timeout(look, peer).await.is_ok() && !self.eof {
+            if time::timeout(interval, peer).await.is_ok() && !self.eof {
                 break;
             }
             let now = Instant::now();
@@ -261,7 +261,7 @@ where
             if received {
                 sent = now;
             }
-            look = (look * 2).min(LONGEST_QUERY_INTERVAL);
+            interval = (interval * 2).min(LONGEST_QUERY_INTERVAL);
             if left > 0 {
                 let patience = match self.guard.entry.state.directive() {
                     // The handler has dropped it, and has waited for the peer as long as it wanted.

@@ -162,8 +162,10 @@ impl<L: Listener> GracefulListener<L> {
             Ok(socket) => socket,
             Err(error) => {
                 events::queue_lost(&error);
-                // How many connections were in the queue is unknown.
-                self.graceful.shared().starved.count_reset(1);
+                // How many connections were in the queue is unknown. Those of a passed socket are left to
+                // the next process.
+                let reset = usize::from(!self.is_passed);
+                self.graceful.shared().starved.count_reset(reset);
                 None
             }
         }

@@ -121,7 +121,7 @@ impl Shared {
         };
         let until = (reads.begun + most).min(reads.fell + patience);
         let until = shutdown.drain_until.min(until);
-        let look = if first { FIRST_CHECK } else { CHECK_INTERVAL };
-        (left > 0 && now < until).then(|| until.min(now + look))
+        let interval = if first { FIRST_CHECK } else { CHECK_INTERVAL };
+        (left > 0 && now < until).then(|| until.min(now + interval))
     }
 }

@@ -71,7 +71,7 @@ impl Shared {
         self.in_flight() == 0 && self.connections.len() == 0 && workless()
     }
 
-    /// The watchdog's message if the grace period is over and the service has not stopped, or work
+    /// The watchdog's message if the grace period is nearly over and the service has not stopped, or work
     /// that it has given up has not ended.
     #[cfg(all(unix, feature = "signal"))]
     pub(super) fn describe_end(&self) -> Option<String> {

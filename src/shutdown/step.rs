@@ -329,6 +329,8 @@ impl Shared {
 
     /// Cuts everything that is left, and records it for the report.
     fn cut(&self, shutdown: &mut Shutdown, now: Instant) {
+        // Counted before `list` reads which responses are unsent: a response that ends in between counts twice
+        // and not never.
         let requests = self.settled_word().count();
         let given_up = GivenUp {
             // Listed after the count, so that no request that has ended since is named.

@@ -880,6 +880,25 @@ async fn pieces_of_responses_count_as_cut_requests_at_most_once_per_open_connect
     }
 }
 
+#[cfg(all(feature = "axum", feature = "signal"))]
+#[tokio::test(start_paused = true)]
+async fn unsent_responses_count_in_addition_to_the_requests_in_flight() {
+    let mut stop = Stop::new(0, 500, unchanged);
+    let entry = stop.connect();
+    let permits = [(); 4].map(|()| stop.shared().admission().admit().unwrap().answered());
+    stop.terminate();
+    let [one, other, ..] = permits;
+    for permit in [one, other] {
+        entry.state.stream_began();
+        entry.state.response_is_held();
+        drop(permit);
+    }
+    stop.at(1000).await;
+    let report = stop.shared().report().unwrap();
+    assert_eq!(report.requests().cut, 4, "{report}");
+    assert_eq!(report.requests().finished, 0, "{report}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_lingering_connection_counts_in_addition_to_the_pieces_that_servers_hold() {
     use crate::{

@@ -205,11 +205,11 @@ impl Shared {
     /// Publishes an update to connections, servers and waiters. No lock may be held, because wakers
     /// may call back. A panic in one of them does not keep the others from being notified.
     fn publish(&self, update: Update) {
-        self.connections.instruct(update.connections);
+        shielded(|| self.connections.instruct(update.connections));
         if update.expiries > 1 {
             // Connections that had something to wait for at the last check may have nothing left
             // now.
-            self.connections.wake_all();
+            shielded(|| self.connections.wake_all());
         }
         shielded(|| advance(&self.closing_stages, update.closing_stage));
         shielded(|| advance(&self.phases, update.moment.phase));

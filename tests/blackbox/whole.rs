@@ -462,7 +462,11 @@ fn without_window(form: Form) {
         client.begin("/").unwrap();
         client.end_of_stream();
     }
-    for path in ["/bytes/300/2", "/bytes/300/200", "/bytes/300/3000"] {
+    for path in [
+        "/after_stop/300/2",
+        "/after_stop/300/200",
+        "/after_stop/300/3000",
+    ] {
         client.begin(path).unwrap();
     }
     // Its body ends with trailers.

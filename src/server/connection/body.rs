@@ -40,36 +40,19 @@ pub(super) enum Kind {
     /// stream has ended. So a response counts as a stream until the server has dropped all its pieces,
     /// and if the connection is cut before, the report counts its request as cut.
     Http2(Owner),
-    /// An HTTP/2 response of several pieces, one of which has been passed to the server.
+    /// An HTTP/2 response of which a piece has been passed to the server.
     Pieces(Arc<HeldResponse>),
 }
 
 /// A piece of a response.
 pub(super) struct Piece {
     bytes: Bytes,
-    /// Only in the piece of an HTTP/2 response of one piece. Most responses are such, and take no allocation
-    /// for this.
-    _only: Option<OnlyPiece>,
+    /// Only in the piece of an HTTP/2 response of one piece that ends before the stop. Most responses are
+    /// such, and take no allocation for this.
+    _only: Option<OpenStream>,
 }
 
-/// Counts an HTTP/2 response of one piece while the server holds the piece. Its body has ended.
-struct OnlyPiece(OpenStream);
-
-impl OnlyPiece {
-    fn new(owner: Owner) -> Self {
-        let stream = OpenStream::new(owner);
-        stream.state().response_is_held();
-        Self(stream)
-    }
-}
-
-impl Drop for OnlyPiece {
-    fn drop(&mut self) {
-        self.0.state().response_is_released();
-    }
-}
-
-/// Counts an HTTP/2 response of several pieces while the server holds one of them.
+/// Counts an HTTP/2 response while its body or one of its pieces is left.
 pub(super) struct HeldResponse {
     stream: OpenStream,
     has_ended: AtomicBool,
@@ -83,9 +66,11 @@ impl HeldResponse {
         }
     }
 
-    /// The body has ended, so that its request is in flight no longer.
+    /// The body has ended, so that its request is in flight no longer. A response that ends before the stop
+    /// belongs to no request of the report.
     fn end(&self) {
-        if !self.has_ended.swap(true, Ordering::Relaxed) {
+        if self.stream.phase() > Phase::Serving {
+            self.has_ended.store(true, Ordering::Relaxed);
             self.stream.state().response_is_held();
         }
     }
@@ -99,7 +84,7 @@ impl Drop for HeldResponse {
     }
 }
 
-/// The bytes of one of several pieces.
+/// The bytes of a piece.
 struct PieceOf {
     bytes: Bytes,
     _response: Arc<HeldResponse>,
@@ -133,10 +118,10 @@ impl Kind {
     /// Makes a piece. `is_last`: no other piece follows.
     fn piece(&mut self, bytes: Bytes, is_last: bool) -> Piece {
         match mem::replace(self, Self::Other) {
-            Self::Http2(owner) if is_last => {
+            Self::Http2(owner) if is_last && owner.phase() == Phase::Serving => {
                 return Piece {
                     bytes,
-                    _only: Some(OnlyPiece::new(owner)),
+                    _only: Some(OpenStream::new(owner)),
                 };
             }
             Self::Http2(owner) => *self = Self::Pieces(Arc::new(HeldResponse::new(owner))),
@@ -244,6 +229,7 @@ mod tests {
     #[test]
     fn a_response_is_unsent_from_the_end_of_its_body_until_its_last_piece_is_dropped() {
         let graceful = Graceful::new();
+        graceful.shared().advance(Phase::LameDuck);
         let entry = connected(&graceful);
         let state = &entry.state;
         let data = || Frame::data(Bytes::from_static(b"piece"));
@@ -271,12 +257,16 @@ mod tests {
         let graceful = Graceful::new();
         let entry = connected(&graceful);
         let state = &entry.state;
-        let pieces: Vec<_> = (0..3)
-            .map(|_| next(&mut body(&entry, Body::from("whole"))).unwrap())
-            .collect();
-        assert_eq!((state.unsent(), state.has_streams()), (3, true));
-        drop(pieces);
-        assert_eq!((state.unsent(), state.has_streams()), (0, false));
+        // What ends before the stop belongs to no request of the report.
+        for (phase, unsent) in [(Phase::Serving, 0), (Phase::LameDuck, 3)] {
+            graceful.shared().advance(phase);
+            let pieces: Vec<_> = (0..3)
+                .map(|_| next(&mut body(&entry, Body::from("whole"))).unwrap())
+                .collect();
+            assert_eq!((state.unsent(), state.has_streams()), (unsent, true));
+            drop(pieces);
+            assert_eq!((state.unsent(), state.has_streams()), (0, false));
+        }
     }
 
     #[test]

@@ -145,13 +145,17 @@ impl Owner {
     }
 }
 
-/// Counts the task of a stream, or a piece of a response body, until it is dropped.
+/// Counts the task of a stream, or a response of which the server holds bytes, until it is dropped.
 pub(super) struct OpenStream(Owner);
 
 impl OpenStream {
     pub(super) fn new(owner: Owner) -> Self {
         owner.0.state.stream_began();
         Self(owner)
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.0.phase()
     }
 
     pub(super) fn state(&self) -> &ConnectionState {
