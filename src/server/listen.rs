@@ -141,8 +141,8 @@ impl<L: Listener> Listener for GracefulListener<L> {
                 Closing::At(instant) => time::timeout_at(instant, listener.accept()).await.ok(),
                 Closing::No | Closing::Unused | Closing::Starved | Closing::Done => {
                     let can_empty = can_empty_queue(listener);
-                    let is_stopping = self.graceful.phase() > Phase::Serving;
-                    if can_empty && self.shared_phases.is_some() && is_stopping {
+                    let leaves = can_empty && self.shared_phases.is_some();
+                    if leaves && self.graceful.phase() > Phase::Serving {
                         self.leave();
                         continue;
                     }
@@ -156,7 +156,7 @@ impl<L: Listener> Listener for GracefulListener<L> {
                     let now = Instant::now();
                     match accepted {
                         Some(accepted) => Some(accepted),
-                        None if can_empty && self.shared_phases.is_some() => continue,
+                        None if leaves => continue,
                         None if can_empty => {
                             self.closing = Closing::Until(now + LAST_ACCEPTS);
                             continue;

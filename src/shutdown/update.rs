@@ -155,20 +155,13 @@ impl Shared {
             CONTROL.stopped(self.driver_waker.id(), has_ended);
         }
         // Taken in any case: a service that has stopped keeps no reference to a subscriber.
-        let kept = state.origin.take();
-        let (origin, former) = if origin.is_some() {
-            (origin, kept)
-        } else {
-            (kept, None)
-        };
+        let mut kept = state.origin.take();
+        let former = origin.and_then(|origin| kept.replace(origin));
         let events = std::mem::take(&mut state.events);
-        self.log.push(events, is_real, origin.as_ref());
-        let unused = if stopping && !stopped {
-            state.origin = origin;
-            None
-        } else {
-            origin
-        };
+        self.log.push(events, is_real, kept.as_ref());
+        if stopping && !stopped {
+            state.origin = kept.take();
+        }
         let update = Update {
             connections: self.directive(&state),
             expiries: state.shutdown.as_ref().map_or(0, |it| it.expiries),
@@ -180,7 +173,7 @@ impl Shared {
         };
         let undriven = stopped && !state.driven;
         drop(state);
-        drop((ended, former, unused));
+        drop((ended, former, kept));
         if undriven {
             let shared = self.clone();
             CONTROL.run_elsewhere(Box::new(move || shared.give_up_work()));

@@ -264,7 +264,7 @@ fn further_sigterm(form: Form) {
     assert!(exit.logged_after("draining, because the delay is over") >= MS(390));
 }
 
-/// While the runtime is blocked, nothing else makes the log thread write until the delay ends.
+/// The line is written when the signal arrives, although the runtime is blocked, and not when the delay ends.
 fn logged_at_once(form: Form) {
     let knobs = ["delay=10000", "observed=yes", "threads=1"];
     let mut server = Server::start(form, &knobs);
