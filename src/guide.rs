@@ -1,7 +1,9 @@
 //! The guide: one page for each question.
 //!
 //! This module has no items and is compiled for the documentation only. Each page is a file under
-//! `docs/`, and its programs are tests. The links before a page replace those at its end, which lead to files.
+//! `docs/`. Its programs are tests, except for the excerpts that are marked as not tested.
+
+// The links before a page replace those at its end, which lead to files.
 
 #[doc = include_str!("../docs/timeline.svg")]
 #[doc = ""]

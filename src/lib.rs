@@ -53,7 +53,7 @@
 //!
 //! | phase | readiness | a new request | HTTP/1 responses | ends when |
 //! |---|---|---|---|---|
-//! | [`Serving`](Phase::Serving) | 200 | served | unchanged | the first signal, or `shutdown()` |
+//! | [`Serving`](Phase::Serving) | 200 | served | unchanged | a [trigger](Graceful#triggers): the first signal, `shutdown()` and others |
 //! | [`LameDuck`](Phase::LameDuck) | 503 | served | `Connection: close` | the delay is over, a rule for leaving early holds, or a further SIGINT |
 //! | [`Draining`](Phase::Draining) | 503 | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further SIGINT |
 //! | [`Closing`](Phase::Closing) | – | – | – | every connection is closed or cut, workers have ended, cleanup steps are done |
@@ -69,7 +69,8 @@
 //!
 //! A feature adds API and never changes behaviour. `axum`, `signal` and `tracing` are on by default.
 //!
-//! - `axum`: [`Graceful::probes`], [`Graceful::listener`], and with `signal` [`Graceful::serve`].
+//! - `axum`: [`Graceful::probes`], `Graceful::pre_stop`, [`Graceful::listener`], [`HandshakeExt`], and with
+//!   `signal` [`Graceful::serve`].
 //! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`], [`GracefulBuilder::watchdog`] and
 //!   [`Report::exit_by_signal`].
 //! - `tracing`: log events with the target `tower_graceful`: each change of phase (`INFO`, or `WARN`
@@ -87,7 +88,7 @@
 //! *Why is `/livez` not 503 while draining?* Because liveness decides whether the process is
 //! killed, and a draining process must not be.
 //!
-//! *Why is a limit on requests in this crate?* Because the drain counts the requests in flight anyway,
+//! *Why is there a limit on requests in this crate?* Because the drain counts the requests in flight anyway,
 //! and the limit uses that count, so it is exact. Without a limit each thread counts separately, which
 //! costs less if several threads serve requests.
 

@@ -24,8 +24,8 @@ pub enum RejectionReason {
 /// A rejected request and the reason: the argument of the function given to
 /// [`GracefulBuilder::rejection`](crate::GracefulBuilder::rejection).
 ///
-/// It gives access to the head of the request. The body is not available, because it has not been
-/// read. A `Rejection` only borrows the head, so admitted requests have no extra cost.
+/// It gives access to the head of the request. The body is not available, because the function is called
+/// before it is read. A `Rejection` only borrows the head, so admitted requests have no extra cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rejection<'a> {
     reason: RejectionReason,

@@ -477,7 +477,8 @@ impl GracefulBuilder {
     /// method, URI, version and header fields of the request.
     ///
     /// `Retry-After` and, on HTTP/1, `Connection: close` are added if the response has no such
-    /// field. While draining, a `Connection` field of the response is replaced by `close`.
+    /// field. While draining, a `Connection` field of an HTTP/1 response also gets `close`: `keep-alive` is
+    /// removed, and other options stay.
     ///
     /// A JSON response for clients that accept it, with the field that lets a page of another origin
     /// read it:
@@ -560,6 +561,10 @@ impl GracefulBuilder {
     /// - a rule for leaving early cannot work;
     /// - an exempt path does not begin with a slash, or contains a query;
     /// - the thread of the watchdog cannot be started.
+    ///
+    /// # Panics
+    ///
+    /// Inside a tokio runtime without timers (`enable_time` or `enable_all`).
     pub fn build(mut self) -> Result<Graceful, ConfigError> {
         let plan = self.plan()?;
         if self.policy.close_spread > plan.drain_delay() {

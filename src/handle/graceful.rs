@@ -102,8 +102,8 @@ pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 /// on the runtime of a task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or
 /// [`draining`](Self::draining). Tasks that can no longer be run are
 /// [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
-/// (`enable_time` or `enable_all`): if it has none, the call that would use it panics. This is the call
-/// that makes the lifecycle, if that is inside a runtime.
+/// (`enable_time` or `enable_all`). If it has none, the first call in it that would need it panics. Inside a
+/// runtime, making the lifecycle is such a call.
 ///
 /// Methods may be called outside a runtime too, except [`spawn`](Self::spawn), which panics there, and
 /// [`worker`](Self::worker) and [`critical_worker`](Self::critical_worker), which return an error.
@@ -123,6 +123,10 @@ pub struct Graceful {
 impl Graceful {
     /// Makes a lifecycle with the default plan: a grace period of 30 s, of which 5 s are the delay
     /// after SIGTERM, and no limit on requests in flight.
+    ///
+    /// # Panics
+    ///
+    /// Inside a tokio runtime without timers (`enable_time` or `enable_all`).
     #[must_use]
     pub fn new() -> Self {
         match Knobs::default().plan() {
@@ -346,8 +350,8 @@ impl Graceful {
     }
 
     /// Returns a future that resolves when the shutdown is complete: nothing is in flight, every
-    /// tracked connection is closed, every server passed to [`run`](Self::run) has ended, and work
-    /// that did not end in time was given up.
+    /// tracked connection is closed, every server passed to [`run`](Self::run), every worker and every
+    /// cleanup step has ended, and work that did not end in time was given up.
     ///
     /// The shutdown must not wait for the task that waits here: do not await this inside a server
     /// passed to [`run`](Self::run), or in a tracked connection. In all other respects the future is like

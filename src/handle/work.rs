@@ -208,7 +208,8 @@ impl Graceful {
     ///
     /// The hook runs alongside the lame-duck phase and does not prolong it. It is dropped when
     /// `timeout` or the delay is over, whichever comes first; without a delay, at its first `await`
-    /// that is pending. Several hooks run concurrently.
+    /// that is pending. Several hooks run concurrently. A hook that is dropped is reported as cut and does not
+    /// change the outcome. A hook that fails or panics makes it [`CleanupFailed`](crate::Outcome::CleanupFailed).
     ///
     /// # Errors
     ///

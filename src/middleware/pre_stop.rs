@@ -239,8 +239,8 @@ enum Waiting {
     Answer(StatusCode, Bytes),
 }
 
-/// The response future of [`PreStop`]. It is ready when the lame-duck phase is over. Dropping it
-/// does not cancel the stop.
+/// The response future of [`PreStop`]. It is ready when the lame-duck phase is over, and at once for a 403
+/// or 405. Dropping it does not cancel the stop.
 #[derive(Debug)]
 #[must_use = "futures do nothing unless polled"]
 pub struct PreStopFuture {

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-/// How a shutdown ended. Each outcome has its own exit code.
+/// How a shutdown ended. Each outcome has its own exit code. If several apply, the outcome is the first that
+/// applies of `Abandoned`, `Forced`, `ServerFailed` and `CleanupFailed`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]

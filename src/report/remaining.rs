@@ -37,7 +37,8 @@ pub struct Remaining {
     /// counts if it is the last on its connection and its bytes end in an empty line, as those of a
     /// request without a body or with a chunked body do. Over TLS no request counts there.
     /// Requests for the [probes](crate::Graceful::probes) that arrive during the stop do not count: a
-    /// prober that has given up waiting has lost nothing.
+    /// prober that has given up waiting has lost nothing. Requests that arrive while draining do not count
+    /// either, because they would be refused.
     pub half_closed: usize,
 }
 

@@ -15,8 +15,8 @@ impl Graceful {
     /// Runs `server` until the service has stopped, and returns the [`Report`].
     ///
     /// `server` is any future that ends after its shutdown signal: axum's `serve`, hyper or tonic with
-    /// [`drain`](Self::drain) or [`drain_on`](Self::drain_on) as the signal. `run` itself neither stops
-    /// the service nor handles signals. It does three things that `server.await` does not:
+    /// [`drain`](Self::drain) or [`drain_on`](Self::drain_on) as the signal. `run` itself handles no signals,
+    /// and stops the service only if the server ends. It does three things that `server.await` does not:
     ///
     /// - the service counts as [stopped](Self::stopped) only when the server has ended, with all
     ///   its bytes sent;

@@ -190,10 +190,28 @@ struct Streams(Owner);
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     fn execute(&self, stream: F) {
-        let running = OpenStream::new(self.0.clone());
-        tokio::spawn(async move {
-            stream.await;
-            drop(running);
+        tokio::spawn(Stream {
+            running: stream,
+            _open: OpenStream::new(self.0.clone()),
         });
+    }
+}
+
+pin_project! {
+    /// The task of one HTTP/2 stream. Not an `async` block, which would be twice as large and be copied with
+    /// each stream.
+    struct Stream<F> {
+        #[pin]
+        running: F,
+        // Dropped after the stream.
+        _open: OpenStream,
+    }
+}
+
+impl<F: Future<Output = ()>> Future for Stream<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.project().running.poll(cx)
     }
 }
