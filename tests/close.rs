@@ -14,7 +14,7 @@ use std::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::oneshot,
     time,
 };
@@ -220,4 +220,55 @@ async fn a_connection_that_was_read_is_not_counted_with_the_queue() {
     drop(client);
     let report = run.await.unwrap();
     assert_eq!(report.remaining().queued, 0, "{report}");
+}
+
+/// The client has closed its side and reads nothing, so its response waits in the kernel until the cut.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_cut_ends_a_connection_that_its_client_has_closed_and_does_not_read() {
+    let (say_report, report) = std::sync::mpsc::channel();
+    // A thread of its own: a task that never yields would hang the test instead of failing it.
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let report = runtime.block_on(async {
+            let graceful = Graceful::builder()
+                .drain_delay(Duration::ZERO)
+                .drain_timeout(Duration::from_secs(1))
+                .half_close(true)
+                .build()
+                .unwrap();
+            let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            let address = tcp.local_addr().unwrap();
+            let app = Router::new()
+                .route("/", get(|| async { vec![0; 100_000] }))
+                .layer(graceful.layer());
+            let server = tokio::spawn(graceful.serve(tcp, app).into_future());
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.set_recv_buffer_size(4096).unwrap();
+            let mut client = socket.connect(address).await.unwrap();
+            client
+                .write_all(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")
+                .await
+                .unwrap();
+            client.shutdown().await.unwrap();
+            client.readable().await.unwrap();
+            // The server has written everything, and waits until the client has received it.
+            while graceful.in_flight() > 0 {
+                time::sleep(Duration::from_millis(1)).await;
+            }
+            graceful.shutdown();
+            let report = server.await.unwrap();
+            drop(client);
+            report
+        });
+        let _ = say_report.send(report);
+    });
+    let report = report
+        .recv_timeout(Duration::from_secs(20))
+        .expect("an end");
+    assert_eq!(report.outcome(), Outcome::Forced, "{report}");
+    assert!(report.to_string().contains("undelivered"), "{report}");
 }

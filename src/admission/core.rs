@@ -164,10 +164,7 @@ impl<K, S> Core<K, S> {
             *slot = None;
             return Poll::Ready(());
         }
-        match &mut *slot {
-            Some(waker) => waker.clone_from(cx.waker()),
-            empty => *empty = Some(cx.waker().clone()),
-        }
+        *slot = Some(cx.waker().clone());
         Poll::Pending
     }
 
@@ -200,17 +197,18 @@ impl<K, S> Core<K, S> {
 
     /// Whether a request was ever admitted.
     pub(super) fn has_ever_admitted(&self) -> bool {
-        // The flags are read first: `clear_admitted` sets `admitted` before it clears a flag.
-        self.has_admitted() || self.common().admitted.load(Ordering::Acquire)
+        // The flags are read first, with Acquire: `clear_admitted` sets `admitted` and then clears a
+        // flag, with Release.
+        self.settled_word().has_admitted() || self.common().admitted.load(Ordering::Relaxed)
     }
 
     /// Clears the "has admitted" flags. Calls must not overlap.
     pub(super) fn clear_admitted(&self) {
-        if self.has_admitted() {
-            self.common().admitted.store(true, Ordering::Release);
-        }
         for shard in self.used() {
-            shard.update(|word| word.has_admitted().then(|| word.without_admitted()));
+            if shard.word().has_admitted() {
+                self.common().admitted.store(true, Ordering::Relaxed);
+                shard.update(|word| Some(word.without_admitted()));
+            }
         }
     }
 

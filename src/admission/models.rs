@@ -292,3 +292,37 @@ fn changes_of_the_word_do_not_overwrite_one_another() {
         assert_eq!(word.count(), 1);
     });
 }
+
+/// A request that is admitted while the flags are cleared is not forgotten.
+#[test]
+fn an_admission_during_the_clearing_is_not_forgotten() {
+    model(|| {
+        let core = core(None);
+        let clearing = {
+            let core = core.clone();
+            thread::spawn(move || core.clear_admitted())
+        };
+        assert_eq!(admit(core.nth(1)), Ok(()));
+        clearing.join().unwrap();
+        assert!(core.has_ever_admitted());
+    });
+}
+
+/// An earlier admission is seen at each moment: by its flag, or as one whose flag was cleared.
+#[test]
+fn an_admission_before_the_clearing_is_seen_at_each_moment() {
+    model(|| {
+        let core = core(None);
+        assert_eq!(admit(core.nth(1)), Ok(()));
+        let threads = [Core::clear_admitted, |core: &Core| {
+            assert!(core.has_ever_admitted());
+        }]
+        .map(|run| {
+            let core = core.clone();
+            thread::spawn(move || run(&core))
+        });
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    });
+}

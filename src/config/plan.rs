@@ -191,9 +191,7 @@ pub(crate) const NEVER: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
 
 /// `start` plus `after`, or `start` plus thirty years if the sum is later than that.
 pub(crate) fn instant_after(start: Instant, after: Duration) -> Instant {
-    start
-        .checked_add(after.min(NEVER))
-        .unwrap_or_else(|| start + NEVER)
+    start + after.min(NEVER)
 }
 
 /// A configuration that cannot work. Returned by

@@ -16,7 +16,6 @@ pub(crate) fn is_probe_path(path: &str) -> bool {
 }
 
 /// The default path of the preStop route.
-#[cfg(feature = "axum")]
 pub(crate) const PRESTOP: &str = "/prestop";
 
 /// The default of `drain_delay` if every listener is shared with the next process, which accepts

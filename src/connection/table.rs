@@ -236,8 +236,9 @@ impl<O> ConnectionTable<O> {
 
     /// Inserts a connection. The caller removes it with [`remove`](Self::remove).
     pub(crate) fn insert(&self, owner: O, peer: Option<SocketAddr>) -> Arc<ConnectionEntry<O>> {
-        let now = Instant::now();
         let mut open = lock!(self.open);
+        // Under the lock, so that the instants are in the order of the connections.
+        let now = Instant::now();
         // A client that connects while others are asked to leave has a request to send, and is
         // asked with the response to it.
         let directive = if open.directive >= Directive::Read {

@@ -98,25 +98,22 @@ impl Wakers {
         }
     }
 
-    pub(super) fn have(&self, slot: WakerSlot) -> bool {
+    fn get(&self, slot: WakerSlot) -> Option<&Waker> {
         match self {
-            Self::None => false,
-            Self::One(_, waits) => waits[slot as usize],
-            Self::Several(several) => several[slot as usize].is_some(),
+            Self::One(one, waits) => waits[slot as usize].then_some(one),
+            Self::Several(several) => several[slot as usize].as_ref(),
+            Self::None => None,
         }
+    }
+
+    pub(super) fn have(&self, slot: WakerSlot) -> bool {
+        self.get(slot).is_some()
     }
 
     /// A copy of the waker in this slot.
     pub(super) fn of(&self, slot: WakerSlot) -> Self {
-        let waker = match self {
-            Self::One(one, waits) if waits[slot as usize] => one,
-            Self::Several(several) => match &several[slot as usize] {
-                Some(waker) => waker,
-                None => return Self::None,
-            },
-            Self::None | Self::One(..) => return Self::None,
-        };
-        Self::One(waker.clone(), only(slot))
+        self.get(slot)
+            .map_or(Self::None, |waker| Self::One(waker.clone(), only(slot)))
     }
 
     /// Removes the waker in this slot. The caller drops the result after the lock is released.

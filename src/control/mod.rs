@@ -55,8 +55,6 @@ use std::{io, process, sync::MutexGuard, thread, time::Duration};
 use tokio::time::Instant;
 
 pub(crate) use self::driver_waker::DriverWaker;
-#[cfg(all(unix, feature = "signal"))]
-use self::needs::Watched;
 use self::needs::{DueWork, Needs};
 #[cfg(feature = "signal")]
 use self::signals::Signals;
@@ -194,7 +192,7 @@ impl<S: Subject> Control<S> {
         let mut inner = lock!(self.inner);
         #[cfg(unix)]
         if has_ended {
-            inner.watched.remove(id);
+            inner.watched.remove(&id);
         }
         #[cfg(not(unix))]
         let _ = has_ended;
@@ -209,7 +207,7 @@ impl<S: Subject> Control<S> {
     pub(crate) fn forget(&'static self, id: Id) {
         let mut inner = lock!(self.inner);
         #[cfg(unix)]
-        inner.watched.remove(id);
+        inner.watched.remove(&id);
         if inner.listening.listeners.remove(&id).is_some() {
             inner.listening.give_back_if_unused();
         }
@@ -222,17 +220,15 @@ impl<S: Subject> Control<S> {
     pub(crate) fn watch(&'static self, id: Id, weak: S::Weak) -> io::Result<()> {
         let mut inner = lock!(self.inner);
         self.need(&mut inner, true)?;
-        inner.watched.services.insert(id, (None, weak));
+        inner.watched.insert(id, (None, weak));
         Ok(())
     }
 
     #[cfg(all(unix, feature = "signal"))]
     pub(crate) fn watch_until(&'static self, id: Id, until: Instant) {
         let mut inner = lock!(self.inner);
-        let Watched { services, due } = &mut inner.watched;
-        if let Some((at @ None, _)) = services.get_mut(&id) {
+        if let Some((at @ None, _)) = inner.watched.get_mut(&id) {
             *at = Some(until);
-            due.insert((until, id));
             self.wake(&mut inner);
         }
     }

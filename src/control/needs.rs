@@ -1,7 +1,5 @@
 //! What needs the control thread, and what it has to do now. Protected by the lock of `Control`.
 
-#[cfg(all(unix, feature = "signal"))]
-use std::collections::BTreeSet;
 #[cfg(feature = "signal")]
 use std::collections::HashMap;
 
@@ -22,8 +20,9 @@ pub(super) struct Needs<S: Subject> {
     pub(super) deadlines: Deadlines<S>,
     #[cfg(feature = "signal")]
     pub(super) listening: SignalListeners<S>,
+    /// The lifecycles with a watchdog, and when the process must have ended, once a stop has begun.
     #[cfg(all(unix, feature = "signal"))]
-    pub(super) watched: Watched<S>,
+    pub(super) watched: HashMap<Id, (Option<Instant>, S::Weak)>,
 }
 
 /// The lifecycles that listen for signals.
@@ -34,13 +33,6 @@ pub(super) struct SignalListeners<S: Subject> {
     /// Set when the last listener has stopped: until then signals are not given back to the
     /// operating system.
     pub(super) late_until: Option<Instant>,
-}
-
-/// The lifecycles with a watchdog: the process must not outlive their grace periods.
-#[cfg(all(unix, feature = "signal"))]
-pub(super) struct Watched<S: Subject> {
-    pub(super) services: HashMap<Id, (Option<Instant>, S::Weak)>,
-    pub(super) due: BTreeSet<(Instant, Id)>,
 }
 
 /// What the thread has to do now.
@@ -69,10 +61,7 @@ impl<S: Subject> Needs<S> {
                 late_until: None,
             },
             #[cfg(all(unix, feature = "signal"))]
-            watched: Watched {
-                services: HashMap::new(),
-                due: BTreeSet::new(),
-            },
+            watched: HashMap::new(),
         }
     }
 
@@ -94,8 +83,19 @@ impl<S: Subject> Needs<S> {
             #[cfg(feature = "signal")]
             is_late: self.listening.late_until.is_some(),
             #[cfg(all(unix, feature = "signal"))]
-            overdue: self.watched.take(now),
+            overdue: self.take_overdue(now),
         }
+    }
+
+    #[cfg(all(unix, feature = "signal"))]
+    fn take_overdue(&mut self, now: Instant) -> Vec<S::Weak> {
+        let mut overdue = Vec::new();
+        self.watched.retain(|_, (until, weak)| {
+            let is_over = until.is_some_and(|until| until <= now);
+            overdue.extend(is_over.then(|| weak.clone()));
+            !is_over
+        });
+        overdue
     }
 
     pub(super) fn has_need(&self) -> bool {
@@ -104,7 +104,7 @@ impl<S: Subject> Needs<S> {
             return true;
         }
         #[cfg(all(unix, feature = "signal"))]
-        if !self.watched.services.is_empty() {
+        if !self.watched.is_empty() {
             return true;
         }
         !self.deadlines.is_empty()
@@ -115,7 +115,7 @@ impl<S: Subject> Needs<S> {
         #[cfg(feature = "signal")]
         let next = next.chain(self.listening.late_until);
         #[cfg(all(unix, feature = "signal"))]
-        let next = next.chain(self.watched.due.first().map(|(at, _)| *at));
+        let next = next.chain(self.watched.values().filter_map(|(until, _)| *until));
         next.min()
     }
 }
@@ -129,27 +129,6 @@ impl<S: Subject> SignalListeners<S> {
                 signals.give_back();
             }
         }
-    }
-}
-
-#[cfg(all(unix, feature = "signal"))]
-impl<S: Subject> Watched<S> {
-    pub(super) fn remove(&mut self, id: Id) {
-        if let Some((Some(at), _)) = self.services.remove(&id) {
-            self.due.remove(&(at, id));
-        }
-    }
-
-    pub(super) fn take(&mut self, now: Instant) -> Vec<S::Weak> {
-        let mut overdue = Vec::new();
-        while let Some(&(at, id)) = self.due.first() {
-            if at > now {
-                break;
-            }
-            self.due.pop_first();
-            overdue.extend(self.services.remove(&id).map(|(_, weak)| weak));
-        }
-        overdue
     }
 }
 

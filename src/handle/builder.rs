@@ -532,19 +532,11 @@ impl GracefulBuilder {
         let policy = &mut self.policy;
         let shorter = SHARED_DELAY.max(policy.close_spread);
         policy.shared_delay = self.knobs.drain_delay.is_none().then_some(shorter);
-        if policy.shared_listener != Some(true) {
-            return self.knobs.plan();
+        if policy.shared_listener == Some(true) {
+            let default = shorter.min(self.knobs.default_drain_delay());
+            self.knobs.drain_delay.get_or_insert(default);
         }
-        let delay = self.knobs.drain_delay.unwrap_or_else(|| {
-            let default = self.knobs.default_drain_delay();
-            shorter.min(default)
-        });
-        let drain_delay = Some(delay);
-        Knobs {
-            drain_delay,
-            ..self.knobs
-        }
-        .plan()
+        self.knobs.plan()
     }
 
     /// Checks the settings and makes the lifecycle.

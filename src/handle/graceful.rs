@@ -417,7 +417,7 @@ pub struct Snapshot {
 /// [`Graceful::stopped`] and the methods of [`Stop`](crate::Stop) make it.
 #[must_use = "futures do nothing unless polled"]
 pub struct PhaseReached {
-    graceful: Graceful,
+    pub(super) graceful: Graceful,
     phase: Phase,
     /// Whether it has a place in [`drain_spread`](crate::GracefulBuilder::drain_spread).
     spread: bool,

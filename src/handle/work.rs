@@ -174,7 +174,8 @@ impl Graceful {
         };
         self.shared().drive();
         let shared = self.shared().clone();
-        let stop = Stop::new(self);
+        let draining = PhaseReached::at_once(self, Phase::Draining);
+        let stop = Stop { draining };
         let spawn = move |key: oneshot::Receiver<usize>| {
             runtime.spawn(async move {
                 let Ok(key) = key.await else { return };
@@ -314,18 +315,10 @@ impl Graceful {
 #[derive(Clone, Debug)]
 #[must_use = "futures do nothing unless polled"]
 pub struct Stop {
-    graceful: Graceful,
     draining: PhaseReached,
 }
 
 impl Stop {
-    fn new(graceful: &Graceful) -> Self {
-        Self {
-            graceful: graceful.clone(),
-            draining: PhaseReached::at_once(graceful, Phase::Draining),
-        }
-    }
-
     /// Returns a future that resolves when draining has begun, as the `Stop` itself does. Requests
     /// in flight go on, and new requests are rejected.
     ///
@@ -346,13 +339,13 @@ impl Stop {
     /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout) also applies to a worker that
     /// waits for this; it begins afterwards.
     pub fn idle(&self) -> PhaseReached {
-        PhaseReached::at_once(&self.graceful, Phase::Closing)
+        PhaseReached::at_once(&self.draining.graceful, Phase::Closing)
     }
 
     /// Whether draining has begun.
     #[must_use]
     pub fn is_stopping(&self) -> bool {
-        self.graceful.phase() >= Phase::Draining
+        self.draining.graceful.phase() >= Phase::Draining
     }
 }
 

@@ -158,16 +158,13 @@ impl PreStop {
 
     /// Returns a router with this route at `/prestop`. Merge it at the root, outside the layer, or
     /// nest it.
-    pub fn into_router<S>(self) -> axum::Router<S>
+    pub fn into_router<S>(mut self) -> axum::Router<S>
     where
         S: Clone + Send + Sync + 'static,
     {
         self.graceful.shared().pre_stop.get_or_init(|| ());
-        let route = Self {
-            is_route: true,
-            ..self.clone()
-        };
-        axum::Router::new().route_service(policy::PRESTOP, route)
+        self.is_route = true;
+        axum::Router::new().route_service(policy::PRESTOP, self)
     }
 
     fn begin<B>(&self, request: &Request<B>) -> Waiting {

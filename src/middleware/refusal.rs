@@ -63,35 +63,20 @@ pub(super) fn is_exempt<B>(admission: Admission, request: &Request<B>) -> bool {
     let exempts = &admission.rules().exempt;
     let exempt = |path: &str| exempts.iter().any(|exempt| exempt == path);
     admission.leads_to_probe()
-        || is_for_probes_inside(admission, request)
-        || is_for_pre_stop_inside(admission, request)
+        || is_for_route_inside(admission, request)
         || exempt(path)
         || original_path(request).is_some_and(exempt)
 }
 
-/// Whether a request is for a probe in a router that the layer wraps as a whole. There the layer
-/// cannot see routes, so the path decides: no router has seen the request, its path is a default
-/// path of the probes, and a router with the probes exists.
-fn is_for_probes_inside<B>(admission: Admission, request: &Request<B>) -> bool {
-    // A probe keeps the lifecycle alive, so a missing gate means that there are no probes.
-    let has_probes = || admission.gate().is_some_and(|it| it.probes.get().is_some());
-    original_path(request).is_none() && policy::is_probe_path(request.uri().path()) && has_probes()
-}
-
-/// The same check for the preStop route.
-#[cfg(feature = "axum")]
-fn is_for_pre_stop_inside<B>(admission: Admission, request: &Request<B>) -> bool {
-    let has_route = || {
-        admission
-            .gate()
-            .is_some_and(|it| it.pre_stop.get().is_some())
-    };
-    request.uri().path() == policy::PRESTOP && original_path(request).is_none() && has_route()
-}
-
-#[cfg(not(feature = "axum"))]
-fn is_for_pre_stop_inside<B>(_: Admission, _: &Request<B>) -> bool {
-    false
+/// Whether a request is for a probe or the preStop route in a router that the layer wraps as a whole.
+/// There the layer cannot see routes, so the path decides: no router has seen the request, its path is
+/// a default path, and a router with that route exists.
+fn is_for_route_inside<B>(admission: Admission, request: &Request<B>) -> bool {
+    let path = request.uri().path();
+    let is_default = policy::is_probe_path(path) || path == policy::PRESTOP;
+    // A route keeps the lifecycle alive, so a missing gate means that there are no routes.
+    let has_route = || admission.gate().is_some_and(|it| it.has_route(path));
+    is_default && original_path(request).is_none() && has_route()
 }
 
 /// The path before axum's `nest` removed its prefix. Every router of axum records it before it

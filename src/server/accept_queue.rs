@@ -14,6 +14,7 @@ use tokio::{
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use super::activation;
+use super::socket::take;
 use crate::connection::descriptors::{MOST, Passed, Socket, SocketKind, is_out_of_descriptors};
 use crate::events;
 
@@ -92,7 +93,7 @@ pub(super) fn accept_all<A: 'static>(socket: &Socket) -> Queued<A> {
             let (stream, addr) = tcp.accept()?;
             let ready = stream.set_nonblocking(true);
             let stream = ready.and_then(|()| TcpStream::from_std(stream));
-            Ok(stream.ok().and_then(|stream| cast((stream, addr))))
+            Ok(stream.ok().and_then(|it| take(&mut Some((it, addr)))))
         }),
         #[cfg(unix)]
         SocketKind::Unix(unix) => queue(|| {
@@ -100,7 +101,7 @@ pub(super) fn accept_all<A: 'static>(socket: &Socket) -> Queued<A> {
             let ready = stream.set_nonblocking(true);
             let stream = ready.and_then(|()| UnixStream::from_std(stream));
             let addr = unix::SocketAddr::from(addr);
-            Ok(stream.ok().and_then(|stream| cast((stream, addr))))
+            Ok(stream.ok().and_then(|it| take(&mut Some((it, addr)))))
         }),
     }
 }
@@ -200,13 +201,6 @@ pub(super) fn detach_syn_filter(_: &dyn Any) {}
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 pub(super) fn passed(_: &dyn Any) -> Passed {
     Passed::No
-}
-
-/// Returns the value if `A` and `B` are the same type.
-fn cast<A: 'static, B: 'static>(value: A) -> Option<B> {
-    let mut value = Some(value);
-    let value: &mut dyn Any = &mut value;
-    value.downcast_mut::<Option<B>>()?.take()
 }
 
 #[cfg(test)]

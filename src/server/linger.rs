@@ -30,7 +30,6 @@
 //! This file is long because the rules above and the code that follows them must be read together.
 
 use std::{
-    any::Any,
     pin::Pin,
     task::{Context, Poll, Waker, ready},
     thread,
@@ -47,7 +46,11 @@ use tokio::{
 #[cfg(unix)]
 use tokio::net::UnixStream;
 
-use super::{entry_guard::EntryGuard, send_queue::unacknowledged, socket::tcp};
+use super::{
+    entry_guard::EntryGuard,
+    send_queue::unacknowledged,
+    socket::{take, tcp},
+};
 use crate::{
     connection::{
         directive::Directive,
@@ -115,19 +118,12 @@ pub(super) struct Last {
 /// tokio. Other IO is dropped.
 pub(super) fn close_socket<I: 'static>(socket: I, last: Last, guard: EntryGuard) {
     let mut socket = Some(socket);
-    let any: &mut dyn Any = &mut socket;
-    if let Some(tcp) = any.downcast_mut::<Option<TcpStream>>() {
-        if let Some(tcp) = tcp.take() {
-            close(tcp, last, guard);
-        }
-        return;
+    if let Some(tcp) = take::<TcpStream>(&mut socket) {
+        return close(tcp, last, guard);
     }
     #[cfg(unix)]
-    if let Some(unix) = any.downcast_mut::<Option<UnixStream>>() {
-        if let Some(unix) = unix.take() {
-            close(unix, last, guard);
-        }
-        return;
+    if let Some(unix) = take::<UnixStream>(&mut socket) {
+        return close(unix, last, guard);
     }
     drop((socket, guard));
 }
@@ -248,7 +244,9 @@ where
         let mut delivered = None;
         loop {
             let peer = std::future::poll_fn(|cx| self.poll_peer(cx));
-            if time::timeout(interval, peer).await.is_ok() && !self.eof {
+            let ended = time::timeout(interval, peer).await.is_ok();
+            let is_cut = self.guard.entry.state.directive() == Directive::Cut;
+            if ended && (is_cut || !self.eof) {
                 break;
             }
             let now = Instant::now();

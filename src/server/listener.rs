@@ -133,12 +133,6 @@ impl<L: Listener> GracefulListener<L> {
         io
     }
 
-    /// Keeps new handshakes from beginning, unless another process may accept from the socket. Returns
-    /// whether the filter was attached.
-    fn attach_filter(&self, listener: &dyn Any) -> bool {
-        !self.is_passed && attach_syn_filter(listener)
-    }
-
     /// Closes a shared listener without emptying the queue, which the next process accepts from.
     pub(super) fn leave(&mut self) {
         self.listener = None;
@@ -148,11 +142,9 @@ impl<L: Listener> GracefulListener<L> {
 
     /// Removes the listener from the runtime, and accepts what is queued. Closes it if that was all.
     pub(super) fn close(&mut self) {
-        if let Some(socket) = self.take_socket() {
-            self.accept_rest(Arc::new(socket));
-        }
-        if self.last.is_empty() && self.socket.is_none() {
-            self.closed();
+        match self.take_socket() {
+            Some(socket) => self.accept_rest(Arc::new(socket)),
+            None => self.closed(),
         }
     }
 
@@ -187,7 +179,7 @@ impl<L: Listener> GracefulListener<L> {
             self.socket = Some(socket);
             self.closing = Closing::Starved;
             self.close_idle();
-        } else if !filtered && self.attach_filter(&*socket) {
+        } else if !filtered && !self.is_passed && attach_syn_filter(&*socket) {
             self.closing = Closing::At(Instant::now() + HANDSHAKE);
             self.socket = Some(socket);
         } else {
@@ -196,6 +188,9 @@ impl<L: Listener> GracefulListener<L> {
             }
             starved.remove_waiting(&socket, true);
             self.socket = None;
+            if self.last.is_empty() {
+                self.closed();
+            }
         }
     }
 
@@ -216,9 +211,6 @@ impl<L: Listener> GracefulListener<L> {
             return;
         }
         self.accept_rest(socket);
-        if self.last.is_empty() && self.socket.is_none() {
-            self.closed();
-        }
     }
 
     /// Closes idle connections, because the queue needs their file descriptors. Connections of `serve`

@@ -37,14 +37,6 @@ impl Settings {
         }
     }
 
-    pub(super) fn http1_only(&self) -> bool {
-        self.versions == Versions::Http1
-    }
-
-    pub(super) fn http2_only(&self) -> bool {
-        self.versions == Versions::Http2
-    }
-
     /// Passes the settings to hyper. The versions are not among them: hyper-util ignores its own setting
     /// for connections that may be upgraded, so `serve` checks the version itself.
     pub(super) fn apply<E>(&self, http: &mut auto::Builder<E>) {

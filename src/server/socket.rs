@@ -17,6 +17,11 @@ pub(super) fn tcp<I: 'static>(io: &I) -> Option<&TcpStream> {
     (io as &dyn Any).downcast_ref()
 }
 
+/// Takes the value out of the `Option`, if it is a `T`.
+pub(super) fn take<T: 'static>(value: &mut dyn Any) -> Option<T> {
+    value.downcast_mut::<Option<T>>()?.take()
+}
+
 /// The socket of a `TcpStream` or `UnixStream` of tokio.
 fn socket<I: 'static>(io: &I) -> Option<SockRef<'_>> {
     #[cfg(unix)]

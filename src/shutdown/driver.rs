@@ -19,6 +19,7 @@
 
 use std::{
     future::pending,
+    pin::Pin,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -59,37 +60,27 @@ impl Driver {
                 }
             }
         };
-        let mut hooked = false;
-        let mut cleaning = None;
-        let mut cleaned = false;
+        let mut cleans = false;
+        let mut cleaning: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(pending());
         while let Some(next) = shared.tick() {
-            if !std::mem::replace(&mut hooked, true) {
-                shared.start_hooks();
-            }
-            if cleaning.is_none() {
-                let deadline = shared.cleanup_deadline();
-                cleaning = deadline.map(|deadline| Box::pin(shared.clone().clean_up(deadline)));
+            // Only the first call finds hooks.
+            shared.start_hooks();
+            if let (false, Some(deadline)) = (cleans, shared.cleanup_deadline()) {
+                cleans = true;
+                cleaning = Box::pin(shared.clone().clean_up(deadline));
             }
             tokio::select! {
                 biased;
                 () = self.waker.notified() => {}
                 () = time::sleep_until(next) => {}
-                () = optional(&mut cleaning), if cleaning.is_some() && !cleaned => {
-                    cleaned = true;
+                () = &mut cleaning => {
+                    cleaning = Box::pin(pending());
                     shared.cleaned_up();
                 }
             }
         }
         drop(cleaning);
         shared.give_up_work();
-    }
-}
-
-/// Waits for the future. Without a future it never completes.
-async fn optional(future: &mut Option<impl Future<Output = ()> + Unpin>) {
-    match future {
-        Some(future) => future.await,
-        None => pending().await,
     }
 }
 
@@ -119,14 +110,14 @@ impl Shared {
         let (start, started) = oneshot::channel();
         {
             let mut state = self.state();
-            if clock == Clock::Tokio && state.driven {
+            let driven = self.is_driven();
+            if clock == Clock::Tokio && driven {
                 // The clock was paused after the driver had been spawned.
                 state.clock = clock;
             }
-            if state.driven || state.report.is_some() {
+            if driven || state.report.is_some() {
                 return;
             }
-            state.driven = true;
             self.driven.store(true, Ordering::Release);
             state.clock = clock;
             state.driver_gone = None;
@@ -150,7 +141,6 @@ impl Shared {
     fn driver_ended(&self, ran: bool) {
         {
             let mut state = self.state();
-            state.driven = false;
             self.driven.store(false, Ordering::Release);
             state.clock = Clock::Real;
             if state.report.is_some() {

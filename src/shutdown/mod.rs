@@ -35,7 +35,7 @@ mod window;
 use std::{
     sync::{
         Arc, LazyLock, Mutex, MutexGuard, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -101,7 +101,6 @@ pub(crate) struct Lifecycle {
     /// Set when a router with the default paths of the probes is made.
     pub(crate) probes: OnceLock<()>,
     /// Set when a router with the default path of the preStop route is made.
-    #[cfg(feature = "axum")]
     pub(crate) pre_stop: OnceLock<()>,
     phases: watch::Sender<Phase>,
     closing_stages: watch::Sender<ClosingStage>,
@@ -110,8 +109,10 @@ pub(crate) struct Lifecycle {
     log: events::Queue,
     /// The plan has been logged.
     plan_logged: AtomicBool,
-    /// A copy of [`State::driven`] that can be read without the lock.
+    /// A driver is alive. Changes under the lock, and is read without it.
     driven: AtomicBool,
+    /// How often connections have been woken because they may have expired.
+    expiries: AtomicU32,
     /// The last update that the control thread published.
     published: Mutex<Option<Update>>,
     state: Mutex<State>,
@@ -139,7 +140,6 @@ impl Lifecycle {
             warnings: Mutex::default(),
             waiters: Waiters::new(),
             probes: OnceLock::new(),
-            #[cfg(feature = "axum")]
             pre_stop: OnceLock::new(),
             phases: watch::Sender::new(Phase::Serving),
             closing_stages: watch::Sender::new(ClosingStage::Open),
@@ -147,6 +147,7 @@ impl Lifecycle {
             log: events::Queue::default(),
             plan_logged: AtomicBool::new(false),
             driven: AtomicBool::new(false),
+            expiries: AtomicU32::new(0),
             published: Mutex::new(None),
             state: Mutex::new(State::default()),
         }
@@ -184,6 +185,11 @@ impl Lifecycle {
     /// the path alone tells.
     pub(crate) fn is_probe(&self, path: &str) -> bool {
         policy::is_probe_path(path) && self.probes.get().is_some()
+    }
+
+    /// Whether this is the default path of a probe or of the preStop route, and that route exists.
+    pub(crate) fn has_route(&self, path: &str) -> bool {
+        self.is_probe(path) || path == policy::PRESTOP && self.pre_stop.get().is_some()
     }
 
     pub(crate) fn phases(&self) -> watch::Receiver<Phase> {

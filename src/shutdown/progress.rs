@@ -10,24 +10,20 @@ use super::{Shared, state::State};
 use crate::phase::Phase;
 use crate::{
     config::plan::instant_after,
-    events::{self, Event, Transition},
+    events::{self, Event},
 };
 
 /// How often a drain logs what it waits for.
 const PROGRESS: Duration = Duration::from_secs(2);
 
 impl Shared {
-    /// Adds the transitions to the log, and from time to time what the stop waits for. Returns
-    /// when to check again.
+    /// Logs from time to time what the stop waits for. Returns when to check again.
     pub(super) fn note_progress(
         &self,
         state: &mut State,
         next: Option<Instant>,
         now: Instant,
-        transitions: &mut Vec<Transition>,
     ) -> Option<Instant> {
-        let events = transitions.drain(..).map(Event::Transition);
-        state.events.extend(events);
         let (next, since) = (next?, state.draining_since());
         let Some(since) = since else {
             return Some(next);

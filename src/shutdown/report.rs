@@ -72,10 +72,9 @@ impl Shutdown {
             Outcome::Clean
         };
         let closed = self.cleanup.as_ref().map_or(now, |cleanup| cleanup.begun);
-        let mut ends = self.entered.iter().skip(1).copied().chain([closed]);
+        let ends = self.entered.iter().skip(1).copied().chain([closed]);
         let mut phases = [Duration::ZERO; 3];
-        for (phase, begun) in phases.iter_mut().zip(&self.entered) {
-            let ended = ends.next().unwrap_or(now);
+        for ((phase, begun), ended) in phases.iter_mut().zip(&self.entered).zip(ends) {
             *phase = ended.saturating_duration_since(*begun);
         }
         // A request that ended without a response after the cut counts as cut, not as dropped.

@@ -53,8 +53,6 @@ const CLOSE_IDLE_BEFORE: Duration = Duration::from_millis(250);
 
 #[derive(Default)]
 pub(crate) struct State {
-    /// A driver is alive.
-    pub(crate) driven: bool,
     /// Passes the lifecycle to the driver, which waits for a stop to begin.
     pub(crate) start: Option<oneshot::Sender<Shared>>,
     /// When the last driver ended because its runtime shut down. `None` while there is a driver.
@@ -303,7 +301,7 @@ impl Shutdown {
         self.expiries += 1;
         // The next time would be after the cut.
         self.expiry = (now < before_cut).then(|| instant_after(now, EXPIRY));
-        self.expiry
+        self.expiry.map(|next| next.min(before_cut))
     }
 
     fn closing_until(&self, begun: Instant) -> Instant {

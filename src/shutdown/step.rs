@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     config::plan::instant_after,
-    events::{Reason, Transition},
+    events::{Event, Reason, Transition},
     phase::Phase,
     report::{GivenUp, LeftEarly, Remaining},
     sync::lock,
@@ -68,12 +68,7 @@ fn settle_cleanup(shutdown: &mut Shutdown, driver_gone: Option<Instant>, now: In
 
 impl Shared {
     /// Takes every step that is due at `now`. Returns when to check again, if ever.
-    pub(super) fn settle(
-        &self,
-        state: &mut State,
-        now: Instant,
-        transitions: &mut Vec<Transition>,
-    ) -> Option<Instant> {
+    pub(super) fn settle(&self, state: &mut State, now: Instant) -> Option<Instant> {
         loop {
             let phase = self.phase();
             let servers = state.servers;
@@ -99,7 +94,7 @@ impl Shared {
                 Step::Until(instant) => return Some(self.next_slot(state, now).min(instant)),
                 Step::To(Phase::Stopped, reason)
                     if shutdown.begins_cleanup(reason, now, &self.work) => {}
-                Step::To(phase, reason) => self.enter(state, phase, reason, now, transitions),
+                Step::To(phase, reason) => self.enter(state, phase, reason, now),
             }
         }
     }
@@ -271,14 +266,7 @@ impl Shared {
         end.min(instant_after(now, LEAST_SLOT.max(spread / SLOTS)))
     }
 
-    fn enter(
-        &self,
-        state: &mut State,
-        to: Phase,
-        reason: Reason,
-        now: Instant,
-        transitions: &mut Vec<Transition>,
-    ) {
+    fn enter(&self, state: &mut State, to: Phase, reason: Reason, now: Instant) {
         let Some(shutdown) = &mut state.shutdown else {
             return;
         };
@@ -301,12 +289,10 @@ impl Shared {
         if to == Phase::Draining {
             state.notifies_draining = self.notifies_draining();
         }
-        if let Some(before) = self.advance(to) {
-            if to == Phase::LameDuck {
-                shutdown.in_flight = before.count();
-                // Activity before the stop does not count.
-                self.connections.take_activity();
-            }
+        if let (Phase::LameDuck, Some(before)) = (to, self.advance(to)) {
+            shutdown.in_flight = before.count();
+            // Activity before the stop does not count.
+            self.connections.take_activity();
         }
         let until = shutdown.ends(to).unwrap_or(now);
         if to == Phase::LameDuck || to == Phase::Draining {
@@ -317,14 +303,17 @@ impl Shared {
         let Some(shutdown) = &state.shutdown else {
             return;
         };
-        transitions.push(Transition {
+        state.events.push(Event::Transition(Transition {
             to,
             reason,
             after: now.saturating_duration_since(shutdown.entered[0]),
             time_left: until.saturating_duration_since(now),
             in_flight: self.in_flight(),
             connections: self.connections.len(),
-        });
+        }));
+        if to == Phase::Stopped && shutdown.queued > 0 {
+            state.events.push(Event::QueueReset(shutdown.queued));
+        }
     }
 
     /// Cuts everything that is left, and records it for the report.

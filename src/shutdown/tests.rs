@@ -640,6 +640,31 @@ async fn connections_are_woken_every_second_after_the_first_has_expired() {
     assert!(!reader.is_woken());
     stop.at(2002).await;
     assert!(reader.is_woken());
+
+    // Once, however often the stop is checked.
+    reader.enter(|cx, _| entry.state.enter(&mut stored, WakerSlot::Read, cx));
+    stop.shared().change(|_, _| ());
+    stop.at(2998).await;
+    assert!(!reader.is_woken());
+    stop.at(3002).await;
+    assert!(reader.is_woken());
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_are_woken_before_the_cut_if_the_last_expiry_is_less_than_a_second_ago() {
+    let mut stop = Stop::new(0, 1500, unchanged);
+    let entry = stop.connect();
+    stop.terminate();
+    stop.at(1200).await;
+    assert_eq!(entry.state.directive(), Directive::Expire);
+    let mut reader = tokio_test::task::spawn(());
+    let mut stored = RegisteredWaker::default();
+    reader.enter(|cx, _| entry.state.enter(&mut stored, WakerSlot::Read, cx));
+    stop.at(1448).await;
+    assert!(!reader.is_woken());
+    stop.at(1452).await;
+    assert!(reader.is_woken());
+    assert_eq!(entry.state.directive(), Directive::Expire);
 }
 
 #[tokio::test(start_paused = true)]

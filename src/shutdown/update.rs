@@ -4,7 +4,7 @@
 //! nothing.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::{Context, Waker},
 };
 
@@ -22,7 +22,7 @@ use crate::{
     background::shielded,
     connection::{directive::Directive, stagger::Place},
     control::Subject,
-    events::{self, Event, Origin},
+    events::{self, Origin},
     phase::Phase,
     sync::lock,
     waiting::waiters::Moment,
@@ -111,7 +111,6 @@ impl Shared {
     ) -> (Option<Instant>, Update) {
         let now = Instant::now();
         let origin = (by == By::User).then(Origin::here).flatten();
-        let mut transitions = Vec::new();
         let mut state = self.state();
         change(&mut state, now);
         let is_real = state.clock == Clock::Real;
@@ -127,13 +126,13 @@ impl Shared {
                 let waker = Waker::from(Arc::clone(&self.driver_waker));
                 let _ = self.poll_idle(&mut Context::from_waker(&waker));
             }
-            let next = self.settle(&mut state, now, &mut transitions);
-            let next = self.note_progress(&mut state, next, now, &mut transitions);
+            let next = self.settle(&mut state, now);
+            let next = self.note_progress(&mut state, next, now);
             self.warn_of_unheld(&mut state, next, now)
         };
         let ended = match next {
             Some(next) if is_real => {
-                CONTROL.schedule(self.driver_waker.id(), self, next, state.driven);
+                CONTROL.schedule(self.driver_waker.id(), self, next, self.is_driven());
                 None
             }
             _ if was_engaged || keeps_time => {
@@ -143,12 +142,6 @@ impl Shared {
             _ => None,
         };
         let stopped = stopping && state.report.is_some();
-        if let (true, Some(report)) = (stopped, &state.report) {
-            let queued = report.remaining().queued;
-            if queued > 0 {
-                state.events.push(Event::QueueReset(queued));
-            }
-        }
         #[cfg(feature = "signal")]
         if stopped {
             let has_ended = self.has_ended(state.driver_gone.is_some());
@@ -171,7 +164,7 @@ impl Shared {
                 .map_or(ClosingStage::Open, |it| it.closing_stage),
             moment: self.moment(&state, now),
         };
-        let undriven = stopped && !state.driven;
+        let undriven = stopped && !self.is_driven();
         drop(state);
         drop((ended, former, kept));
         if undriven {
@@ -199,9 +192,10 @@ impl Shared {
     /// may call back. A panic in one of them does not keep the others from being notified.
     fn publish(&self, update: Update) {
         shielded(|| self.connections.instruct(update.connections));
-        if update.expiries > 1 {
+        let woken = self.expiries.fetch_max(update.expiries, Ordering::Relaxed);
+        if update.expiries > woken.max(1) {
             // Connections that had something to wait for at the last check may have nothing left
-            // now.
+            // now. Once for each expiry, because the same update is published many times.
             shielded(|| self.connections.wake_all());
         }
         shielded(|| advance(&self.closing_stages, update.closing_stage));

@@ -29,7 +29,10 @@ use self::{
     owner::{OpenStream, Owner, RareSleep},
     service::Owned,
 };
-use super::{io::GracefulIo, settings::Settings};
+use super::{
+    io::GracefulIo,
+    settings::{Settings, Versions},
+};
 use crate::{
     connection::{
         directive::Directive,
@@ -63,7 +66,7 @@ where
     if owner.phase() > Phase::Serving {
         owner.0.sniffer.mark_joined_during_stop();
     }
-    if settings.http1_only() {
+    if settings.versions == Versions::Http1 {
         owner.0.sniffer.refuse_http2();
     }
     let mut http = auto::Builder::new(Streams(owner.clone()));
@@ -76,7 +79,7 @@ where
         inner: TowerToHyperService::new(service),
         owner: owner.clone(),
         half_close: settings.half_close,
-        http2_only: settings.http2_only(),
+        http2_only: settings.versions == Versions::Http2,
     };
     let connection = http.serve_connection_with_upgrades(TokioIo::new(io), service);
     Serving {

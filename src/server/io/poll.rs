@@ -79,12 +79,12 @@ impl<I: 'static> GracefulIo<I> {
             self.written > Written::Nothing || self.heads.first_is_whole()
         };
         let responded = entry.flags.has(RESPONDED);
-        let owes = match self.io.as_ref().and_then(tcp).and_then(unacknowledged) {
+        let owes = || match self.io.as_ref().and_then(tcp).and_then(unacknowledged) {
             Some(left) => left > if responded { 0 } else { CLOSING_BYTES },
             None => responded,
         };
         // Without `linger` the IO is no socket, and its protocol is unknown.
-        self.linger.is_some() && !in_flight && !owes && self.writing != Writing::Blocked
+        self.linger.is_some() && !in_flight && self.writing != Writing::Blocked && !owes()
     }
 
     #[cold]

@@ -329,7 +329,7 @@ async fn a_handle_and_its_parts_can_be_debugged_while_they_stop() {
     assert!(format!("{graceful:?}").contains("in_flight: 1"));
     graceful
         .worker("worker", |stop| async move {
-            assert!(format!("{stop:?}").contains("Stop { graceful"));
+            assert!(format!("{stop:?}").contains("Stop { draining"));
             stop.await;
         })
         .unwrap();
