@@ -188,12 +188,12 @@ impl Starved {
 
     /// Closes a listener that had no time to empty its queue, and counts the connections that are
     /// reset. If there are no descriptors to count them all, it is kept until connections have closed.
-    pub(crate) fn close_unserved(&self, socket: Socket) {
+    pub(crate) fn close_unserved(&self, socket: Arc<Socket>) {
         let (count, is_starved) = socket.reset_some();
         let mut waits = lock!(self.waits);
         waits.reset += count;
         if is_starved {
-            waits.given_up.push(Arc::new(socket));
+            waits.given_up.push(socket);
         }
     }
 

@@ -205,12 +205,13 @@ impl<L: Listener> GracefulListener<L> {
         let over = self
             .closing_stages
             .wait_for(|closing_stage| *closing_stage >= ClosingStage::Connections);
-        if time::timeout_at(again, over).await.is_ok() {
+        let is_over = time::timeout_at(again, over).await.is_ok();
+        if is_over && matches!(self.closing, Closing::Starved) {
             self.give_up();
             self.closed();
-            return;
+        } else {
+            self.accept_rest(socket);
         }
-        self.accept_rest(socket);
     }
 
     /// Closes idle connections, because the queue needs their file descriptors. Connections of `serve`
@@ -232,16 +233,17 @@ impl<L: Listener> GracefulListener<L> {
         }
     }
 
-    /// Gives up waiting for file descriptors. The rest of the queue is not accepted.
+    /// Closes the socket whose queue could not be emptied. The connections that are reset are counted.
     fn give_up(&mut self) {
-        if let Some(socket) = self.socket.take() {
-            if matches!(self.closing, Closing::At(_)) {
-                detach_syn_filter(&*socket);
-            }
-            self.graceful
-                .shared()
-                .starved
-                .remove_waiting(&socket, false);
+        let Some(socket) = self.socket.take() else {
+            return;
+        };
+        let starved = &self.graceful.shared().starved;
+        if matches!(self.closing, Closing::At(_)) {
+            detach_syn_filter(&*socket);
+            starved.close_unserved(socket);
+        } else {
+            starved.remove_waiting(&socket, false);
             events::queue_given_up();
         }
     }
@@ -255,7 +257,10 @@ impl<L: Listener> GracefulListener<L> {
             return;
         }
         if let Some(socket) = self.take_socket() {
-            self.graceful.shared().starved.close_unserved(socket);
+            self.graceful
+                .shared()
+                .starved
+                .close_unserved(Arc::new(socket));
         }
     }
 
@@ -290,5 +295,36 @@ impl<L: Listener + fmt::Debug> fmt::Debug for GracefulListener<L> {
             .field("listener", &self.listener)
             .field("graceful", &self.graceful)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::net::TcpStream;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::connection::descriptors::SocketKind;
+
+    #[tokio::test]
+    async fn a_handshake_that_completes_after_the_listener_is_dropped_is_counted_as_reset() {
+        let graceful = Graceful::new();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        tcp.set_nonblocking(true).unwrap();
+        let address = tcp.local_addr().unwrap();
+        let unused = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut listener = GracefulListener::within(graceful.clone(), unused);
+        graceful.shared().connections.listener_opened(false);
+        listener.listener = None;
+        let kind = SocketKind::Tcp(tcp);
+        listener.socket = Some(Arc::new(Socket {
+            kind,
+            is_passed: false,
+        }));
+        listener.closing = Closing::At(Instant::now());
+        let _client = TcpStream::connect(address).unwrap();
+        drop(listener);
+        assert_eq!(graceful.shared().starved.reset_queues(), 1);
     }
 }

@@ -88,16 +88,21 @@ mod diag {
 
     pub(super) fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<u32> {
         let mut asking = lock!(SOCKET);
-        if asking.socket.is_none() {
-            asking.socket = open().ok();
+        // A forked process shares the socket with its parent, and each may take an answer that is meant
+        // for the other. The second query is on a new socket.
+        (0..2).find_map(|_| asking.ask(local, peer).ok())
+    }
+
+    impl Asking {
+        /// Queries the kernel. After an error the next query opens a new socket, because a late answer may
+        /// come on this one.
+        fn ask(&mut self, local: SocketAddr, peer: SocketAddr) -> io::Result<u32> {
+            let socket = self.socket.take().map_or_else(open, Ok)?;
+            self.queries = self.queries.wrapping_add(1);
+            let queue = ask(&socket, self.queries, local, peer)?;
+            self.socket = Some(socket);
+            Ok(queue)
         }
-        asking.queries = asking.queries.wrapping_add(1);
-        let answer = ask(asking.socket.as_ref()?, asking.queries, local, peer);
-        if answer.is_err() {
-            // Opens a new socket for the next query, which must not read a late answer to this one.
-            asking.socket = None;
-        }
-        answer.ok()
     }
 
     fn open() -> io::Result<Socket> {
@@ -129,7 +134,7 @@ mod diag {
                 _ => Err(io::ErrorKind::Other.into()),
             };
         }
-        Ok(parse(answer, &request).unwrap_or(0))
+        parse(answer, &request).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
     fn request(number: u32, local: SocketAddr, peer: SocketAddr) -> [u8; REQUEST] {
@@ -164,8 +169,8 @@ mod diag {
         message[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// The send queue, if this is the answer to the request. A connection that is gone is not found,
-    /// but the listener that accepted it may be.
+    /// The send queue, if this is the answer to the request. Of a connection that is gone, the kernel may find
+    /// the listener that accepted it. The send queue is empty then.
     fn parse(answer: &[u8], request: &[u8; REQUEST]) -> Option<u32> {
         /// Ports and addresses, in the answer and in the request.
         const ENDS: (std::ops::Range<usize>, std::ops::Range<usize>) =
@@ -173,13 +178,14 @@ mod diag {
         const STATE: usize = HEADER + 1;
         const SEND_QUEUE: std::ops::Range<usize> = HEADER + 60..HEADER + 64;
 
-        let same = answer.get(ENDS.0)? == &request[ENDS.1];
-        let found = answer.len() >= ANSWER
-            && answer[4..6] == SOCK_DIAG_BY_FAMILY.to_ne_bytes()
-            && answer[STATE] != TCP_LISTEN
-            && same;
-        let queue = answer.get(SEND_QUEUE)?.try_into().ok()?;
-        found.then(|| u32::from_ne_bytes(queue))
+        if answer.len() < ANSWER || answer[4..6] != SOCK_DIAG_BY_FAMILY.to_ne_bytes() {
+            return None;
+        }
+        if answer[STATE] == TCP_LISTEN {
+            return Some(0);
+        }
+        let queue = answer[SEND_QUEUE].try_into().ok()?;
+        (answer[ENDS.0] == request[ENDS.1]).then(|| u32::from_ne_bytes(queue))
     }
 
     #[cfg(test)]
@@ -226,6 +232,26 @@ mod diag {
                 let mut rest = vec![0; written];
                 client.read_exact(&mut rest).unwrap();
                 becomes(&server, |queue| queue == Some(0));
+            }
+        }
+
+        /// The two processes of a fork share the socket.
+        #[test]
+        fn an_answer_to_a_query_of_another_process_is_not_taken() {
+            let (mut server, _client) = pair("127.0.0.1", "127.0.0.1");
+            server.write_all(b"unread").unwrap();
+            let (other, _other) = pair("127.0.0.1", "127.0.0.1");
+            for after in [0, 1] {
+                let mut asking = lock!(SOCKET);
+                let number = asking.queries.wrapping_add(after);
+                let local = other.local_addr().unwrap();
+                let theirs = request(number, local, other.peer_addr().unwrap());
+                let socket = asking.socket.get_or_insert_with(|| open().unwrap());
+                socket.send(&theirs).unwrap();
+                let (local, peer) = (server.local_addr().unwrap(), server.peer_addr().unwrap());
+                assert!(asking.ask(local, peer).is_err());
+                drop(asking);
+                becomes(&server, |queue| queue.is_some());
             }
         }
 
