@@ -33,6 +33,7 @@ mod tracked;
 /// The program of `docs/tls.md` and of the README of this example.
 #[rustfmt::skip]
 async fn serve(graceful: Graceful, address: SocketAddr, config: RustlsConfig, app: Router) -> Report {
+    // Printed from here
     let handle = Handle::new();
     let server = axum_server::bind(Tracked::new(&graceful, address)).handle(handle.clone());
     let drain = graceful.drain();       // from here on SIGTERM starts the stop
@@ -42,6 +43,7 @@ async fn serve(graceful: Graceful, address: SocketAddr, config: RustlsConfig, ap
     });
     let server = server.acceptor(RustlsAcceptor::new(config));
     let report = graceful.run(server.serve(app.into_make_service())).await;
+    // to here.
     println!("{report}");
     report
 }
@@ -49,10 +51,12 @@ async fn serve(graceful: Graceful, address: SocketAddr, config: RustlsConfig, ap
 /// The program without this crate, from which `docs/migration.md` begins.
 #[rustfmt::skip]
 async fn serve_without(address: SocketAddr, config: RustlsConfig, app: Router) -> io::Result<()> {
+    // Printed from here
     // before
     let handle = axum_server::Handle::new();
     tokio::spawn(stop_on_signal(handle.clone())); // handle.graceful_shutdown(Some(Duration::from_secs(10)))
     axum_server::bind_rustls(address, config).handle(handle).serve(app.into_make_service()).await?;
+    // to here.
     Ok(())
 }
 
@@ -154,6 +158,7 @@ fn the_pages_print_these_programs() {
     assert_eq!((tls.len(), readme.len(), migration.len()), (1, 1, 2));
     assert!(migration[1].contains("tokio_graceful::"));
     for printed in [&tls[0], &readme[0], &migration[0]] {
-        assert!(file.contains(printed), "{printed}");
+        let printed = format!("// Printed from here\n{printed}\n// to here.\n");
+        assert!(file.contains(&printed), "{printed}");
     }
 }

@@ -26,6 +26,7 @@ pub(super) use connected::tracked;
 async fn serve(
     graceful: Graceful, greeter: Service, listener: TcpListener,
 ) -> Result<Report, Box<dyn Error + Send + Sync>> {
+    // Printed from here
     use tonic::service::Routes;
     use tonic_health::ServingStatus;
 
@@ -36,12 +37,15 @@ async fn serve(
     let greeter = Routes::new(GreeterServer::new(greeter)).into_axum_router().layer(graceful.layer());
     let app = Routes::from(greeter).add_service(health).into_axum_router();
     Ok(graceful.serve(listener, app).await.into())
+    // to here.
 }
 
 /// The line of `docs/streams.md` for tonic's own server.
 #[rustfmt::skip]
 async fn serve_by_tonic(graceful: Graceful, greeter: GreeterServer<Service>, address: SocketAddr) -> Report {
+    // Printed from here
     graceful.run(Server::builder().layer(graceful.layer()).add_service(greeter).serve_with_shutdown(address, graceful.drain()))
+    // to here.
         .await
 }
 
@@ -49,6 +53,7 @@ async fn serve_by_tonic(graceful: Graceful, greeter: GreeterServer<Service>, add
 /// run it.
 #[rustfmt::skip]
 mod connected {
+    // Printed from here
     use std::{io, pin::Pin, task::{Context, Poll}};
     use tokio::{io::{AsyncRead, AsyncWrite, ReadBuf}, net::TcpStream};
     use tonic::transport::server::{Connected, TcpConnectInfo};
@@ -86,6 +91,7 @@ mod connected {
             Pin::new(&mut self.0).poll_shutdown(cx)
         }
     }
+    // to here.
 
     /// A tracked connection for tonic's server.
     pub(crate) fn tracked(io: GracefulIo<TcpStream>) -> impl Connected + AsyncRead + AsyncWrite + Unpin {
@@ -181,6 +187,8 @@ fn the_pages_print_these_programs() {
         line.unwrap().to_owned(),
         ignored(track, "```ignore\n"),
     ] {
-        assert!(file.contains(printed.trim()), "{printed}");
+        let printed = printed.trim();
+        let printed = format!("// Printed from here\n{printed}\n// to here.\n");
+        assert!(file.contains(&printed), "{printed}");
     }
 }
