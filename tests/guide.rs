@@ -1,5 +1,6 @@
-//! The test of `docs/testing.md`, as it is printed there.
+//! The tests of `docs/testing.md`, as they are printed there.
 
+// Printed from here
 use axum::{Router, body::Body, routing::get};
 use http::{Request, StatusCode};
 use std::time::Duration;
@@ -85,14 +86,41 @@ async fn a_response_arrives_whole_over_a_socket() {
     assert_eq!(server.await.unwrap().outcome(), Outcome::Clean);
 }
 
-/// The page prints the program of this file, in parts.
+// to here.
+
+use std::{fs, path::Path};
+
+/// The page prints the program of this file, in two parts.
 #[test]
 fn the_page_prints_this_test() {
     let (page, file) = (include_str!("../docs/testing.md"), include_str!("guide.rs"));
     let printed = page.split("```rust,ignore\n").skip(1);
     let printed: Vec<_> = printed.map(|it| it.split("```").next().unwrap()).collect();
     assert_eq!(printed.len(), 2);
-    for printed in printed {
-        assert!(file.contains(printed.trim()), "{printed}");
+    let printed = printed.join("\n");
+    let printed = format!("// Printed from here\n{printed}\n// to here.\n");
+    assert!(file.contains(&printed), "{printed}");
+}
+
+/// A page with another block of this kind needs a test, as this page, `examples/axum_server/tests/guide` and
+/// `examples/grpc/tests/guide` have.
+#[test]
+fn all_other_programs_are_doc_tests() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = fs::read_dir(root.join("docs")).unwrap();
+    let pages = docs.map(|it| it.unwrap().path());
+    let mut marked = Vec::new();
+    for page in pages.chain([root.join("README.md")]) {
+        let text = fs::read_to_string(&page).unwrap();
+        let fences = text.lines().filter(|it| it.trim_start().starts_with("```"));
+        let count = fences.filter(|it| it.contains("ignore")).count();
+        if count > 0 {
+            let name = page.file_name().unwrap().to_str().unwrap();
+            marked.push((name.to_owned(), count));
+        }
     }
+    marked.sort();
+    let tested = [("migration", 2), ("streams", 1), ("testing", 2), ("tls", 1)];
+    let tested = tested.map(|(page, count)| (format!("{page}.md"), count));
+    assert_eq!(marked, tested);
 }

@@ -1,4 +1,5 @@
-//! Runs the example `axum_server` as a separate process, with real signals, sockets and TLS.
+//! Runs the example `axum_server` as a separate process, with real signals, sockets and TLS. The module
+//! [`guide`] runs the programs that the guide prints.
 
 #![cfg(unix)]
 
@@ -29,6 +30,8 @@ use tokio_rustls::{
     },
 };
 
+mod guide;
+
 /// The timeout of each step, much longer than any step takes.
 const BOUND: Duration = Duration::from_secs(30);
 
@@ -48,6 +51,17 @@ fn example() -> PathBuf {
         assert!(example.exists() || build.status().unwrap().success());
     });
     example
+}
+
+/// The settings of a client that trusts `certificate`.
+fn client_config(certificate: CertificateDer<'static>, protocol: &str) -> Arc<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate).unwrap();
+    let mut config = ClientConfig::builder()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![protocol.into()];
+    Arc::new(config)
 }
 
 trait Stream: Read + Write + Send {
@@ -111,13 +125,7 @@ impl Service {
     }
 
     fn client_config(&self, protocol: &str) -> Arc<ClientConfig> {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.certificate.clone().unwrap()).unwrap();
-        let mut config = ClientConfig::builder()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        config.alpn_protocols = vec![protocol.into()];
-        Arc::new(config)
+        client_config(self.certificate.clone().unwrap(), protocol)
     }
 
     /// Opens a connection, and completes the handshake if the server has TLS.

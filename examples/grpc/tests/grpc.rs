@@ -3,8 +3,8 @@
 //! tonic's server runs in `run` without changes. It takes [`Graceful::layer`] as a layer and
 //! [`Graceful::drain`] as its shutdown signal. Two things need additional code:
 //!
-//! - tonic reads connect info through its own trait `Connected`, which [`GracefulIo`] does not implement.
-//!   So [`Tracked`] wraps tracked connections here. Without tracking it works too, but then a call that
+//! - tonic reads connect info through its own trait `Connected`, which `GracefulIo` does not implement.
+//!   So [`tracked`](guide::tracked) wraps tracked connections here. Without tracking it works too, but then a call that
 //!   does not end is cut only when the server is dropped.
 //! - A layer of tonic's server is around every service, also around health. `exempt` keeps health from
 //!   being refused.
@@ -19,7 +19,6 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -35,7 +34,6 @@ use health::Health;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::JoinHandle,
@@ -44,10 +42,7 @@ use tokio::{
 use tonic::{
     Code, Request, Response, Status,
     service::Routes,
-    transport::{
-        self, Channel, Server,
-        server::{Connected, TcpConnectInfo},
-    },
+    transport::{self, Channel, Server},
 };
 use tonic_health::{
     ServingStatus,
@@ -57,12 +52,13 @@ use tonic_health::{
     },
     server::HealthReporter,
 };
-use tower_graceful::{Graceful, GracefulBuilder, GracefulIo, Outcome, Phase, Report, Requests};
+use tower_graceful::{Graceful, GracefulBuilder, Outcome, Phase, Report, Requests};
 
 // The same code as in the example.
 #[path = "../greeter.rs"]
 #[allow(clippy::pedantic, unreachable_pub)]
 mod greeter;
+mod guide;
 #[path = "../health.rs"]
 #[allow(unreachable_pub)]
 mod health;
@@ -89,6 +85,17 @@ struct Service {
     arrived: Arc<AtomicU64>,
     /// The last number that a stream of ticks has sent.
     sent: Arc<AtomicU64>,
+}
+
+impl Service {
+    fn new(graceful: &Graceful) -> Self {
+        Self {
+            graceful: graceful.clone(),
+            slow: Arc::new(Semaphore::new(0)),
+            arrived: Arc::default(),
+            sent: Arc::default(),
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -118,45 +125,6 @@ impl Greeter for Service {
     }
 }
 
-/// A tracked connection for tonic's server.
-struct Tracked(GracefulIo<TcpStream>);
-
-impl Connected for Tracked {
-    type ConnectInfo = TcpConnectInfo;
-
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.0.get_ref().connect_info()
-    }
-}
-
-impl AsyncRead for Tracked {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Tracked {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
-    }
-}
-
 /// A running service, which a test stops once.
 struct Running {
     graceful: Graceful,
@@ -181,12 +149,7 @@ async fn start(form: Form, plan: GracefulBuilder) -> Running {
     let graceful = plan.build().unwrap();
     let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = tcp.local_addr().unwrap();
-    let service = Service {
-        graceful: graceful.clone(),
-        slow: Arc::new(Semaphore::new(0)),
-        arrived: Arc::default(),
-        sent: Arc::default(),
-    };
+    let service = Service::new(&graceful);
     let reporter = HealthReporter::new();
     let health = HealthServer::new(Health::new(&reporter, &graceful));
     let not_serving = async move {
@@ -207,7 +170,7 @@ async fn start(form: Form, plan: GracefulBuilder) -> Running {
             let listener = graceful.listener(tcp);
             let incoming = stream::unfold(listener, |mut listener| async move {
                 let (io, _) = Listener::accept(&mut listener).await;
-                Some((Ok::<_, io::Error>(Tracked(io)), listener))
+                Some((Ok::<_, io::Error>(guide::tracked(io)), listener))
             });
             let server = Server::builder()
                 .layer(graceful.layer())
