@@ -311,7 +311,7 @@ impl Shared {
             in_flight: self.in_flight(),
             connections: self.connections.len(),
         }));
-        if to == Phase::Stopped && shutdown.queued > 0 {
+        if shutdown.queued > 0 {
             state.events.push(Event::QueueReset(shutdown.queued));
         }
     }

@@ -273,6 +273,8 @@ fn logged_at_once(form: Form) {
     thread::sleep(MS(300));
     server.terminate();
     server.expect_phase("lame duck");
+    // The thread that has logged the first signal has ended.
+    thread::sleep(MS(500));
     server.terminate();
     thread::sleep(MS(1000));
     server.signal(SIGINT);

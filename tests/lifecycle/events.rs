@@ -193,6 +193,48 @@ async fn every_transition_is_one_event_with_its_reason() {
     assert_eq!(lines[3].fields["connections"], "0");
 }
 
+#[cfg(feature = "axum")]
+#[tokio::test(start_paused = true)]
+async fn connections_that_are_reset_in_a_queue_are_logged_once_when_the_service_has_stopped() {
+    use axum::serve::Listener as _;
+
+    for (clients, expected) in [(2, ["2"].as_slice()), (0, &[])] {
+        let log = Log::new();
+        let graceful = without_delay();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        tcp.set_nonblocking(true).unwrap();
+        let address = tcp.local_addr().unwrap();
+        let tcp = tokio::net::TcpListener::from_std(tcp).unwrap();
+        let mut listener = graceful.listener(tcp);
+        let connection = graceful.track(());
+        assert!(
+            tokio_test::task::spawn(listener.accept())
+                .poll()
+                .is_pending()
+        );
+        graceful.shutdown();
+        let _clients: Vec<_> = (0..clients)
+            .map(|_| std::net::TcpStream::connect(address).unwrap())
+            .collect();
+        // The listener is not polled again, and dropped after it should have closed.
+        pass(s(2)).await;
+        drop(listener);
+        drop(connection);
+        graceful.stopped().await;
+        let lines = log.lines();
+        let queued: Vec<_> = (lines.iter())
+            .filter_map(|line| line.fields.get("queued"))
+            .collect();
+        assert_eq!(queued, expected, "{lines:#?}");
+        let last = lines.last().unwrap();
+        assert_eq!(
+            last.fields.contains_key("queued"),
+            clients > 0,
+            "{lines:#?}"
+        );
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_plan_is_logged_once_before_everything_else() {
     let log = Log::new();
