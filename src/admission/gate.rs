@@ -59,6 +59,11 @@ impl<K, T> Gate<K, T> {
         Self(shared)
     }
 
+    /// Drops this clone. Returns what all clones share, if it was the last one.
+    pub(crate) fn into_last(self) -> Option<impl Sized> {
+        Arc::into_inner(self.0)
+    }
+
     /// Distinguishes the admissions of this gate from those of other gates, while the gate has an
     /// owner.
     pub(crate) fn address(&self) -> usize {

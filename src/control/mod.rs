@@ -101,6 +101,10 @@ pub(crate) trait Subject: Clone + Send + Sync + 'static {
     #[cfg(feature = "signal")]
     fn upgrade(weak: &Self::Weak) -> Option<Self>;
 
+    /// Drops a reference. If it was the last one, returns the value, which the caller drops on another
+    /// thread.
+    fn release(self) -> Option<Box<dyn Send>>;
+
     /// Takes the steps that are due. Returns the notifications that they require, to be run on
     /// another thread.
     fn take_due_steps(&self) -> Option<Box<dyn FnOnce() + Send>>;
@@ -331,8 +335,6 @@ impl<S: Subject> Control<S> {
     }
 
     fn act(&'static self, due: DueWork<S>) {
-        // The last reference to a lifecycle drops values that its user has put into it, so the
-        // references are dropped on another thread.
         let mut held = Vec::new();
         for subject in due.checks {
             shielded(|| {
@@ -365,8 +367,9 @@ impl<S: Subject> Control<S> {
         for overdue in due.overdue {
             crate::control::exit::end(move || S::upgrade(&overdue)?.describe());
         }
-        if !held.is_empty() {
-            self.run_elsewhere(Box::new(move || drop(held)));
+        // The last reference to a lifecycle drops values that its user has put into it.
+        for last in held.into_iter().filter_map(S::release) {
+            self.run_elsewhere(Box::new(move || drop(last)));
         }
     }
 }

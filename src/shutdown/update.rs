@@ -56,6 +56,10 @@ impl Subject for Shared {
         weak.upgrade()
     }
 
+    fn release(self) -> Option<Box<dyn Send>> {
+        self.into_last().map(|last| Box::new(last) as _)
+    }
+
     fn take_due_steps(&self) -> Option<Box<dyn FnOnce() + Send>> {
         self.driver_waker.begins_check();
         self.driver_waker.wake_driver();
