@@ -146,9 +146,16 @@ impl<S: Subject> Control<S> {
         } else {
             at
         };
+        let stops = inner.deadlines.len();
         inner.deadlines.schedule(id, subject, at);
+        let is_first = inner.deadlines.len() > stops;
+        if is_first {
+            // A notification that came before this call found no stop, and the stop does not send another
+            // before it has been checked.
+            inner.deadlines.notify(id);
+        }
         let is_earlier = inner.sleeps_until.is_none_or(|until| at < until);
-        let _ = self.need(&mut inner, is_earlier);
+        let _ = self.need(&mut inner, is_first || is_earlier);
     }
 
     /// Ends the checks of a stop. The caller drops the result after all locks are released.

@@ -134,10 +134,7 @@ impl Probe {
         self.graceful.shared().outside.count_probe();
         let (status, text) = match self.question {
             Question::Alive => (StatusCode::OK, phase.as_str()),
-            Question::Ready if self.graceful.is_ready() => {
-                self.graceful.shared().mark_served();
-                (StatusCode::OK, phase.as_str())
-            }
+            Question::Ready if self.graceful.is_ready() => (StatusCode::OK, phase.as_str()),
             Question::Ready => {
                 let unready = self.graceful.policy().unready_status;
                 let text = match phase {
@@ -149,7 +146,11 @@ impl Probe {
         };
         let known = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
         if known && matches!(self.question, Question::Ready) {
-            self.note_answer(request, status == StatusCode::OK);
+            let is_ready = status == StatusCode::OK;
+            if is_ready {
+                self.graceful.shared().mark_served();
+            }
+            self.note_answer(request, is_ready);
         }
         let status = if known {
             status

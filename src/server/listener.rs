@@ -223,7 +223,9 @@ impl<L: Listener> GracefulListener<L> {
         let Some(instructs) = shared.starved.begin_round() else {
             return;
         };
-        let before = Instant::now() - QUIET_BEFORE_CLOSE;
+        let Some(before) = Instant::now().checked_sub(QUIET_BEFORE_CLOSE) else {
+            return;
+        };
         for entry in shared.connections.opened_before(before) {
             if !entry.is_served() {
                 entry.state.wake_reader();

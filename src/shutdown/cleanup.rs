@@ -13,6 +13,7 @@ use super::{
     state::{ABORT_TIME, ClosingStage, LEAST_TIMEOUT},
 };
 use crate::{
+    background::shielded,
     config::plan::instant_after,
     events::Event,
     phase::Phase,
@@ -54,12 +55,15 @@ impl Shared {
             let key = hook.key;
             let handle = tokio::spawn(async move {
                 shared.work.began(hook.key);
+                let mut job = hook.job;
                 let outcome = tokio::select! {
                     biased;
-                    outcome = hook.job => outcome,
+                    outcome = &mut job => outcome,
                     () = time::sleep(hook.timeout) => TaskOutcome::Cut,
                     _ = phases.wait_for(|phase| *phase >= Phase::Draining) => TaskOutcome::Cut,
                 };
+                // A destructor of the hook may panic.
+                shielded(|| drop(job));
                 shared.task_ended(hook.key, outcome);
             });
             self.work.add_running_hook(key, handle);
@@ -109,6 +113,7 @@ impl Shared {
                 let outcome = step.job.await;
                 shared.task_ended(step.key, outcome);
             }));
+            self.work.started(step.key, &job.0);
             let until = instant_after(Instant::now(), timeout);
             if !job.ends_by(until).await {
                 job.has_aborted_by(abort_deadline()).await;
@@ -259,6 +264,74 @@ mod tests {
             outcomes(&report),
             [TaskOutcome::Done, TaskOutcome::Cut, TaskOutcome::NotRun]
         );
+        time::sleep(SECOND).await;
+        #[cfg(feature = "signal")]
+        assert!(
+            graceful.shared().has_ended(),
+            "the runtime has dropped the step"
+        );
+    }
+
+    /// The watchdog ends the process, because `main` would wait for such a thread.
+    #[cfg(feature = "signal")]
+    #[test]
+    fn a_worker_or_step_that_blocks_its_thread_has_not_ended_when_it_was_cut() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        for is_worker in [true, false] {
+            let graceful = Graceful::builder()
+                .drain_delay(Duration::ZERO)
+                .worker_timeout(SECOND / 50)
+                .build()
+                .unwrap();
+            let (release, blocked) = std::sync::mpsc::channel::<()>();
+            let block = async move {
+                let _ = blocked.recv();
+            };
+            let report = runtime.block_on(async {
+                if is_worker {
+                    graceful.worker("blocks", |_| block).unwrap();
+                } else {
+                    graceful.cleanup("blocks", SECOND / 50, block).unwrap();
+                }
+                graceful.shutdown();
+                report(&graceful).await
+            });
+            assert_eq!(outcomes(&report), [TaskOutcome::Cut]);
+            assert!(!graceful.shared().has_ended());
+            #[cfg(unix)]
+            assert!(graceful.shared().describe_end().unwrap().contains("blocks"));
+            drop(release);
+            while !graceful.shared().has_ended() {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cut_hook_whose_destructor_panics_has_ended() {
+        struct Landmine;
+
+        impl Drop for Landmine {
+            fn drop(&mut self) {
+                std::panic::resume_unwind(Box::new("stepped on"));
+            }
+        }
+
+        let graceful = Graceful::new();
+        let landmine = Landmine;
+        let hook = async move {
+            let _kept = landmine;
+            pending::<()>().await;
+        };
+        graceful.on_lame_duck("hook", SECOND, hook).unwrap();
+        stop(&graceful);
+        time::sleep(SECOND * 2).await;
+        assert!(!graceful.shared().work.has_hook());
+        assert_eq!(outcomes(&report(&graceful).await), [TaskOutcome::Cut]);
     }
 
     #[tokio::test(start_paused = true)]

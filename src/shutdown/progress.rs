@@ -55,24 +55,18 @@ impl Shared {
         Some(next.min(at))
     }
 
-    /// Whether nothing is left that the stop waited for. The tasks of a runtime that is gone have
-    /// ended.
+    /// Whether nothing is left that the stop waited for.
     #[cfg(feature = "signal")]
-    pub(super) fn has_ended(&self, runtime_gone: bool) -> bool {
-        let workless = || {
-            let tasks = self.work.tasks();
-            let mut tasks = tasks.iter();
-            runtime_gone || tasks.all(|it| it.began.is_none() || it.ended.is_some())
-        };
-        self.in_flight() == 0 && self.connections.len() == 0 && workless()
+    pub(super) fn has_ended(&self) -> bool {
+        let runs = || self.work.tasks().iter().any(|task| task.is_running());
+        self.in_flight() == 0 && self.connections.len() == 0 && !runs()
     }
 
     /// The watchdog's message if the grace period is nearly over and the service has not stopped, or work
     /// that it has given up has not ended.
     #[cfg(all(unix, feature = "signal"))]
     pub(super) fn describe_end(&self) -> Option<String> {
-        let runtime_gone = self.state().driver_gone.is_some();
-        if self.phase() == Phase::Stopped && self.has_ended(runtime_gone) {
+        if self.phase() == Phase::Stopped && self.has_ended() {
             return None;
         }
         let now = Instant::now();
@@ -97,7 +91,7 @@ impl Shared {
             .work
             .tasks()
             .into_iter()
-            .filter(|task| task.ended.is_none());
+            .filter(|task| task.is_running() || task.began.is_none() && task.ended.is_none());
         let tasks = tasks.map(|task| format!("{} has not ended", task.name));
         for entry in requests.take(3).chain(holds.take(3)).chain(tasks) {
             text.push_str("\n  ");

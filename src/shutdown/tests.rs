@@ -1131,24 +1131,23 @@ async fn a_service_has_ended_when_no_request_connection_or_running_task_is_left(
     let shared = stop.shared();
     // A step that has not begun is not waited for.
     stop.graceful.cleanup("step", ms(10), async {}).unwrap();
-    assert!(shared.has_ended(false));
+    assert!(shared.has_ended());
 
     let entry = stop.connect();
-    assert!(!shared.has_ended(false) && !shared.has_ended(true));
+    assert!(!shared.has_ended());
     stop.leave(&entry);
     let hold = stop.graceful.hold("work");
-    assert!(!shared.has_ended(false) && !shared.has_ended(true));
+    assert!(!shared.has_ended());
     drop(hold);
     let (end, ended) = oneshot::channel::<()>();
     let worker = stop.graceful.worker("worker", |_| async move {
         let _ = ended.await;
     });
     worker.unwrap();
-    assert!(!shared.has_ended(false));
-    assert!(shared.has_ended(true), "the runtime has dropped the worker");
+    assert!(!shared.has_ended());
     drop(end);
     stop.at(1).await;
-    assert!(shared.has_ended(false));
+    assert!(shared.has_ended());
 }
 
 #[cfg(unix)]

@@ -63,8 +63,7 @@ impl Subject for Shared {
     fn take_due_steps(&self) -> Option<Box<dyn FnOnce() + Send>> {
         self.driver_waker.begins_check();
         self.driver_waker.wake_driver();
-        let (_, update) = self.step_by(By::Control, |_, _| ());
-        self.to_publish(update)
+        self.control_step(|_, _| ())
     }
 
     #[cfg(feature = "signal")]
@@ -79,12 +78,10 @@ impl Subject for Shared {
                 return None;
             }
         }
-        let (_, update) = self.step_by(By::Control, |state, now| {
-            self.on_signal(state, trigger, now);
-        });
+        let publish = self.control_step(|state, now| self.on_signal(state, trigger, now));
         self.start_driver();
         self.notify();
-        self.to_publish(update)
+        publish
     }
 
     #[cfg(all(unix, feature = "signal"))]
@@ -101,18 +98,32 @@ impl Shared {
     }
 
     pub(super) fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
-        let (next, update) = self.step_by(By::User, change);
+        let (next, update, subscribers) = self.step_by(By::User, change);
         self.publish(update);
+        shielded(|| drop(subscribers));
         next
     }
 
-    /// Makes a change and takes every step that is then due. Returns when to check again, and the
-    /// update that the caller must publish.
+    /// As [`step`](Self::step), for the control thread. Returns what is to be done on another thread.
+    fn control_step(
+        &self,
+        change: impl FnOnce(&mut State, Instant),
+    ) -> Option<Box<dyn FnOnce() + Send>> {
+        let (_, update, subscribers) = self.step_by(By::Control, change);
+        if subscribers.iter().any(Option::is_some) {
+            CONTROL.run_elsewhere(Box::new(move || drop(subscribers)));
+        }
+        self.to_publish(update)
+    }
+
+    /// Makes a change and takes every step that is then due. Returns when to check again, the update
+    /// that the caller must publish, and references to log subscribers, which the caller must drop where
+    /// their destructors may run.
     fn step_by(
         &self,
         by: By,
         change: impl FnOnce(&mut State, Instant),
-    ) -> (Option<Instant>, Update) {
+    ) -> (Option<Instant>, Update, [Option<Origin>; 2]) {
         let now = Instant::now();
         let origin = (by == By::User).then(Origin::here).flatten();
         let mut state = self.state();
@@ -148,8 +159,7 @@ impl Shared {
         let stopped = stopping && state.report.is_some();
         #[cfg(feature = "signal")]
         if stopped {
-            let has_ended = self.has_ended(state.driver_gone.is_some());
-            CONTROL.stopped(self.driver_waker.id(), has_ended);
+            CONTROL.stopped(self.driver_waker.id(), self.has_ended());
         }
         // Taken in any case: a service that has stopped keeps no reference to a subscriber.
         let mut kept = state.origin.take();
@@ -170,7 +180,7 @@ impl Shared {
         };
         let undriven = stopped && !self.is_driven();
         drop(state);
-        drop((ended, former, kept));
+        drop(ended);
         if undriven {
             let shared = self.clone();
             CONTROL.run_elsewhere(Box::new(move || shared.give_up_work()));
@@ -179,7 +189,7 @@ impl Shared {
             // The log thread writes the events, because a subscriber is user code.
             events::work();
         }
-        (next, update)
+        (next, update, [former, kept])
     }
 
     /// The job that publishes an update of the control thread, to be run on another thread. `None`

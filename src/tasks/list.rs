@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::{
+    task::{AbortHandle, JoinHandle},
+    time::Instant,
+};
 
 use crate::report::{TaskKind, TaskOutcome, UnlistedWorkers};
 
@@ -62,6 +65,23 @@ pub(crate) struct Task {
     pub(crate) kind: TaskKind,
     pub(crate) began: Option<Instant>,
     pub(crate) ended: Option<(Instant, TaskOutcome)>,
+    /// Set when the task is started, and removed when it ends by itself.
+    handle: Option<AbortHandle>,
+}
+
+impl Task {
+    /// Records how the task ended. The caller drops the returned handle after the lock is released.
+    pub(super) fn end(&mut self, outcome: TaskOutcome) -> Option<AbortHandle> {
+        let was_cut = outcome == TaskOutcome::Cut;
+        self.ended = Some((Instant::now(), outcome));
+        if was_cut { None } else { self.handle.take() }
+    }
+
+    /// Whether the task has been started and has not ended. A task that was aborted runs on while it blocks
+    /// its thread.
+    pub(crate) fn is_running(&self) -> bool {
+        self.handle.as_ref().is_some_and(|it| !it.is_finished())
+    }
 }
 
 impl List {
@@ -89,9 +109,16 @@ impl List {
             kind,
             began,
             ended: None,
+            handle: None,
         };
         self.tasks.insert(key, task);
         key
+    }
+
+    pub(super) fn started(&mut self, key: usize, handle: &JoinHandle<()>) {
+        if let Some(task) = self.tasks.get_mut(&key) {
+            task.handle = Some(handle.abort_handle());
+        }
     }
 
     /// Records that a worker has ended before the stop. If there are too many such workers, the

@@ -128,6 +128,7 @@ impl Work {
             return false;
         }
         let key = list.enter(name, TaskKind::Worker, Some(Instant::now()));
+        list.started(key, &handle);
         list.workers.insert(key, handle);
         drop(list);
         let _ = send_key.send(key);
@@ -142,12 +143,18 @@ impl Work {
     }
 
     pub(crate) fn add_running_hook(&self, key: usize, handle: JoinHandle<()>) {
-        lock!(self.list).running_hooks.push((key, handle));
+        let mut list = lock!(self.list);
+        list.started(key, &handle);
+        list.running_hooks.push((key, handle));
     }
 
     /// Takes the handles of the hooks that have been started.
     pub(crate) fn take_running_hooks(&self) -> Vec<(usize, JoinHandle<()>)> {
         std::mem::take(&mut lock!(self.list).running_hooks)
+    }
+
+    pub(crate) fn started(&self, key: usize, handle: &JoinHandle<()>) {
+        lock!(self.list).started(key, handle);
     }
 
     pub(crate) fn began(&self, key: usize) {
@@ -175,7 +182,7 @@ impl Work {
             outcome => outcome,
         };
         let failed = matches!(outcome, TaskOutcome::Failed(_) | TaskOutcome::Panicked(_));
-        task.ended = Some((Instant::now(), outcome));
+        let own = task.end(outcome);
         let task = task.clone();
         let handle = list.workers.remove(&key);
         let unlisted = if ends_early {
@@ -184,7 +191,7 @@ impl Work {
             None
         };
         drop(list);
-        drop((handle, unlisted));
+        drop((own, handle, unlisted));
         Some(task)
     }
 

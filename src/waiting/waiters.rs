@@ -188,28 +188,31 @@ impl Waiters {
     pub(crate) fn notify(&self, moment: Moment) {
         for shard in &self.shards {
             lock!(shard).notify(moment);
-            loop {
-                let waker = lock!(shard).due.pop_front();
-                let Some(waker) = waker else { break };
-                shielded(|| waker.wake());
-            }
+            wake_due(shard);
         }
     }
 
     /// Wakes every waiter without a notification, so that it checks its condition again.
     pub(crate) fn wake_all(&self) {
         for shard in &self.shards {
-            let wakers: Vec<_> = {
+            {
                 let mut shard = lock!(shard);
-                let waiting = shard.waiting.iter_mut();
-                waiting
-                    .map(|(_, (_, waker))| mem::replace(waker, Waker::noop().clone()))
-                    .collect()
-            };
-            for waker in wakers {
-                shielded(|| waker.wake());
+                let Shard { waiting, due, .. } = &mut *shard;
+                for (_, (_, waker)) in waiting.iter_mut() {
+                    due.push_back(mem::replace(waker, Waker::noop().clone()));
+                }
             }
+            wake_due(shard);
         }
+    }
+}
+
+/// Wakes the wakers in the queue: point 3.
+fn wake_due(shard: &Mutex<Shard>) {
+    loop {
+        let waker = lock!(shard).due.pop_front();
+        let Some(waker) = waker else { break };
+        shielded(|| waker.wake());
     }
 }
 
@@ -422,25 +425,29 @@ mod tests {
             }
         }
 
-        let (release, blocked) = mpsc::channel();
-        let (woken, is_woken) = mpsc::channel();
-        let waiters = Waiters::new();
-        let blocks = Waker::from(Arc::new(Blocks(blocked.into(), woken)));
-        let mut wait_key = None;
-        let cx = Context::from_waker(&blocks);
-        assert_pending!(waiters.poll(&mut wait_key, Phase::Draining, false, &cx));
-        let mut other = task::spawn(notified(&waiters, false));
-        assert_pending!(other.poll());
-        std::thread::scope(|scope| {
-            scope.spawn(|| waiters.notify(draining(Place::LAST)));
-            is_woken.recv().unwrap();
-            assert!(!other.is_woken());
-            // As the control thread does when the notifying thread is stuck.
+        for first in [Waiters::wake_all, |waiters: &Waiters| {
             waiters.notify(draining(Place::LAST));
-            assert!(other.is_woken());
-            drop(release);
-        });
-        assert_ready!(other.poll());
+        }] {
+            let (release, blocked) = mpsc::channel();
+            let (woken, is_woken) = mpsc::channel();
+            let waiters = Waiters::new();
+            let blocks = Waker::from(Arc::new(Blocks(blocked.into(), woken)));
+            let mut wait_key = None;
+            let cx = Context::from_waker(&blocks);
+            assert_pending!(waiters.poll(&mut wait_key, Phase::Draining, false, &cx));
+            let mut other = task::spawn(notified(&waiters, false));
+            assert_pending!(other.poll());
+            std::thread::scope(|scope| {
+                scope.spawn(|| first(&waiters));
+                is_woken.recv().unwrap();
+                assert!(!other.is_woken());
+                // As the control thread does when the notifying thread is stuck.
+                waiters.notify(draining(Place::LAST));
+                assert!(other.is_woken());
+                drop(release);
+            });
+            assert_ready!(other.poll());
+        }
     }
 
     #[test]
