@@ -1,20 +1,15 @@
 //! What a request or a refusal holds while the gate counts it: each type gives back its count when it
 //! is dropped.
 
-use std::{fmt, mem};
+use std::{fmt, mem, sync::Arc};
 
-use super::{
-    core::Core,
-    gate::{Gate, GateInner},
-    shard::Shard,
-    word::Word,
-};
+use super::{core::Core, shard::Shard, word::Word};
 use crate::sync::Ordering;
 
 /// A permit of a request that has no response yet. Dropping it releases the request, and counts it
 /// as dropped during a stop.
 #[must_use = "dropping it releases the request at once"]
-pub(crate) struct Unanswered<K: 'static, T: 'static>(pub(super) &'static Shard<K, GateInner<K, T>>);
+pub(crate) struct Unanswered<K: 'static, T: 'static>(pub(super) &'static Shard<K, T>);
 
 impl<K, T> Unanswered<K, T> {
     /// The request has a response, or its service has failed.
@@ -32,9 +27,9 @@ impl<K, T> Unanswered<K, T> {
         self.0.word()
     }
 
-    /// The gate, if it still has an owner.
-    pub(crate) fn gate(&self) -> Option<Gate<K, T>> {
-        self.0.common().owned().map(Gate)
+    /// The owner of the gate, if it is still alive.
+    pub(crate) fn owner(&self) -> Option<Arc<T>> {
+        self.0.common().owner()
     }
 }
 
@@ -46,7 +41,7 @@ impl<K, T> Drop for Unanswered<K, T> {
 
 /// A permit of a request that has a response. Dropping it releases the request.
 #[must_use = "dropping the permit releases the request at once"]
-pub(crate) struct Permit<K: 'static, T: 'static>(&'static Shard<K, GateInner<K, T>>);
+pub(crate) struct Permit<K: 'static, T: 'static>(&'static Shard<K, T>);
 
 impl<K, T> Permit<K, T> {
     /// The word of this request's shard: the phase, and the number of requests on the shard.
@@ -79,7 +74,7 @@ impl<K, T> Permit<K, T> {
 /// it. It does not keep the request in flight, because other middleware may keep parts of a
 /// response for any time. `Relaxed`: this is a statistic that is read much later.
 #[must_use = "dropping it means that the server has sent the piece"]
-pub(crate) struct Piece<K: 'static, T: 'static>(&'static Shard<K, GateInner<K, T>>);
+pub(crate) struct Piece<K: 'static, T: 'static>(&'static Shard<K, T>);
 
 impl<K, T> Drop for Piece<K, T> {
     fn drop(&mut self) {
@@ -96,7 +91,7 @@ impl<K, T> Drop for Permit<K, T> {
 
 /// Permission to read the body of a refused request. Dropping it allows another refusal to read.
 #[must_use = "dropping it allows another refusal to read"]
-pub(crate) struct Reading<K: 'static, T: 'static>(pub(super) &'static Core<K, GateInner<K, T>>);
+pub(crate) struct Reading<K: 'static, T: 'static>(pub(super) &'static Core<K, T>);
 
 impl<K, T> Drop for Reading<K, T> {
     fn drop(&mut self) {

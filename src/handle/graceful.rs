@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    admission,
+    admission::{self, Gate},
     config::{
         plan::{EffectivePlan, Knobs, Plan},
         policy::Policy,
@@ -141,8 +141,9 @@ impl Graceful {
         policy: Policy,
         plan: Plan,
     ) -> Self {
-        let shared = Shared::new(max_in_flight, name_requests, policy, |policy| {
-            Lifecycle::new(plan, Arc::clone(policy))
+        let shared = Arc::new_cyclic(|shared| {
+            let gate = Gate::new(max_in_flight, name_requests, policy, shared);
+            Lifecycle::new(gate, plan)
         });
         shared.drive();
         Self { shared }
@@ -157,7 +158,7 @@ impl Graceful {
     }
 
     pub(crate) fn policy(&self) -> &Policy {
-        &self.shared.policy
+        self.shared.policy()
     }
 
     /// Triggers a stop. It takes effect before this returns: readiness fails, and responses carry

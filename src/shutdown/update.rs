@@ -13,7 +13,7 @@ use tokio::{sync::watch, time::Instant};
 #[cfg(feature = "signal")]
 use super::WeakShared;
 use super::{
-    CONTROL, Shared,
+    CONTROL, Lifecycle, Shared,
     state::{Clock, ClosingStage, State},
 };
 #[cfg(feature = "signal")]
@@ -76,7 +76,7 @@ impl Subject for Shared {
             }
         }
         let (_, update) = self.step_by(By::Control, |state, now| {
-            self.on_signal(state, trigger, now);
+            self.handle_signal(state, trigger, now);
         });
         self.start_driver();
         self.notify();
@@ -89,14 +89,17 @@ impl Subject for Shared {
     }
 }
 
-impl Shared {
+impl Lifecycle {
     /// Makes a change, takes every step that is then due, and notifies the driver.
-    pub(super) fn change(&self, change: impl FnOnce(&mut State, Instant)) {
+    pub(super) fn change(self: &Arc<Self>, change: impl FnOnce(&mut State, Instant)) {
         self.step(change);
         self.notify();
     }
 
-    pub(super) fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
+    pub(super) fn step(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut State, Instant),
+    ) -> Option<Instant> {
         let (next, update) = self.step_by(By::User, change);
         self.publish(update);
         next
@@ -105,7 +108,7 @@ impl Shared {
     /// Makes a change and takes every step that is then due. Returns when to check again, and the
     /// update that the caller must publish.
     fn step_by(
-        &self,
+        self: &Arc<Self>,
         by: By,
         change: impl FnOnce(&mut State, Instant),
     ) -> (Option<Instant>, Update) {
@@ -180,7 +183,7 @@ impl Shared {
 
     /// The job that publishes an update of the control thread, to be run on another thread. `None`
     /// if nothing has changed since the last one.
-    fn to_publish(&self, update: Update) -> Option<Box<dyn FnOnce() + Send>> {
+    fn to_publish(self: &Arc<Self>, update: Update) -> Option<Box<dyn FnOnce() + Send>> {
         if lock!(self.published).replace(update) == Some(update) {
             return None;
         }
@@ -213,7 +216,7 @@ impl Shared {
         let spreading = (phase == Phase::Draining).then(|| state.draining_since());
         let place = spreading.flatten().map_or(Place::LAST, |since| {
             let elapsed = now.saturating_duration_since(since);
-            Place::after(elapsed, self.policy.drain_spread)
+            Place::after(elapsed, self.policy().drain_spread)
         });
         Moment { phase, place }
     }
@@ -236,7 +239,7 @@ impl Shared {
             Directive::Read
         } else if phase >= Phase::Draining || shutdown.asks_all {
             Directive::Leave
-        } else if phase == Phase::LameDuck && self.policy.is_spread() {
+        } else if phase == Phase::LameDuck && self.policy().is_spread() {
             Directive::LeaveInSlot
         } else {
             Directive::Stopping
