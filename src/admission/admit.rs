@@ -28,13 +28,13 @@ impl<K, T> Admission<K, T> {
 
     /// Admits a request on the fast path: see [`Shard::admit`].
     #[inline]
-    pub(crate) fn admit(self) -> Option<Unanswered<K, T>> {
+    pub(crate) fn admit(self) -> Option<Unanswered<T>> {
         let shard = self.0.core.shard();
         shard.admit().then(|| Unanswered(shard))
     }
 
     /// Admits a request that [`admit`](Self::admit) did not, or returns the reason for the refusal.
-    pub(crate) fn admit_slow(self) -> Result<Unanswered<K, T>, Refused> {
+    pub(crate) fn admit_slow(self) -> Result<Unanswered<T>, Refused> {
         let shard = self.0.core.shard();
         shard.admit_slow()?;
         Ok(Unanswered(shard))

@@ -41,44 +41,47 @@ pub(crate) struct SinceServing {
 }
 
 pub(crate) struct Core<K, T> {
-    shards: [Shard<K, T>; SHARDS],
+    shards: [Shard<T>; SHARDS],
     /// The index of the last shard in use. With a limit this is 0, because an exact limit needs a
     /// single shard.
     last: usize,
+    /// The rules that hold for as long as there are requests.
+    rules: K,
 }
 
 impl<K, T> Core<K, T> {
     /// `named`: every admission takes the slow path.
     pub(super) fn new(limit: Option<usize>, named: bool, rules: K) -> Self {
-        let common = Arc::new(Common::new(rules));
+        let common = Arc::new(Common::new());
         Self {
             shards: std::array::from_fn(|_| Shard::new(limit, named, Arc::clone(&common))),
             last: if limit.is_some() { 0 } else { SHARDS - 1 },
+            rules,
         }
     }
 
     /// The shard of the calling thread.
     #[inline]
-    pub(super) fn shard(&self) -> &Shard<K, T> {
+    pub(super) fn shard(&self) -> &Shard<T> {
         self.nth(thread_index())
     }
 
     #[inline]
-    pub(super) fn nth(&self, n: usize) -> &Shard<K, T> {
+    pub(super) fn nth(&self, n: usize) -> &Shard<T> {
         &self.shards[n & self.last & (SHARDS - 1)]
     }
 
     /// The shard whose phase is the phase of the gate.
     #[inline]
-    fn first(&self) -> &Shard<K, T> {
+    fn first(&self) -> &Shard<T> {
         &self.shards[0]
     }
 
-    fn used(&self) -> &[Shard<K, T>] {
+    fn used(&self) -> &[Shard<T>] {
         &self.shards[..=self.last]
     }
 
-    pub(super) fn common(&self) -> &Common<K, T> {
+    pub(super) fn common(&self) -> &Common<T> {
         self.first().common()
     }
 
@@ -94,7 +97,7 @@ impl<K, T> Core<K, T> {
 
     /// The rules of the gate.
     pub(crate) fn rules(&self) -> &K {
-        &self.common().rules
+        &self.rules
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -190,7 +193,7 @@ impl<K, T> Core<K, T> {
     /// Advances to `phase`, unless the gate has reached that phase or a later one. Returns the
     /// previous word if the phase changed. Callers must not overlap: point 7 of the module header.
     pub(crate) fn advance(&self, phase: Phase) -> Option<Word> {
-        let advance = |shard: &Shard<K, T>| {
+        let advance = |shard: &Shard<T>| {
             shard.update(|word| (word.phase() < phase).then(|| word.with_phase(phase)))
         };
         let [first, others @ ..] = self.used() else {
@@ -459,7 +462,7 @@ mod tests {
 
     #[test]
     fn a_shard_shares_no_cache_line_with_another() {
-        assert!(size_of::<Shard<(), ()>>() >= 128);
-        assert!(align_of::<Shard<(), ()>>() >= 128);
+        assert!(size_of::<Shard<()>>() >= 128);
+        assert!(align_of::<Shard<()>>() >= 128);
     }
 }

@@ -9,12 +9,12 @@ use crate::sync::Ordering;
 /// A permit of a request that has no response yet. Dropping it releases the request, and counts it
 /// as dropped during a stop.
 #[must_use = "dropping it releases the request at once"]
-pub(crate) struct Unanswered<K: 'static, T: 'static>(pub(super) &'static Shard<K, T>);
+pub(crate) struct Unanswered<T: 'static>(pub(super) &'static Shard<T>);
 
-impl<K, T> Unanswered<K, T> {
+impl<T> Unanswered<T> {
     /// The request has a response, or its service has failed.
     #[inline]
-    pub(crate) fn answered(self) -> Permit<K, T> {
+    pub(crate) fn answered(self) -> Permit<T> {
         let permit = Permit(self.0);
         // From here on the permit releases the request.
         mem::forget(self);
@@ -33,7 +33,7 @@ impl<K, T> Unanswered<K, T> {
     }
 }
 
-impl<K, T> Drop for Unanswered<K, T> {
+impl<T> Drop for Unanswered<T> {
     fn drop(&mut self) {
         self.0.release_unanswered();
     }
@@ -41,17 +41,15 @@ impl<K, T> Drop for Unanswered<K, T> {
 
 /// A permit of a request that has a response. Dropping it releases the request.
 #[must_use = "dropping the permit releases the request at once"]
-pub(crate) struct Permit<K: 'static, T: 'static>(&'static Shard<K, T>);
+pub(crate) struct Permit<T: 'static>(&'static Shard<T>);
 
-impl<K, T> Permit<K, T> {
+impl<T> Permit<T> {
     /// The word of this request's shard: the phase, and the number of requests on the shard.
     #[inline]
     pub(crate) fn word(&self) -> Word {
         self.0.word()
     }
-}
 
-impl<K, T> Permit<K, T> {
     /// The body of the response has failed, so the response cannot be completed. Releases the
     /// request, and counts it as dropped if the service stops.
     #[cold]
@@ -63,7 +61,7 @@ impl<K, T> Permit<K, T> {
     }
 
     /// Counts a piece of the response that is passed to the server.
-    pub(crate) fn piece(&self) -> Piece<K, T> {
+    pub(crate) fn piece(&self) -> Piece<T> {
         let shard = self.0;
         shard.common().pieces.fetch_add(1, Ordering::Relaxed);
         Piece(shard)
@@ -74,15 +72,15 @@ impl<K, T> Permit<K, T> {
 /// it. It does not keep the request in flight, because other middleware may keep parts of a
 /// response for any time. `Relaxed`: this is a statistic that is read much later.
 #[must_use = "dropping it means that the server has sent the piece"]
-pub(crate) struct Piece<K: 'static, T: 'static>(&'static Shard<K, T>);
+pub(crate) struct Piece<T: 'static>(&'static Shard<T>);
 
-impl<K, T> Drop for Piece<K, T> {
+impl<T> Drop for Piece<T> {
     fn drop(&mut self) {
         self.0.common().pieces.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl<K, T> Drop for Permit<K, T> {
+impl<T> Drop for Permit<T> {
     #[inline]
     fn drop(&mut self) {
         self.0.release();
@@ -99,7 +97,7 @@ impl<K, T> Drop for Reading<K, T> {
     }
 }
 
-impl<K, T> fmt::Debug for Permit<K, T> {
+impl<T> fmt::Debug for Permit<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Permit").field(&self.word()).finish()
     }

@@ -32,7 +32,7 @@ impl Refused {
 
 /// State that the shards of a gate share. In Serving, a request touches it only if it is refused or
 /// named, or if its last frame is large.
-pub(super) struct Common<K, T> {
+pub(super) struct Common<T> {
     pub(super) waiter: Mutex<Option<Waker>>,
     /// Admissions after Serving.
     pub(super) late: AtomicUsize,
@@ -51,12 +51,10 @@ pub(super) struct Common<K, T> {
     pub(super) readers: AtomicUsize,
     /// The owner of the gate, while it is alive.
     pub(super) owner: Mutex<Weak<T>>,
-    /// The rules that hold for as long as there are requests.
-    pub(super) rules: K,
 }
 
-impl<K, T> Common<K, T> {
-    pub(super) fn new(rules: K) -> Self {
+impl<T> Common<T> {
+    pub(super) fn new() -> Self {
         Self {
             waiter: Mutex::new(None),
             late: AtomicUsize::new(0),
@@ -68,7 +66,6 @@ impl<K, T> Common<K, T> {
             admitted: AtomicBool::new(false),
             readers: AtomicUsize::new(0),
             owner: Mutex::new(Weak::new()),
-            rules,
         }
     }
 
@@ -81,16 +78,16 @@ impl<K, T> Common<K, T> {
 /// Aligned to two cache lines, because processors fetch them in pairs. In Serving, only a body that
 /// ends on another thread, a snapshot, a probe and a new connection use the lines of another thread.
 #[repr(align(128))]
-pub(super) struct Shard<K, T> {
+pub(super) struct Shard<T> {
     word: AtomicUsize,
     /// The least word in which an admission takes the slow path: see [`Word::full`]. Stored next to
     /// the word, so that an admission touches no other cache line.
     full: Word,
-    common: Arc<Common<K, T>>,
+    common: Arc<Common<T>>,
 }
 
-impl<K, T> Shard<K, T> {
-    pub(super) fn new(limit: Option<usize>, named: bool, common: Arc<Common<K, T>>) -> Self {
+impl<T> Shard<T> {
+    pub(super) fn new(limit: Option<usize>, named: bool, common: Arc<Common<T>>) -> Self {
         Self {
             word: AtomicUsize::new(Word::SERVING.named(named).0),
             full: Word::full(limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT)),
@@ -98,7 +95,7 @@ impl<K, T> Shard<K, T> {
         }
     }
 
-    pub(super) fn common(&self) -> &Common<K, T> {
+    pub(super) fn common(&self) -> &Common<T> {
         &self.common
     }
 

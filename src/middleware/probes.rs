@@ -135,7 +135,7 @@ impl Probe {
                 (StatusCode::OK, phase.as_str())
             }
             Question::Ready => {
-                let unready = self.route.graceful.policy().unready_status;
+                let unready = self.route.graceful.shared().policy().unready_status;
                 let text = match phase {
                     Phase::Serving => "not ready",
                     _ => phase.as_str(),
@@ -182,9 +182,7 @@ impl Probe {
         }
         response
     }
-}
 
-impl Probe {
     /// Records the answer that a prober received, if the rule for ending the lame-duck phase early
     /// needs it.
     fn note_answer<B>(&self, request: &Request<B>, ready: bool) {
@@ -192,7 +190,7 @@ impl Probe {
         /// is enough for the probers in use, and bounds the memory.
         const MOST: usize = 128;
 
-        let Some(rule) = self.route.graceful.policy().leave_early.noticed else {
+        let Some(rule) = self.route.graceful.shared().policy().leave_early.noticed else {
             return;
         };
         let user_agent = request.headers().get(header::USER_AGENT);
