@@ -9,6 +9,7 @@
 use std::{
     io,
     pin::{Pin, pin},
+    sync::Weak,
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
@@ -64,8 +65,8 @@ fn add(criterion: &mut Criterion, group: &str, name: &str, once: impl Fn() + Syn
 }
 
 fn gate(criterion: &mut Criterion) {
-    let unlimited = admission::Gate::new(None, false, (), |_| ());
-    let limited = admission::Gate::new(Some(1_000), false, (), |_| ());
+    let unlimited = admission::Gate::<(), ()>::new(None, false, (), &Weak::new());
+    let limited = admission::Gate::<(), ()>::new(Some(1_000), false, (), &Weak::new());
     for (name, admission) in [
         ("no limit", unlimited.admission()),
         ("limit", limited.admission()),

@@ -1,16 +1,14 @@
 //! Admission: it admits requests to a gate, and counts the refusals.
 
-use std::{ptr, sync::Arc};
+use std::{ops::Deref, sync::Arc};
 
 use super::{
     core::Core,
-    gate::{Gate, GateInner, Target},
+    gate::{Gate, Target},
     kept::keep,
     permit::{Reading, Unanswered},
     shard::Refused,
-    word::Word,
 };
-use crate::phase::Phase;
 
 /// Admits requests to a gate. A plain pointer: a clone is a copy and owns nothing. The target also
 /// tells whether the requests are for a probe, because a service has no room for more than a
@@ -18,11 +16,6 @@ use crate::phase::Phase;
 pub(crate) struct Admission<K: 'static, T: 'static>(&'static Target<K, T>);
 
 impl<K, T> Admission<K, T> {
-    #[inline]
-    fn core(self) -> &'static Core<K, GateInner<K, T>> {
-        &self.0.core
-    }
-
     /// Whether this admission is for services that only lead to a probe.
     pub(crate) fn leads_to_probe(self) -> bool {
         self.0.to_probe.is_none()
@@ -33,53 +26,34 @@ impl<K, T> Admission<K, T> {
         self.0.to_probe.map_or(self, Admission)
     }
 
-    /// Distinguishes the admissions of one gate from those of others.
-    pub(crate) fn address(self) -> usize {
-        ptr::from_ref(self.core()).addr()
-    }
-
     /// Admits a request on the fast path: see [`Shard::admit`].
     #[inline]
-    pub(crate) fn admit(self) -> Option<Unanswered<K, T>> {
-        let shard = self.core().shard();
+    pub(crate) fn admit(self) -> Option<Unanswered<T>> {
+        let shard = self.0.core.shard();
         shard.admit().then(|| Unanswered(shard))
     }
 
     /// Admits a request that [`admit`](Self::admit) did not, or returns the reason for the refusal.
-    pub(crate) fn admit_slow(self) -> Result<Unanswered<K, T>, Refused> {
-        let shard = self.core().shard();
+    pub(crate) fn admit_slow(self) -> Result<Unanswered<T>, Refused> {
+        let shard = self.0.core.shard();
         shard.admit_slow()?;
         Ok(Unanswered(shard))
-    }
-
-    /// Counts a refusal. Exempt requests that are not admitted must not be counted here.
-    pub(crate) fn refused(self, refused: Refused) {
-        self.core().refused(refused);
     }
 
     /// Allows a refusal to read the body of its request, unless too many refusals are reading
     /// already.
     pub(crate) fn begin_reading(self) -> Option<Reading<K, T>> {
-        let core = self.core();
+        let core = &self.0.core;
         core.begin_reading().then(|| Reading(core))
     }
+}
 
-    /// The rules of the gate.
-    pub(crate) fn rules(self) -> &'static K {
-        &self.core().common().rules
-    }
+impl<K, T> Deref for Admission<K, T> {
+    type Target = Core<K, T>;
 
-    pub(crate) fn word(self) -> Word {
-        self.core().word()
-    }
-
-    pub(crate) fn phase(self) -> Phase {
-        self.core().phase()
-    }
-
-    /// The gate, if it still has an owner.
-    pub(crate) fn gate(self) -> Option<Gate<K, T>> {
-        self.core().common().owned().map(Gate)
+    #[inline]
+    fn deref(&self) -> &Core<K, T> {
+        &self.0.core
     }
 }
 
@@ -99,10 +73,10 @@ impl<K, T> Gate<K, T> {
         K: Send + Sync,
         T: Send + Sync,
     {
-        Admission(self.0.target.get_or_init(|| {
+        Admission(self.target.get_or_init(|| {
             let target = |to_probe| {
                 keep(Target {
-                    core: Arc::clone(&self.0.core),
+                    core: Arc::clone(&self.core),
                     to_probe,
                 })
             };
@@ -115,8 +89,18 @@ impl<K, T> Gate<K, T> {
 mod tests {
     use super::{super::kept::is_kept, *};
 
-    fn gate() -> Gate<(), ()> {
-        Gate::new(None, false, (), |_| ())
+    struct Owner(Gate<(), Owner>);
+
+    impl Deref for Owner {
+        type Target = Gate<(), Owner>;
+
+        fn deref(&self) -> &Self::Target {
+            &self.0
+        }
+    }
+
+    fn gate() -> Arc<Owner> {
+        Arc::new_cyclic(|owner| Owner(Gate::new(None, false, (), owner)))
     }
 
     #[test]
@@ -136,9 +120,9 @@ mod tests {
         let gate = gate();
         let admission = gate.admission();
         let request = admission.admit().unwrap();
-        assert!(admission.gate().is_some() && request.gate().is_some());
+        assert!(admission.owner().is_some() && request.owner().is_some());
         drop(gate);
-        assert!(admission.gate().is_none() && request.gate().is_none());
+        assert!(admission.owner().is_none() && request.owner().is_none());
     }
 
     #[test]
@@ -158,7 +142,7 @@ mod tests {
         drop(gate);
         assert!(core.upgrade().is_none(), "it is kept without an admission");
         let gate = self::gate();
-        assert!(ptr::eq(gate.admission().0, gate.clone().admission().0));
+        assert!(std::ptr::eq(gate.admission().0, gate.admission().0));
         let core = Arc::downgrade(&gate.0.core);
         drop(gate);
         assert!(core.upgrade().is_some());

@@ -1,6 +1,7 @@
 //! The shards of a gate, and the operations that concern all of them.
 
 use std::{
+    ptr,
     sync::Arc,
     task::{Context, Poll},
 };
@@ -39,69 +40,90 @@ pub(crate) struct SinceServing {
     pub(crate) dropped: usize,
 }
 
-pub(super) struct Core<K, S> {
-    shards: [Shard<K, S>; SHARDS],
+pub(crate) struct Core<K, T> {
+    shards: [Shard<T>; SHARDS],
     /// The index of the last shard in use. With a limit this is 0, because an exact limit needs a
     /// single shard.
     last: usize,
+    /// The rules that hold for as long as there are requests.
+    rules: K,
 }
 
-impl<K, S> Core<K, S> {
+impl<K, T> Core<K, T> {
     /// `named`: every admission takes the slow path.
     pub(super) fn new(limit: Option<usize>, named: bool, rules: K) -> Self {
-        let common = Arc::new(Common::new(rules));
+        let common = Arc::new(Common::new());
         Self {
             shards: std::array::from_fn(|_| Shard::new(limit, named, Arc::clone(&common))),
             last: if limit.is_some() { 0 } else { SHARDS - 1 },
+            rules,
         }
     }
 
     /// The shard of the calling thread.
     #[inline]
-    pub(super) fn shard(&self) -> &Shard<K, S> {
+    pub(super) fn shard(&self) -> &Shard<T> {
         self.nth(thread_index())
     }
 
     #[inline]
-    pub(super) fn nth(&self, n: usize) -> &Shard<K, S> {
+    pub(super) fn nth(&self, n: usize) -> &Shard<T> {
         &self.shards[n & self.last & (SHARDS - 1)]
     }
 
     /// The shard whose phase is the phase of the gate.
     #[inline]
-    fn first(&self) -> &Shard<K, S> {
+    fn first(&self) -> &Shard<T> {
         &self.shards[0]
     }
 
-    fn used(&self) -> &[Shard<K, S>] {
+    fn used(&self) -> &[Shard<T>] {
         &self.shards[..=self.last]
     }
 
-    pub(super) fn common(&self) -> &Common<K, S> {
+    pub(super) fn common(&self) -> &Common<T> {
         self.first().common()
     }
 
-    pub(super) fn phase(&self) -> Phase {
+    /// Distinguishes this gate from others, while its owner is alive.
+    pub(crate) fn address(&self) -> usize {
+        ptr::from_ref(self).addr()
+    }
+
+    /// The owner of the gate, if it is still alive.
+    pub(crate) fn owner(&self) -> Option<Arc<T>> {
+        self.common().owner()
+    }
+
+    /// The rules of the gate.
+    pub(crate) fn rules(&self) -> &K {
+        &self.rules
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
         self.first().word().phase()
     }
 
-    pub(super) fn settled_phase(&self) -> Phase {
+    /// The current phase, for code that acts on it: everything that led to the phase happens
+    /// before.
+    pub(crate) fn settled_phase(&self) -> Phase {
         self.first().settled_word().phase()
     }
 
     /// The phase and readiness of the gate, and the number of all requests in flight: point 8.
     /// `Relaxed`: point 5.
-    pub(super) fn word(&self) -> Word {
+    pub(crate) fn word(&self) -> Word {
         Word::sum(self.used().iter().map(Shard::word))
     }
 
-    /// As [`word`](Self::word), for decisions: see [`Shard::settled_word`].
-    pub(super) fn settled_word(&self) -> Word {
+    /// As [`word`](Self::word), ordered after everything that the released requests did: see
+    /// [`Shard::settled_word`].
+    pub(crate) fn settled_word(&self) -> Word {
         Word::sum(self.used().iter().map(Shard::settled_word))
     }
 
     /// Counts a refusal. Exempt requests that are not admitted must not be counted here.
-    pub(super) fn refused(&self, refused: Refused) {
+    pub(crate) fn refused(&self, refused: Refused) {
         let common = self.common();
         match refused {
             Refused::Draining => &common.refused_draining,
@@ -113,7 +135,7 @@ impl<K, S> Core<K, S> {
     }
 
     /// All refusals so far. `Relaxed`: these are statistics.
-    pub(super) fn refusals(&self) -> Refusals {
+    pub(crate) fn refusals(&self) -> Refusals {
         let common = self.common();
         let full = common.refused_full.load(Ordering::Relaxed);
         let full_late = common.refused_full_late.load(Ordering::Relaxed);
@@ -139,12 +161,12 @@ impl<K, S> Core<K, S> {
     }
 
     /// How many pieces of responses the servers hold.
-    pub(super) fn pieces(&self) -> usize {
+    pub(crate) fn pieces(&self) -> usize {
         self.common().pieces.load(Ordering::Relaxed)
     }
 
     /// Admissions, refusals and drops after Serving. `Relaxed`: these are statistics.
-    pub(super) fn since_serving(&self) -> SinceServing {
+    pub(crate) fn since_serving(&self) -> SinceServing {
         let common = self.common();
         let draining = common.refused_draining.load(Ordering::Relaxed);
         let full = common.refused_full_late.load(Ordering::Relaxed);
@@ -156,7 +178,7 @@ impl<K, S> Core<K, S> {
     }
 
     /// Ready once draining has begun and nothing is in flight. One task waits at a time.
-    pub(super) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut slot = lock!(self.common().waiter);
         // The words are loaded under the lock: point 4 of the module header.
         let mut shards = self.used().iter();
@@ -170,8 +192,8 @@ impl<K, S> Core<K, S> {
 
     /// Advances to `phase`, unless the gate has reached that phase or a later one. Returns the
     /// previous word if the phase changed. Callers must not overlap: point 7 of the module header.
-    pub(super) fn advance(&self, phase: Phase) -> Option<Word> {
-        let advance = |shard: &Shard<K, S>| {
+    pub(crate) fn advance(&self, phase: Phase) -> Option<Word> {
+        let advance = |shard: &Shard<T>| {
             shard.update(|word| (word.phase() < phase).then(|| word.with_phase(phase)))
         };
         let [first, others @ ..] = self.used() else {
@@ -185,25 +207,25 @@ impl<K, S> Core<K, S> {
         ))
     }
 
-    pub(super) fn set_ready(&self, ready: bool) {
+    pub(crate) fn set_ready(&self, ready: bool) {
         self.first().update(|word| Some(word.with_ready(ready)));
     }
 
     /// Whether a request was admitted since the flags were last cleared. `Relaxed` is enough: see
     /// `connection::outside`.
-    pub(super) fn has_admitted(&self) -> bool {
+    pub(crate) fn has_admitted(&self) -> bool {
         self.used().iter().any(|shard| shard.word().has_admitted())
     }
 
     /// Whether a request was ever admitted.
-    pub(super) fn has_ever_admitted(&self) -> bool {
+    pub(crate) fn has_ever_admitted(&self) -> bool {
         // The flags are read first, with Acquire: `clear_admitted` sets `admitted` and then clears a
         // flag, with Release.
         self.settled_word().has_admitted() || self.common().admitted.load(Ordering::Relaxed)
     }
 
     /// Clears the "has admitted" flags. Calls must not overlap.
-    pub(super) fn clear_admitted(&self) {
+    pub(crate) fn clear_admitted(&self) {
         for shard in self.used() {
             if shard.word().has_admitted() {
                 self.common().admitted.store(true, Ordering::Relaxed);
@@ -212,9 +234,11 @@ impl<K, S> Core<K, S> {
         }
     }
 
+    /// Records that a server has begun, a connection was tracked, or a probe has answered "ready".
+    ///
     /// Writes only the first time. Every connection and every probe calls this, and a write takes
     /// the cache line away from the requests of the first shard.
-    pub(super) fn mark_served(&self) {
+    pub(crate) fn mark_served(&self) {
         self.first()
             .update(|word| (!word.has_served()).then(|| word.served()));
     }
@@ -438,7 +462,7 @@ mod tests {
 
     #[test]
     fn a_shard_shares_no_cache_line_with_another() {
-        assert!(size_of::<Shard<(), ()>>() >= 128);
-        assert!(align_of::<Shard<(), ()>>() >= 128);
+        assert!(size_of::<Shard<()>>() >= 128);
+        assert!(align_of::<Shard<()>>() >= 128);
     }
 }

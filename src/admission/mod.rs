@@ -101,16 +101,16 @@
 //! owns anything: a [`Permit`] points at its shard, and an [`Admission`] points at the core with
 //! all shards. Both are `'static` references, so the core is kept until the process ends, from the
 //! moment the first [`Admission`] of a gate is made. The layer does that when it makes its first
-//! service. A gate without an [`Admission`] is freed with its last owner.
+//! service. A core without an [`Admission`] is freed with its gate.
 //!
 //! The price is two kilobytes for each lifecycle whose layer has made a service, and the memory of
 //! its rules (`K`; in this crate the settings of the builder, with what the user's rejection function
 //! has captured). A process usually makes one. A static list (`kept`) leads to all of it, so that leak
 //! checkers report nothing.
 //!
-//! The value behind the gate has owners as usual: the clones of [`Gate`] in handles, layers,
-//! waiting tasks and servers. When the last of them is dropped, the phase can no longer change.
-//! Requests reach the gate through their [`Admission`], so this makes no difference to them.
+//! The gate is a part of its *owner* (`T`; in this crate the lifecycle), which handles, layers,
+//! waiting tasks and servers share as usual. When the last of them is dropped, the phase can no longer
+//! change. Requests reach the core through their [`Admission`], so this makes no difference to them.
 
 mod admit;
 mod core;
@@ -126,7 +126,7 @@ mod word;
 pub(crate) use self::{
     admit::Admission,
     core::SinceServing,
-    gate::{Gate, WeakGate},
+    gate::Gate,
     permit::{Permit, Piece, Reading, Unanswered},
     shard::Refused,
     thread_index::thread_index,

@@ -18,7 +18,7 @@ use super::{core::SHARDS, shard::Refused};
 use crate::phase::Phase;
 
 type Core = super::core::Core<(), ()>;
-type Shard = super::shard::Shard<(), ()>;
+type Shard = super::shard::Shard<()>;
 
 /// As `model`, with at most three preemptions in an execution. Three threads have too many
 /// executions for every run of the tests: without the bound these models take minutes.

@@ -1,25 +1,20 @@
 //! What a request or a refusal holds while the gate counts it: each type gives back its count when it
 //! is dropped.
 
-use std::{fmt, mem};
+use std::{fmt, mem, sync::Arc};
 
-use super::{
-    core::Core,
-    gate::{Gate, GateInner},
-    shard::Shard,
-    word::Word,
-};
+use super::{core::Core, shard::Shard, word::Word};
 use crate::sync::Ordering;
 
 /// A permit of a request that has no response yet. Dropping it releases the request, and counts it
 /// as dropped during a stop.
 #[must_use = "dropping it releases the request at once"]
-pub(crate) struct Unanswered<K: 'static, T: 'static>(pub(super) &'static Shard<K, GateInner<K, T>>);
+pub(crate) struct Unanswered<T: 'static>(pub(super) &'static Shard<T>);
 
-impl<K, T> Unanswered<K, T> {
+impl<T> Unanswered<T> {
     /// The request has a response, or its service has failed.
     #[inline]
-    pub(crate) fn answered(self) -> Permit<K, T> {
+    pub(crate) fn answered(self) -> Permit<T> {
         let permit = Permit(self.0);
         // From here on the permit releases the request.
         mem::forget(self);
@@ -32,13 +27,13 @@ impl<K, T> Unanswered<K, T> {
         self.0.word()
     }
 
-    /// The gate, if it still has an owner.
-    pub(crate) fn gate(&self) -> Option<Gate<K, T>> {
-        self.0.common().owned().map(Gate)
+    /// The owner of the gate, if it is still alive.
+    pub(crate) fn owner(&self) -> Option<Arc<T>> {
+        self.0.common().owner()
     }
 }
 
-impl<K, T> Drop for Unanswered<K, T> {
+impl<T> Drop for Unanswered<T> {
     fn drop(&mut self) {
         self.0.release_unanswered();
     }
@@ -46,17 +41,15 @@ impl<K, T> Drop for Unanswered<K, T> {
 
 /// A permit of a request that has a response. Dropping it releases the request.
 #[must_use = "dropping the permit releases the request at once"]
-pub(crate) struct Permit<K: 'static, T: 'static>(&'static Shard<K, GateInner<K, T>>);
+pub(crate) struct Permit<T: 'static>(&'static Shard<T>);
 
-impl<K, T> Permit<K, T> {
+impl<T> Permit<T> {
     /// The word of this request's shard: the phase, and the number of requests on the shard.
     #[inline]
     pub(crate) fn word(&self) -> Word {
         self.0.word()
     }
-}
 
-impl<K, T> Permit<K, T> {
     /// The body of the response has failed, so the response cannot be completed. Releases the
     /// request, and counts it as dropped if the service stops.
     #[cold]
@@ -68,7 +61,7 @@ impl<K, T> Permit<K, T> {
     }
 
     /// Counts a piece of the response that is passed to the server.
-    pub(crate) fn piece(&self) -> Piece<K, T> {
+    pub(crate) fn piece(&self) -> Piece<T> {
         let shard = self.0;
         shard.common().pieces.fetch_add(1, Ordering::Relaxed);
         Piece(shard)
@@ -79,15 +72,15 @@ impl<K, T> Permit<K, T> {
 /// it. It does not keep the request in flight, because other middleware may keep parts of a
 /// response for any time. `Relaxed`: this is a statistic that is read much later.
 #[must_use = "dropping it means that the server has sent the piece"]
-pub(crate) struct Piece<K: 'static, T: 'static>(&'static Shard<K, GateInner<K, T>>);
+pub(crate) struct Piece<T: 'static>(&'static Shard<T>);
 
-impl<K, T> Drop for Piece<K, T> {
+impl<T> Drop for Piece<T> {
     fn drop(&mut self) {
         self.0.common().pieces.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl<K, T> Drop for Permit<K, T> {
+impl<T> Drop for Permit<T> {
     #[inline]
     fn drop(&mut self) {
         self.0.release();
@@ -96,7 +89,7 @@ impl<K, T> Drop for Permit<K, T> {
 
 /// Permission to read the body of a refused request. Dropping it allows another refusal to read.
 #[must_use = "dropping it allows another refusal to read"]
-pub(crate) struct Reading<K: 'static, T: 'static>(pub(super) &'static Core<K, GateInner<K, T>>);
+pub(crate) struct Reading<K: 'static, T: 'static>(pub(super) &'static Core<K, T>);
 
 impl<K, T> Drop for Reading<K, T> {
     fn drop(&mut self) {
@@ -104,7 +97,7 @@ impl<K, T> Drop for Reading<K, T> {
     }
 }
 
-impl<K, T> fmt::Debug for Permit<K, T> {
+impl<T> fmt::Debug for Permit<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Permit").field(&self.word()).finish()
     }

@@ -32,7 +32,7 @@ impl Refused {
 
 /// State that the shards of a gate share. In Serving, a request touches it only if it is refused or
 /// named, or if its last frame is large.
-pub(super) struct Common<K, S> {
+pub(super) struct Common<T> {
     pub(super) waiter: Mutex<Option<Waker>>,
     /// Admissions after Serving.
     pub(super) late: AtomicUsize,
@@ -49,14 +49,12 @@ pub(super) struct Common<K, S> {
     pub(super) admitted: AtomicBool,
     /// Refusals that are reading the bodies of their requests.
     pub(super) readers: AtomicUsize,
-    /// The value that the owners of the gate share, while there is an owner.
-    pub(super) owned: Mutex<Weak<S>>,
-    /// The rules that hold for as long as there are requests.
-    pub(super) rules: Arc<K>,
+    /// The owner of the gate, while it is alive.
+    pub(super) owner: Mutex<Weak<T>>,
 }
 
-impl<K, S> Common<K, S> {
-    pub(super) fn new(rules: K) -> Self {
+impl<T> Common<T> {
+    pub(super) fn new() -> Self {
         Self {
             waiter: Mutex::new(None),
             late: AtomicUsize::new(0),
@@ -67,30 +65,29 @@ impl<K, S> Common<K, S> {
             pieces: AtomicUsize::new(0),
             admitted: AtomicBool::new(false),
             readers: AtomicUsize::new(0),
-            owned: Mutex::new(Weak::new()),
-            rules: Arc::new(rules),
+            owner: Mutex::new(Weak::new()),
         }
     }
 
     #[cold]
-    pub(super) fn owned(&self) -> Option<Arc<S>> {
-        lock!(self.owned).upgrade()
+    pub(super) fn owner(&self) -> Option<Arc<T>> {
+        lock!(self.owner).upgrade()
     }
 }
 
 /// Aligned to two cache lines, because processors fetch them in pairs. In Serving, only a body that
 /// ends on another thread, a snapshot, a probe and a new connection use the lines of another thread.
 #[repr(align(128))]
-pub(super) struct Shard<K, S> {
+pub(super) struct Shard<T> {
     word: AtomicUsize,
     /// The least word in which an admission takes the slow path: see [`Word::full`]. Stored next to
     /// the word, so that an admission touches no other cache line.
     full: Word,
-    common: Arc<Common<K, S>>,
+    common: Arc<Common<T>>,
 }
 
-impl<K, S> Shard<K, S> {
-    pub(super) fn new(limit: Option<usize>, named: bool, common: Arc<Common<K, S>>) -> Self {
+impl<T> Shard<T> {
+    pub(super) fn new(limit: Option<usize>, named: bool, common: Arc<Common<T>>) -> Self {
         Self {
             word: AtomicUsize::new(Word::SERVING.named(named).0),
             full: Word::full(limit.unwrap_or(Word::MAX_COUNT).min(Word::MAX_COUNT)),
@@ -98,7 +95,7 @@ impl<K, S> Shard<K, S> {
         }
     }
 
-    pub(super) fn common(&self) -> &Common<K, S> {
+    pub(super) fn common(&self) -> &Common<T> {
         &self.common
     }
 

@@ -369,6 +369,8 @@ impl<O> fmt::Debug for ConnectionTable<O> {
 
 #[cfg(all(test, tower_graceful_loom))]
 mod models {
+    use std::sync::Weak;
+
     use loom::{model, thread};
 
     use super::*;
@@ -377,28 +379,23 @@ mod models {
         sync::{AtomicBool, Ordering::Relaxed},
     };
 
-    type Connected = Gate<(), ConnectionTable<()>>;
-
-    fn connected() -> Connected {
-        Gate::new(None, false, (), |_| ConnectionTable::default())
-    }
-
     #[test]
     fn the_end_of_the_last_connection_is_seen_or_wakes_the_driver() {
         model(|| {
-            let gate = connected();
+            let gate = Gate::<(), ()>::new(None, false, (), &Weak::new());
+            let (gate, table) = (Arc::new(gate), Arc::new(ConnectionTable::default()));
             let woken = Arc::new(AtomicBool::new(false));
-            let connections = [(); 2].map(|()| gate.insert((), None));
+            let connections = [(); 2].map(|()| table.insert((), None));
             let ends = connections.map(|entry| {
-                let (gate, woken) = (gate.clone(), Arc::clone(&woken));
+                let (gate, table, woken) = (gate.clone(), table.clone(), woken.clone());
                 thread::spawn(move || {
-                    if gate.remove(&entry, || gate.phase()) {
+                    if table.remove(&entry, || gate.phase()) {
                         woken.store(true, Relaxed);
                     }
                 })
             });
             gate.advance(Phase::Closing);
-            let seen = gate.len() == 0;
+            let seen = table.len() == 0;
             for end in ends {
                 end.join().unwrap();
             }
@@ -406,7 +403,7 @@ mod models {
                 seen || woken.load(Relaxed),
                 "the service waits until the deadline"
             );
-            assert_eq!(gate.len(), 0);
+            assert_eq!(table.len(), 0);
         });
     }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    admission,
+    admission::{self, Gate},
     config::{
         plan::{EffectivePlan, Knobs, Plan},
         policy::Policy,
@@ -26,13 +26,13 @@ use crate::{
 pub(crate) type Admission = admission::Admission<Policy, Lifecycle>;
 
 /// The permit of a request that has a response.
-pub(crate) type Permit = admission::Permit<Policy, Lifecycle>;
+pub(crate) type Permit = admission::Permit<Lifecycle>;
 
 /// The permit of a request that has no response yet.
-pub(crate) type Unanswered = admission::Unanswered<Policy, Lifecycle>;
+pub(crate) type Unanswered = admission::Unanswered<Lifecycle>;
 
 /// A piece of a response that the server holds.
-pub(crate) type Piece = admission::Piece<Policy, Lifecycle>;
+pub(crate) type Piece = admission::Piece<Lifecycle>;
 
 /// The permission of a refusal to read the body of its request.
 pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
@@ -141,8 +141,9 @@ impl Graceful {
         policy: Policy,
         plan: Plan,
     ) -> Self {
-        let shared = Shared::new(max_in_flight, name_requests, policy, |policy| {
-            Lifecycle::new(plan, Arc::clone(policy))
+        let shared = Arc::new_cyclic(|shared| {
+            let gate = Gate::new(max_in_flight, name_requests, policy, shared);
+            Lifecycle::new(gate, plan)
         });
         shared.drive();
         Self { shared }
@@ -150,14 +151,6 @@ impl Graceful {
 
     pub(crate) fn shared(&self) -> &Shared {
         &self.shared
-    }
-
-    pub(crate) fn admission(&self) -> Admission {
-        self.shared.admission()
-    }
-
-    pub(crate) fn policy(&self) -> &Policy {
-        &self.shared.policy
     }
 
     /// Triggers a stop. It takes effect before this returns: readiness fails, and responses carry
@@ -346,7 +339,7 @@ impl Graceful {
     /// while it waits. They are notified all at once, or one after another over
     /// [`drain_spread`](crate::GracefulBuilder::drain_spread).
     pub fn draining(&self) -> PhaseReached {
-        PhaseReached::new(self, Phase::Draining, self.policy().spreads_drain())
+        PhaseReached::new(self, Phase::Draining, self.shared.policy().spreads_drain())
     }
 
     /// Returns a future that resolves when the shutdown is complete: nothing is in flight, every

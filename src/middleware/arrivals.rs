@@ -14,7 +14,7 @@ pub(super) fn note<B>(admission: Admission, request: &Request<B>) {
     {
         return;
     }
-    if let Some(shared) = admission.gate() {
+    if let Some(shared) = admission.owner() {
         if shared.evidence.request_arrived() {
             shared.notify();
         }

@@ -137,7 +137,7 @@ impl<S> Layer<S> for GracefulLayer {
 
     fn layer(&self, inner: S) -> GracefulService<S> {
         self.graceful.shared().starved.mark_layered();
-        GracefulService::new(inner, self.graceful.admission())
+        GracefulService::new(inner, self.graceful.shared().admission())
     }
 }
 

@@ -18,7 +18,7 @@ impl Named {
         if !permit.word().is_named() {
             return None;
         }
-        let shared = permit.gate()?;
+        let shared = permit.owner()?;
         let path = original_path(request).unwrap_or(request.uri().path());
         let key = shared.request_table.enter(request.method().clone(), path);
         Some(Self { shared, key })

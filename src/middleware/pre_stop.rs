@@ -14,7 +14,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use tower_service::Service;
 
-use super::{callers::Callers, connection_close, probe_body::ProbeBody, probe_route};
+use super::{callers::Callers, connection_close, probe_body::ProbeBody, probe_route::RouteHandle};
 use crate::{
     config::policy,
     events,
@@ -114,9 +114,8 @@ impl Graceful {
     pub fn pre_stop(&self) -> PreStop {
         self.shared().wants_peers.store(true, Ordering::Relaxed);
         PreStop {
-            graceful: self.clone(),
+            route: RouteHandle::new(self),
             callers: Callers::default(),
-            is_route: false,
         }
     }
 }
@@ -132,12 +131,12 @@ impl Graceful {
 /// | GET or POST from an allowed peer | 200 when the lame-duck phase is over; at once from draining on |
 /// | any other method | 405 |
 /// | a peer that is not allowed or not known, or a proxy | 403, with the reason as text |
+#[derive(Clone)]
 #[must_use = "a route does nothing until a router has it"]
 pub struct PreStop {
-    graceful: Graceful,
+    /// A route if [`into_router`](Self::into_router) made this service.
+    route: RouteHandle,
     callers: Callers,
-    /// Whether [`into_router`](Self::into_router) made this service.
-    is_route: bool,
 }
 
 impl PreStop {
@@ -162,23 +161,23 @@ impl PreStop {
     where
         S: Clone + Send + Sync + 'static,
     {
-        self.graceful.shared().pre_stop.get_or_init(|| ());
-        self.is_route = true;
+        self.route.graceful.shared().pre_stop.get_or_init(|| ());
+        self.route.is_route = true;
         axum::Router::new().route_service(policy::PRESTOP, self)
     }
 
     fn begin<B>(&self, request: &Request<B>) -> Waiting {
-        self.graceful.shared().outside.count_probe();
+        self.route.graceful.shared().outside.count_probe();
         if !matches!(*request.method(), Method::GET | Method::POST) {
             return Waiting::Answer(StatusCode::METHOD_NOT_ALLOWED, "use GET or POST\n".into());
         }
         match self.callers.caller(request) {
             Ok(peer) => {
-                let shared = self.graceful.shared();
+                let shared = self.route.graceful.shared();
                 // If this caller disconnects, its missing answer does not count as lost.
                 shared.connections.mark_may_drop(peer);
                 shared.trigger(Trigger::PreStop);
-                Waiting::Delay(PhaseReached::at_once(&self.graceful, Phase::Draining))
+                Waiting::Delay(PhaseReached::at_once(&self.route.graceful, Phase::Draining))
             }
             Err(reason) => {
                 events::pre_stop_refused(&reason);
@@ -202,20 +201,7 @@ impl<B> Service<Request<B>> for PreStop {
             waiting: self.begin(&request),
             head: *request.method() == Method::HEAD,
             version: request.version(),
-            graceful: self.graceful.clone(),
-        }
-    }
-}
-
-impl Clone for PreStop {
-    fn clone(&self) -> Self {
-        if self.is_route {
-            probe_route::note_clone(self.graceful.shared());
-        }
-        Self {
-            graceful: self.graceful.clone(),
-            callers: self.callers.clone(),
-            is_route: self.is_route,
+            graceful: self.route.graceful.clone(),
         }
     }
 }
@@ -224,8 +210,8 @@ impl fmt::Debug for PreStop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PreStop")
             .field("allowed", &self.callers.addresses)
-            .field("graceful", &self.graceful)
-            .field("is_route", &self.is_route)
+            .field("graceful", &self.route.graceful)
+            .field("is_route", &self.route.is_route)
             .finish_non_exhaustive()
     }
 }

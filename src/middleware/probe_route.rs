@@ -18,7 +18,7 @@
 
 use std::cell::Cell;
 
-use crate::{handle::graceful::Admission, shutdown::Shared};
+use crate::handle::graceful::{Admission, Graceful};
 
 /// No lifecycle has this address.
 const NONE: usize = 0;
@@ -28,9 +28,32 @@ thread_local! {
     static CLONED: Cell<usize> = const { Cell::new(NONE) };
 }
 
-/// Records that a probe route of this lifecycle is being cloned.
-pub(crate) fn note_clone(shared: &Shared) {
-    CLONED.set(shared.address());
+/// The handle in a service that may be a probe route.
+pub(super) struct RouteHandle {
+    pub(super) graceful: Graceful,
+    pub(super) is_route: bool,
+}
+
+impl RouteHandle {
+    /// For a service that is not a route.
+    pub(super) fn new(graceful: &Graceful) -> Self {
+        Self {
+            graceful: graceful.clone(),
+            is_route: false,
+        }
+    }
+}
+
+impl Clone for RouteHandle {
+    fn clone(&self) -> Self {
+        if self.is_route {
+            CLONED.set(self.graceful.shared().address());
+        }
+        Self {
+            graceful: self.graceful.clone(),
+            ..*self
+        }
+    }
 }
 
 /// Clones a service, and returns the admission for the clone. The admission differs if the service

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use tower_service::Service;
 
-use super::{connection_close, peer, probe_body::ProbeBody, probe_route};
+use super::{connection_close, peer, probe_body::ProbeBody, probe_route::RouteHandle};
 #[cfg(feature = "axum")]
 use crate::config::policy;
 use crate::{handle::graceful::Graceful, phase::Phase, shutdown::leave_early::ProberId};
@@ -69,9 +69,8 @@ impl Graceful {
     #[must_use]
     pub fn readiness(&self) -> Probe {
         Probe {
-            graceful: self.clone(),
+            route: RouteHandle::new(self),
             question: Question::Ready,
-            is_route: false,
         }
     }
 
@@ -81,9 +80,8 @@ impl Graceful {
     #[must_use]
     pub fn liveness(&self) -> Probe {
         Probe {
-            graceful: self.clone(),
+            route: RouteHandle::new(self),
             question: Question::Alive,
-            is_route: false,
         }
     }
 }
@@ -105,11 +103,11 @@ impl Graceful {
 ///
 /// [Kubernetes](https://kubernetes.io/docs/concepts/configuration/liveness-readiness-startup-probes/)
 /// treats 200 to 399 as success, and keeps probing readiness while a pod terminates.
+#[derive(Clone)]
 pub struct Probe {
-    graceful: Graceful,
+    /// A route if [`Graceful::probes`] made this probe.
+    route: RouteHandle,
     question: Question,
-    /// Whether [`Graceful::probes`] made this probe.
-    is_route: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -119,24 +117,22 @@ enum Question {
 }
 
 impl Probe {
-    /// Marks the probe as a route, which [`probe_route`] recognizes.
+    /// Marks the probe as a route, which [`probe_route`](super::probe_route) recognizes.
     #[cfg(feature = "axum")]
-    fn marked(self) -> Self {
-        Self {
-            is_route: true,
-            ..self
-        }
+    fn marked(mut self) -> Self {
+        self.route.is_route = true;
+        self
     }
 
     fn answer<B>(&self, request: &Request<B>) -> Response<ProbeBody> {
         let (method, version) = (request.method(), request.version());
-        let phase = self.graceful.phase();
-        self.graceful.shared().outside.count_probe();
+        let phase = self.route.graceful.phase();
+        self.route.graceful.shared().outside.count_probe();
         let (status, text) = match self.question {
             Question::Alive => (StatusCode::OK, phase.as_str()),
-            Question::Ready if self.graceful.is_ready() => (StatusCode::OK, phase.as_str()),
+            Question::Ready if self.route.graceful.is_ready() => (StatusCode::OK, phase.as_str()),
             Question::Ready => {
-                let unready = self.graceful.policy().unready_status;
+                let unready = self.route.graceful.shared().policy().unready_status;
                 let text = match phase {
                     Phase::Serving => "not ready",
                     _ => phase.as_str(),
@@ -148,7 +144,7 @@ impl Probe {
         if known && matches!(self.question, Question::Ready) {
             let is_ready = status == StatusCode::OK;
             if is_ready {
-                self.graceful.shared().mark_served();
+                self.route.graceful.shared().mark_served();
             }
             self.note_answer(request, is_ready);
         }
@@ -187,9 +183,7 @@ impl Probe {
         }
         response
     }
-}
 
-impl Probe {
     /// Records the answer that a prober received, if the rule for ending the lame-duck phase early
     /// needs it.
     fn note_answer<B>(&self, request: &Request<B>, ready: bool) {
@@ -197,7 +191,7 @@ impl Probe {
         /// is enough for the probers in use, and bounds the memory.
         const MOST: usize = 128;
 
-        let Some(rule) = self.graceful.policy().leave_early.noticed else {
+        let Some(rule) = self.route.graceful.shared().policy().leave_early.noticed else {
             return;
         };
         let user_agent = request.headers().get(header::USER_AGENT);
@@ -208,7 +202,7 @@ impl Probe {
             user_agent: user_agent[..user_agent.len().min(MOST)].into(),
             target: target.into(),
         };
-        let shared = self.graceful.shared();
+        let shared = self.route.graceful.shared();
         if shared.evidence.probe_answered(id, ready, rule) {
             shared.notify();
         }
@@ -229,25 +223,12 @@ impl<B> Service<Request<B>> for Probe {
     }
 }
 
-impl Clone for Probe {
-    fn clone(&self) -> Self {
-        if self.is_route {
-            probe_route::note_clone(self.graceful.shared());
-        }
-        Self {
-            graceful: self.graceful.clone(),
-            question: self.question,
-            is_route: self.is_route,
-        }
-    }
-}
-
 impl fmt::Debug for Probe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Probe")
             .field("question", &self.question)
-            .field("graceful", &self.graceful)
-            .field("is_route", &self.is_route)
+            .field("graceful", &self.route.graceful)
+            .field("is_route", &self.route.is_route)
             .finish()
     }
 }

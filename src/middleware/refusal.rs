@@ -74,8 +74,8 @@ pub(super) fn is_exempt<B>(admission: Admission, request: &Request<B>) -> bool {
 fn is_for_route_inside<B>(admission: Admission, request: &Request<B>) -> bool {
     let path = request.uri().path();
     let is_default = policy::is_probe_path(path) || path == policy::PRESTOP;
-    // A route keeps the lifecycle alive, so a missing gate means that there are no routes.
-    let has_route = || admission.gate().is_some_and(|it| it.has_route(path));
+    // A route keeps the lifecycle alive, so a missing owner means that there are no routes.
+    let has_route = || admission.owner().is_some_and(|it| it.has_route(path));
     is_default && original_path(request).is_none() && has_route()
 }
 
@@ -121,7 +121,7 @@ pub(super) fn refuse<B>(admission: Admission, request: Request<B>, refused: Refu
     Refusal {
         admission,
         least_phase: refused.least_phase(),
-        shared: admission.gate(),
+        shared: admission.owner(),
         response: Some(response),
         body: reads_body(refused, &request).then(|| request.into_body()),
         reader: None,

@@ -103,7 +103,7 @@ where
                 ..
             } => {
                 if let Ok(response) = &mut result {
-                    if asks_to_leave(admission.phase().max(least_phase), || admission.gate()) {
+                    if asks_to_leave(admission.phase().max(least_phase), || admission.owner()) {
                         connection_close::say_close(response, version);
                     }
                 }
@@ -120,16 +120,16 @@ where
 #[cold]
 #[inline(never)]
 pub(super) fn ask_to_leave<B>(response: &mut Response<B>, permit: &Unanswered, version: Version) {
-    if asks_to_leave(permit.word().phase(), || permit.gate()) {
+    if asks_to_leave(permit.word().phase(), || permit.owner()) {
         connection_close::say_close(response, version);
     }
 }
 
 /// Whether a response that is sent now asks its client to leave.
-fn asks_to_leave(phase: Phase, gate: impl FnOnce() -> Option<Shared>) -> bool {
+fn asks_to_leave(phase: Phase, owner: impl FnOnce() -> Option<Shared>) -> bool {
     match phase {
         Phase::Serving => false,
-        Phase::LameDuck => gate().is_none_or(|shared| shared.asks_to_leave()),
+        Phase::LameDuck => owner().is_none_or(|shared| shared.asks_to_leave()),
         Phase::Draining | Phase::Closing | Phase::Stopped => true,
     }
 }

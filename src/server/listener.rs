@@ -108,7 +108,7 @@ impl<L: Listener> GracefulListener<L> {
     /// connections of this listener itself.
     pub(super) fn within(graceful: Graceful, listener: L) -> Self {
         let passed = passed(&listener);
-        let is_shared = graceful.policy().shared_listener;
+        let is_shared = graceful.shared().policy().shared_listener;
         let is_shared = is_shared.unwrap_or(passed == Passed::Yes);
         Self {
             is_passed: is_shared || passed != Passed::No,

@@ -84,7 +84,7 @@ impl Graceful {
         Serve {
             source: Source::new(self, listener),
             app,
-            settings: Settings::new(self.policy()),
+            settings: Settings::new(self.shared().policy()),
             graceful: self.clone(),
             service: PhantomData,
         }

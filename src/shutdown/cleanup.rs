@@ -1,7 +1,7 @@
 //! Runs the tasks of a stop: hooks in the lame-duck phase, and after nothing is in flight any more,
 //! the joining of the workers and the cleanup steps.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{
     task::{JoinError, JoinHandle},
@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::{
-    Shared,
+    Lifecycle,
     state::{ABORT_TIME, ClosingStage, LEAST_TIMEOUT},
 };
 use crate::{
@@ -46,9 +46,9 @@ impl Drop for Job {
     }
 }
 
-impl Shared {
+impl Lifecycle {
     /// Starts the hooks of the lame-duck phase. They run during the phase and are cut at its end.
-    pub(super) fn start_hooks(&self) {
+    pub(super) fn start_hooks(self: &Arc<Self>) {
         for hook in self.work.take(TaskKind::LameDuck) {
             let shared = self.clone();
             let mut phases = self.phases();
@@ -93,7 +93,7 @@ impl Shared {
 
     /// Joins the workers, and then runs the steps one after another. If this future is dropped, the
     /// running task is aborted and the remaining ones do not run.
-    pub(super) async fn clean_up(self, deadline: Instant) {
+    pub(super) async fn clean_up(self: Arc<Self>, deadline: Instant) {
         self.join_hooks().await;
         self.join_workers(deadline).await;
         let mut steps = self.work.take(TaskKind::Cleanup);
@@ -161,7 +161,7 @@ impl Shared {
     fn workers_share(&self, deadline: Instant) -> Duration {
         let left = deadline.saturating_duration_since(Instant::now());
         let most = left.saturating_sub(self.work.asked_by_steps().min(left / 2));
-        self.policy.worker_timeout.unwrap_or(most).min(most)
+        self.policy().worker_timeout.unwrap_or(most).min(most)
     }
 
     /// Aborts what is left when the service has stopped without a cleanup.
@@ -179,7 +179,7 @@ impl Shared {
         if let Some(task) = self.work.ended(key, outcome, before_stop) {
             self.log_event(Event::Task(Box::new(task)));
         }
-        if self.policy.leave_early.is_on() {
+        if self.policy().leave_early.is_on() {
             // The lame-duck phase does not end early before its last hook has ended. This may be
             // that hook.
             self.notify();
@@ -187,7 +187,7 @@ impl Shared {
     }
 
     /// Records that the cleanup is done.
-    pub(super) fn cleaned_up(&self) {
+    pub(super) fn cleaned_up(self: &Arc<Self>) {
         self.change(|state, _| {
             let cleanup = state.shutdown.as_mut().and_then(|it| it.cleanup.as_mut());
             if let Some(cleanup) = cleanup {

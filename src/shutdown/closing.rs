@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Shared,
+    Lifecycle,
     state::{ClosingStage, Reads, Shutdown},
 };
 
@@ -35,7 +35,7 @@ const FIRST_CHECK: Duration = Duration::from_millis(1);
 const READ_PATIENCE: Duration = Duration::from_millis(250);
 const READ_PATIENCE_BUSY: Duration = Duration::from_millis(50);
 
-impl Shared {
+impl Lifecycle {
     /// Closes the listeners, and then tells the servers to close their connections. Returns when to
     /// check again, if this is not finished.
     pub(super) fn advance_closing(&self, shutdown: &mut Shutdown, now: Instant) -> Option<Instant> {

@@ -30,7 +30,7 @@ use tokio::{
     time::{self, Instant},
 };
 
-use super::{Shared, WeakShared, state::Clock};
+use super::{Lifecycle, Shared, WeakShared, state::Clock};
 use crate::control::{DriverWaker, clock};
 
 /// Sleeps until the next step is due, and takes it, until the service has stopped.
@@ -94,15 +94,15 @@ impl Drop for Driver {
     }
 }
 
-impl Shared {
+impl Lifecycle {
     /// Spawns a driver if there is none and the caller is inside a runtime. Starts it if a stop is
     /// under way.
-    pub(crate) fn drive(&self) {
+    pub(crate) fn drive(self: &Arc<Self>) {
         self.spawn_driver();
         self.start_driver();
     }
 
-    pub(super) fn spawn_driver(&self) {
+    pub(super) fn spawn_driver(self: &Arc<Self>) {
         let Ok(runtime) = runtime::Handle::try_current() else {
             return;
         };
@@ -124,7 +124,7 @@ impl Shared {
             state.start = Some(start);
         }
         let driver = Driver {
-            shared: self.downgrade(),
+            shared: Arc::downgrade(self),
             waker: Arc::clone(&self.driver_waker),
             ran: false,
         };
@@ -138,7 +138,7 @@ impl Shared {
 
     /// Records that the driver has ended, because its runtime has shut down or because nothing is
     /// left to do. `ran` is false if the runtime dropped it before its first poll.
-    fn driver_ended(&self, ran: bool) {
+    fn driver_ended(self: &Arc<Self>, ran: bool) {
         {
             let mut state = self.state();
             self.driven.store(false, Ordering::Release);
@@ -159,7 +159,7 @@ impl Shared {
 
     /// Passes the lifecycle to the driver if a stop is under way. The driver then keeps it alive,
     /// so that the stop completes even if every handle is dropped.
-    pub(super) fn start_driver(&self) {
+    pub(super) fn start_driver(self: &Arc<Self>) {
         let start = {
             let mut state = self.state();
             if state.shutdown.is_none() {
@@ -174,7 +174,7 @@ impl Shared {
     }
 
     /// Takes every step that is due. Called by the driver. Returns when to check again, if ever.
-    fn tick(&self) -> Option<Instant> {
+    fn tick(self: &Arc<Self>) -> Option<Instant> {
         let clock = clock_here();
         #[cfg(feature = "signal")]
         self.act_on_signals();

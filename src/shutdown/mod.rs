@@ -33,8 +33,9 @@ mod warn;
 mod window;
 
 use std::{
+    ops::Deref,
     sync::{
-        Arc, LazyLock, Mutex, MutexGuard, OnceLock,
+        Arc, LazyLock, Mutex, MutexGuard, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
@@ -48,7 +49,7 @@ use self::{
     update::Update,
 };
 use crate::{
-    admission::{Gate, WeakGate},
+    admission::Gate,
     config::{
         plan::{Plan, instant_after},
         policy::{self, Policy},
@@ -73,15 +74,16 @@ use crate::{
 /// The control thread of this process.
 pub(crate) static CONTROL: LazyLock<Control<Shared>> = LazyLock::new(Control::new);
 
-/// The state of one service: its gate, and the lifecycle that all its handles share.
-pub(crate) type Shared = Gate<Policy, Lifecycle>;
+/// The lifecycle of one service, which all its handles share.
+pub(crate) type Shared = Arc<Lifecycle>;
 
 /// A reference to [`Shared`] that does not keep it alive.
-pub(crate) type WeakShared = WeakGate<Policy, Lifecycle>;
+pub(crate) type WeakShared = Weak<Lifecycle>;
 
+/// The state of one service. It dereferences to its gate.
 pub(crate) struct Lifecycle {
+    gate: Gate<Policy, Self>,
     pub(crate) plan: Plan,
-    pub(crate) policy: Arc<Policy>,
     pub(crate) connections: ConnectionTable<Shared>,
     pub(crate) starved: Starved,
     pub(crate) work: Work,
@@ -119,13 +121,13 @@ pub(crate) struct Lifecycle {
 }
 
 impl Lifecycle {
-    pub(crate) fn new(plan: Plan, policy: Arc<Policy>) -> Self {
+    pub(crate) fn new(gate: Gate<Policy, Self>, plan: Plan) -> Self {
         let driver_waker = Arc::new(DriverWaker::new(|id| CONTROL.notify(id)));
         #[cfg(feature = "axum")]
-        let wants_peers = policy.leave_early.noticed.is_some();
+        let wants_peers = gate.rules().leave_early.noticed.is_some();
         Self {
+            gate,
             plan,
-            policy,
             connections: ConnectionTable::default(),
             starved: Starved::default(),
             work: Work::default(),
@@ -153,13 +155,17 @@ impl Lifecycle {
         }
     }
 
+    pub(crate) fn policy(&self) -> &Policy {
+        self.rules()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         lock!(self.state)
     }
 
     /// The plan. Its delay is shorter if every listener so far is shared with the next process.
     pub(crate) fn plan(&self) -> Plan {
-        match self.policy.shared_delay {
+        match self.policy().shared_delay {
             Some(delay) if delay < self.plan.drain_delay() && self.shares_listeners() => {
                 self.plan.with_drain_delay(delay)
             }
@@ -169,7 +175,7 @@ impl Lifecycle {
 
     /// Whether new connections during the stop are left to the next process.
     pub(crate) fn shares_listeners(&self) -> bool {
-        let shared = self.policy.shared_listener;
+        let shared = self.policy().shared_listener;
         shared.unwrap_or_else(|| self.connections.listeners().are_shared())
     }
 
@@ -241,7 +247,7 @@ impl Lifecycle {
     /// own.
     #[cold]
     pub(crate) fn asks_to_leave(&self) -> bool {
-        if !self.policy.is_spread() {
+        if !self.policy().is_spread() {
             return true;
         }
         SLOT_REACHED
@@ -262,7 +268,7 @@ impl Lifecycle {
         let state = self.state();
         let shutdown = state.shutdown.as_ref();
         let asked = shutdown.and_then(|shutdown| shutdown.entered.first().copied());
-        let after = place.offset(self.policy.close_spread);
+        let after = place.offset(self.policy().close_spread);
         instant_after(asked.unwrap_or_else(Instant::now), after)
     }
 
@@ -273,16 +279,6 @@ impl Lifecycle {
         let until = shutdown.ends(phase)?;
         Some(until.saturating_duration_since(Instant::now()))
     }
-}
-
-#[cfg(feature = "signal")]
-impl Drop for Lifecycle {
-    fn drop(&mut self) {
-        CONTROL.forget(self.driver_waker.id());
-    }
-}
-
-impl Shared {
     /// The number of requests and holds in flight.
     pub(crate) fn in_flight(&self) -> usize {
         self.word().count() + self.work.holds()
@@ -291,5 +287,20 @@ impl Shared {
     /// Whether the service is draining or later, and nothing is in flight.
     fn is_idle(&self) -> bool {
         self.work.is_idle(|| self.settled_word().is_idle())
+    }
+}
+
+impl Deref for Lifecycle {
+    type Target = Gate<Policy, Self>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.gate
+    }
+}
+
+#[cfg(feature = "signal")]
+impl Drop for Lifecycle {
+    fn drop(&mut self) {
+        CONTROL.forget(self.driver_waker.id());
     }
 }

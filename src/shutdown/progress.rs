@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Shared, state::State};
+use super::{Lifecycle, state::State};
 #[cfg(all(unix, feature = "signal"))]
 use crate::phase::Phase;
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
 /// How often a drain logs what it waits for.
 const PROGRESS: Duration = Duration::from_secs(2);
 
-impl Shared {
+impl Lifecycle {
     /// Logs from time to time what the stop waits for. Returns when to check again.
     pub(super) fn note_progress(
         &self,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Shared,
+    Lifecycle,
     closing::{CHECK_INTERVAL, MOST_UNREAD},
     state::{ASK_ALL_BEFORE, ClosingStage, Cut, Shutdown, State},
 };
@@ -66,7 +66,7 @@ fn settle_cleanup(shutdown: &mut Shutdown, driver_gone: Option<Instant>, now: In
     }
 }
 
-impl Shared {
+impl Lifecycle {
     /// Takes every step that is due at `now`. Returns when to check again, if ever.
     pub(super) fn settle(&self, state: &mut State, now: Instant) -> Option<Instant> {
         loop {
@@ -136,13 +136,13 @@ impl Shared {
             return Step::Until(ask_all_at);
         } else {
             // An early end may be put off by a request, and with it the end of a spread.
-            shutdown.asks_all |= now >= shutdown.ask_all_at || !self.policy.is_spread();
+            shutdown.asks_all |= now >= shutdown.ask_all_at || !self.policy().is_spread();
             return Step::Until(until);
         };
         shutdown.delay_over = Some(reason);
         // Connections in the accept queue are still served. Draining, which rejects requests,
         // starts only after the listeners have closed.
-        let listeners_close = self.shares_listeners() || !self.policy.keep_listening;
+        let listeners_close = self.shares_listeners() || !self.policy().keep_listening;
         if listeners_close {
             if let Some(until) = self.advance_closing(shutdown, now) {
                 let begun = shutdown.closing_begun.unwrap_or(now);
@@ -172,11 +172,11 @@ impl Shared {
     /// has ended, because a hook that deregisters the service informs the load balancer of the
     /// stop.
     fn leaves_at(&self) -> Option<(Instant, LeftEarly)> {
-        let rules = self.policy.leave_early;
+        let rules = self.policy().leave_early;
         if !rules.is_on() || self.work.has_hook() {
             return None;
         }
-        self.evidence.leaves_at(rules, self.policy.close_spread)
+        self.evidence.leaves_at(rules, self.policy().close_spread)
     }
 
     fn settle_draining(&self, shutdown: &mut Shutdown, now: Instant) -> Step {
@@ -253,7 +253,7 @@ impl Shared {
     /// When the next slot of the drain spread is due.
     fn next_slot(&self, state: &State, now: Instant) -> Instant {
         let never = instant_after(now, Duration::MAX);
-        let spread = self.policy.drain_spread;
+        let spread = self.policy().drain_spread;
         let Some(since) = state.draining_since() else {
             return never;
         };

@@ -750,7 +750,7 @@ async fn cut_connections_do_not_keep_a_stopped_lifecycle_alive() {
     assert_eq!(stop.phase(), Phase::Stopped);
     stop.leave(&entry);
     drop(entry);
-    let weak = stop.shared().downgrade();
+    let weak = Arc::downgrade(stop.shared());
     drop(stop);
     tokio::task::yield_now().await;
     assert!(weak.upgrade().is_none());

@@ -1,13 +1,13 @@
 //! What starts and hastens a stop: calls, signals, servers and drain futures that end.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
 #[cfg(feature = "signal")]
 use super::CONTROL;
 use super::{
-    Shared,
+    Lifecycle,
     state::{ServerEnd, Shutdown, State},
 };
 #[cfg(feature = "signal")]
@@ -21,9 +21,9 @@ use crate::{config::plan::instant_after, control::clock};
 #[cfg(feature = "signal")]
 const DOUBLED: Duration = Duration::from_millis(100);
 
-impl Shared {
+impl Lifecycle {
     /// Records that a drain future waits. The server that it stands for may run outside of `run`.
-    pub(crate) fn drain_began(&self) {
+    pub(crate) fn drain_began(self: &Arc<Self>) {
         {
             let mut state = self.state();
             state.drains += 1;
@@ -35,12 +35,12 @@ impl Shared {
     }
 
     /// Records that a drain future that called `drain_began` has ended.
-    pub(crate) fn drain_ended(&self) {
+    pub(crate) fn drain_ended(self: &Arc<Self>) {
         self.change(|state, _| state.drains -= 1);
     }
 
     /// Starts the timeline, unless it has started already.
-    pub(crate) fn trigger(&self, trigger: Trigger) {
+    pub(crate) fn trigger(self: &Arc<Self>, trigger: Trigger) {
         // First, because it determines the clock that the step uses.
         self.spawn_driver();
         self.change(|state, now| self.start(state, trigger, now));
@@ -63,7 +63,7 @@ impl Shared {
             | Trigger::PreStop => self.plan().drain_delay(),
         };
         state.events.extend(self.plan_event());
-        if self.policy.leave_early.is_on() {
+        if self.policy().leave_early.is_on() {
             self.evidence.begin(now);
         }
         state.shutdown = Some(Shutdown::new(trigger, now, self.plan.deadlines(delay)));
@@ -76,35 +76,35 @@ impl Shared {
 
     /// Passes signals to this lifecycle from now on, unless it has stopped.
     #[cfg(feature = "signal")]
-    pub(crate) fn listen(&self) -> std::io::Result<()> {
+    pub(crate) fn listen(self: &Arc<Self>) -> std::io::Result<()> {
         self.log_plan();
         // Under the lock, so that the service cannot stop between the check and the registration.
         let state = self.state();
         if state.report.is_some() {
             return Ok(());
         }
-        CONTROL.listen(self.driver_waker.id(), || self.downgrade())
+        CONTROL.listen(self.driver_waker.id(), || Arc::downgrade(self))
     }
 
     /// Activates the watchdog: it ends the process near the end of the grace period if the service
     /// has not stopped by then.
     #[cfg(all(unix, feature = "signal"))]
-    pub(crate) fn watch_grace_period(&self) -> std::io::Result<()> {
-        CONTROL.watch(self.driver_waker.id(), self.downgrade())
+    pub(crate) fn watch_grace_period(self: &Arc<Self>) -> std::io::Result<()> {
+        CONTROL.watch(self.driver_waker.id(), Arc::downgrade(self))
     }
 
     /// Handles a signal as the control thread does under the real clock. Called by the driver and
     /// by tests.
     #[cfg(feature = "signal")]
-    pub(crate) fn signal(&self, trigger: Trigger) {
+    pub(crate) fn signal(self: &Arc<Self>, trigger: Trigger) {
         self.spawn_driver();
-        self.change(|state, now| self.on_signal(state, trigger, now));
+        self.change(|state, now| self.handle_signal(state, trigger, now));
         self.start_driver();
     }
 
     /// Handles the signals that were left for the driver.
     #[cfg(feature = "signal")]
-    pub(super) fn act_on_signals(&self) {
+    pub(super) fn act_on_signals(self: &Arc<Self>) {
         // A separate statement: in the `for` expression the lock would be held during the loop.
         let signals = std::mem::take(&mut self.state().pending_signals);
         for trigger in signals {
@@ -115,7 +115,7 @@ impl Shared {
     /// The first signal starts the timeline. A further SIGTERM changes nothing. A further SIGINT
     /// ends the present phase.
     #[cfg(feature = "signal")]
-    pub(super) fn on_signal(&self, state: &mut State, trigger: Trigger, now: Instant) {
+    pub(super) fn handle_signal(&self, state: &mut State, trigger: Trigger, now: Instant) {
         let first = state.shutdown.is_none();
         self.start(state, trigger, now);
         let stopped = state.report.is_some();
@@ -146,7 +146,7 @@ impl Shared {
         state.events.push(Event::Signal(trigger, effect));
     }
 
-    pub(crate) fn server_began(&self) {
+    pub(crate) fn server_began(self: &Arc<Self>) {
         {
             let mut state = self.state();
             state.servers += 1;
@@ -157,7 +157,7 @@ impl Shared {
         self.log_plan();
     }
 
-    pub(crate) fn server_ended(&self, end: &ServerEnd) {
+    pub(crate) fn server_ended(self: &Arc<Self>, end: &ServerEnd) {
         self.change(|state, now| {
             state.servers -= 1;
             if let ServerEnd::Failed(error) = end {

@@ -13,7 +13,7 @@ use tokio::{sync::watch, time::Instant};
 #[cfg(feature = "signal")]
 use super::WeakShared;
 use super::{
-    CONTROL, Shared,
+    CONTROL, Lifecycle, Shared,
     state::{Clock, ClosingStage, State},
 };
 #[cfg(feature = "signal")]
@@ -57,7 +57,7 @@ impl Subject for Shared {
     }
 
     fn release(self) -> Option<Box<dyn Send>> {
-        self.into_last().map(|last| Box::new(last) as _)
+        Arc::into_inner(self).map(|last| Box::new(last) as _)
     }
 
     fn take_due_steps(&self) -> Option<Box<dyn FnOnce() + Send>> {
@@ -78,7 +78,7 @@ impl Subject for Shared {
                 return None;
             }
         }
-        let publish = self.control_step(|state, now| self.on_signal(state, trigger, now));
+        let publish = self.control_step(|state, now| self.handle_signal(state, trigger, now));
         self.start_driver();
         self.notify();
         publish
@@ -90,14 +90,17 @@ impl Subject for Shared {
     }
 }
 
-impl Shared {
+impl Lifecycle {
     /// Makes a change, takes every step that is then due, and notifies the driver.
-    pub(super) fn change(&self, change: impl FnOnce(&mut State, Instant)) {
+    pub(super) fn change(self: &Arc<Self>, change: impl FnOnce(&mut State, Instant)) {
         self.step(change);
         self.notify();
     }
 
-    pub(super) fn step(&self, change: impl FnOnce(&mut State, Instant)) -> Option<Instant> {
+    pub(super) fn step(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut State, Instant),
+    ) -> Option<Instant> {
         let (next, update, subscribers) = self.step_by(By::User, change);
         self.publish(update);
         shielded(|| drop(subscribers));
@@ -106,7 +109,7 @@ impl Shared {
 
     /// As [`step`](Self::step), for the control thread. Returns what is to be done on another thread.
     fn control_step(
-        &self,
+        self: &Arc<Self>,
         change: impl FnOnce(&mut State, Instant),
     ) -> Option<Box<dyn FnOnce() + Send>> {
         let (_, update, subscribers) = self.step_by(By::Control, change);
@@ -120,7 +123,7 @@ impl Shared {
     /// that the caller must publish, and references to log subscribers, which the caller must drop where
     /// their destructors may run.
     fn step_by(
-        &self,
+        self: &Arc<Self>,
         by: By,
         change: impl FnOnce(&mut State, Instant),
     ) -> (Option<Instant>, Update, [Option<Origin>; 2]) {
@@ -194,7 +197,7 @@ impl Shared {
 
     /// The job that publishes an update of the control thread, to be run on another thread. `None`
     /// if nothing has changed since the last one.
-    fn to_publish(&self, update: Update) -> Option<Box<dyn FnOnce() + Send>> {
+    fn to_publish(self: &Arc<Self>, update: Update) -> Option<Box<dyn FnOnce() + Send>> {
         if lock!(self.published).replace(update) == Some(update) {
             return None;
         }
@@ -227,7 +230,7 @@ impl Shared {
         let spreading = (phase == Phase::Draining).then(|| state.draining_since());
         let place = spreading.flatten().map_or(Place::LAST, |since| {
             let elapsed = now.saturating_duration_since(since);
-            Place::after(elapsed, self.policy.drain_spread)
+            Place::after(elapsed, self.policy().drain_spread)
         });
         Moment { phase, place }
     }
@@ -250,7 +253,7 @@ impl Shared {
             Directive::Read
         } else if phase >= Phase::Draining || shutdown.asks_all {
             Directive::Leave
-        } else if phase == Phase::LameDuck && self.policy.is_spread() {
+        } else if phase == Phase::LameDuck && self.policy().is_spread() {
             Directive::LeaveInSlot
         } else {
             Directive::Stopping

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Shared, state::State};
+use super::{Lifecycle, state::State};
 use crate::{
     config::plan::instant_after,
     connection::outside::Servers,
@@ -22,7 +22,7 @@ const UNHELD: Duration = Duration::from_millis(100);
 /// handler needs no hold.
 const NOTIFIED: Duration = Duration::from_secs(1);
 
-impl Shared {
+impl Lifecycle {
     /// Keeps a warning for the report. Returns its event for the log.
     pub(super) fn warn(&self, warning: Warning) -> Event {
         lock!(self.warnings).push(warning.clone());
@@ -77,7 +77,7 @@ impl Shared {
         let mut at = instant_after(since, UNHELD);
         let is_cut = state.shutdown.as_ref().is_some_and(|it| it.cut.is_some());
         if state.notifies_draining && !is_cut {
-            let notified = instant_after(draining, self.policy.drain_spread);
+            let notified = instant_after(draining, self.policy().drain_spread);
             at = at.max(instant_after(notified, NOTIFIED));
         }
         if now < at {

@@ -24,7 +24,7 @@ impl Window {
         let others = [Method::OPTIONS, Method::CONNECT, Method::TRACE];
         // Compares the end of the path: a router inside `nest` sees, and exempts, the path without
         // the prefix.
-        let mut exempt = shared.policy.exempt.iter();
+        let mut exempt = shared.policy().exempt.iter();
         if shared.phase() >= Phase::Draining
             || others.contains(method)
             || path.starts_with(GRPC_HEALTH)

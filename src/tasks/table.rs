@@ -261,69 +261,67 @@ impl fmt::Debug for Work {
 
 #[cfg(all(test, tower_graceful_loom))]
 mod models {
-    use std::sync::Arc;
+    use std::sync::{Arc, Weak};
 
     use loom::{model, thread};
 
     use super::*;
-    use crate::{
-        admission::Gate,
-        sync::{AtomicBool, Ordering::Relaxed},
-    };
+    use crate::sync::{AtomicBool, Ordering::Relaxed};
 
-    type Holding = Gate<(), Work>;
+    type Gate = crate::admission::Gate<(), ()>;
 
-    fn holding() -> Holding {
-        Gate::new(None, false, (), |_| Work::default())
+    fn holding() -> (Arc<Gate>, Arc<Work>) {
+        let gate = Gate::new(None, false, (), &Weak::new());
+        (Arc::new(gate), Arc::default())
     }
 
     /// The check that the timeline makes.
-    fn is_idle(gate: &Holding) -> bool {
-        gate.is_idle(|| gate.settled_word().is_idle())
+    fn is_idle(gate: &Gate, work: &Work) -> bool {
+        work.is_idle(|| gate.settled_word().is_idle())
     }
 
     #[test]
     fn the_end_of_the_last_hold_is_seen_or_wakes_the_driver() {
         model(|| {
-            let gate = holding();
+            let (gate, work) = holding();
             let woken = Arc::new(AtomicBool::new(false));
-            let holds = [(); 2].map(|()| gate.hold("work".into()));
+            let holds = [(); 2].map(|()| work.hold("work".into()));
             let ends = holds.map(|key| {
-                let (gate, woken) = (gate.clone(), Arc::clone(&woken));
+                let (gate, work, woken) = (gate.clone(), work.clone(), woken.clone());
                 thread::spawn(move || {
-                    if gate.release(key, || gate.phase()) {
+                    if work.release(key, || gate.phase()) {
                         woken.store(true, Relaxed);
                     }
                 })
             });
             gate.advance(Phase::Draining);
-            let seen = is_idle(&gate);
+            let seen = is_idle(&gate, &work);
             for end in ends {
                 end.join().unwrap();
             }
             assert!(seen || woken.load(Relaxed), "the drain waits forever");
-            assert!(is_idle(&gate));
+            assert!(is_idle(&gate, &work));
         });
     }
 
     #[test]
     fn a_hold_that_continues_a_request_is_waited_for() {
         model(|| {
-            let gate = holding();
+            let (gate, work) = holding();
             let request = gate.admission().admit().unwrap().answered();
             gate.advance(Phase::Draining);
             let handler = {
-                let gate = gate.clone();
+                let work = work.clone();
                 thread::spawn(move || {
-                    let key = gate.hold("work".into());
+                    let key = work.hold("work".into());
                     drop(request);
                     key
                 })
             };
-            assert!(!is_idle(&gate), "the work is in flight or held");
+            assert!(!is_idle(&gate, &work), "the work is in flight or held");
             let key = handler.join().unwrap();
-            assert!(gate.release(key, || gate.phase()));
-            assert!(is_idle(&gate));
+            assert!(work.release(key, || gate.phase()));
+            assert!(is_idle(&gate, &work));
         });
     }
 }

@@ -51,7 +51,7 @@ impl Owner {
 
     /// Whether connections are asked to leave one after another in this phase.
     pub(super) fn is_spread(&self, phase: Phase) -> bool {
-        phase == Phase::LameDuck && self.0.owner.policy.is_spread()
+        phase == Phase::LameDuck && self.0.owner.policy().is_spread()
     }
 
     /// Whether a client loses something if its FIN drops a request that arrives now: not while
