@@ -8,6 +8,8 @@ use tokio::time::Instant;
 use super::{Lifecycle, state::State};
 #[cfg(all(unix, feature = "signal"))]
 use crate::phase::Phase;
+#[cfg(feature = "signal")]
+use crate::tasks::list::Task;
 use crate::{
     config::plan::instant_after,
     events::{self, Event},
@@ -58,7 +60,7 @@ impl Lifecycle {
     /// Whether nothing is left that the stop waited for.
     #[cfg(feature = "signal")]
     pub(super) fn has_ended(&self) -> bool {
-        let runs = || self.work.tasks().iter().any(|task| task.is_running());
+        let runs = || self.work.tasks().iter().any(Task::is_running);
         self.in_flight() == 0 && self.connections.len() == 0 && !runs()
     }
 

@@ -113,7 +113,7 @@ impl Lifecycle {
         change: impl FnOnce(&mut State, Instant),
     ) -> Option<Box<dyn FnOnce() + Send>> {
         let (_, update, subscribers) = self.step_by(By::Control, change);
-        if subscribers.iter().any(Option::is_some) {
+        if !subscribers.is_empty() {
             CONTROL.run_elsewhere(Box::new(move || drop(subscribers)));
         }
         self.to_publish(update)
@@ -126,7 +126,7 @@ impl Lifecycle {
         self: &Arc<Self>,
         by: By,
         change: impl FnOnce(&mut State, Instant),
-    ) -> (Option<Instant>, Update, [Option<Origin>; 2]) {
+    ) -> (Option<Instant>, Update, Vec<Origin>) {
         let now = Instant::now();
         let origin = (by == By::User).then(Origin::here).flatten();
         let mut state = self.state();
@@ -192,7 +192,7 @@ impl Lifecycle {
             // The log thread writes the events, because a subscriber is user code.
             events::work();
         }
-        (next, update, [former, kept])
+        (next, update, former.into_iter().chain(kept).collect())
     }
 
     /// The job that publishes an update of the control thread, to be run on another thread. `None`

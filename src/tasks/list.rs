@@ -79,6 +79,7 @@ impl Task {
 
     /// Whether the task has been started and has not ended. A task that was aborted runs on while it blocks
     /// its thread.
+    #[cfg(feature = "signal")]
     pub(crate) fn is_running(&self) -> bool {
         self.handle.as_ref().is_some_and(|it| !it.is_finished())
     }
