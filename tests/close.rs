@@ -3,7 +3,13 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
-use axum::{Router, routing::get, serve::Listener};
+use axum::{Router, body::Body, http::StatusCode, routing::get, serve::Listener};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http::Request;
+use http_body_util::{BodyExt, Collected, Empty};
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 
 use std::{
     io,
@@ -271,4 +277,59 @@ fn the_cut_ends_a_connection_that_its_client_has_closed_and_does_not_read() {
         .expect("an end");
     assert_eq!(report.outcome(), Outcome::Forced, "{report}");
     assert!(report.to_string().contains("undelivered"), "{report}");
+}
+
+/// The end of a response is queued in the server when the task of its stream ends, although no body is left: a head
+/// without a body, or the end of a stream. Nothing counts the request, so the service has long been closing.
+async fn lost_over_http2(layered: bool, head_only: bool) {
+    let graceful = graceful();
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = tcp.local_addr().unwrap();
+    let no_content = || async {
+        time::sleep(Duration::from_secs(3)).await;
+        StatusCode::NO_CONTENT
+    };
+    let stream = || async {
+        let pieces = stream::iter([0, 1500, 1500]).then(|delay| async move {
+            time::sleep(Duration::from_millis(delay)).await;
+            Ok::<_, io::Error>("piece")
+        });
+        let end = stream::once(time::sleep(Duration::from_millis(1500)));
+        Body::from_stream(pieces.chain(end.filter_map(|()| async { None })))
+    };
+    let slow = if head_only {
+        get(no_content)
+    } else {
+        get(stream)
+    };
+    let mut app = Router::new().route("/slow", slow);
+    if layered {
+        app = app.layer(graceful.layer());
+    }
+    let server = tokio::spawn(graceful.serve(tcp, app).into_future());
+    let io = TokioIo::new(TcpStream::connect(address).await.unwrap());
+    let handshake = http2::handshake(TokioExecutor::new(), io).await;
+    let (mut client, connection) = handshake.unwrap();
+    tokio::spawn(connection);
+    let request = Request::get("http://test/slow").body(Empty::<Bytes>::new());
+    let answer = tokio::spawn(async move {
+        let response = client.send_request(request.unwrap()).await?;
+        response.into_body().collect().await
+    });
+    time::sleep(Duration::from_millis(300)).await;
+    graceful.shutdown();
+    let answer = answer.await.unwrap().map(Collected::to_bytes);
+    let report = server.await.unwrap();
+    assert!(answer.is_ok(), "{answer:?}, {report}");
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+}
+
+#[tokio::test]
+async fn serve_loses_no_end_of_an_exempt_response_over_http2() {
+    tokio::join!(lost_over_http2(true, true), lost_over_http2(true, false));
+}
+
+#[tokio::test]
+async fn serve_without_a_layer_loses_no_end_of_a_response_over_http2() {
+    tokio::join!(lost_over_http2(false, true), lost_over_http2(false, false));
 }

@@ -236,9 +236,8 @@ impl<O> ConnectionTable<O> {
 
     /// Inserts a connection. The caller removes it with [`remove`](Self::remove).
     pub(crate) fn insert(&self, owner: O, peer: Option<SocketAddr>) -> Arc<ConnectionEntry<O>> {
-        let mut open = lock!(self.open);
-        // Under the lock, so that the instants are in the order of the connections.
         let now = Instant::now();
+        let mut open = lock!(self.open);
         // A client that connects while others are asked to leave has a request to send, and is
         // asked with the response to it.
         let directive = if open.directive >= Directive::Read {
@@ -248,7 +247,9 @@ impl<O> ConnectionTable<O> {
         };
         let opened = now.saturating_duration_since(*open.first.get_or_insert(now));
         let opened = u64::try_from(opened.as_nanos()).unwrap_or(u64::MAX);
-        let watched = open.entered < ALL_WATCHED || opened - open.watched >= WATCH_EVERY;
+        // Saturating, because clocks of paused runtimes differ.
+        let since = opened.saturating_sub(open.watched);
+        let watched = open.entered < ALL_WATCHED || since >= WATCH_EVERY;
         if watched {
             open.watched = opened;
         }

@@ -54,9 +54,6 @@ pub struct GracefulListener<L: Listener> {
     pub(super) is_passed: bool,
     /// For a shared socket: the phase. The listener closes when it is no longer `Serving`.
     pub(super) shared_phases: Option<watch::Receiver<Phase>>,
-    /// There was no file descriptor for a part of the queue. Connections that are accepted later may
-    /// already be cut.
-    was_starved: bool,
     pub(super) graceful: Graceful,
 }
 
@@ -118,7 +115,6 @@ impl<L: Listener> GracefulListener<L> {
             last: Vec::new(),
             closing_stages: graceful.shared().closing_stages(),
             closing: Closing::Unused,
-            was_starved: false,
             graceful,
         }
     }
@@ -126,8 +122,8 @@ impl<L: Listener> GracefulListener<L> {
     pub(super) fn track(&self, io: L::Io, addr: &L::Addr) -> GracefulIo<L::Io> {
         let peer = (addr as &dyn Any).downcast_ref::<SocketAddr>();
         let io = GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::close));
-        if self.was_starved && io.is_cut() {
-            // The cut closed other connections, and so freed the descriptor for this one.
+        if io.is_cut() {
+            // It came too late to be listed with the connections that were cut.
             self.graceful.shared().starved.count_reset(1);
         }
         io
@@ -172,7 +168,6 @@ impl<L: Listener> GracefulListener<L> {
         let starved = &self.graceful.shared().starved;
         starved.count_reset(queued.reset);
         if queued.is_starved {
-            self.was_starved = true;
             // The wait for descriptors may be long, and new connections must not be dropped that long.
             detach_syn_filter(&*socket);
             starved.add_waiting(&socket);
@@ -282,9 +277,7 @@ impl<L: Listener> Drop for GracefulListener<L> {
         if let (Some(listener), Closing::At(_)) = (&self.listener, &self.closing) {
             detach_syn_filter(listener);
         }
-        if self.was_starved {
-            self.graceful.shared().starved.count_reset(self.last.len());
-        }
+        self.graceful.shared().starved.count_reset(self.last.len());
         self.abandon();
         self.give_up();
         self.closed();
@@ -308,6 +301,33 @@ mod tests {
 
     use super::*;
     use crate::connection::descriptors::SocketKind;
+
+    #[tokio::test]
+    async fn a_connection_that_is_accepted_after_the_cut_is_counted_as_reset() {
+        let graceful = Graceful::new();
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+        let (io, addr) = tcp.accept().await.unwrap();
+        let listener = GracefulListener::within(graceful.clone(), tcp);
+        graceful.shared().connections.instruct(Directive::Cut);
+        drop(listener.track(io, &addr));
+        assert_eq!(graceful.shared().starved.reset_queues(), 1);
+    }
+
+    #[tokio::test]
+    async fn connections_that_were_taken_from_the_queue_and_not_returned_are_counted_as_reset() {
+        let graceful = Graceful::new();
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = tcp.local_addr().unwrap();
+        let mut listener = GracefulListener::within(graceful.clone(), tcp);
+        graceful.shared().connections.listener_opened(false);
+        listener.closing = Closing::No;
+        let _clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
+        listener.close();
+        assert_eq!(listener.last.len(), 3);
+        drop(listener);
+        assert_eq!(graceful.shared().starved.reset_queues(), 3);
+    }
 
     #[tokio::test]
     async fn a_handshake_that_completes_after_the_listener_is_dropped_is_counted_as_reset() {

@@ -8,8 +8,9 @@
 //! namespace.
 //!
 //! The netlink socket is opened with the first connection, because later there may be no file
-//! descriptor left for it. On other operating systems, and in a sandbox that forbids `AF_NETLINK`, the
-//! number is unknown (`None`).
+//! descriptor left for it. The number is unknown (`None`) on other operating systems, in a sandbox that
+//! forbids `AF_NETLINK`, in a kernel without `tcp_diag`, and for a socket that was passed from another network
+//! namespace.
 
 use tokio::net::TcpStream;
 
@@ -17,7 +18,12 @@ use tokio::net::TcpStream;
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn unacknowledged(tcp: &TcpStream) -> Option<u32> {
     match tcp.peer_addr() {
-        Ok(peer) => diag::send_queue(tcp.local_addr().ok()?, peer),
+        Ok(peer) => match diag::send_queue(tcp.local_addr().ok()?, peer)? {
+            // It has ended since. Or the kernel never finds it: the socket was passed from another network
+            // namespace, or the kernel has no `tcp_diag`.
+            diag::NOT_FOUND => tcp.peer_addr().is_err().then_some(0),
+            queue => Some(queue),
+        },
         // Either both sides have closed and everything is acknowledged, or the peer has reset the
         // connection.
         Err(error) if error.kind() == std::io::ErrorKind::NotConnected => Some(0),
@@ -66,6 +72,9 @@ mod diag {
     const HEADER: usize = 16;
     const REQUEST: usize = HEADER + 56;
     const ANSWER: usize = HEADER + 72;
+
+    /// What [`send_queue`] returns if the kernel does not find the connection.
+    pub(super) const NOT_FOUND: u32 = u32::MAX;
 
     /// One netlink socket for the process. Each query holds the lock for about 2 µs.
     static SOCKET: Mutex<Asking> = Mutex::new(Asking {
@@ -116,8 +125,7 @@ mod diag {
         Ok(socket)
     }
 
-    /// Sends a query and reads the answer. A connection that the kernel does not find has an empty
-    /// send queue.
+    /// Sends a query and reads the answer.
     fn ask(socket: &Socket, number: u32, local: SocketAddr, peer: SocketAddr) -> io::Result<u32> {
         let request = request(number, local, peer);
         socket.send(&request)?;
@@ -130,7 +138,7 @@ mod diag {
         if answer.get(4..6) == Some(&NLMSG_ERROR.to_ne_bytes()) {
             let error = answer.get(HEADER..HEADER + 4).map(<[u8; 4]>::try_from);
             return match error {
-                Some(Ok(error)) if i32::from_ne_bytes(error) == -ENOENT => Ok(0),
+                Some(Ok(error)) if i32::from_ne_bytes(error) == -ENOENT => Ok(NOT_FOUND),
                 _ => Err(io::ErrorKind::Other.into()),
             };
         }

@@ -30,8 +30,9 @@ impl Graceful {
     /// make-service, with or without connect info. Connect info of your own is made from an
     /// [`Accepted`]. `listener` may be any listener of axum, see [`listener`](Self::listener). For TLS,
     /// or anything else that comes before HTTP, pass
-    /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes). Connections that are
-    /// already tracked are not tracked twice.
+    /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes). Connections of these
+    /// listeners are not tracked twice. A listener of your own must not [`track`](Self::track) its
+    /// connections.
     ///
     /// The call installs the signal handlers and returns a [`Serve`], which has the settings of the
     /// server. Accepting begins when the `Serve` is awaited. To pass it to `tokio::spawn` or

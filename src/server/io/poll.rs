@@ -12,7 +12,7 @@ use super::{GracefulIo, Peer, Writing, present};
 use crate::{
     connection::{
         directive::Directive,
-        flags::{BUSY, HANDSHAKE, INSPECTED, RESPONDED},
+        flags::{BUSY, HANDSHAKE, INSPECTED, RESPONDED, STREAMLESS},
         wakers::WakerSlot,
     },
     phase::Phase,
@@ -45,7 +45,7 @@ impl<I: 'static> GracefulIo<I> {
         }
         let directive = self.guard.entry.state.enter(&mut self.waker, slot, cx);
         // Only reads expire: a write may belong to a response.
-        let expires = || slot == WakerSlot::Read && self.expires();
+        let expires = || slot == WakerSlot::Read && self.expires(cx);
         if directive >= Directive::Expire && (directive == Directive::Cut || expires()) {
             self.peer = Peer::Gone;
             return Err(cut());
@@ -67,10 +67,18 @@ impl<I: 'static> GracefulIo<I> {
     /// Whether a connection that was instructed to close a while ago can be closed now: no request is in
     /// flight on it, and the peer has acknowledged what was sent.
     #[cold]
-    fn expires(&self) -> bool {
+    fn expires(&self, cx: &Context<'_>) -> bool {
         let entry = &self.guard.entry;
         let in_flight = if entry.sniffer.is_http2() {
-            entry.may_have_streams(|| entry.owner.pieces())
+            // An HTTP/2 server reads before it writes. What the last stream has left, such as the head of a
+            // response without a body, is written after this read. So the next read decides.
+            let decides = entry.flags.has(STREAMLESS);
+            let has_streams = entry.may_have_streams(|| entry.owner.pieces());
+            if !has_streams && !decides {
+                entry.flags.set(STREAMLESS);
+                cx.waker().wake_by_ref();
+            }
+            has_streams || !decides
         } else if !self.is_top() {
             entry.flags.has(BUSY)
         } else {
@@ -195,6 +203,8 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         if !read.is_empty() {
             if directive > Directive::Stay {
                 entry.read_while_stopping(directive);
+                // A stream may begin and end before the next read.
+                entry.flags.take(STREAMLESS);
             }
             if !is_top {
                 return result;
