@@ -342,15 +342,15 @@ impl GracefulBuilder {
     ///
     /// | what keeps the socket | this option | what connects during the stop |
     /// |---|---|---|
-    /// | systemd socket activation, `systemfd` without `--no-pid` | set by itself | waits in the queue until the next process has started |
+    /// | systemd socket activation | set by itself | waits in the queue until the next process has started |
+    /// | nothing, although the socket was passed: `systemd-socket-activate` and `systemfd` become the program | set by itself; `false` keeps accepting during the delay | is refused |
     /// | circus, or another supervisor that names the descriptor in its own way | `true` | is accepted by another worker, or waits |
     /// | a restart in place by `ecdysis` or the like | `true` | is accepted by the new process, which runs already |
     /// | prefork: a parent binds, its children accept | `true` | is accepted by another child |
     /// | nothing: the process binds the port itself | do not set it | is accepted by this process, or refused |
     ///
     /// With `true` where no other process has the socket, clients are refused as soon as the stop
-    /// begins. It is the same under `systemd-socket-activate`, which becomes the process that it starts
-    /// and keeps no socket.
+    /// begins.
     ///
     /// # The delay
     ///
