@@ -1,6 +1,14 @@
 //! Processes that are special to the operating system: a fork of a process, and the process with the id 1.
 
-use std::{fs, os::unix::fs::MetadataExt, process::Command, thread, time::Duration};
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpListener,
+    os::unix::fs::MetadataExt,
+    process::Command,
+    thread,
+    time::Duration,
+};
 
 use nix::{
     sys::signal::{
@@ -10,7 +18,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{Test, process::Server, server::Form};
+use crate::{Test, process::Server, server::Form, whole::narrow};
 
 pub(crate) const TESTS: &[Test] = &[(
     "processes::a_fork_hears_its_own_signals_and_the_parent_hears_none_of_them",
@@ -29,6 +37,11 @@ pub(crate) const IN_NAMESPACES: &[Test] = &[
         "namespaces::process_1_is_ended_by_a_signal_after_the_stop",
         &[Form::Serve],
         signalled_as_process_1,
+    ),
+    (
+        "namespaces::a_response_on_a_socket_from_another_network_is_not_thrown_away",
+        Form::CUTTING,
+        other_network,
     ),
 ];
 
@@ -77,6 +90,33 @@ fn fork(form: Form) {
             server.exit().assert_clean();
         }
     }
+}
+
+/// systemd passes such a socket to a service with `PrivateNetwork=yes`. The kernel does not find its connections
+/// when the service asks how much has been delivered.
+fn other_network(form: Form) {
+    const UNSHARED: &str = r#"export LISTEN_FDS=1 LISTEN_PID=$$; exec unshare -rn "$0" "$@" 3<&0"#;
+
+    let shared = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut server = Server::start_by(UNSHARED, &shared, form, &["delay=0"]);
+    let mut client = narrow(server.address);
+    let request = b"GET /buffered HTTP/1.1\r\nhost: test\r\n\r\n";
+    client.write_all(request).unwrap();
+    client.peek(&mut [0]).unwrap();
+    server.wait_for_in_flight(0);
+    server.terminate();
+    // By now the server would have closed the connection, if it took the response for delivered.
+    thread::sleep(MS(200));
+    let _ = client.write_all(b"\r\n");
+    let mut response = Vec::new();
+    let read = client.read_to_end(&mut response);
+    let exit = server.exit();
+    let is_whole = response.len() > 150_000;
+    assert!(
+        is_whole || !exit.status.success(),
+        "{read:?}, {}, {exit:?}",
+        response.len()
+    );
 }
 
 /// Starts a server as process 1 of a new namespace.

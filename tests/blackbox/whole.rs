@@ -101,7 +101,7 @@ pub(crate) const TESTS: &[Test] = &[
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
 /// Connects a client with a small receive buffer.
-fn narrow(address: SocketAddr) -> TcpStream {
+pub(crate) fn narrow(address: SocketAddr) -> TcpStream {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_recv_buffer_size(32 * 1024).unwrap();
     socket.connect(&SockAddr::from(address)).unwrap();
