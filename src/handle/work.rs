@@ -121,7 +121,8 @@ impl Graceful {
     }
 
     /// Spawns a [worker](Self::worker) that the service cannot do without: if it ends before any
-    /// trigger, in whatever way, the service stops.
+    /// trigger, normally, with an error or by a panic, the service stops. The shutdown of its runtime is not
+    /// such an end.
     ///
     /// ```
     /// # use tower_graceful::{Graceful, RegisterError};
