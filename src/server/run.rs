@@ -84,14 +84,13 @@ impl Graceful {
         let mut given_up = pin!(closing_stages.wait_for(|stage| *stage == ClosingStage::Servers));
         let mut server = pin!(server);
         let end = poll_fn(|cx| {
-            // The guard reports this end if the poll panics.
+            // The guard reports this end if the server panics, or its error when it is read or dropped.
             guard.end = ServerEnd::Failed("the server panicked".to_owned());
-            let polled = server.as_mut().poll(cx);
-            guard.end = ServerEnd::Dropped;
-            if let Poll::Ready(output) = polled {
+            if let Poll::Ready(output) = server.as_mut().poll(cx) {
                 let error = completion::error(output);
                 return Poll::Ready(error.map_or(ServerEnd::Finished, ServerEnd::Failed));
             }
+            guard.end = ServerEnd::Dropped;
             given_up.as_mut().poll(cx).map(|_| ServerEnd::Dropped)
         })
         .await;

@@ -3,8 +3,10 @@
 use std::{
     convert::Infallible,
     error::Error,
+    fmt,
     future::{self, IntoFuture, pending, ready},
     io,
+    panic::resume_unwind,
     pin::pin,
     process::{ExitCode, Termination},
     sync::Arc,
@@ -503,6 +505,46 @@ async fn a_server_that_panics_panics_its_run_and_stops_the_service() {
     assert_eq!(report.remaining().servers, 0);
     assert_eq!(report.outcome(), Outcome::ServerFailed);
     assert_eq!(report.server_error(), Some("the server panicked"));
+}
+
+/// An error whose `Display`, or whose destructor, panics.
+#[derive(Debug)]
+struct Panics {
+    in_display: bool,
+}
+
+impl fmt::Display for Panics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.in_display {
+            resume_unwind(Box::new("as the test wants it to"));
+        }
+        f.write_str("panics when it is dropped")
+    }
+}
+
+impl Error for Panics {}
+
+impl Drop for Panics {
+    fn drop(&mut self) {
+        if !self.in_display {
+            resume_unwind(Box::new("as the test wants it to"));
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_whose_error_panics_panics_its_run_and_stops_the_service() {
+    for in_display in [false, true] {
+        let graceful = graceful();
+        let other = serve(&graceful, server(&graceful)).await;
+        let run = tokio::spawn(graceful.run(async move { Err::<(), _>(Panics { in_display }) }));
+        assert!(run.await.unwrap_err().is_panic());
+        assert_eq!(graceful.phase(), Phase::LameDuck);
+        let report = other.await.unwrap();
+        assert_eq!(report.trigger(), Trigger::ServerEnded);
+        assert_eq!(report.outcome(), Outcome::ServerFailed);
+        assert_eq!(report.server_error(), Some("the server panicked"));
+    }
 }
 
 #[tokio::test(start_paused = true)]
