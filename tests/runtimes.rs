@@ -171,18 +171,82 @@ fn a_runtime_that_is_kept_but_not_driven_does_not_hang_a_stop() {
     let (report, [draining, stopped]) = elsewhere.join().unwrap();
     assert!(draining < MS(1_000), "{report}");
     assert!(stopped < 2 * END, "{report}");
-    let outcomes: Vec<_> = report
-        .tasks()
-        .iter()
-        .map(|task| task.outcome.clone())
-        .collect();
     assert_eq!(
-        outcomes,
+        outcomes(&report),
         [TaskOutcome::NotRun, TaskOutcome::Cut, TaskOutcome::NotRun],
         "{report}"
     );
     assert_eq!(report.outcome(), Outcome::Forced);
     drop(first);
+}
+
+/// How long a stop may take here if it waits for nothing: far less than the grace period of [`long`].
+const SOON: Duration = Duration::from_secs(10);
+
+/// A stop that waits for its cleanup in vain takes thrice as long as [`SOON`].
+fn long() -> Graceful {
+    let builder = Graceful::builder().grace_period(3 * SOON);
+    builder.drain_delay(Duration::ZERO).build().unwrap()
+}
+
+fn outcomes(report: &Report) -> Vec<TaskOutcome> {
+    let tasks = report.tasks().iter();
+    tasks.map(|task| task.outcome.clone()).collect()
+}
+
+/// A handle of a runtime still polls futures after the runtime has ended, but tasks cannot be spawned there any more.
+#[test]
+fn a_task_that_is_polled_in_a_runtime_that_has_ended_does_not_prolong_the_stop() {
+    let first = runtime(1);
+    let graceful = long();
+    first.block_on(async {
+        graceful.cleanup("step", MS(200), async {}).unwrap();
+        time::sleep(MS(20)).await;
+    });
+    let handle = first.handle().clone();
+    drop(first);
+    // Polls it there, and keeps it registered.
+    let mut waits = Box::pin(graceful.stopped());
+    let polled = handle.block_on(async { futures_util::poll!(&mut waits) });
+    assert!(polled.is_pending());
+    let begun = Instant::now();
+    graceful.shutdown();
+    handle.block_on(waits);
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    let report = handle.block_on(graceful.run(pending::<()>()));
+    assert_eq!(outcomes(&report), [TaskOutcome::NotRun], "{report}");
+}
+
+/// The driver on that runtime is dropped before it was polled.
+#[test]
+fn another_runtime_takes_over_from_one_that_ended_without_being_driven() {
+    for waits in [true, false] {
+        let first = runtime(0);
+        let graceful = long();
+        first.block_on(async { graceful.cleanup("step", MS(200), async {}).unwrap() });
+        let other = runtime(1);
+        let mut stopped = Box::pin(graceful.stopped());
+        if waits {
+            let polled = other.block_on(async { futures_util::poll!(&mut stopped) });
+            assert!(polled.is_pending());
+        }
+        let waiting = waits.then(|| other.spawn(stopped));
+        drop(first);
+        let begun = Instant::now();
+        graceful.shutdown();
+        while graceful.phase() < Phase::Stopped {
+            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+            thread::sleep(MS(1));
+        }
+        let report = other.block_on(graceful.run(pending::<()>()));
+        let expected = if waits {
+            TaskOutcome::Done
+        } else {
+            TaskOutcome::NotRun
+        };
+        assert_eq!(outcomes(&report), [expected], "{report}");
+        drop(waiting);
+    }
 }
 
 /// Nothing but the control thread is left.
