@@ -15,6 +15,7 @@ use std::{
 
 use tokio::{
     runtime::{Builder, Runtime},
+    sync::oneshot,
     time,
 };
 use tower_graceful::{Graceful, Outcome, Phase, Report, TaskOutcome};
@@ -247,6 +248,33 @@ fn another_runtime_takes_over_from_one_that_ended_without_being_driven() {
         assert_eq!(outcomes(&report), [expected], "{report}");
         drop(waiting);
     }
+}
+
+/// Nothing but `run` waits on the last runtime, and its server has nothing to do when the other runtimes end.
+#[test]
+fn the_runtime_of_run_takes_over_a_hook() {
+    let [first, second, last] = [1, 1, 1].map(runtime);
+    let builder = Graceful::builder().grace_period(3 * SOON);
+    let graceful = first.block_on(async { builder.drain_delay(SOON).build().unwrap() });
+    let (ends, ended) = oneshot::channel();
+    let hook = async move {
+        time::sleep(MS(5)).await;
+        ends.send(()).unwrap();
+    };
+    graceful.on_lame_duck("hook", SOON, hook).unwrap();
+    // The delay ends when the only server has ended, and the server ends after the hook.
+    let run = last.spawn(graceful.run(async { drop(ended.await) }));
+    second.spawn(graceful.stopped());
+    for other in [first, second] {
+        thread::sleep(MS(20));
+        drop(other);
+    }
+    let begun = Instant::now();
+    graceful.shutdown();
+    let report = last.block_on(run).unwrap();
+    assert_eq!(outcomes(&report), [TaskOutcome::Done], "{report}");
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
 }
 
 /// Nothing but the control thread is left.
