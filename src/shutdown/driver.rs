@@ -15,8 +15,15 @@
 //! If the driver's runtime shuts down first, the control thread goes on with the timeline. The
 //! tasks that wait for a phase are woken then, and the first of them that is polled in another
 //! runtime spawns a new driver there. Tasks that can no longer be run are reported as not run or
-//! cut. A handle of a runtime still polls futures after the runtime has shut down. No driver is
-//! spawned there: it would be dropped at once, and would wake the same future again.
+//! cut.
+//!
+//! 1. *A task that waits for a phase notices the end of a driver.* The end is recorded before the
+//!    registered tasks are woken, and a task looks for a driver after it has registered. If the
+//!    waking does not find its registration, the lock of the shard orders the record before the
+//!    look.
+//! 2. *A task does not wake itself for ever.* A handle of a runtime still polls futures after the
+//!    runtime has shut down. A driver that is spawned there ends at once, and would wake the task
+//!    that has spawned it. So no driver is spawned in a runtime that has shut down.
 
 use std::{
     future::pending,
