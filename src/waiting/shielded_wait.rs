@@ -7,9 +7,9 @@
 //!
 //! *No wake-up is lost.* A wake-up sets `woken` and then wakes the task. A poll unsets `woken` and then polls
 //! the inner future. If a poll finds it unset, the wake-up of the task comes later, and leads to another
-//! poll. A poll that finds it set sees what was done before the wake-up, because the store is `Release` and
-//! the swap is `AcqRel`. Model: `a_wake_up_is_not_lost_beside_another_poll`; it fails if the task is woken
-//! before `woken` is set.
+//! poll. A poll that finds it set sees what was done before the wake-up: both are read-modify-writes with
+//! `AcqRel`. Model: `a_wake_up_is_not_lost_beside_another_poll`; it fails if the task is woken before
+//! `woken` is set.
 
 use std::{
     pin::Pin,
@@ -73,8 +73,8 @@ impl Wake for ShieldedWaker {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        // Release: see the module header.
-        self.woken.store(true, Ordering::Release);
+        // AcqRel: see the module header.
+        self.woken.swap(true, Ordering::AcqRel);
         shielded(|| self.task.wake_by_ref());
     }
 }
