@@ -3,11 +3,13 @@
 #![cfg(all(unix, feature = "axum", feature = "signal"))]
 
 use std::{
-    future::poll_fn,
+    future::{IntoFuture, pending, poll_fn},
     io,
     net::{SocketAddr, TcpStream},
-    pin::pin,
-    task::{Context, Poll, Waker},
+    panic::resume_unwind,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
@@ -20,6 +22,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, UnixListener, UnixStream},
     runtime,
+    task::JoinSet,
     time::timeout,
 };
 use tower_graceful::{Graceful, Outcome, Phase};
@@ -50,6 +53,49 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     tokio::task::spawn_blocking(move || TcpStream::connect_timeout(&address, BOUND))
         .await
         .unwrap()
+}
+
+/// All listeners and servers wait on the same channels, which have several lists of tasks.
+#[tokio::test(start_paused = true)]
+async fn a_listener_whose_waker_panics_does_not_keep_others_from_being_woken() {
+    struct Panicking;
+
+    impl Wake for Panicking {
+        fn wake(self: Arc<Self>) {
+            resume_unwind(Box::new("a waker that panics"));
+        }
+    }
+
+    for form in ["own", "shared", "served"] {
+        let builder = Graceful::builder().drain_delay(Duration::ZERO);
+        let graceful = builder.shared_listener(form == "shared").build().unwrap();
+        let mut first: Vec<Pin<Box<dyn Future<Output = ()>>>> = Vec::new();
+        for _ in 0..50 {
+            let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            first.push(if form == "served" {
+                let server = graceful.serve(tcp, app(&graceful)).into_future();
+                Box::pin(async { drop(server.await) })
+            } else {
+                let mut listener = graceful.listener(tcp);
+                Box::pin(async move { drop(listener.accept().await) })
+            });
+        }
+        let waker = Waker::from(Arc::new(Panicking));
+        for listener in &mut first {
+            let polled = listener.as_mut().poll(&mut Context::from_waker(&waker));
+            assert!(polled.is_pending());
+        }
+        let mut others = JoinSet::new();
+        for _ in 0..50 {
+            others.spawn(graceful.drain_on(pending()));
+            let mut phases = graceful.subscribe();
+            others.spawn(async move { assert!(phases.reached(Phase::Draining).await) });
+        }
+        tokio::task::yield_now().await;
+        graceful.shutdown();
+        let all = timeout(Duration::from_secs(60), others.join_all()).await;
+        assert!(all.is_ok(), "{form}: they hang");
+    }
 }
 
 /// After the stop, the socket still accepts connections for a supervisor or for the next process.

@@ -4,10 +4,13 @@
 #![cfg(feature = "signal")]
 
 use std::{
-    future::pending,
+    future::{pending, poll_fn},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
     thread,
     time::{Duration, Instant},
@@ -15,6 +18,7 @@ use std::{
 
 use tokio::{
     runtime::{Builder, Runtime},
+    sync::oneshot,
     time,
 };
 use tower_graceful::{Graceful, Outcome, Phase, Report, TaskOutcome};
@@ -171,18 +175,111 @@ fn a_runtime_that_is_kept_but_not_driven_does_not_hang_a_stop() {
     let (report, [draining, stopped]) = elsewhere.join().unwrap();
     assert!(draining < MS(1_000), "{report}");
     assert!(stopped < 2 * END, "{report}");
-    let outcomes: Vec<_> = report
-        .tasks()
-        .iter()
-        .map(|task| task.outcome.clone())
-        .collect();
     assert_eq!(
-        outcomes,
+        outcomes(&report),
         [TaskOutcome::NotRun, TaskOutcome::Cut, TaskOutcome::NotRun],
         "{report}"
     );
     assert_eq!(report.outcome(), Outcome::Forced);
     drop(first);
+}
+
+/// How long a stop may take here if it waits for nothing: far less than the grace period of [`long`].
+const SOON: Duration = Duration::from_secs(5);
+
+/// A stop that waits for its cleanup in vain takes thrice as long as [`SOON`].
+fn long() -> Graceful {
+    let builder = Graceful::builder().grace_period(3 * SOON);
+    builder.drain_delay(Duration::ZERO).build().unwrap()
+}
+
+fn outcomes(report: &Report) -> Vec<TaskOutcome> {
+    let tasks = report.tasks().iter();
+    tasks.map(|task| task.outcome.clone()).collect()
+}
+
+/// A handle of a runtime still polls futures after the runtime has ended, but tasks cannot be spawned there any more.
+#[test]
+fn a_task_that_is_polled_in_a_runtime_that_has_ended_does_not_prolong_the_stop() {
+    let first = runtime(1);
+    let graceful = long();
+    first.block_on(async {
+        graceful.cleanup("step", MS(200), async {}).unwrap();
+        time::sleep(MS(20)).await;
+    });
+    let handle = first.handle().clone();
+    drop(first);
+    // Polls it there, and keeps it registered.
+    let mut waits = Box::pin(graceful.stopped());
+    let polled = handle.block_on(async { futures_util::poll!(&mut waits) });
+    assert!(polled.is_pending());
+    let begun = Instant::now();
+    graceful.shutdown();
+    handle.block_on(waits);
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    let report = handle.block_on(graceful.run(pending::<()>()));
+    assert_eq!(outcomes(&report), [TaskOutcome::NotRun], "{report}");
+}
+
+/// The driver on that runtime is dropped before it was polled.
+#[test]
+fn a_stop_does_not_wait_for_a_runtime_that_ended_without_being_driven() {
+    let first = runtime(0);
+    let graceful = long();
+    first.block_on(async { graceful.cleanup("step", MS(200), async {}).unwrap() });
+    drop(first);
+    let begun = Instant::now();
+    graceful.shutdown();
+    while graceful.phase() < Phase::Stopped {
+        assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+        thread::sleep(MS(1));
+    }
+    let report = runtime(0).block_on(graceful.run(pending::<()>()));
+    assert_eq!(outcomes(&report), [TaskOutcome::NotRun], "{report}");
+}
+
+/// Makes a lifecycle in this runtime, with a hook. The second value is a server that ends after the hook. If it is
+/// the only one, the delay ends with it.
+fn with_hook(runtime: &Runtime) -> (Graceful, impl Future<Output = ()> + Send + 'static) {
+    let builder = Graceful::builder().grace_period(3 * SOON);
+    let graceful = runtime.block_on(async { builder.drain_delay(SOON).build().unwrap() });
+    let (ends, ended) = oneshot::channel();
+    let hook = async move {
+        time::sleep(MS(1)).await;
+        ends.send(()).unwrap();
+    };
+    graceful.on_lame_duck("hook", SOON, hook).unwrap();
+    (graceful, async { drop(ended.await) })
+}
+
+fn assert_hook_ran(report: &Report, what: &str) {
+    assert_eq!(outcomes(report), [TaskOutcome::Done], "{what}: {report}");
+    assert!(report.duration() < SOON, "{what}: {report}");
+    assert_eq!(report.outcome(), Outcome::Clean, "{what}: {report}");
+}
+
+/// Nothing but `run` waits on the last runtime, and its server has nothing to do when the other runtimes end.
+#[test]
+fn the_runtime_of_run_takes_over_a_hook() {
+    for threads in [1, 0] {
+        // Without threads it does not even poll its driver.
+        let [first, second, last] = [threads, 1, 1].map(runtime);
+        let (graceful, server) = with_hook(&first);
+        let (polls, polled) = oneshot::channel();
+        let run = last.spawn(graceful.run(async {
+            polls.send(()).unwrap();
+            server.await;
+        }));
+        last.block_on(polled).unwrap();
+        second.spawn(graceful.stopped());
+        for other in [first, second] {
+            thread::sleep(MS(20));
+            drop(other);
+        }
+        graceful.shutdown();
+        let report = last.block_on(run).unwrap();
+        assert_hook_ran(&report, &format!("{threads} threads"));
+    }
 }
 
 /// Nothing but the control thread is left.
@@ -212,4 +309,43 @@ fn a_stop_completes_where_no_runtime_is_left() {
     };
     assert_eq!(report.tasks()[0].outcome, TaskOutcome::NotRun);
     assert_eq!(report.outcome(), Outcome::CleanupFailed);
+}
+
+/// A runtime ends while a task of another one begins to wait. The task finds no driver, or it is woken.
+#[test]
+fn a_task_that_begins_to_wait_while_the_first_runtime_ends_takes_over() {
+    let mut random = Random(1);
+    for round in 0..1_000 {
+        let (first, other) = (runtime(0), runtime(0));
+        let (graceful, server) = with_hook(&first);
+        let arrived = AtomicUsize::new(0);
+        let meet_and_spin = |spins| {
+            arrived.fetch_add(1, SeqCst);
+            while arrived.load(SeqCst) < 2 {
+                thread::yield_now();
+            }
+            (0..spins).for_each(|_| std::hint::spin_loop());
+        };
+        let spins = [random.below(300), random.below(300)];
+        let report = thread::scope(|scope| {
+            let waits = scope.spawn(|| {
+                let mut run = Box::pin(graceful.run(server));
+                meet_and_spin(spins[0]);
+                // It is polled again only if it is woken.
+                other.block_on(poll_fn(|cx| {
+                    let polled = run.as_mut().poll(cx);
+                    arrived.fetch_add(1, SeqCst);
+                    polled
+                }))
+            });
+            meet_and_spin(spins[1]);
+            drop(first);
+            while arrived.load(SeqCst) < 3 {
+                thread::yield_now();
+            }
+            graceful.shutdown();
+            waits.join().unwrap()
+        });
+        assert_hook_ran(&report, &format!("round {round}"));
+    }
 }

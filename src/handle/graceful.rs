@@ -451,10 +451,13 @@ impl Future for PhaseReached {
             *wait_key = None;
             return Poll::Ready(());
         }
-        if wait_key.is_none() || !shared.is_driven() {
+        let first = wait_key.is_none();
+        let polled = shared.waiters.poll(wait_key, *phase, *spread, cx);
+        // After the registration: a driver that ended before it has not woken this task.
+        if first || !shared.is_driven() {
             shared.drive();
         }
-        shared.waiters.poll(wait_key, *phase, *spread, cx)
+        polled
     }
 }
 

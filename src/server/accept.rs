@@ -10,7 +10,9 @@ use super::{
     accepted::Accepted, connection, io::GracefulIo, listener::GracefulListener, settings::Settings,
     tracked,
 };
-use crate::{handle::graceful::Graceful, shutdown::state::ClosingStage};
+use crate::{
+    handle::graceful::Graceful, shutdown::state::ClosingStage, waiting::shielded_wait::ShieldedWait,
+};
 
 /// Where connections come from.
 pub(super) enum Source<L: Listener> {
@@ -63,11 +65,9 @@ pub(super) async fn accept<L, M, S>(
     S::Future: Send,
 {
     let mut closing_stages = graceful.shared().closing_stages();
-    let mut closing = pin!(async move {
-        let _ = closing_stages
-            .wait_for(|closing_stage| *closing_stage >= ClosingStage::Connections)
-            .await;
-    });
+    let closes =
+        closing_stages.wait_for(|closing_stage| *closing_stage >= ClosingStage::Connections);
+    let mut closing = pin!(ShieldedWait::new(closes));
     let mut connections = JoinSet::new();
     // Each connection has a sender, so that the end of the last one is known without a wake for each of the others.
     let (running, mut all_ended) = mpsc::channel::<Infallible>(1);
@@ -81,7 +81,7 @@ pub(super) async fn accept<L, M, S>(
                     accepted = &mut accept => break accepted,
                     // A panic in one connection does not affect the others.
                     Some(_) = connections.join_next() => {}
-                    () = &mut closing => break 'accepting,
+                    _ = &mut closing => break 'accepting,
                 }
             }
         };
@@ -90,5 +90,7 @@ pub(super) async fn accept<L, M, S>(
         connections.spawn(connection::serve(io, service, &settings, running.clone()));
     }
     drop((listener, running));
-    all_ended.recv().await;
+    // The last sender may be dropped by a panic of its connection. A waker that panics there as well would
+    // abort the process.
+    ShieldedWait::new(all_ended.recv()).await;
 }

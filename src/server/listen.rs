@@ -13,7 +13,10 @@ use super::{
     io::GracefulIo,
     listener::{Closing, GracefulListener, HANDSHAKE},
 };
-use crate::{handle::graceful::Graceful, phase::Phase, shutdown::state::ClosingStage};
+use crate::{
+    handle::graceful::Graceful, phase::Phase, shutdown::state::ClosingStage,
+    waiting::shielded_wait::ShieldedWait,
+};
 
 /// How long a listener may take to empty its accept queue, from the moment its task runs.
 const LAST_ACCEPTS: Duration = Duration::from_millis(100);
@@ -193,11 +196,14 @@ async fn close_due(
 ) {
     // An error would mean that the lifecycle was dropped, but the listener keeps it alive.
     match shared {
-        Some(phases) => drop(phases.wait_for(|phase| *phase > Phase::Serving).await),
-        None => drop(
-            closing_stages
-                .wait_for(|closing_stage| *closing_stage > ClosingStage::Open)
-                .await,
-        ),
+        Some(phases) => {
+            let stops = phases.wait_for(|phase| *phase > Phase::Serving);
+            drop(ShieldedWait::new(stops).await);
+        }
+        None => {
+            let closes =
+                closing_stages.wait_for(|closing_stage| *closing_stage > ClosingStage::Open);
+            drop(ShieldedWait::new(closes).await);
+        }
     }
 }

@@ -23,6 +23,7 @@ use crate::{
     handle::graceful::Graceful,
     phase::Phase,
     shutdown::{closing::QUIET_BEFORE_CLOSE, state::ClosingStage},
+    waiting::shielded_wait::ShieldedWait,
 };
 
 /// How long TCP handshakes that had begun before the filter may take to complete: a few round trips
@@ -200,7 +201,9 @@ impl<L: Listener> GracefulListener<L> {
         let over = self
             .closing_stages
             .wait_for(|closing_stage| *closing_stage >= ClosingStage::Connections);
-        let is_over = time::timeout_at(again, over).await.is_ok();
+        let is_over = time::timeout_at(again, ShieldedWait::new(over))
+            .await
+            .is_ok();
         if is_over && matches!(self.closing, Closing::Starved) {
             self.give_up();
             self.closed();

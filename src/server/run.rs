@@ -9,6 +9,7 @@ use crate::{
     report::Report,
     shutdown::state::{ClosingStage, ServerEnd},
     tasks::completion::{self, Completion},
+    waiting::shielded_wait::ShieldedWait,
 };
 
 impl Graceful {
@@ -81,17 +82,22 @@ impl Graceful {
     async fn run_server(&self, server: impl Future<Output: Completion>) {
         let mut guard = ServerGuard::take(self);
         let mut closing_stages = self.shared().closing_stages();
-        let mut given_up = pin!(closing_stages.wait_for(|stage| *stage == ClosingStage::Servers));
+        let given_up = closing_stages.wait_for(|stage| *stage == ClosingStage::Servers);
+        let mut given_up = pin!(ShieldedWait::new(given_up));
+        let mut stopped = pin!(ShieldedWait::new(self.stopped()));
         let mut server = pin!(server);
         let end = poll_fn(|cx| {
-            // The guard reports this end if the poll panics.
+            // The guard reports this end if the server panics, or its error when it is read or dropped.
+            // The wait below panics if the driver's runtime has ended and this one has no timers.
             guard.end = ServerEnd::Failed("the server panicked".to_owned());
-            let polled = server.as_mut().poll(cx);
-            guard.end = ServerEnd::Dropped;
-            if let Poll::Ready(output) = polled {
+            if let Poll::Ready(output) = server.as_mut().poll(cx) {
                 let error = completion::error(output);
                 return Poll::Ready(error.map_or(ServerEnd::Finished, ServerEnd::Failed));
             }
+            // If the driver's runtime ends, this wait is woken and spawns a driver in the runtime of this
+            // task. When it is over, `given_up` is over too.
+            let _ = stopped.as_mut().poll(cx);
+            guard.end = ServerEnd::Dropped;
             given_up.as_mut().poll(cx).map(|_| ServerEnd::Dropped)
         })
         .await;

@@ -16,6 +16,14 @@
 //! tasks that wait for a phase are woken then, and the first of them that is polled in another
 //! runtime spawns a new driver there. Tasks that can no longer be run are reported as not run or
 //! cut.
+//!
+//! 1. *A task that waits for a phase notices the end of a driver.* The end is recorded before the
+//!    registered tasks are woken, and a task looks for a driver after it has registered. If the
+//!    waking does not find its registration, the lock of the shard orders the record before the
+//!    look.
+//! 2. *A task does not wake itself for ever.* A handle of a runtime still polls futures after the
+//!    runtime has shut down. A driver that is spawned there ends at once, and would wake the task
+//!    that has spawned it. So no driver is spawned in a runtime that has shut down.
 
 use std::{
     future::pending,
@@ -37,15 +45,12 @@ use crate::control::{DriverWaker, clock};
 struct Driver {
     shared: WeakShared,
     waker: Arc<DriverWaker>,
-    /// The driver has been polled at least once.
-    ran: bool,
 }
 
 impl Driver {
     /// Waits until a stop passes it the lifecycle, and then drives the stop. Ends at once if the
     /// lifecycle is dropped first.
-    async fn run(mut self, mut started: oneshot::Receiver<Shared>) {
-        self.ran = true;
+    async fn run(self, mut started: oneshot::Receiver<Shared>) {
         let shared = loop {
             tokio::select! {
                 shared = &mut started => match shared {
@@ -89,7 +94,7 @@ impl Drop for Driver {
         // If its runtime has shut down and the lifecycle is still alive, the control thread has to
         // take over.
         if let Some(shared) = self.shared.upgrade() {
-            shared.driver_ended(self.ran);
+            shared.driver_ended();
         }
     }
 }
@@ -107,7 +112,6 @@ impl Lifecycle {
             return;
         };
         let clock = clock_here();
-        let (start, started) = oneshot::channel();
         {
             let mut state = self.state();
             let driven = self.is_driven();
@@ -118,6 +122,19 @@ impl Lifecycle {
             if driven || state.report.is_some() {
                 return;
             }
+        }
+        // `sleep` panics if the runtime has no timers. Here the panic reaches the caller. In the
+        // driver task it would stay unnoticed.
+        drop(time::sleep(Duration::ZERO));
+        if has_shut_down(&runtime) {
+            return;
+        }
+        let (start, started) = oneshot::channel();
+        {
+            let mut state = self.state();
+            if self.is_driven() || state.report.is_some() {
+                return;
+            }
             self.driven.store(true, Ordering::Release);
             state.clock = clock;
             state.driver_gone = None;
@@ -126,19 +143,15 @@ impl Lifecycle {
         let driver = Driver {
             shared: Arc::downgrade(self),
             waker: Arc::clone(&self.driver_waker),
-            ran: false,
         };
-        // `sleep` panics if the runtime has no timers. Here the panic reaches the caller. In the
-        // driver task it would stay unnoticed.
-        drop(time::sleep(Duration::ZERO));
-        // After the lock is released: a runtime that is shutting down drops the driver here, which
-        // calls `driver_ended`.
+        // After the lock is released: a runtime that has begun to shut down since drops the driver
+        // here, which calls `driver_ended`.
         drop(runtime.spawn(driver.run(started)));
     }
 
     /// Records that the driver has ended, because its runtime has shut down or because nothing is
-    /// left to do. `ran` is false if the runtime dropped it before its first poll.
-    fn driver_ended(self: &Arc<Self>, ran: bool) {
+    /// left to do.
+    fn driver_ended(self: &Arc<Self>) {
         {
             let mut state = self.state();
             self.driven.store(false, Ordering::Release);
@@ -146,14 +159,10 @@ impl Lifecycle {
             if state.report.is_some() {
                 return;
             }
-            if ran {
-                state.driver_gone = Some(Instant::now());
-            }
+            state.driver_gone = Some(Instant::now());
         }
-        if ran {
-            // One of the waiting tasks may run in another runtime, and spawns a driver there.
-            self.waiters.wake_all();
-        }
+        // One of the waiting tasks may run in another runtime, and spawns a driver there.
+        self.waiters.wake_all();
         self.change(|_, _| ());
     }
 
@@ -180,6 +189,15 @@ impl Lifecycle {
         self.act_on_signals();
         self.step(|state, _| state.clock = clock)
     }
+}
+
+/// Whether the runtime takes no more tasks.
+fn has_shut_down(runtime: &runtime::Handle) -> bool {
+    // Such a runtime drops a task within `spawn`. This one does not end by itself.
+    let task = runtime.spawn(pending::<()>());
+    let dropped = task.is_finished();
+    task.abort();
+    dropped
 }
 
 fn clock_here() -> Clock {

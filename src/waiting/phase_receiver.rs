@@ -1,16 +1,11 @@
-//! A public receiver for changes of the phase, and wakers whose panics are caught.
+//! A public receiver for changes of the phase.
 
-use std::{
-    fmt,
-    future::poll_fn,
-    pin::pin,
-    sync::Arc,
-    task::{Context, Wake, Waker},
-};
+use std::fmt;
 
 use tokio::sync::watch;
 
-use crate::{background::shielded, phase::Phase};
+use super::shielded_wait::ShieldedWait;
+use crate::phase::Phase;
 
 /// Receives the phases of a service, one after another. Use it to react to the shutdown outside of
 /// a request: to update a metric, or to inform another system.
@@ -53,15 +48,7 @@ impl PhaseReceiver {
     ///
     /// Cancel safe: a dropped future does not lose a change.
     pub async fn changed(&mut self) -> Option<Phase> {
-        {
-            let mut changed = pin!(self.0.changed());
-            poll_fn(|cx| {
-                let waker = shielded_waker(cx);
-                changed.as_mut().poll(&mut Context::from_waker(&waker))
-            })
-            .await
-            .ok()?;
-        }
+        ShieldedWait::new(self.0.changed()).await.ok()?;
         Some(*self.0.borrow_and_update())
     }
 
@@ -92,23 +79,4 @@ impl fmt::Debug for PhaseReceiver {
             .field("closed", &self.is_closed())
             .finish()
     }
-}
-
-/// Wraps the waker of a task for channels that wake several tasks. A panic of the inner waker is
-/// caught, so that the channel still wakes the other tasks. Cloning and dropping the wrapper runs
-/// no foreign code, except for the last drop.
-pub(crate) fn shielded_waker(cx: &Context<'_>) -> Waker {
-    struct Shielded(Waker);
-
-    impl Wake for Shielded {
-        fn wake(self: Arc<Self>) {
-            self.wake_by_ref();
-        }
-
-        fn wake_by_ref(self: &Arc<Self>) {
-            shielded(|| self.0.wake_by_ref());
-        }
-    }
-
-    Waker::from(Arc::new(Shielded(cx.waker().clone())))
 }

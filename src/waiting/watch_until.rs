@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::phase_receiver::shielded_waker;
+use super::shielded_wait::ShieldedWait;
 
 /// The common part of futures that wait for a value that never decreases. It may be polled again
 /// after it has returned `Ready`, and stays ready.
@@ -39,13 +39,12 @@ impl<T: Copy + Ord + Send + Sync + 'static> WatchUntil<T> {
                 if *values.borrow() >= point {
                     return Poll::Ready(());
                 }
-                none.insert(Box::pin(async move {
+                none.insert(Box::pin(ShieldedWait::new(async move {
                     let _ = values.wait_for(|value| *value >= point).await;
-                }))
+                })))
             }
         };
-        let waker = shielded_waker(cx);
-        ready!(waiting.as_mut().poll(&mut Context::from_waker(&waker)));
+        ready!(waiting.as_mut().poll(cx));
         self.waiting = None;
         Poll::Ready(())
     }

@@ -2,7 +2,6 @@
 
 use std::{
     io::{self, ErrorKind, IoSlice},
-    panic::resume_unwind,
     pin::{Pin, pin},
     sync::{Arc, Mutex},
     task::{Context, Poll, Wake, Waker},
@@ -17,8 +16,8 @@ use tokio_test::{assert_pending, assert_ready, task};
 use tower_graceful::{Graceful, GracefulIo, Outcome, Phase};
 
 use crate::support::{
-    DEADLINE, DELAY, LET_GO, does_not_hang, graceful, let_others_run, ms, pass, paused_runtime,
-    request, s, serve, server, without_delay,
+    DEADLINE, DELAY, LET_GO, Panicking, does_not_hang, graceful, let_others_run, ms, pass,
+    paused_runtime, request, s, serve, server, without_delay,
 };
 
 /// An IO on which nothing ever happens.
@@ -438,15 +437,6 @@ fn a_waker_that_asks_for_the_state_at_the_cut_is_answered() {
         });
         assert_eq!(curious.1.lock().unwrap().len(), 1);
     });
-}
-
-struct Panicking;
-
-impl Wake for Panicking {
-    fn wake(self: Arc<Self>) {
-        // Without the panic hook, which would print a backtrace.
-        resume_unwind(Box::new("a waker that panics"));
-    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -3,11 +3,14 @@
 use std::{
     convert::Infallible,
     error::Error,
+    fmt,
     future::{self, IntoFuture, pending, ready},
     io,
+    panic::resume_unwind,
     pin::pin,
     process::{ExitCode, Termination},
     sync::Arc,
+    task::{Context, Waker},
     time::Duration,
 };
 
@@ -19,15 +22,15 @@ use http_body_util::{BodyExt, Empty, StreamBody};
 use tokio::{
     select,
     sync::oneshot,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tokio_test::{assert_pending, task};
 use tower::{Layer, ServiceExt, service_fn};
 use tower_graceful::{Completion, Graceful, Outcome, Phase, Remaining, Report, Trigger};
 
 use crate::support::{
-    DEADLINE, DELAY, LET_GO, graceful, let_others_run, ms, pass, request, s, serve, server,
-    watched, without_delay,
+    DEADLINE, DELAY, LET_GO, Panicking, graceful, let_others_run, ms, pass, request, s, serve,
+    server, watched, without_delay,
 };
 
 #[tokio::test(start_paused = true)]
@@ -503,6 +506,71 @@ async fn a_server_that_panics_panics_its_run_and_stops_the_service() {
     assert_eq!(report.remaining().servers, 0);
     assert_eq!(report.outcome(), Outcome::ServerFailed);
     assert_eq!(report.server_error(), Some("the server panicked"));
+}
+
+/// An error whose `Display`, or whose destructor, panics.
+#[derive(Debug)]
+struct Panics {
+    in_display: bool,
+}
+
+impl fmt::Display for Panics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.in_display {
+            resume_unwind(Box::new("as the test wants it to"));
+        }
+        f.write_str("panics when it is dropped")
+    }
+}
+
+impl Error for Panics {}
+
+impl Drop for Panics {
+    fn drop(&mut self) {
+        if !self.in_display {
+            resume_unwind(Box::new("as the test wants it to"));
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_whose_error_panics_panics_its_run_and_stops_the_service() {
+    for in_display in [false, true] {
+        let graceful = graceful();
+        let other = serve(&graceful, server(&graceful)).await;
+        let run = tokio::spawn(graceful.run(async move { Err::<(), _>(Panics { in_display }) }));
+        assert!(run.await.unwrap_err().is_panic());
+        assert_eq!(graceful.phase(), Phase::LameDuck);
+        let report = other.await.unwrap();
+        assert_eq!(report.trigger(), Trigger::ServerEnded);
+        assert_eq!(report.outcome(), Outcome::ServerFailed);
+        assert_eq!(report.server_error(), Some("the server panicked"));
+    }
+}
+
+/// Servers wait on one channel, which has several lists of tasks.
+#[tokio::test(start_paused = true)]
+async fn a_run_whose_waker_panics_does_not_keep_other_servers_running() {
+    let graceful = without_delay();
+    let waker = Waker::from(Arc::new(Panicking));
+    let mut first: Vec<_> = (0..50)
+        .map(|_| Box::pin(graceful.run(server(&graceful))))
+        .collect();
+    for run in &mut first {
+        assert_pending!(run.as_mut().poll(&mut Context::from_waker(&waker)));
+    }
+    let mut others = Vec::new();
+    for _ in 0..50 {
+        others.push(serve(&graceful, server(&graceful)).await);
+        others.push(serve(&graceful, pending::<()>()).await);
+    }
+    graceful.shutdown();
+    // Their task is not woken, and they are dropped at once.
+    drop(first);
+    for run in others {
+        let report = timeout(s(60), run).await.expect("it hangs").unwrap();
+        assert_eq!(report.remaining().servers, 50);
+    }
 }
 
 #[tokio::test(start_paused = true)]

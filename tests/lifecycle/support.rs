@@ -3,13 +3,14 @@
 use std::{
     convert::Infallible,
     future::{self, pending},
+    panic::resume_unwind,
     pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Wake},
     thread,
     time::Duration,
 };
@@ -135,6 +136,16 @@ impl<F: Future> Future for Watched<F> {
 impl<F> Drop for Watched<F> {
     fn drop(&mut self) {
         *self.log.dropped.lock().unwrap() = Some(Instant::now());
+    }
+}
+
+/// A waker that panics.
+pub(crate) struct Panicking;
+
+impl Wake for Panicking {
+    fn wake(self: Arc<Self>) {
+        // Without the panic hook, which would print a backtrace.
+        resume_unwind(Box::new("a waker that panics"));
     }
 }
 
