@@ -3,7 +3,13 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
-use axum::{Router, routing::get, serve::Listener};
+use axum::{
+    Router,
+    extract::ws::{Message, WebSocketUpgrade},
+    response::Response,
+    routing::get,
+    serve::Listener,
+};
 
 use std::{
     io,
@@ -18,7 +24,7 @@ use tokio::{
     sync::oneshot,
     time,
 };
-use tower_graceful::{Graceful, Outcome};
+use tower_graceful::{Graceful, HandshakeExt, Outcome};
 
 fn graceful() -> Graceful {
     Graceful::builder()
@@ -271,4 +277,85 @@ fn the_cut_ends_a_connection_that_its_client_has_closed_and_does_not_read() {
         .expect("an end");
     assert_eq!(report.outcome(), Outcome::Forced, "{report}");
     assert!(report.to_string().contains("undelivered"), "{report}");
+}
+
+/// Sends a message, and drops the socket: at once, or when draining begins.
+async fn push(upgrade: WebSocketUpgrade, graceful: Graceful, at_once: bool) -> Response {
+    let hold = graceful.hold("push");
+    upgrade.on_upgrade(move |mut socket| async move {
+        socket.send(Message::from("pushed")).await.unwrap();
+        if !at_once {
+            graceful.draining().await;
+        }
+        drop(socket);
+        drop(hold);
+    })
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Server {
+    Serve,
+    /// With a handshake, which makes another IO of the accepted one.
+    Handshake,
+    Axum,
+}
+
+/// The client of a WebSocket may send at any time. A reset would destroy the last message.
+#[tokio::test]
+async fn a_websocket_whose_client_has_sent_nothing_is_open_until_its_client_has_closed_it() {
+    for server in [Server::Serve, Server::Handshake, Server::Axum] {
+        for at_once in [true, false] {
+            let case = format!("{server:?}, at once: {at_once}");
+            let graceful = graceful();
+            let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            let address = tcp.local_addr().unwrap();
+            let in_handler = graceful.clone();
+            let handler = move |upgrade| push(upgrade, in_handler, at_once);
+            let app = Router::new().route("/", get(handler));
+            let served = match server {
+                Server::Serve => tokio::spawn(graceful.serve(tcp, app).into_future()),
+                Server::Handshake => {
+                    let listener = graceful
+                        .listener(tcp)
+                        .handshakes(Duration::from_secs(10), async |io| Ok::<_, io::Error>(io));
+                    tokio::spawn(graceful.serve(listener, app).into_future())
+                }
+                Server::Axum => {
+                    let server = axum::serve(graceful.listener(tcp), app)
+                        .with_graceful_shutdown(graceful.drain());
+                    let graceful = graceful.clone();
+                    tokio::spawn(async move { graceful.run(server.into_future()).await })
+                }
+            };
+            let mut client = TcpStream::connect(address).await.unwrap();
+            let request =
+                b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+                sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+            client.write_all(request).await.unwrap();
+            let mut answer = Vec::new();
+            while !answer.ends_with(b"pushed") {
+                assert!(client.read_buf(&mut answer).await.unwrap() > 0, "{case}");
+            }
+            if !at_once {
+                graceful.shutdown();
+            }
+            // Its handler has dropped it.
+            let end = client.read_to_end(&mut answer).await;
+            assert!(
+                answer.ends_with(b"pushed") && end.is_ok(),
+                "{case}: {end:?}"
+            );
+            assert_eq!(graceful.connections(), 1, "{case}");
+            client.write_all(b"\x81\x80mask").await.unwrap();
+            client.shutdown().await.unwrap();
+            while graceful.connections() > 0 {
+                time::sleep(Duration::from_millis(1)).await;
+            }
+            let reset = client.take_error().unwrap();
+            assert!(reset.is_none(), "{case}: {reset:?}");
+            graceful.shutdown();
+            let report = served.await.unwrap();
+            assert_eq!(report.outcome(), Outcome::Clean, "{case}: {report}");
+        }
+    }
 }
