@@ -13,7 +13,7 @@ use axum::{
 
 use std::{
     io,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddr},
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -292,6 +292,19 @@ async fn push(upgrade: WebSocketUpgrade, graceful: Graceful, at_once: bool) -> R
     })
 }
 
+/// Opens a WebSocket, and reads until the message `pushed`.
+async fn open_websocket(address: SocketAddr) -> TcpStream {
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let request = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+        sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    client.write_all(request).await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"pushed") {
+        assert!(client.read_buf(&mut answer).await.unwrap() > 0);
+    }
+    client
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Server {
     Serve,
@@ -327,24 +340,13 @@ async fn a_websocket_whose_client_has_sent_nothing_is_open_until_its_client_has_
                     tokio::spawn(async move { graceful.run(server.into_future()).await })
                 }
             };
-            let mut client = TcpStream::connect(address).await.unwrap();
-            let request =
-                b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
-                sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
-            client.write_all(request).await.unwrap();
-            let mut answer = Vec::new();
-            while !answer.ends_with(b"pushed") {
-                assert!(client.read_buf(&mut answer).await.unwrap() > 0, "{case}");
-            }
+            let mut client = open_websocket(address).await;
             if !at_once {
                 graceful.shutdown();
             }
             // Its handler has dropped it.
-            let end = client.read_to_end(&mut answer).await;
-            assert!(
-                answer.ends_with(b"pushed") && end.is_ok(),
-                "{case}: {end:?}"
-            );
+            let end = client.read(&mut [0]).await;
+            assert!(matches!(end, Ok(0)), "{case}: {end:?}");
             assert_eq!(graceful.connections(), 1, "{case}");
             client.write_all(b"\x81\x80mask").await.unwrap();
             client.shutdown().await.unwrap();
@@ -358,4 +360,36 @@ async fn a_websocket_whose_client_has_sent_nothing_is_open_until_its_client_has_
             assert_eq!(report.outcome(), Outcome::Clean, "{case}: {report}");
         }
     }
+}
+
+/// Only a connection from which no task has read counts as reset in the queue. The handler of a WebSocket may
+/// never read, but the server has read its request.
+#[tokio::test]
+async fn a_websocket_that_is_not_read_is_not_counted_with_the_queue() {
+    let graceful = graceful();
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = tcp.local_addr().unwrap();
+    let draining = graceful.clone();
+    let app = Router::new().route(
+        "/",
+        get(move |upgrade: WebSocketUpgrade| async move {
+            upgrade.on_upgrade(async move |mut socket| {
+                socket.send(Message::from("pushed")).await.unwrap();
+                draining.draining().await;
+                // By then the connection has been told to close, and not yet to expire.
+                time::sleep(Duration::from_millis(1500)).await;
+                drop(socket);
+            })
+        }),
+    );
+    let server = tokio::spawn(graceful.serve(tcp, app).into_future());
+    let mut client = open_websocket(address).await;
+    client.write_all(b"\x81\x80mask").await.unwrap();
+    graceful.shutdown();
+    let end = client.read(&mut [0]).await;
+    assert!(matches!(end, Ok(0)), "{end:?}");
+    drop(client);
+    let report = server.await.unwrap();
+    assert_eq!(report.remaining().queued, 0, "{report}");
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
 }
