@@ -3,7 +3,15 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
-use axum::{Router, body::Body, http::StatusCode, routing::get, serve::Listener};
+use axum::{
+    Router,
+    body::Body,
+    extract::ws::{Message, WebSocketUpgrade},
+    http::StatusCode,
+    response::Response,
+    routing::get,
+    serve::Listener,
+};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http::Request;
@@ -12,8 +20,9 @@ use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 
 use std::{
+    future::ready,
     io,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddr},
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -24,7 +33,7 @@ use tokio::{
     sync::oneshot,
     time,
 };
-use tower_graceful::{Graceful, Outcome};
+use tower_graceful::{Graceful, HandshakeExt, Outcome};
 
 fn graceful() -> Graceful {
     Graceful::builder()
@@ -332,4 +341,119 @@ async fn serve_loses_no_end_of_an_exempt_response_over_http2() {
 #[tokio::test]
 async fn serve_without_a_layer_loses_no_end_of_a_response_over_http2() {
     tokio::join!(lost_over_http2(false, true), lost_over_http2(false, false));
+}
+
+/// Sends a message, and drops the socket: at once, or when draining begins.
+fn push(upgrade: WebSocketUpgrade, graceful: Graceful, at_once: bool) -> Response {
+    let hold = graceful.hold("push");
+    upgrade.on_upgrade(move |mut socket| async move {
+        socket.send(Message::from("pushed")).await.unwrap();
+        if !at_once {
+            graceful.draining().await;
+        }
+        drop(socket);
+        drop(hold);
+    })
+}
+
+/// Opens a WebSocket, and reads until the message `pushed`.
+async fn open_websocket(address: SocketAddr) -> TcpStream {
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let request = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+        sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    client.write_all(request).await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"pushed") {
+        assert!(client.read_buf(&mut answer).await.unwrap() > 0);
+    }
+    client
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Server {
+    Serve,
+    /// With a handshake, which makes another IO of the accepted one.
+    Handshake,
+    Axum,
+}
+
+/// The client of a WebSocket may send at any time. A reset would destroy the last message.
+#[tokio::test]
+async fn a_websocket_whose_client_has_sent_nothing_is_open_until_its_client_has_closed_it() {
+    for server in [Server::Serve, Server::Handshake, Server::Axum] {
+        for at_once in [true, false] {
+            let case = format!("{server:?}, at once: {at_once}");
+            let graceful = graceful();
+            let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            let address = tcp.local_addr().unwrap();
+            let in_handler = graceful.clone();
+            let handler = move |upgrade| ready(push(upgrade, in_handler, at_once));
+            let app = Router::new().route("/", get(handler));
+            let served = match server {
+                Server::Serve => tokio::spawn(graceful.serve(tcp, app).into_future()),
+                Server::Handshake => {
+                    let listener = graceful
+                        .listener(tcp)
+                        .handshakes(Duration::from_secs(10), async |io| Ok::<_, io::Error>(io));
+                    tokio::spawn(graceful.serve(listener, app).into_future())
+                }
+                Server::Axum => {
+                    let server = axum::serve(graceful.listener(tcp), app)
+                        .with_graceful_shutdown(graceful.drain());
+                    let graceful = graceful.clone();
+                    tokio::spawn(async move { graceful.run(server.into_future()).await })
+                }
+            };
+            let mut client = open_websocket(address).await;
+            if !at_once {
+                graceful.shutdown();
+            }
+            // Its handler has dropped it.
+            let end = client.read(&mut [0]).await;
+            assert!(matches!(end, Ok(0)), "{case}: {end:?}");
+            assert_eq!(graceful.connections(), 1, "{case}");
+            client.write_all(b"\x81\x80mask").await.unwrap();
+            client.shutdown().await.unwrap();
+            while graceful.connections() > 0 {
+                time::sleep(Duration::from_millis(1)).await;
+            }
+            let reset = client.take_error().unwrap();
+            assert!(reset.is_none(), "{case}: {reset:?}");
+            graceful.shutdown();
+            let report = served.await.unwrap();
+            assert_eq!(report.outcome(), Outcome::Clean, "{case}: {report}");
+        }
+    }
+}
+
+/// Only a connection from which no task has read counts as reset in the queue. The handler of a WebSocket may
+/// never read, but the server has read its request.
+#[tokio::test]
+async fn a_websocket_that_is_not_read_is_not_counted_with_the_queue() {
+    let graceful = graceful();
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = tcp.local_addr().unwrap();
+    let draining = graceful.clone();
+    let app = Router::new().route(
+        "/",
+        get(move |upgrade: WebSocketUpgrade| async move {
+            upgrade.on_upgrade(async move |mut socket| {
+                socket.send(Message::from("pushed")).await.unwrap();
+                draining.draining().await;
+                // By then the connection has been told to close, and not yet to expire.
+                time::sleep(Duration::from_millis(1500)).await;
+                drop(socket);
+            })
+        }),
+    );
+    let server = tokio::spawn(graceful.serve(tcp, app).into_future());
+    let mut client = open_websocket(address).await;
+    client.write_all(b"\x81\x80mask").await.unwrap();
+    graceful.shutdown();
+    let end = client.read(&mut [0]).await;
+    assert!(matches!(end, Ok(0)), "{end:?}");
+    drop(client);
+    let report = server.await.unwrap();
+    assert_eq!(report.remaining().queued, 0, "{report}");
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
 }

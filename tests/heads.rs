@@ -6,7 +6,7 @@ mod pipes;
 
 use std::{fmt::Write, time::Duration};
 
-use axum::{Router, body::Bytes, extract::Path, routing};
+use axum::{Router, body::Bytes, extract::Path, http::StatusCode, routing};
 use proptest::{prelude::*, sample::Index};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
@@ -28,11 +28,18 @@ async fn answer(Path(ms): Path<u64>, _body: Bytes) -> &'static str {
     "hello"
 }
 
+/// Answers without reading the body.
+async fn refuse() -> StatusCode {
+    StatusCode::UNAUTHORIZED
+}
+
 /// A connection to a server of its own.
 fn connect(half_close: bool) -> DuplexStream {
     let graceful = Graceful::new();
     let (pipes, accepted) = mpsc::unbounded_channel();
-    let app = Router::new().route("/{ms}", routing::any(answer));
+    let app = Router::new()
+        .route("/{ms}", routing::any(answer))
+        .route("/refuse", routing::post(refuse));
     let server = graceful.serve(Pipes(accepted), app);
     let server = server.header_read_timeout(TIMEOUT).half_close(half_close);
     tokio::spawn(server.into_future());
@@ -110,6 +117,7 @@ fn body() -> impl Strategy<Value = String> {
         "x",
         " HTTP/1.1",
         "GET /",
+        "a: b",
     ]);
     let words = prop::collection::vec(word, 0..6);
     words.prop_map(|words| words.concat())
@@ -192,5 +200,38 @@ proptest! {
             read
         });
         prop_assert_eq!(read.closed, has_begun);
+    }
+}
+
+/// hyper reads once more for the rest of a body that its handler has dropped. It keeps the connection open only
+/// if that read brings all of the rest.
+#[tokio::test(start_paused = true)]
+async fn a_body_that_is_not_read_does_not_close_its_connection() {
+    let ends = [
+        "no line break",
+        "\n",
+        "\r\n",
+        "\r\n\r\n--boundary--\r\n",
+        "{\"a\": \"b: c\"}\n",
+        "a: b\n",
+        "\"GET / HTTP/1.1\" 200 \"http://test\"\n",
+        "GET / HTTP/1.1\r\nnot a field\r\n",
+        "GET / HTTP/1.1\r\n\r\na: b\r\n",
+    ];
+    for end in ends {
+        let mut client = connect(false);
+        let mut read = Read::default();
+        let body = "x".repeat(20_000) + end;
+        let length = body.len();
+        let request = format!(
+            "POST /refuse HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        for requests in 1..=3 {
+            client.write_all(request.as_bytes()).await.unwrap();
+            read.go_on(&mut client, Duration::from_secs(1)).await;
+            assert!(!read.closed, "{end:?}, request {requests}");
+            assert_eq!(read.text.matches("HTTP/1.1 401").count(), requests);
+        }
+        assert!(!read.text.contains("connection: close"), "{}", read.text);
     }
 }

@@ -14,12 +14,18 @@
 //!    some of them are left in the buffer, and these are the last bytes of that read.
 //! 3. Empty lines before a request line do not begin a head ([RFC 9112 §2.2]), so leftover bytes
 //!    count only if they contain something else. A part of a head that ends in an empty line would
-//!    be a whole head, which hyper would have parsed. A part that ends in a single line break looks
-//!    like the end of a body followed by an empty line. Such a line break is therefore [held
+//!    be a whole head, which hyper would have parsed. A part that ends in a single line break may
+//!    look like a body that ends in a line break. Such a line break is therefore [held
 //!    back](Sniffer::note) and passed to hyper as a separate read.
+//! 4. By the second point, a part of a head that has come before hyper waits for it is a part of one
+//!    read. So that read has the whole request line, and after it only fields. No other line break
+//!    is held back: when a handler drops a body, hyper reads once more, and closes the connection if
+//!    that read does not bring all of the rest. If the head is awaited, its first byte is seen
+//!    anyway.
 //!
 //! So a head has begun if the last read returned bytes whose last byte is not part of a line break.
-//! This needs neither the length of a body nor a search for the end of a head.
+//! This does not need the length of a body. Bytes are searched only in a read that ends in a line
+//! break.
 //!
 //! # Handshakes
 //!
@@ -399,7 +405,7 @@ mod tests {
     #[test]
     fn an_ambiguous_line_break_is_held_back() {
         for (kept, line_break) in HELD_BACK.into_iter().enumerate().skip(1) {
-            let line = [b"ok", line_break].concat();
+            let line = [b"bodyGET / HTTP/1.1", line_break].concat();
             assert_eq!(usize::from(held_back_index(&line)), kept, "{line:?}");
             let sniffer = sniffer(&[]);
             assert_eq!(sniffer.note(&line, || true), line_break.len());
@@ -424,6 +430,10 @@ mod tests {
             b"ok\n\r\n",
             b"\r\n",
             b"ok\r\r",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"GET / HTTP/1.1\n\n",
+            b"GET / HTTP/1.1\na: b\n\r\n",
+            b"GET / HTTP/1.1\r\r",
         ] {
             assert_eq!(held_back_index(line), 0, "{line:?}");
         }
@@ -432,6 +442,44 @@ mod tests {
         let upgraded = sniffer(&[b"GET / HTTP/1.1\r\n\r\n"]);
         upgraded.upgraded();
         assert_eq!(upgraded.note(b"a line\r\n", || true), 0);
+    }
+
+    #[test]
+    fn a_line_break_that_cannot_be_in_a_part_of_a_head_is_not_held_back() {
+        for part in [
+            "GET / HTTP/1.1",
+            "HTTP/1.1 200 / HTTP/1.0",
+            "\r\n\nGET / HTTP/1.0",
+            "POST / HTTP/1.1\r\n\r\nbodyGET / HTTP/1.1\nhost: test\r\nX-Note!:",
+        ] {
+            let part = part.to_owned() + "\r\n";
+            assert_eq!(held_back_index(part.as_bytes()), 3, "{part:?}");
+        }
+        for body in [
+            "ok",
+            "a: b",
+            "GET / HTTP/1.1\r\n\r\na: b",
+            "GET / HTTP/1.1\n\na: b",
+            "GET / HTTP/1.1\r\n: b",
+            "GET / HTTP/1.1\r\n a: b",
+            "GET / HTTP/1.1\r\na : b",
+            "GET / HTTP/1.1\r\nno field",
+            "GET / HTTP/1.1\r\n{\"a\":1}",
+            "GET / HTTP/1.1\" 200",
+            "GET / HTTP/2.0",
+            "HTTP/1.1",
+        ] {
+            let body = body.to_owned() + "\n";
+            assert_eq!(held_back_index(body.as_bytes()), 0, "{body:?}");
+            let sniffer = sniffer(&[b"POST / HTTP/1.1\r\n\r\n"]);
+            sniffer.head_is_complete();
+            assert_eq!(sniffer.note(body.as_bytes(), || true), 0);
+            sniffer.await_head();
+            assert!(!sniffer.head_has_begun(), "{body:?}");
+            // Of an awaited head the first byte is enough.
+            sniffer.note(body.as_bytes(), || true);
+            assert!(sniffer.head_has_begun(), "{body:?}");
+        }
     }
 
     #[test]

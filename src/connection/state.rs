@@ -6,7 +6,8 @@
 //!    `a_poll_sees_the_cut_or_is_woken_by_it`, `a_poll_by_another_task_is_not_lost`.
 //! 2. *A task that polls again takes no lock.* Each poller remembers the waker that it has stored
 //!    ([`RegisteredWaker`]). That waker stays stored until `Expire`, `Cut` or `wake_all` takes it
-//!    and wakes it. (`forget_all` and `owner_left` remove the wakers of tasks that no longer poll.)
+//!    and wakes it. (`forget_all` and `owner_left` remove the wakers of tasks that no longer poll.
+//!    A remembered waker keeps its task in memory, so no new task can be taken for one of them.)
 //!    So while the same task polls, there is nothing to store, and it only reads the directive,
 //!    with `Acquire`; the partner is the `Release` in `instruct`.
 //! 3. *That read misses no wake-up.* The stored waker belongs to the polling task, and `instruct`
@@ -231,15 +232,11 @@ impl ConnectionState {
         std::task::Poll::Ready(())
     }
 
-    /// Removes the wakers of the owner, which is gone. Otherwise an upgraded connection would keep
-    /// the owner's task in memory.
-    pub(crate) fn owner_left(&self) {
-        let mut wakers = lock!(self.wakers);
-        let left = [
-            wakers.forget(WakerSlot::Owner),
-            wakers.forget(WakerSlot::Streams),
-        ];
-        drop(wakers);
+    /// Removes the wakers of the owner's task, which has ended, from all slots: until its upgrade the
+    /// connection was read and written by that task too. Otherwise an upgraded connection would keep
+    /// the task in memory, for as long as its handler does not write, for example.
+    pub(crate) fn owner_left(&self, cx: &Context<'_>) {
+        let left = lock!(self.wakers).forget(cx.waker());
         drop(left);
     }
 }
@@ -504,18 +501,41 @@ mod tests {
     #[cfg(all(feature = "axum", feature = "signal"))]
     #[test]
     fn the_wakers_of_an_owner_that_is_gone_are_dropped() {
-        let state = ConnectionState::new(Directive::Stay);
-        let [served, upgraded] = [(); 2].map(|()| Arc::<Task>::default());
-        let (mut io, mut owner) = <(RegisteredWaker, RegisteredWaker)>::default();
-        served.enters(&state, &mut owner, WakerSlot::Owner);
-        served.enters(&state, &mut io, WakerSlot::Read);
-        upgraded.enters(&state, &mut io, WakerSlot::Read);
-        upgraded.enters(&state, &mut io, WakerSlot::Write);
-        state.owner_left();
-        drop(owner);
-        assert_eq!(holds(&state), [true, true, false, false]);
-        assert_eq!(Arc::strong_count(&served), 1);
-        state.instruct(Directive::Cut);
-        assert_eq!((served.woken(), upgraded.woken()), (0, 1));
+        use WakerSlot::{Owner, Read, Streams, Write};
+        // Where the handler of the upgraded connection polls before the owner is gone, and after it.
+        for (before, after) in [
+            (&[][..], &[Read][..]),
+            (&[Read], &[]),
+            (&[Write], &[]),
+            (&[Read, Write], &[]),
+            (&[], &[Write]),
+        ] {
+            let state = ConnectionState::new(Directive::Stay);
+            let [served, upgraded] = [(); 2].map(|()| Arc::<Task>::default());
+            let (mut io, mut owner) = <(RegisteredWaker, RegisteredWaker)>::default();
+            served.enters(&state, &mut owner, Owner);
+            served.enters(&state, &mut io, Read);
+            served.enters(&state, &mut io, Write);
+            served.enters(&state, &mut owner, Streams);
+            for slot in before {
+                upgraded.enters(&state, &mut io, *slot);
+            }
+            let waker = Waker::from(Arc::clone(&served));
+            state.owner_left(&Context::from_waker(&waker));
+            drop((owner, waker));
+            for slot in after {
+                upgraded.enters(&state, &mut io, *slot);
+            }
+            let writes = [before, after].concat().contains(&Write);
+            assert_eq!(
+                holds(&state),
+                [true, writes, false, false],
+                "{before:?} {after:?}"
+            );
+            assert!(!state.is_unread());
+            assert_eq!(Arc::strong_count(&served), 1, "{before:?} {after:?}");
+            state.instruct(Directive::Cut);
+            assert_eq!((served.woken(), upgraded.woken()), (0, 1));
+        }
     }
 }

@@ -116,25 +116,29 @@ impl Wakers {
             .map_or(Self::None, |waker| Self::One(waker.clone(), only(slot)))
     }
 
-    /// Removes the waker in this slot. The caller drops the result after the lock is released.
+    /// Removes the waker of this task from all slots. One that does nothing stays for reading, to show
+    /// that the connection has been read. The caller drops the result after the lock is released.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(super) fn forget(&mut self, slot: WakerSlot) -> Self {
+    pub(super) fn forget(&mut self, task: &Waker) -> Self {
+        let noop = || Waker::noop().clone();
         match self {
-            Self::None => Self::None,
-            Self::One(_, waits) => {
-                waits[slot as usize] = false;
-                if waits.contains(&true) {
-                    Self::None
+            Self::One(one, waits) if one.will_wake(task) => {
+                let left = if waits[WakerSlot::Read as usize] {
+                    Self::One(noop(), only(WakerSlot::Read))
                 } else {
-                    mem::replace(self, Self::None)
-                }
-            }
-            Self::Several(several) => {
-                let Some(waker) = several[slot as usize].take() else {
-                    return Self::None;
+                    Self::None
                 };
+                mem::replace(self, left)
+            }
+            Self::None | Self::One(..) => Self::None,
+            Self::Several(several) => {
+                let of_task = |waker: &mut Option<Waker>| waker.take_if(|it| it.will_wake(task));
+                let forgotten = several.each_mut().map(of_task);
+                if forgotten[WakerSlot::Read as usize].is_some() {
+                    several[WakerSlot::Read as usize] = Some(noop());
+                }
                 self.merge();
-                Self::One(waker, only(slot))
+                Self::Several(Box::new(forgotten))
             }
         }
     }

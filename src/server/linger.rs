@@ -12,7 +12,8 @@
 //!   connection;
 //! - at once, if everything is delivered, nothing is unread, and the peer will send nothing: it has
 //!   closed its side, its last request had no body, or the service is stopping and has sent no
-//!   response since the stop began. So an idle connection costs no time;
+//!   response since the stop began. So an idle connection costs no time. After an upgrade the peer may
+//!   send at any time;
 //! - when everything is delivered, and the peer has sent nothing for [`SILENT_PEER_TIMEOUT`] (for [`ACTIVE_PEER_TIMEOUT`] if it
 //!   has sent something since, for [`STARVED_TIMEOUT`] while a listener waits for file descriptors), or has
 //!   not closed for [`LINGER_TIMEOUT`];
@@ -218,9 +219,19 @@ where
     fn undelivered(&self) -> Option<u32> {
         let left = unacknowledged(tcp(&self.io)?)?;
         // If the peer sends nothing, closing causes no reset, and the kernel delivers the rest.
-        let little = self.last.request || !self.has_responded();
-        let nothing = if little { CLOSING_BYTES } else { FIN };
+        let nothing = if self.peer_is_silent() {
+            CLOSING_BYTES
+        } else {
+            FIN
+        };
         Some(if left > nothing { left } else { 0 })
+    }
+
+    /// Whether the peer sends nothing more before it has read what was written. After an upgrade a peer may
+    /// send at any time.
+    fn peer_is_silent(&self) -> bool {
+        let waits = self.last.request || !self.has_responded();
+        waits && self.last.written != Written::Upgrade
     }
 
     /// Whether a response may just have been sent. While serving, a server closes a connection first
@@ -232,8 +243,8 @@ where
 
     /// Whether the connection can be closed at once.
     fn is_idle(&self) -> bool {
-        let quiet = self.eof || self.last.request || !self.has_responded();
-        quiet && !self.received && self.undelivered() == Some(0)
+        let silent = self.eof || self.peer_is_silent();
+        silent && !self.received && self.undelivered() == Some(0)
     }
 
     async fn until_closed(mut self) {

@@ -137,7 +137,7 @@ where
         let state = &this.owner.0.state;
         // The streams of HTTP/2 run in their own tasks, and this future ends after the last of them.
         ready!(state.poll_streams_ended(this.waker, cx));
-        state.owner_left();
+        state.owner_left(cx);
         Poll::Ready(())
     }
 }

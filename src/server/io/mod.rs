@@ -152,7 +152,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
         }
         if let Some(linger) = self.linger {
             let last = Last {
-                written: if !is_top && entry.flags.has(UPGRADED) {
+                written: if entry.flags.has(UPGRADED) {
                     Written::Upgrade
                 } else {
                     self.written
