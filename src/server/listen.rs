@@ -195,15 +195,11 @@ async fn close_due(
     shared: Option<&mut watch::Receiver<Phase>>,
 ) {
     // An error would mean that the lifecycle was dropped, but the listener keeps it alive.
-    match shared {
-        Some(phases) => {
-            let stops = phases.wait_for(|phase| *phase > Phase::Serving);
-            drop(ShieldedWait::new(stops).await);
-        }
-        None => {
-            let closes =
-                closing_stages.wait_for(|closing_stage| *closing_stage > ClosingStage::Open);
-            drop(ShieldedWait::new(closes).await);
-        }
+    if let Some(phases) = shared {
+        let stops = phases.wait_for(|phase| *phase > Phase::Serving);
+        drop(ShieldedWait::new(stops).await);
+    } else {
+        let closes = closing_stages.wait_for(|closing_stage| *closing_stage > ClosingStage::Open);
+        drop(ShieldedWait::new(closes).await);
     }
 }
