@@ -4,8 +4,13 @@
 
 use std::{
     convert::Infallible,
+    future::{IntoFuture, pending},
     io,
     net::{Ipv4Addr, SocketAddr},
+    panic::resume_unwind,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
@@ -21,8 +26,9 @@ use axum::{
 };
 use futures_util::{StreamExt, stream};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
     net::{TcpListener, TcpStream},
+    sync::Notify,
     task::JoinHandle,
     time,
 };
@@ -438,4 +444,66 @@ async fn what_has_come_on_that_connection_meanwhile_is_answered() {
 async fn other_responses_leave_their_connection_open() {
     let rest = after_a_subscription("text/plain", "").await;
     assert!(rest.starts_with("0\r\n\r\nHTTP/1.1 503"), "{rest}");
+}
+
+/// A listener that returns one connection, and then nothing more.
+struct One(Option<DuplexStream>);
+
+impl Listener for One {
+    type Io = DuplexStream;
+    type Addr = ();
+
+    async fn accept(&mut self) -> (DuplexStream, ()) {
+        match self.0.take() {
+            Some(io) => (io, ()),
+            None => pending().await,
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The last connection wakes the server when it ends. If the waker panics while the connection panics, the process
+/// aborts.
+#[tokio::test(start_paused = true)]
+async fn a_waker_that_panics_does_not_abort_the_process_when_a_handler_panics() {
+    struct Panicking;
+
+    impl Wake for Panicking {
+        fn wake(self: Arc<Self>) {
+            resume_unwind(Box::new("a waker that panics"));
+        }
+    }
+
+    let graceful = graceful();
+    let [begins, panics] = [(); 2].map(|()| Arc::new(Notify::new()));
+    let (begun, told) = (Arc::clone(&begins), Arc::clone(&panics));
+    let app = get(async move || -> &'static str {
+        begun.notify_one();
+        told.notified().await;
+        resume_unwind(Box::new("a handler that panics"))
+    });
+    let (ours, mut client) = duplex(1_000);
+    let mut server = graceful.serve(One(Some(ours)), app).into_future();
+    let mut poll = |waker: &Waker| Pin::new(&mut server).poll(&mut Context::from_waker(waker));
+    assert!(poll(Waker::noop()).is_pending());
+    client.write_all(ASKED.as_bytes()).await.unwrap();
+    begins.notified().await;
+    // Without the layer nothing is in flight, so the listener closes, and the server waits for its connection.
+    graceful.shutdown();
+    for _ in 0..100 {
+        time::sleep(Duration::from_millis(10)).await;
+        assert!(poll(Waker::noop()).is_pending());
+    }
+    assert_eq!(graceful.phase(), Phase::Closing);
+    assert!(poll(&Waker::from(Arc::new(Panicking))).is_pending());
+    panics.notify_one();
+    assert_eq!(client.read(&mut [0; 100]).await.unwrap(), 0);
+    time::sleep(Duration::from_millis(1)).await;
+    let Poll::Ready(report) = poll(Waker::noop()) else {
+        panic!("it does not end");
+    };
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
 }
