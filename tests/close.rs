@@ -13,7 +13,7 @@ use axum::{
     serve::Listener,
 };
 use bytes::Bytes;
-use futures_util::{StreamExt, stream};
+use futures_util::{FutureExt, StreamExt, stream};
 use http::Request;
 use http_body_util::{BodyExt, Collected, Empty};
 use hyper::client::conn::http2;
@@ -21,7 +21,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 
 use std::{
     future::ready,
-    io,
+    io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr},
     pin::Pin,
     task::{Context, Poll},
@@ -31,9 +31,11 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpSocket, TcpStream},
     sync::oneshot,
-    time,
+    task, time,
 };
 use tower_graceful::{Graceful, HandshakeExt, Outcome};
+
+const BOUND: Duration = Duration::from_secs(10);
 
 fn graceful() -> Graceful {
     Graceful::builder()
@@ -343,6 +345,15 @@ async fn serve_without_a_layer_loses_no_end_of_a_response_over_http2() {
     tokio::join!(lost_over_http2(false, true), lost_over_http2(false, false));
 }
 
+async fn closed(graceful: &Graceful) {
+    let closed = async {
+        while graceful.connections() > 0 {
+            time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    time::timeout(BOUND, closed).await.unwrap();
+}
+
 /// Sends a message, and drops the socket: at once, or when draining begins.
 fn push(upgrade: WebSocketUpgrade, graceful: Graceful, at_once: bool) -> Response {
     let hold = graceful.hold("push");
@@ -356,6 +367,10 @@ fn push(upgrade: WebSocketUpgrade, graceful: Graceful, at_once: bool) -> Respons
     })
 }
 
+async fn end(client: &mut TcpStream) -> io::Result<usize> {
+    time::timeout(BOUND, client.read(&mut [0])).await.unwrap()
+}
+
 /// Opens a WebSocket, and reads until the message `pushed`.
 async fn open_websocket(address: SocketAddr) -> TcpStream {
     let mut client = TcpStream::connect(address).await.unwrap();
@@ -364,7 +379,8 @@ async fn open_websocket(address: SocketAddr) -> TcpStream {
     client.write_all(request).await.unwrap();
     let mut answer = Vec::new();
     while !answer.ends_with(b"pushed") {
-        assert!(client.read_buf(&mut answer).await.unwrap() > 0);
+        let read = time::timeout(BOUND, client.read_buf(&mut answer)).await;
+        assert!(read.unwrap().unwrap() > 0);
     }
     client
 }
@@ -409,18 +425,16 @@ async fn a_websocket_whose_client_has_sent_nothing_is_open_until_its_client_has_
                 graceful.shutdown();
             }
             // Its handler has dropped it.
-            let end = client.read(&mut [0]).await;
+            let end = end(&mut client).await;
             assert!(matches!(end, Ok(0)), "{case}: {end:?}");
             assert_eq!(graceful.connections(), 1, "{case}");
             client.write_all(b"\x81\x80mask").await.unwrap();
             client.shutdown().await.unwrap();
-            while graceful.connections() > 0 {
-                time::sleep(Duration::from_millis(1)).await;
-            }
+            closed(&graceful).await;
             let reset = client.take_error().unwrap();
             assert!(reset.is_none(), "{case}: {reset:?}");
             graceful.shutdown();
-            let report = served.await.unwrap();
+            let report = time::timeout(BOUND, served).await.unwrap().unwrap();
             assert_eq!(report.outcome(), Outcome::Clean, "{case}: {report}");
         }
     }
@@ -450,10 +464,53 @@ async fn a_websocket_that_is_not_read_is_not_counted_with_the_queue() {
     let mut client = open_websocket(address).await;
     client.write_all(b"\x81\x80mask").await.unwrap();
     graceful.shutdown();
-    let end = client.read(&mut [0]).await;
+    let end = end(&mut client).await;
     assert!(matches!(end, Ok(0)), "{end:?}");
     drop(client);
-    let report = server.await.unwrap();
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
     assert_eq!(report.remaining().queued, 0, "{report}");
     assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+}
+
+/// Bytes of the peer are in the socket when the server drops the connection, and the runtime does not tell: it has
+/// not asked the operating system since, or the task has used up its budget.
+#[tokio::test]
+async fn a_connection_whose_peer_has_just_sent_something_is_not_reset() {
+    for budget in [true, false] {
+        let graceful = graceful();
+        let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let mut client = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+        let (server, _) = tcp.accept().await.unwrap();
+        let mut io = graceful.track(server);
+        let request = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n";
+        client.write_all(request).unwrap();
+        client.set_read_timeout(Some(BOUND)).unwrap();
+        let mut read = [0; 30];
+        let whole = time::timeout(BOUND, io.read_exact(&mut read)).await;
+        whole.unwrap().unwrap();
+        let nothing = time::timeout(Duration::from_millis(20), io.read(&mut [0])).await;
+        assert!(nothing.is_err());
+        io.write_all(b"HTTP/1.1 204 No Content\r\n\r\n")
+            .await
+            .unwrap();
+        // The client has received it.
+        client.read_exact(&mut [0; 27]).unwrap();
+        client.write_all(request).unwrap();
+        if !budget {
+            time::sleep(Duration::from_millis(20)).await;
+            while task::coop::has_budget_remaining() {
+                let _ = task::consume_budget().now_or_never();
+            }
+        }
+        drop(io);
+        assert_eq!(graceful.connections(), 1, "budget: {budget}");
+        client.set_nonblocking(true).unwrap();
+        let mut client = TcpStream::from_std(client).unwrap();
+        let end = end(&mut client).await;
+        assert!(matches!(end, Ok(0)), "budget: {budget}, {end:?}");
+        client.shutdown().await.unwrap();
+        closed(&graceful).await;
+        let reset = client.take_error().unwrap();
+        assert!(reset.is_none(), "budget: {budget}, {reset:?}");
+    }
 }

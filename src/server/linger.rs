@@ -50,7 +50,7 @@ use tokio::net::UnixStream;
 use super::{
     entry_guard::EntryGuard,
     send_queue::unacknowledged,
-    socket::{take, tcp},
+    socket::{has_unread, take, tcp},
 };
 use crate::{
     connection::{
@@ -244,7 +244,9 @@ where
     /// Whether the connection can be closed at once.
     fn is_idle(&self) -> bool {
         let silent = self.eof || self.peer_is_silent();
-        silent && !self.received && self.undelivered() == Some(0)
+        // Asks the operating system too: the runtime may not have done so since the peer sent, and tells
+        // nothing to a task that has used up its budget.
+        silent && !self.received && !has_unread(&self.io) && self.undelivered() == Some(0)
     }
 
     async fn until_closed(mut self) {
