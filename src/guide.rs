@@ -1,7 +1,7 @@
 //! The guide: one page for each question.
 //!
 //! This module has no items and is compiled for the documentation only. Each page is a file under
-//! `docs/`. Its programs are tests. Some are marked as not tested, because they are no doc tests: other tests
+//! `docs/`. Its programs are doc tests. rustdoc shows some as not tested: other tests of this repository
 //! compile them and compare the text. Only the excerpt with tokio-graceful is not compiled.
 
 // The links before a page replace those at its end, which lead to files.

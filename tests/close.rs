@@ -454,7 +454,7 @@ async fn a_websocket_that_is_not_read_is_not_counted_with_the_queue() {
             upgrade.on_upgrade(async move |mut socket| {
                 socket.send(Message::from("pushed")).await.unwrap();
                 draining.draining().await;
-                // By then the connection has been told to close, and not yet to expire.
+                // If it counted as unread, it would be told to close after one second, and to expire after two.
                 time::sleep(Duration::from_millis(1500)).await;
                 drop(socket);
             })

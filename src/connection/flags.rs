@@ -64,7 +64,8 @@ pub(crate) const CLOSE_NOTICED: u16 = 8192;
 /// Nothing was there when the connection was [read once more](super::directive::Directive::Read), or the
 /// peer had closed its writing side.
 pub(crate) const READ_ONCE_MORE: u16 = 16384;
-/// Over HTTP/2, when the connection may expire: there was no stream at the last read, and nothing was read.
+/// Over HTTP/2, when the connection may expire: there was no stream at the last read, and it found
+/// nothing.
 pub(crate) const STREAMLESS: u16 = 32768;
 
 #[cfg(all(test, not(tower_graceful_loom)))]

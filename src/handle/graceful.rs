@@ -102,7 +102,7 @@ pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 /// on the runtime of a task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or
 /// [`draining`](Self::draining). Tasks that can no longer be run are
 /// [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
-/// (`enable_time` or `enable_all`). If it has none, the first call in it that would need it panics. Inside a
+/// (`enable_time` or `enable_all`). If it has none, the first call inside it that needs them panics. Inside a
 /// runtime, making the lifecycle is such a call.
 ///
 /// Methods may be called outside a runtime too, except [`spawn`](Self::spawn), which panics there, and

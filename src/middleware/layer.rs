@@ -120,6 +120,10 @@ pub struct GracefulLayer {
 
 impl GracefulLayer {
     /// Makes a layer with a new lifecycle, [`Graceful::new`].
+    ///
+    /// # Panics
+    ///
+    /// As [`Graceful::new`], inside a tokio runtime without timers.
     #[must_use]
     pub fn new() -> Self {
         Self::default()

@@ -177,8 +177,8 @@ mod diag {
         message[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// The send queue, if this is the answer to the request. Of a connection that is gone, the kernel may find
-    /// the listener that accepted it. The send queue is empty then.
+    /// The send queue, if this is the answer to the request. In place of a connection that it does not
+    /// find, the kernel may answer with a listener on the same port.
     fn parse(answer: &[u8], request: &[u8; REQUEST]) -> Option<u32> {
         /// Ports and addresses, in the answer and in the request.
         const ENDS: (std::ops::Range<usize>, std::ops::Range<usize>) =
@@ -190,7 +190,7 @@ mod diag {
             return None;
         }
         if answer[STATE] == TCP_LISTEN {
-            return Some(0);
+            return Some(NOT_FOUND);
         }
         let queue = answer[SEND_QUEUE].try_into().ok()?;
         (answer[ENDS.0] == request[ENDS.1]).then(|| u32::from_ne_bytes(queue))
@@ -273,7 +273,7 @@ mod diag {
             let linger = socket2::SockRef::from(&server);
             linger.set_linger(Some(Duration::ZERO)).unwrap();
             drop(server);
-            assert_eq!(send_queue(local, peer), Some(0));
+            assert_eq!(send_queue(local, peer), Some(NOT_FOUND));
         }
     }
 }

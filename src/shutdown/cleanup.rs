@@ -284,18 +284,22 @@ mod tests {
         for is_worker in [true, false] {
             let graceful = Graceful::builder()
                 .drain_delay(Duration::ZERO)
-                .worker_timeout(SECOND / 50)
+                .worker_timeout(SECOND / 2)
                 .build()
                 .unwrap();
             let (release, blocked) = std::sync::mpsc::channel::<()>();
+            let (begins, begun) = std::sync::mpsc::channel();
             let block = async move {
+                begins.send(()).unwrap();
                 let _ = blocked.recv();
             };
             let report = runtime.block_on(async {
                 if is_worker {
                     graceful.worker("blocks", |_| block).unwrap();
+                    // If it were aborted before its first poll, it would not block.
+                    begun.recv().unwrap();
                 } else {
-                    graceful.cleanup("blocks", SECOND / 50, block).unwrap();
+                    graceful.cleanup("blocks", SECOND / 2, block).unwrap();
                 }
                 graceful.shutdown();
                 report(&graceful).await

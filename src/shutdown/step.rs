@@ -289,7 +289,8 @@ impl Lifecycle {
         if to == Phase::Draining {
             state.notifies_draining = self.notifies_draining();
         }
-        if let (Phase::LameDuck, Some(before)) = (to, self.advance(to)) {
+        let before = self.advance(to);
+        if let (Phase::LameDuck, Some(before)) = (to, before) {
             shutdown.in_flight = before.count();
             // Activity before the stop does not count.
             self.connections.take_activity();

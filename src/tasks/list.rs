@@ -117,7 +117,9 @@ impl List {
     }
 
     pub(super) fn started(&mut self, key: usize, handle: &JoinHandle<()>) {
-        if let Some(task) = self.tasks.get_mut(&key) {
+        let task = self.tasks.get_mut(&key);
+        // A hook or step may have ended before its handle is passed on.
+        if let Some(task) = task.filter(|task| task.ended.is_none()) {
             task.handle = Some(handle.abort_handle());
         }
     }

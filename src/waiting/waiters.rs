@@ -55,7 +55,7 @@ struct Shard {
     notified: Moment,
     /// The moment that each waiter waits for, always later than `notified`. With its waker.
     waiting: Slab<(Moment, Waker)>,
-    /// The wakers of notified waiters that have not been woken yet.
+    /// Wakers that `notify` or `wake_all` has taken and that have not been woken yet.
     due: VecDeque<Waker>,
 }
 

@@ -74,7 +74,10 @@ impl<I: 'static> GracefulIo<I> {
             // response without a body, is written after this read. So the next read decides.
             let decides = entry.flags.has(STREAMLESS);
             let has_streams = entry.may_have_streams(|| entry.owner.pieces());
-            if !has_streams && !decides {
+            if has_streams {
+                // It may have begun after a read that found no stream.
+                entry.flags.take(STREAMLESS);
+            } else if !decides {
                 entry.flags.set(STREAMLESS);
                 cx.waker().wake_by_ref();
             }
