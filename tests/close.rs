@@ -394,48 +394,62 @@ enum Server {
 }
 
 /// The client of a WebSocket may send at any time. A reset would destroy the last message.
+/// Whether the connection of a WebSocket that its handler has dropped is open until its client has closed it. It
+/// is not, if the client does not run for 250 ms.
+async fn is_open_until_its_client_has_closed_it(server: Server, at_once: bool) -> bool {
+    let case = format!("{server:?}, at once: {at_once}");
+    let graceful = graceful();
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = tcp.local_addr().unwrap();
+    let in_handler = graceful.clone();
+    let handler = move |upgrade| ready(push(upgrade, in_handler, at_once));
+    let app = Router::new().route("/", get(handler));
+    let run = match server {
+        Server::Serve => tokio::spawn(graceful.serve(tcp, app).into_future()),
+        Server::Handshake => {
+            let listener = graceful
+                .listener(tcp)
+                .handshakes(Duration::from_secs(10), async |io| Ok::<_, io::Error>(io));
+            tokio::spawn(graceful.serve(listener, app).into_future())
+        }
+        Server::Axum => {
+            let server =
+                axum::serve(graceful.listener(tcp), app).with_graceful_shutdown(graceful.drain());
+            let graceful = graceful.clone();
+            tokio::spawn(async move { graceful.run(server.into_future()).await })
+        }
+    };
+    let mut client = open_websocket(address).await;
+    if !at_once {
+        graceful.shutdown();
+    }
+    // Its handler has dropped it.
+    let end = end(&mut client).await;
+    assert!(matches!(end, Ok(0)), "{case}: {end:?}");
+    if graceful.connections() == 0 {
+        return false;
+    }
+    client.write_all(b"\x81\x80mask").await.unwrap();
+    client.shutdown().await.unwrap();
+    closed(&graceful).await;
+    let reset = client.take_error().unwrap();
+    assert!(reset.is_none(), "{case}: {reset:?}");
+    graceful.shutdown();
+    let report = time::timeout(BOUND, run).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{case}: {report}");
+    true
+}
+
 #[tokio::test]
 async fn a_websocket_whose_client_has_sent_nothing_is_open_until_its_client_has_closed_it() {
     for server in [Server::Serve, Server::Handshake, Server::Axum] {
         for at_once in [true, false] {
-            let case = format!("{server:?}, at once: {at_once}");
-            let graceful = graceful();
-            let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-            let address = tcp.local_addr().unwrap();
-            let in_handler = graceful.clone();
-            let handler = move |upgrade| ready(push(upgrade, in_handler, at_once));
-            let app = Router::new().route("/", get(handler));
-            let served = match server {
-                Server::Serve => tokio::spawn(graceful.serve(tcp, app).into_future()),
-                Server::Handshake => {
-                    let listener = graceful
-                        .listener(tcp)
-                        .handshakes(Duration::from_secs(10), async |io| Ok::<_, io::Error>(io));
-                    tokio::spawn(graceful.serve(listener, app).into_future())
-                }
-                Server::Axum => {
-                    let server = axum::serve(graceful.listener(tcp), app)
-                        .with_graceful_shutdown(graceful.drain());
-                    let graceful = graceful.clone();
-                    tokio::spawn(async move { graceful.run(server.into_future()).await })
-                }
-            };
-            let mut client = open_websocket(address).await;
-            if !at_once {
-                graceful.shutdown();
+            let mut is_open = false;
+            // More than once on a machine that stalls.
+            for _ in 0..3 {
+                is_open = is_open || is_open_until_its_client_has_closed_it(server, at_once).await;
             }
-            // Its handler has dropped it.
-            let end = end(&mut client).await;
-            assert!(matches!(end, Ok(0)), "{case}: {end:?}");
-            assert_eq!(graceful.connections(), 1, "{case}");
-            client.write_all(b"\x81\x80mask").await.unwrap();
-            client.shutdown().await.unwrap();
-            closed(&graceful).await;
-            let reset = client.take_error().unwrap();
-            assert!(reset.is_none(), "{case}: {reset:?}");
-            graceful.shutdown();
-            let report = time::timeout(BOUND, served).await.unwrap().unwrap();
-            assert_eq!(report.outcome(), Outcome::Clean, "{case}: {report}");
+            assert!(is_open, "{server:?}, at once: {at_once}");
         }
     }
 }
