@@ -24,7 +24,9 @@
 //!
 //! This file is long because everything that takes the lock of the table is in it.
 
-use std::{cmp::Reverse, collections::HashMap, fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    cmp::Reverse, collections::HashMap, fmt, mem, net::SocketAddr, sync::Arc, time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -70,6 +72,8 @@ struct Open<O> {
     half_closed: usize,
     /// The latest directive to all connections.
     directive: Directive,
+    /// The connections that have not been given it yet.
+    uninstructed: Vec<Arc<ConnectionEntry<O>>>,
 }
 
 /// Listeners that accept connections.
@@ -102,6 +106,7 @@ impl<O> Default for ConnectionTable<O> {
                 watched: 0,
                 half_closed: 0,
                 directive: Directive::default(),
+                uninstructed: Vec::new(),
             }),
         }
     }
@@ -346,15 +351,26 @@ impl<O> ConnectionTable<O> {
     /// Instructs every open connection. A connection that is inserted later gets the directive too
     /// if it is `Read` or later, and `Stopping` otherwise.
     pub(crate) fn instruct(&self, directive: Directive) {
-        let connections = {
-            let mut open = lock!(self.open);
-            if open.directive >= directive {
-                return;
-            }
+        let mut open = lock!(self.open);
+        let mut former = Vec::new();
+        if open.directive < directive {
             open.directive = directive;
-            open.connections.clone()
-        };
-        for entry in connections {
+            let all = open.connections.clone();
+            former = mem::replace(&mut open.uninstructed, all);
+        }
+        drop(open);
+        // May drop the last reference to values of the user, so the lock is released before.
+        drop(former);
+        // One after another, so that the next call continues with the rest if a waker blocks.
+        loop {
+            let (entry, directive) = {
+                let mut open = lock!(self.open);
+                let Some(entry) = open.uninstructed.pop() else {
+                    open.uninstructed = Vec::new();
+                    return;
+                };
+                (entry, open.directive)
+            };
             entry.state.instruct(directive);
         }
     }
@@ -428,7 +444,14 @@ mod models {
 
 #[cfg(all(test, target_pointer_width = "64", not(tower_graceful_loom)))]
 mod tests {
+    use std::{
+        sync::mpsc,
+        task::{Context, Wake, Waker},
+        thread,
+    };
+
     use super::*;
+    use crate::connection::wakers::{RegisteredWaker, WakerSlot};
 
     /// With the counts of its `Arc`, an entry fills an allocation of 128 bytes.
     #[test]
@@ -438,5 +461,38 @@ mod tests {
             "{}",
             size_of::<ConnectionEntry<Arc<()>>>()
         );
+    }
+
+    /// Whichever order is used, a connection comes after the one whose waker blocks.
+    #[test]
+    fn a_waker_that_blocks_keeps_no_other_connection_from_its_directive() {
+        struct Blocks(std::sync::Mutex<mpsc::Receiver<()>>, mpsc::Sender<()>);
+
+        impl Wake for Blocks {
+            fn wake(self: Arc<Self>) {
+                self.1.send(()).unwrap();
+                let _ = self.0.lock().unwrap().recv();
+            }
+        }
+
+        let table = ConnectionTable::<()>::default();
+        let entries = [(); 3].map(|()| table.insert((), None));
+        let (release, blocked) = mpsc::channel();
+        let (woken, is_woken) = mpsc::channel();
+        let blocks = Waker::from(Arc::new(Blocks(blocked.into(), woken)));
+        let cx = Context::from_waker(&blocks);
+        let mut waker = RegisteredWaker::default();
+        let state = &entries[1].state;
+        state.enter(&mut waker, WakerSlot::Read, &cx);
+        thread::scope(|scope| {
+            scope.spawn(|| table.instruct(Directive::Cut));
+            is_woken.recv().unwrap();
+            // As the driver does, which publishes the same directive again.
+            table.instruct(Directive::Cut);
+            for entry in &entries {
+                assert_eq!(entry.state.directive(), Directive::Cut);
+            }
+            drop(release);
+        });
     }
 }
