@@ -257,3 +257,45 @@ mod tests {
         drop(release);
     }
 }
+
+/// Wakers of the kinds that this module guards against.
+#[cfg(all(test, not(tower_graceful_loom)))]
+pub(crate) mod wakers {
+    use std::{
+        panic::resume_unwind,
+        sync::{
+            Arc, Mutex,
+            mpsc::{self, Receiver, Sender},
+        },
+        task::{Wake, Waker},
+    };
+
+    struct Panics;
+
+    impl Wake for Panics {
+        fn wake(self: Arc<Self>) {
+            resume_unwind(Box::new("as the test wants it to"));
+        }
+    }
+
+    pub(crate) fn panicking() -> Waker {
+        Waker::from(Arc::new(Panics))
+    }
+
+    struct Blocks(Mutex<Receiver<()>>, Sender<()>);
+
+    impl Wake for Blocks {
+        fn wake(self: Arc<Self>) {
+            self.1.send(()).unwrap();
+            let _ = self.0.lock().unwrap().recv();
+        }
+    }
+
+    /// A waker that blocks until the sender is dropped. The receiver tells when it is woken.
+    pub(crate) fn blocking() -> (Waker, Receiver<()>, Sender<()>) {
+        let (release, blocked) = mpsc::channel();
+        let (woken, is_woken) = mpsc::channel();
+        let blocks = Blocks(blocked.into(), woken);
+        (Waker::from(Arc::new(blocks)), is_woken, release)
+    }
+}

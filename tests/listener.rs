@@ -2,14 +2,14 @@
 
 #![cfg(all(unix, feature = "axum", feature = "signal"))]
 
+mod wakers;
+
 use std::{
     future::{IntoFuture, pending, poll_fn},
     io,
     net::{SocketAddr, TcpStream},
-    panic::resume_unwind,
     pin::{Pin, pin},
-    sync::Arc,
-    task::{Context, Poll, Wake, Waker},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -58,14 +58,6 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
 /// All listeners and servers wait on the same channels, which have several lists of tasks.
 #[tokio::test(start_paused = true)]
 async fn a_listener_whose_waker_panics_does_not_keep_others_from_being_woken() {
-    struct Panicking;
-
-    impl Wake for Panicking {
-        fn wake(self: Arc<Self>) {
-            resume_unwind(Box::new("a waker that panics"));
-        }
-    }
-
     for form in ["own", "shared", "served"] {
         let builder = Graceful::builder().drain_delay(Duration::ZERO);
         let graceful = builder.shared_listener(form == "shared").build().unwrap();
@@ -80,7 +72,7 @@ async fn a_listener_whose_waker_panics_does_not_keep_others_from_being_woken() {
                 Box::pin(async move { drop(listener.accept().await) })
             });
         }
-        let waker = Waker::from(Arc::new(Panicking));
+        let waker = wakers::panicking();
         for listener in &mut first {
             let polled = listener.as_mut().poll(&mut Context::from_waker(&waker));
             assert!(polled.is_pending());

@@ -2,6 +2,8 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
+mod wakers;
+
 use std::{
     convert::Infallible,
     future::{IntoFuture, pending},
@@ -10,7 +12,7 @@ use std::{
     panic::resume_unwind,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, Wake, Waker},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -469,14 +471,6 @@ impl Listener for One {
 /// aborts.
 #[tokio::test(start_paused = true)]
 async fn a_waker_that_panics_does_not_abort_the_process_when_a_handler_panics() {
-    struct Panicking;
-
-    impl Wake for Panicking {
-        fn wake(self: Arc<Self>) {
-            resume_unwind(Box::new("a waker that panics"));
-        }
-    }
-
     let graceful = graceful();
     let [begins, panics] = [(); 2].map(|()| Arc::new(Notify::new()));
     let (begun, told) = (Arc::clone(&begins), Arc::clone(&panics));
@@ -498,7 +492,7 @@ async fn a_waker_that_panics_does_not_abort_the_process_when_a_handler_panics() 
         assert!(poll(Waker::noop()).is_pending());
     }
     assert_eq!(graceful.phase(), Phase::Closing);
-    assert!(poll(&Waker::from(Arc::new(Panicking))).is_pending());
+    assert!(poll(&wakers::panicking()).is_pending());
     panics.notify_one();
     assert_eq!(client.read(&mut [0; 100]).await.unwrap(), 0);
     time::sleep(Duration::from_millis(1)).await;

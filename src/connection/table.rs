@@ -444,14 +444,13 @@ mod models {
 
 #[cfg(all(test, target_pointer_width = "64", not(tower_graceful_loom)))]
 mod tests {
-    use std::{
-        sync::mpsc,
-        task::{Context, Wake, Waker},
-        thread,
-    };
+    use std::{task::Context, thread};
 
     use super::*;
-    use crate::connection::wakers::{RegisteredWaker, WakerSlot};
+    use crate::{
+        background::wakers,
+        connection::wakers::{RegisteredWaker, WakerSlot},
+    };
 
     /// With the counts of its `Arc`, an entry fills an allocation of 128 bytes.
     #[test]
@@ -466,20 +465,9 @@ mod tests {
     /// Whichever order is used, a connection comes after the one whose waker blocks.
     #[test]
     fn a_waker_that_blocks_keeps_no_other_connection_from_its_directive() {
-        struct Blocks(std::sync::Mutex<mpsc::Receiver<()>>, mpsc::Sender<()>);
-
-        impl Wake for Blocks {
-            fn wake(self: Arc<Self>) {
-                self.1.send(()).unwrap();
-                let _ = self.0.lock().unwrap().recv();
-            }
-        }
-
         let table = ConnectionTable::<()>::default();
         let entries = [(); 3].map(|()| table.insert((), None));
-        let (release, blocked) = mpsc::channel();
-        let (woken, is_woken) = mpsc::channel();
-        let blocks = Waker::from(Arc::new(Blocks(blocked.into(), woken)));
+        let (blocks, is_woken, release) = wakers::blocking();
         let cx = Context::from_waker(&blocks);
         let mut waker = RegisteredWaker::default();
         let state = &entries[1].state;

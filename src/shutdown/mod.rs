@@ -279,6 +279,7 @@ impl Lifecycle {
         let until = shutdown.ends(phase)?;
         Some(until.saturating_duration_since(Instant::now()))
     }
+
     /// The number of requests and holds in flight.
     pub(crate) fn in_flight(&self) -> usize {
         self.word().count() + self.work.holds()

@@ -144,6 +144,7 @@ mod tests {
     use tokio_test::{assert_pending, assert_ready, task};
 
     use super::*;
+    use crate::background::wakers;
 
     #[test]
     fn a_wait_is_polled_only_when_it_was_woken_or_the_task_has_another_waker() {
@@ -176,14 +177,6 @@ mod tests {
 
     #[test]
     fn a_waker_that_panics_does_not_keep_others_from_being_woken() {
-        struct Panics;
-
-        impl Wake for Panics {
-            fn wake(self: Arc<Self>) {
-                std::panic::resume_unwind(Box::new("as the test wants it to"));
-            }
-        }
-
         // tokio has several lists of waiting tasks, and several places in each: more than one task for each.
         let (sender, receiver) = watch::channel(false);
         let wait = || {
@@ -192,7 +185,7 @@ mod tests {
                 receiver.wait_for(|value| *value).await.is_ok()
             }))
         };
-        let panics = Waker::from(Arc::new(Panics));
+        let panics = wakers::panicking();
         let mut first: Vec<_> = (0..100).map(|_| wait()).collect();
         for first in &mut first {
             assert_pending!(first.as_mut().poll(&mut Context::from_waker(&panics)));

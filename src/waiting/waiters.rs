@@ -298,6 +298,7 @@ mod tests {
     use tokio_test::{assert_pending, assert_ready, task};
 
     use super::*;
+    use crate::background::wakers;
 
     fn draining(place: Place) -> Moment {
         let phase = Phase::Draining;
@@ -383,17 +384,9 @@ mod tests {
 
     #[test]
     fn a_waker_that_panics_does_not_keep_others_from_being_woken() {
-        struct Panics;
-
-        impl Wake for Panics {
-            fn wake(self: Arc<Self>) {
-                std::panic::resume_unwind(Box::new("as the test wants it to"));
-            }
-        }
-
         for woken_before in [false, true] {
             let waiters = Waiters::new();
-            let panics = Waker::from(Arc::new(Panics));
+            let panics = wakers::panicking();
             let mut wait_keys = [None; 3];
             for wait_key in &mut wait_keys {
                 let cx = Context::from_waker(&panics);
@@ -414,24 +407,11 @@ mod tests {
 
     #[test]
     fn a_waker_that_blocks_delays_no_other() {
-        use std::sync::mpsc;
-
-        struct Blocks(std::sync::Mutex<mpsc::Receiver<()>>, mpsc::Sender<()>);
-
-        impl Wake for Blocks {
-            fn wake(self: Arc<Self>) {
-                self.1.send(()).unwrap();
-                let _ = self.0.lock().unwrap().recv();
-            }
-        }
-
         for first in [Waiters::wake_all, |waiters: &Waiters| {
             waiters.notify(draining(Place::LAST));
         }] {
-            let (release, blocked) = mpsc::channel();
-            let (woken, is_woken) = mpsc::channel();
             let waiters = Waiters::new();
-            let blocks = Waker::from(Arc::new(Blocks(blocked.into(), woken)));
+            let (blocks, is_woken, release) = wakers::blocking();
             let mut wait_key = None;
             let cx = Context::from_waker(&blocks);
             assert_pending!(waiters.poll(&mut wait_key, Phase::Draining, false, &cx));

@@ -16,8 +16,8 @@ use tokio_test::{assert_pending, assert_ready, task};
 use tower_graceful::{Graceful, GracefulIo, Outcome, Phase};
 
 use crate::support::{
-    DEADLINE, DELAY, LET_GO, Panicking, does_not_hang, graceful, let_others_run, ms, pass,
-    paused_runtime, request, s, serve, server, without_delay,
+    DEADLINE, DELAY, LET_GO, does_not_hang, graceful, let_others_run, ms, pass, paused_runtime,
+    request, s, serve, server, without_delay,
 };
 
 /// An IO on which nothing ever happens.
@@ -442,7 +442,7 @@ fn a_waker_that_asks_for_the_state_at_the_cut_is_answered() {
 #[tokio::test(start_paused = true)]
 async fn a_waker_that_panics_does_not_keep_other_connections_from_being_cut() {
     let graceful = without_delay();
-    let waker = Waker::from(Arc::new(Panicking));
+    let waker = crate::wakers::panicking();
     let (_, read) = OPERATIONS[0];
     let (_, write) = OPERATIONS[1];
     let mut first = pin!(graceful.track(Stuck));

@@ -15,5 +15,7 @@ mod phases;
 mod plan;
 mod run;
 mod support;
+#[path = "../wakers/mod.rs"]
+mod wakers;
 mod warnings;
 mod work;

@@ -10,7 +10,7 @@ use std::{
     pin::pin,
     process::{ExitCode, Termination},
     sync::Arc,
-    task::{Context, Waker},
+    task::Context,
     time::Duration,
 };
 
@@ -29,8 +29,8 @@ use tower::{Layer, ServiceExt, service_fn};
 use tower_graceful::{Completion, Graceful, Outcome, Phase, Remaining, Report, Trigger};
 
 use crate::support::{
-    DEADLINE, DELAY, LET_GO, Panicking, graceful, let_others_run, ms, pass, request, s, serve,
-    server, watched, without_delay,
+    DEADLINE, DELAY, LET_GO, graceful, let_others_run, ms, pass, request, s, serve, server,
+    watched, without_delay,
 };
 
 #[tokio::test(start_paused = true)]
@@ -552,7 +552,7 @@ async fn a_server_whose_error_panics_panics_its_run_and_stops_the_service() {
 #[tokio::test(start_paused = true)]
 async fn a_run_whose_waker_panics_does_not_keep_other_servers_running() {
     let graceful = without_delay();
-    let waker = Waker::from(Arc::new(Panicking));
+    let waker = crate::wakers::panicking();
     let mut first: Vec<_> = (0..50)
         .map(|_| Box::pin(graceful.run(server(&graceful))))
         .collect();

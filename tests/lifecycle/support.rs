@@ -3,14 +3,13 @@
 use std::{
     convert::Infallible,
     future::{self, pending},
-    panic::resume_unwind,
     pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    task::{Context, Poll, Wake},
+    task::{Context, Poll},
     thread,
     time::Duration,
 };
@@ -136,16 +135,6 @@ impl<F: Future> Future for Watched<F> {
 impl<F> Drop for Watched<F> {
     fn drop(&mut self) {
         *self.log.dropped.lock().unwrap() = Some(Instant::now());
-    }
-}
-
-/// A waker that panics.
-pub(crate) struct Panicking;
-
-impl Wake for Panicking {
-    fn wake(self: Arc<Self>) {
-        // Without the panic hook, which would print a backtrace.
-        resume_unwind(Box::new("a waker that panics"));
     }
 }
 
