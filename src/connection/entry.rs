@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
     directive::Directive,
-    flags::{ACTIVE, ANSWERS, Flags, HANDSHAKE, LINGERS, READ_ONCE_MORE, RESPONDED},
+    flags::{ACTIVE, ANSWERS, Flags, HANDSHAKE, LINGERS, READ_ONCE_MORE, RESPONDED, STREAMLESS},
     sniffer::Sniffer,
     stagger::Place,
     state::ConnectionState,
@@ -45,20 +45,14 @@ impl<O> ConnectionEntry<O> {
     /// Records a read while the service stops.
     #[inline]
     pub(crate) fn read_while_stopping(&self, directive: Directive) {
-        if directive < Directive::Leave && self.flags.has(ACTIVE) {
-            return;
-        }
-        self.note_read(directive);
-    }
-
-    fn note_read(&self, directive: Directive) {
         let asked = if self.is_served() {
             Directive::Leave
         } else {
             Directive::Close
         };
         let answers = if directive >= asked { ANSWERS } else { 0 };
-        self.flags.set(ACTIVE | answers);
+        // A stream may begin and end before the next read.
+        self.flags.change(STREAMLESS, ACTIVE | answers);
     }
 
     /// Records that nothing is left to read: the peer has closed its writing side, or nothing was there

@@ -23,6 +23,15 @@ impl Flags {
         }
     }
 
+    /// Clears and sets flags. Writes only if something changes.
+    #[inline]
+    pub(crate) fn change(&self, clear: u16, set: u16) {
+        if self.0.load(Ordering::Relaxed) & (clear | set) != set {
+            self.0.fetch_and(!clear, Ordering::Relaxed);
+            self.0.fetch_or(set, Ordering::Relaxed);
+        }
+    }
+
     /// Clears a flag, and returns whether it was set.
     pub(crate) fn take(&self, flag: u16) -> bool {
         self.has(flag) && self.0.fetch_and(!flag, Ordering::Relaxed) & flag != 0
@@ -82,6 +91,8 @@ mod tests {
         assert!(flags.take(ACTIVE));
         assert!(!flags.take(ACTIVE) && !flags.has(ACTIVE));
         assert!(flags.has(ANSWERS) && flags.has(LINGERS));
+        flags.change(ANSWERS | LINGERS, ACTIVE);
+        assert!(flags.has(ACTIVE) && !flags.has(ANSWERS) && !flags.has(LINGERS));
         let none = Flags::new(0);
         none.set(READ_ONCE_MORE);
         assert!(none.has(READ_ONCE_MORE));

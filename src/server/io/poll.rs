@@ -206,8 +206,6 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         if !read.is_empty() {
             if directive > Directive::Stay {
                 entry.read_while_stopping(directive);
-                // A stream may begin and end before the next read.
-                entry.flags.take(STREAMLESS);
             }
             if !is_top {
                 return result;
