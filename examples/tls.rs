@@ -2,6 +2,7 @@
 //! replaced on SIGHUP, and client certificates.
 //!
 //! ```sh
+//! # Writes ca.pem and client.pem into the current folder, or into FOLDER:
 //! cargo run --example tls                                # or: -- 127.0.0.1:3443 FOLDER
 //! curl -i --cacert ca.pem https://localhost:3443/        # hello, over HTTP/2
 //! kill -HUP $(pgrep -x tls)                              # new connections get a new certificate

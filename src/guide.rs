@@ -1,6 +1,6 @@
 //! The guide: one page for each question.
 //!
-//! This module has no items and is compiled for the documentation only. Each page is a file under
+//! This module has only pages, and is compiled for the documentation only. Each page is a file under
 //! `docs/`. Its programs are doc tests. rustdoc shows some as not tested: other tests of this repository
 //! compile them and compare the text. Only the excerpt with tokio-graceful is not compiled.
 

@@ -74,7 +74,7 @@
 //! - `signal`: [`Graceful::drain`], [`Graceful::handle_signals`], [`GracefulBuilder::watchdog`] and
 //!   [`Report::exit_by_signal`].
 //! - `tracing`: log events with the target `tower_graceful`: each change of phase (`INFO`, or `WARN`
-//!   where something is cut), a line every two seconds while draining or closing, and once the
+//!   where something is cut or the cleanup does not end in time), a line every two seconds while draining or closing, and once the
 //!   [plan](Graceful::plan) (`DEBUG`).
 //! - `serde`, off by default: `Serialize` for [`Report`](Report#json), [`Snapshot`] and what they
 //!   hold.

@@ -1,7 +1,7 @@
 //! A service under systemd, with socket activation and the notifications of `Type=notify`.
 //!
 //! It sends `READY` when it serves, `STOPPING` at the start of the stop, and `EXTEND_TIMEOUT_USEC` if the
-//! stop may take longer than systemd's default. Its units are `app.service` and `app.socket` in this
+//! stop may take longer than 90 s, the `TimeoutStopSec=` of the unit and systemd's default. Its units are `app.service` and `app.socket` in this
 //! folder. A restart refuses no connection, because systemd keeps the socket open.
 //!
 //! ```sh

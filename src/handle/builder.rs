@@ -29,7 +29,8 @@ impl Graceful {
 ///
 /// [`grace_period`](Self::grace_period) is the one number that must agree with the environment that
 /// kills the process: `terminationGracePeriodSeconds` in Kubernetes, `TimeoutStopSec` in systemd.
-/// Delay, drain and cleanup are shares of it, laid end to end from the trigger:
+/// Delay, drain and cleanup are shares of it, laid end to end from the [trigger](Graceful#triggers),
+/// which is the event that starts the stop, usually SIGTERM:
 ///
 /// ```text
 /// trigger                                                          SIGKILL
@@ -268,7 +269,7 @@ impl GracefulBuilder {
     ///
     /// The process ends immediately: destructors, cleanup steps that have not begun, and unflushed
     /// buffers are skipped, and no [`Report`](crate::Report) is returned. [`build`](Self::build)
-    /// starts the control thread that does this. A service that has [stopped](Graceful::stopped) is
+    /// starts the [control thread](Graceful#runtime) that does this. A service that has [stopped](Graceful::stopped) is
     /// no longer watched, unless work that was given up has not ended and may block the runtime,
     /// such as a handler that blocks its thread. Other work that `main` waits for afterwards, such
     /// as `spawn_blocking` tasks at the end of the runtime, is not watched; for that, see
@@ -306,10 +307,11 @@ impl GracefulBuilder {
     /// True, the default: they wait until nothing is in flight, at most until the drain deadline.
     /// The listener stays open while draining, and new clients get a 503 with `Retry-After`.
     ///
-    /// False: they wait until draining starts. Then the listener closes, and the operating system
+    /// False: they wait until the delay is over. Then the listener closes, and the operating system
     /// refuses new connections. Most load balancers retry a refused connection on another server,
-    /// while few retry a 503. So requests that arrive while the listener closes are still served, for
-    /// at most a second.
+    /// while few retry a 503. Draining, which rejects requests, starts only after the listener has
+    /// closed, usually less than 200 ms later and at most two seconds later. So requests that arrive
+    /// while the listener closes are still served.
     pub fn keep_listening(mut self, keep: bool) -> Self {
         self.policy.keep_listening = keep;
         self
@@ -342,8 +344,8 @@ impl GracefulBuilder {
     ///
     /// | what keeps the socket | this option | what connects during the stop |
     /// |---|---|---|
-    /// | systemd socket activation | set by itself | waits in the queue until the next process has started |
-    /// | nothing, although the socket was passed: `systemd-socket-activate` and `systemfd` become the program | set by itself; `false` keeps accepting during the delay | is refused |
+    /// | systemd socket activation | true by default | waits in the queue until the next process has started |
+    /// | nothing, although the socket was passed: `systemd-socket-activate` and `systemfd` are replaced by the program (`exec`) and keep no copy | true by default; `false` keeps accepting during the delay | is refused |
     /// | circus, or another supervisor that names the descriptor in its own way | `true` | is accepted by another worker, or waits |
     /// | a restart in place by `ecdysis` or the like | `true` | is accepted by the new process, which runs already |
     /// | prefork: a parent binds, its children accept | `true` | is accepted by another child |
@@ -371,9 +373,9 @@ impl GracefulBuilder {
     /// ([`sd_listen_fds(3)`](https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html)),
     /// also where a library has removed the variables or duplicated the descriptor. Set the option
     /// where the passed descriptor was closed before the listener is given to this crate, where a
-    /// listener of another type wraps the passed one, and on other systems. Variables that name
-    /// another process, too many descriptors, or files that are not sockets make no listener a shared
-    /// one. If some listeners of a lifecycle are shared and others are not, each closes at its own
+    /// listener of another type wraps the passed one, and on other systems. If the variables name
+    /// another process, too many descriptors, or files that are not sockets, no listener counts as
+    /// shared. If some listeners of a lifecycle are shared and others are not, each closes at its own
     /// time, and the delay is that of a lifecycle without shared listeners.
     ///
     /// # Limits
@@ -474,7 +476,7 @@ impl GracefulBuilder {
     /// Sets the response to rejected requests. Default: one line of text. gRPC calls always get
     /// `UNAVAILABLE`, because gRPC clients understand nothing else.
     ///
-    /// `respond` is called once for each refused request with the [`Rejection`]: the reason, and the
+    /// `respond` is called once for each rejected request with the [`Rejection`]: the reason, and the
     /// method, URI, version and header fields of the request.
     ///
     /// `Retry-After` and, on HTTP/1, `Connection: close` are added if the response has no such

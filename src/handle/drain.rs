@@ -33,7 +33,7 @@ impl Graceful {
     /// deadline. If connections are tracked, it may close up to 250 ms before the deadline, so that
     /// connections with nothing in flight are closed and only the others are cut. With
     /// [`keep_listening(false)`](crate::GracefulBuilder::keep_listening) the server may close when
-    /// draining starts. Until something [triggers](Self#triggers) a stop, the future stays pending.
+    /// the delay is over, just before draining starts. Until something [triggers](Self#triggers) a stop, the future stays pending.
     ///
     /// This call installs the signal handlers, before the first poll of the future. Call it before
     /// a slow start-up, so that a SIGTERM during the start-up leads to an orderly exit. A signal

@@ -37,8 +37,8 @@ pub(crate) type Piece = admission::Piece<Lifecycle>;
 /// The permission of a refusal to read the body of its request.
 pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 
-/// The handle of a service's lifecycle. Use it to stop the service, to follow its phases, and to
-/// register work that the shutdown waits for.
+/// The handle of a service's *lifecycle*: its phase, its counts, its registered work and its stop. Use
+/// it to stop the service, to follow its phases, and to register work that the shutdown waits for.
 ///
 /// A handle is cheap to clone, and clones share one lifecycle. Pass a clone to everything that
 /// needs one.

@@ -338,7 +338,7 @@ impl Stop {
     /// [`probes`](Graceful::probes) and to routes outside the layer, may also come later.
     ///
     /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout) also applies to a worker that
-    /// waits for this; it begins afterwards.
+    /// waits for this. The timeout begins after this future has resolved.
     pub fn idle(&self) -> PhaseReached {
         PhaseReached::at_once(&self.draining.graceful, Phase::Closing)
     }

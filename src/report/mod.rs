@@ -41,8 +41,8 @@ use crate::phase::Phase;
 /// lost.
 ///
 /// [`Graceful::run`](crate::Graceful::run) and [`Graceful::serve`](crate::Graceful::serve) return
-/// it. It converts into an [`ExitCode`], so `main` can return it. Its `Display` form is a timeline
-/// for people, at most 80 columns wide. Its methods return the parts, for logs and metrics:
+/// it. It converts into an [`ExitCode`], so `main` can return it. Its methods return the parts, for
+/// logs and metrics. Its `Display` form is a timeline for people, at most 80 columns wide:
 ///
 /// ```text
 /// shutdown by SIGTERM: clean, 1.495 s

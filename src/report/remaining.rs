@@ -164,9 +164,10 @@ impl fmt::Display for CutHold {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct CutConnection {
-    /// The address of the peer: of a listener whose addresses are `SocketAddr`s, of a `TcpStream` that
-    /// was passed to [`Graceful::track`](crate::Graceful::track), or as set by
-    /// [`set_peer`](crate::GracefulIo::set_peer). `None` for others.
+    /// The address of the peer, if it is known. It is the address that was set with
+    /// [`set_peer`](crate::GracefulIo::set_peer). Otherwise it is the remote address of a `TcpStream`
+    /// that was passed to [`Graceful::track`](crate::Graceful::track), or the address that a listener
+    /// returned, if that is a `SocketAddr`.
     pub peer: Option<SocketAddr>,
     /// How long it had been open.
     #[cfg_attr(feature = "serde", serde(serialize_with = "super::json::seconds"))]

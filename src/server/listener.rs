@@ -37,8 +37,8 @@ const TRY_AGAIN: Duration = Duration::from_millis(5);
 ///
 /// The kernel completes TCP handshakes before a server accepts the connections. When a listener is
 /// closed, the kernel resets those still in its accept queue. So when this listener is to close, it
-/// accepts until the queue is empty, keeps new handshakes from beginning (a `TcpListener` on Linux),
-/// and then closes. The service waits for that, and for a read of each accepted connection, before it
+/// accepts until the queue is empty, keeps new TCP handshakes from beginning (only for a `TcpListener`
+/// on Linux), and then closes. The service waits for that, and for a read of each accepted connection, before it
 /// instructs the server to close its connections.
 pub struct GracefulListener<L: Listener> {
     /// `None` after it was removed from the runtime or closed.
