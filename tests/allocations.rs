@@ -280,3 +280,69 @@ mod idle_connections {
         assert!(serve - plain <= 56, "{of}");
     }
 }
+
+/// Connections that end as fast as new ones come.
+#[cfg(all(feature = "axum", feature = "signal"))]
+mod short_connections {
+    use std::{future, io, sync::Arc};
+
+    use axum::{Router, serve::Listener};
+    use tokio::{
+        io::{Empty, Join, Sink, empty, join, sink},
+        runtime,
+        sync::Notify,
+        task,
+    };
+
+    use super::*;
+
+    const CONNECTIONS: usize = 10_000;
+
+    /// Accepts connections that have ended, without a pause.
+    struct Backlog {
+        left: usize,
+        empty: Arc<Notify>,
+    }
+
+    impl Listener for Backlog {
+        type Io = Join<Empty, Sink>;
+        type Addr = ();
+
+        async fn accept(&mut self) -> (Self::Io, ()) {
+            // As a `TcpListener` does.
+            task::consume_budget().await;
+            if self.left == 0 {
+                self.empty.notify_one();
+                return future::pending().await;
+            }
+            self.left -= 1;
+            (join(empty(), sink()), ())
+        }
+
+        fn local_addr(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn connections_that_have_ended_hold_no_memory_while_others_wait_to_be_accepted() {
+        let runtime = runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let graceful = Graceful::new();
+        let empty = Arc::new(Notify::new());
+        let backlog = Backlog {
+            left: CONNECTIONS,
+            empty: Arc::clone(&empty),
+        };
+        let server = graceful.serve(backlog, Router::new());
+        let held = measure(|| {
+            runtime.block_on(async {
+                let _server = runtime.spawn(server.into_future());
+                empty.notified().await;
+            });
+        });
+        assert!(held.bytes_max < 3_000_000, "{} bytes", held.bytes_max);
+    }
+}

@@ -467,6 +467,38 @@ impl Listener for One {
     }
 }
 
+#[tokio::test]
+async fn a_panic_whose_value_panics_when_it_is_dropped_ends_its_connection_and_no_other() {
+    struct PanicsWhenDropped;
+
+    impl Drop for PanicsWhenDropped {
+        fn drop(&mut self) {
+            resume_unwind(Box::new("the destructor panics"));
+        }
+    }
+
+    async fn panics() {
+        resume_unwind(Box::new(PanicsWhenDropped));
+    }
+
+    let graceful = graceful();
+    let (tcp, address) = listener().await;
+    let app = router().route("/panics", get(panics));
+    let server = tokio::spawn(graceful.serve(tcp, app).into_future());
+    let mut client = TcpStream::connect(address).await.unwrap();
+    client
+        .write_all(b"GET /panics HTTP/1.1\r\nhost: test\r\n\r\n")
+        .await
+        .unwrap();
+    let read = time::timeout(BOUND, client.read(&mut [0; 100])).await;
+    assert!(!matches!(read.unwrap(), Ok(1..)));
+    let answer = ask(TcpStream::connect(address).await.unwrap()).await;
+    assert!(answer.ends_with("hello"), "{answer}");
+    graceful.shutdown();
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+}
+
 /// The last connection wakes the server when it ends. If the waker panics while the connection panics, the process
 /// aborts.
 #[tokio::test(start_paused = true)]

@@ -11,7 +11,8 @@ use super::{
     tracked,
 };
 use crate::{
-    handle::graceful::Graceful, shutdown::state::ClosingStage, waiting::shielded_wait::ShieldedWait,
+    background::shielded, handle::graceful::Graceful, shutdown::state::ClosingStage,
+    waiting::shielded_wait::ShieldedWait,
 };
 
 /// Where connections come from.
@@ -79,8 +80,9 @@ pub(super) async fn accept<L, M, S>(
             loop {
                 tokio::select! {
                     accepted = &mut accept => break accepted,
-                    // A panic in one connection does not affect the others.
-                    Some(_) = connections.join_next() => {}
+                    // A panic in one connection does not affect the others, nor does the destructor of
+                    // what it has panicked with.
+                    Some(ended) = connections.join_next() => shielded(|| drop(ended)),
                     _ = &mut closing => break 'accepting,
                 }
             }
@@ -88,6 +90,10 @@ pub(super) async fn accept<L, M, S>(
         let Ok(()) = poll_fn(|cx| app.poll_ready(cx)).await;
         let Ok(service) = app.call(Accepted::new(io.get_ref(), remote_addr)).await;
         connections.spawn(connection::serve(io, service, &settings, running.clone()));
+        // Each one that has ended takes memory until then, and new ones may come without a pause.
+        while let Some(ended) = connections.try_join_next() {
+            shielded(|| drop(ended));
+        }
     }
     drop((listener, running));
     // The last sender may be dropped by a panic of its connection. A waker that panics there as well would

@@ -13,6 +13,7 @@ use tokio::{
 
 use super::{ConnectionEntry, io::GracefulIo, tracked};
 use crate::{
+    background::shielded,
     connection::flags::{ACTIVE, HANDSHAKE, INSPECTED},
     events,
 };
@@ -295,7 +296,11 @@ where
                 biased;
                 Some(ended) = self.running.join_next() => match ended {
                     Ok(Some(accepted)) => return accepted,
-                    Err(error) if error.is_panic() => events::handshake_panicked(),
+                    Err(error) if error.is_panic() => {
+                        events::handshake_panicked();
+                        // The destructor of what it has panicked with may panic too.
+                        shielded(|| drop(error));
+                    }
                     Ok(None) | Err(_) => {}
                 },
                 (io, addr) = self.listener.accept() => (self.begin)(io, addr, &mut self.running),
