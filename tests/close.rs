@@ -33,7 +33,7 @@ use tokio::{
     sync::oneshot,
     task, time,
 };
-use tower_graceful::{Graceful, HandshakeExt, Outcome};
+use tower_graceful::{Graceful, HandshakeExt, Outcome, Phase};
 
 const BOUND: Duration = Duration::from_secs(10);
 
@@ -527,4 +527,36 @@ async fn a_connection_whose_peer_has_just_sent_something_is_not_reset() {
         let reset = client.take_error().unwrap();
         assert!(reset.is_none(), "budget: {budget}, {reset:?}");
     }
+}
+
+/// As above, and the client resets the connection. The first call that sees the error takes it from the socket, and the
+/// next one would see the end of the stream, as of a client that waits for its response.
+#[tokio::test]
+async fn a_reset_is_not_taken_for_a_client_that_has_closed_its_writing_side() {
+    let graceful = Graceful::builder()
+        .drain_delay(Duration::ZERO)
+        .keep_listening(false)
+        .build()
+        .unwrap();
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let client = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+    let (server, _) = tcp.accept().await.unwrap();
+    let mut io = graceful.track(server);
+    let _hold = graceful.hold("a request");
+    graceful.shutdown();
+    assert_eq!(graceful.phase(), Phase::Draining);
+    let nothing = time::timeout(Duration::from_millis(20), io.read(&mut [0])).await;
+    assert!(nothing.is_err());
+    while task::coop::has_budget_remaining() {
+        let _ = task::consume_budget().now_or_never();
+    }
+    let linger = socket2::SockRef::from(&client);
+    linger.set_linger(Some(Duration::ZERO)).unwrap();
+    drop(client);
+    let read = match io.read(&mut [0]).now_or_never() {
+        Some(read) => read,
+        None => time::timeout(BOUND, io.read(&mut [0])).await.unwrap(),
+    };
+    let kind = read.map_err(|error| error.kind());
+    assert_eq!(kind, Err(io::ErrorKind::ConnectionReset));
 }

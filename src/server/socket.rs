@@ -2,7 +2,11 @@
 
 use std::{
     any::Any,
-    io::{self, Read},
+    io::{
+        self,
+        ErrorKind::{Interrupted, WouldBlock},
+        Read,
+    },
     mem::MaybeUninit,
     task::Poll,
     time::Duration,
@@ -47,17 +51,15 @@ pub(super) fn read_now<I: 'static>(io: &I, buf: &mut ReadBuf<'_>) -> Poll<io::Re
     };
     // Checked first, because most idle connections have nothing to read, and a read without unsafe code
     // writes zeros into the whole buffer, which makes its 8 KiB resident.
-    if socket.peek(&mut [MaybeUninit::uninit()]).is_err() {
-        return Poll::Pending;
-    }
-    let read = (&*socket).read(buf.initialize_unfilled());
-    match read {
+    let peeked = socket.peek(&mut [MaybeUninit::uninit()]);
+    match peeked.and_then(|_| (&*socket).read(buf.initialize_unfilled())) {
         Ok(read) => {
             buf.advance(read);
             Poll::Ready(Ok(()))
         }
-        // The runtime reports a lasting error at the next poll.
-        Err(_) => Poll::Pending,
+        Err(error) if matches!(error.kind(), WouldBlock | Interrupted) => Poll::Pending,
+        // A socket reports the reset of its connection once, and then the end of the stream.
+        Err(error) => Poll::Ready(Err(error)),
     }
 }
 
