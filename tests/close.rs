@@ -3,6 +3,8 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
+mod pipes;
+
 use axum::{
     Router,
     body::Body,
@@ -24,16 +26,19 @@ use std::{
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr},
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf, duplex},
     net::{TcpListener, TcpSocket, TcpStream},
-    sync::oneshot,
+    sync::{Notify, mpsc, oneshot},
     task, time,
 };
 use tower_graceful::{Graceful, HandshakeExt, Outcome, Phase};
+
+use crate::pipes::Pipes;
 
 const BOUND: Duration = Duration::from_secs(10);
 
@@ -559,4 +564,85 @@ async fn a_reset_is_not_taken_for_a_client_that_has_closed_its_writing_side() {
     };
     let kind = read.map_err(|error| error.kind());
     assert_eq!(kind, Err(io::ErrorKind::ConnectionReset));
+}
+
+/// A client closes its writing side while its response is blocked, and receives the rest.
+async fn the_rest_is_received<L>(
+    own: bool,
+    stops: bool,
+    listener: impl FnOnce(&Graceful, Pipes) -> L,
+) where
+    L: Listener<Addr = ()>,
+{
+    const BODY: usize = 10_000;
+    let graceful = graceful();
+    let called = Arc::new(Notify::new());
+    let calls = Arc::clone(&called);
+    let handler = get(async move || {
+        calls.notify_one();
+        vec![b'x'; BODY]
+    });
+    let app = Router::new().route("/", handler).layer(graceful.layer());
+    let (pipes, accepted) = mpsc::unbounded_channel();
+    let listener = listener(&graceful, Pipes(accepted));
+    let server = if own {
+        tokio::spawn(graceful.serve(listener, app).into_future())
+    } else {
+        let server = axum::serve(listener, app);
+        tokio::spawn(graceful.run(server.with_graceful_shutdown(graceful.drain())))
+    };
+    let (mut client, pipe) = duplex(1_000);
+    pipes.send(pipe).unwrap();
+    client
+        .write_all(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")
+        .await
+        .unwrap();
+    called.notified().await;
+    while graceful.in_flight() > 0 {
+        task::yield_now().await;
+    }
+    if stops {
+        graceful.shutdown();
+    }
+    client.shutdown().await.unwrap();
+    // Until every task waits.
+    time::sleep(Duration::from_millis(10)).await;
+    let mut response = Vec::new();
+    let read = time::timeout(BOUND, client.read_to_end(&mut response)).await;
+    read.unwrap().unwrap();
+    let whole = response.ends_with(&[b'x'; BODY]);
+    assert!(
+        whole,
+        "own: {own}, stops: {stops}, {} bytes",
+        response.len()
+    );
+    closed(&graceful).await;
+    graceful.shutdown();
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+}
+
+const FORMS: [(bool, bool); 4] = [(true, false), (true, true), (false, false), (false, true)];
+
+/// hyper would drop the rest of the response if it read the end of what the client sends, although the request has
+/// finished.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_closes_its_writing_side_while_a_write_is_blocked_receives_the_rest() {
+    for (own, stops) in FORMS {
+        the_rest_is_received(own, stops, |graceful, pipes| graceful.listener(pipes)).await;
+    }
+}
+
+/// TLS and other IO with a buffer takes all bytes at once.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_closes_its_writing_side_while_a_flush_is_blocked_receives_the_rest() {
+    for (own, stops) in FORMS {
+        the_rest_is_received(own, stops, |graceful, pipes| {
+            let tracked = graceful.listener(pipes);
+            tracked.handshakes(BOUND, async |io| {
+                Ok::<_, io::Error>(BufWriter::with_capacity(1 << 16, io))
+            })
+        })
+        .await;
+    }
 }

@@ -141,7 +141,6 @@ impl ConnectionState {
     }
 
     /// Wakes the task that reads, so that it checks what has changed elsewhere.
-    #[cfg(feature = "axum")]
     pub(crate) fn wake_reader(&self) {
         let woken = lock!(self.wakers).of(WakerSlot::Read);
         woken.wake();

@@ -163,7 +163,9 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// - False: the FIN drops the handler at once, and the client gets no response. During a
     ///   shutdown the dropped request is reported in
     ///   [`Remaining::half_closed`](crate::Remaining::half_closed), and the outcome is
-    ///   [`Forced`](crate::Outcome::Forced), because the client may have waited.
+    ///   [`Forced`](crate::Outcome::Forced), because the client may have waited. While bytes of a
+    ///   response wait for the client to take them, the FIN is not seen, on axum's server with a tracked
+    ///   listener too. So a response that is finished is received whole.
     ///
     /// HTTP/2 has no such ambiguity, and the setting does not apply to it. axum's own server has no
     /// such setting and drops the handler.

@@ -79,8 +79,10 @@ pub struct GracefulIo<I: 'static> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Writing {
     Open,
-    /// The last write returned `Pending`.
+    /// The last write or flush returned `Pending`.
     Blocked,
+    /// As `Blocked`, and the server is not told yet that the peer has closed its writing side.
+    BlockedAtEnd,
     /// The server has closed it.
     Shut,
 }

@@ -12,7 +12,7 @@ use super::{GracefulIo, Peer, Writing, present};
 use crate::{
     connection::{
         directive::Directive,
-        flags::{BUSY, HANDSHAKE, INSPECTED, RESPONDED, STREAMLESS},
+        flags::{BUSY, HANDSHAKE, INSPECTED, RESPONDED, STREAMLESS, UPGRADED},
         wakers::WakerSlot,
     },
     phase::Phase,
@@ -95,7 +95,35 @@ impl<I: 'static> GracefulIo<I> {
             None => responded,
         };
         // Without `linger` the IO is no socket, and its protocol is unknown.
-        self.linger.is_some() && !in_flight && self.writing != Writing::Blocked && !owes()
+        self.linger.is_some() && !in_flight && !self.is_blocked() && !owes()
+    }
+
+    fn is_blocked(&self) -> bool {
+        matches!(self.writing, Writing::Blocked | Writing::BlockedAtEnd)
+    }
+
+    fn speaks_http1(&self) -> bool {
+        let entry = &self.guard.entry;
+        entry.sniffer.is_http1() && !entry.flags.has(UPGRADED)
+    }
+
+    /// Records whether a write or a flush was blocked.
+    #[inline]
+    fn note_writing(&mut self, is_pending: bool) {
+        match (self.writing, is_pending) {
+            (Writing::BlockedAtEnd, true) => {}
+            (_, true) => self.writing = Writing::Blocked,
+            (_, false) => self.unblock(Writing::Open),
+        }
+    }
+
+    #[inline]
+    fn unblock(&mut self, writing: Writing) {
+        if self.writing == Writing::BlockedAtEnd {
+            // The server reads the end now.
+            self.guard.entry.state.wake_reader();
+        }
+        self.writing = writing;
     }
 
     #[cold]
@@ -134,11 +162,7 @@ impl<I: 'static> GracefulIo<I> {
         let result = write(Pin::new(this.get_mut()), cx);
         let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
         this.activity.wrote(upgrades, result.is_ready());
-        this.writing = if result.is_pending() {
-            Writing::Blocked
-        } else {
-            Writing::Open
-        };
+        this.note_writing(result.is_pending());
         match &result {
             Poll::Ready(Ok(bytes)) => {
                 let written = if upgrades {
@@ -249,10 +273,16 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 }
             }
             Poll::Ready(Ok(())) if room => {
-                this.peer = Peer::Finished;
                 if this.layer == 0 {
-                    this.guard.entry.was_read_once_more();
+                    entry.was_read_once_more();
                 }
+                if is_top && this.is_blocked() && this.speaks_http1() {
+                    // The client may still read. If hyper read the end now, it would drop the rest of the
+                    // response, whose request may have finished.
+                    this.writing = Writing::BlockedAtEnd;
+                    return Poll::Pending;
+                }
+                this.peer = Peer::Finished;
                 if is_top {
                     entry.sniffer.note_end();
                 }
@@ -277,6 +307,9 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
         self.enter(WakerSlot::Write, cx)?;
         let result = Pin::new(present(self.io.as_mut())).poll_flush(cx);
         self.activity.flushed(result.is_ready());
+        if self.writing != Writing::Shut {
+            self.note_writing(result.is_pending());
+        }
         result
     }
 
@@ -284,7 +317,7 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
         self.enter(WakerSlot::Write, cx)?;
         let result = Pin::new(present(self.io.as_mut())).poll_shutdown(cx);
         if matches!(result, Poll::Ready(Ok(()))) {
-            self.writing = Writing::Shut;
+            self.unblock(Writing::Shut);
         }
         result
     }
