@@ -72,6 +72,9 @@ struct Open<O> {
     half_closed: usize,
     /// The latest directive to all connections.
     directive: Directive,
+    /// How often [`Directive::Expire`] was given. A connection that had something to wait for the last time
+    /// may have nothing left to wait for.
+    expiries: u32,
     /// The connections that have not been given it yet.
     uninstructed: Vec<Arc<ConnectionEntry<O>>>,
 }
@@ -106,6 +109,7 @@ impl<O> Default for ConnectionTable<O> {
                 watched: 0,
                 half_closed: 0,
                 directive: Directive::default(),
+                expiries: 0,
                 uninstructed: Vec::new(),
             }),
         }
@@ -322,14 +326,6 @@ impl<O> ConnectionTable<O> {
         list
     }
 
-    /// Makes every connection read its directive again.
-    pub(crate) fn wake_all(&self) {
-        let connections = lock!(self.open).connections.clone();
-        for entry in connections {
-            entry.state.wake_all();
-        }
-    }
-
     /// Whether all connections that were open have been asked to leave.
     #[cfg(all(feature = "axum", feature = "signal"))]
     pub(crate) fn asks_all(&self) -> bool {
@@ -349,12 +345,13 @@ impl<O> ConnectionTable<O> {
     }
 
     /// Instructs every open connection. A connection that is inserted later gets the directive too
-    /// if it is `Read` or later, and `Stopping` otherwise.
-    pub(crate) fn instruct(&self, directive: Directive) {
+    /// if it is `Read` or later, and `Stopping` otherwise. If `expiries`, the number of times that
+    /// [`Expire`](Directive::Expire) was given, has grown, every connection reads that directive again.
+    pub(crate) fn instruct(&self, directive: Directive, expiries: u32) {
         let mut open = lock!(self.open);
         let mut former = Vec::new();
-        if open.directive < directive {
-            open.directive = directive;
+        if (open.directive, open.expiries) < (directive, expiries) {
+            (open.directive, open.expiries) = (directive, expiries);
             let all = open.connections.clone();
             former = mem::replace(&mut open.uninstructed, all);
         }
@@ -363,15 +360,18 @@ impl<O> ConnectionTable<O> {
         drop(former);
         // One after another, so that the next call continues with the rest if a waker blocks.
         loop {
-            let (entry, directive) = {
+            let (entry, directive, expiries) = {
                 let mut open = lock!(self.open);
                 let Some(entry) = open.uninstructed.pop() else {
                     open.uninstructed = Vec::new();
                     return;
                 };
-                (entry, open.directive)
+                (entry, open.directive, open.expiries)
             };
             entry.state.instruct(directive);
+            if expiries > 1 {
+                entry.state.wake_all();
+            }
         }
     }
 }
@@ -433,7 +433,7 @@ mod models {
                 let table = Arc::clone(&table);
                 thread::spawn(move || table.insert((), None))
             };
-            table.instruct(Directive::Close);
+            table.instruct(Directive::Close, 0);
             let second = inserting.join().unwrap();
             for entry in [first, second] {
                 assert_eq!(entry.state.directive(), Directive::Close);
@@ -444,7 +444,11 @@ mod models {
 
 #[cfg(all(test, target_pointer_width = "64", not(tower_graceful_loom)))]
 mod tests {
-    use std::{task::Context, thread};
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering::Relaxed},
+        task::{Context, Wake},
+        thread,
+    };
 
     use super::*;
     use crate::{
@@ -462,25 +466,50 @@ mod tests {
         );
     }
 
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Relaxed);
+        }
+    }
+
     /// Whichever order is used, a connection comes after the one whose waker blocks.
     #[test]
     fn a_waker_that_blocks_keeps_no_other_connection_from_its_directive() {
-        let table = ConnectionTable::<()>::default();
-        let entries = [(); 3].map(|()| table.insert((), None));
-        let (blocks, is_woken, release) = wakers::blocking();
-        let cx = Context::from_waker(&blocks);
-        let mut waker = RegisteredWaker::default();
-        let state = &entries[1].state;
-        state.enter(&mut waker, WakerSlot::Read, &cx);
-        thread::scope(|scope| {
-            scope.spawn(|| table.instruct(Directive::Cut));
-            is_woken.recv().unwrap();
-            // As the driver does, which publishes the same directive again.
-            table.instruct(Directive::Cut);
-            for entry in &entries {
-                assert_eq!(entry.state.directive(), Directive::Cut);
+        for (before, directive, expiries) in [
+            (None, Directive::Cut, 0),
+            (Some((Directive::Expire, 1)), Directive::Expire, 2),
+        ] {
+            let table = ConnectionTable::<()>::default();
+            let entries = [(); 3].map(|()| table.insert((), None));
+            if let Some((directive, expiries)) = before {
+                table.instruct(directive, expiries);
             }
-            drop(release);
-        });
+            let (blocks, is_woken, release) = wakers::blocking();
+            let others = Arc::new(Woken::default());
+            let woken = [
+                Arc::clone(&others).into(),
+                blocks,
+                Arc::clone(&others).into(),
+            ];
+            for (entry, waker) in entries.iter().zip(&woken) {
+                let cx = Context::from_waker(waker);
+                let mut registered = RegisteredWaker::default();
+                entry.state.enter(&mut registered, WakerSlot::Read, &cx);
+            }
+            thread::scope(|scope| {
+                scope.spawn(|| table.instruct(directive, expiries));
+                is_woken.recv().unwrap();
+                // As the driver does, which publishes the same directive again.
+                table.instruct(directive, expiries);
+                assert_eq!(others.0.load(Relaxed), 2, "{directive:?}");
+                for entry in &entries {
+                    assert_eq!(entry.state.directive(), directive);
+                }
+                drop(release);
+            });
+        }
     }
 }

@@ -312,7 +312,7 @@ mod tests {
         let _client = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
         let (io, addr) = tcp.accept().await.unwrap();
         let listener = GracefulListener::within(graceful.clone(), tcp);
-        graceful.shared().connections.instruct(Directive::Cut);
+        graceful.shared().connections.instruct(Directive::Cut, 0);
         drop(listener.track(io, &addr));
         assert_eq!(graceful.shared().starved.reset_queues(), 1);
     }

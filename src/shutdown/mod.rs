@@ -36,7 +36,7 @@ use std::{
     ops::Deref,
     sync::{
         Arc, LazyLock, Mutex, MutexGuard, OnceLock, Weak,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -113,8 +113,6 @@ pub(crate) struct Lifecycle {
     plan_logged: AtomicBool,
     /// A driver is alive. Changes under the lock, and is read without it.
     driven: AtomicBool,
-    /// How often connections have been woken because they may have expired.
-    expiries: AtomicU32,
     /// The last update that the control thread published.
     published: Mutex<Option<Update>>,
     state: Mutex<State>,
@@ -149,7 +147,6 @@ impl Lifecycle {
             log: events::Queue::default(),
             plan_logged: AtomicBool::new(false),
             driven: AtomicBool::new(false),
-            expiries: AtomicU32::new(0),
             published: Mutex::new(None),
             state: Mutex::new(State::default()),
         }

@@ -4,7 +4,7 @@
 //! nothing.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     task::{Context, Waker},
 };
 
@@ -208,13 +208,8 @@ impl Lifecycle {
     /// Publishes an update to connections, servers and waiters. No lock may be held, because wakers
     /// may call back. A panic in one of them does not keep the others from being notified.
     fn publish(&self, update: Update) {
-        shielded(|| self.connections.instruct(update.connections));
-        let woken = self.expiries.fetch_max(update.expiries, Ordering::Relaxed);
-        if update.expiries > woken.max(1) {
-            // Connections that had something to wait for at the last check may have nothing left
-            // now. Once for each expiry, because the same update is published many times.
-            shielded(|| self.connections.wake_all());
-        }
+        let connections = &self.connections;
+        shielded(|| connections.instruct(update.connections, update.expiries));
         shielded(|| advance(&self.closing_stages, update.closing_stage));
         shielded(|| advance(&self.phases, update.moment.phase));
         if update.moment.phase > Phase::LameDuck {
