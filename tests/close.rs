@@ -25,6 +25,7 @@ use std::{
     future::ready,
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr},
+    panic::resume_unwind,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -564,6 +565,50 @@ async fn a_reset_is_not_taken_for_a_client_that_has_closed_its_writing_side() {
     };
     let kind = read.map_err(|error| error.kind());
     assert_eq!(kind, Err(io::ErrorKind::ConnectionReset));
+}
+
+/// The task of the connection ends by the panic, and the response before it is still on its way.
+#[tokio::test]
+async fn a_handler_that_panics_takes_nothing_from_the_response_before_its_request() {
+    const BODY: usize = 200_000;
+    let graceful = graceful();
+    let called = Arc::new(Notify::new());
+    let calls = Arc::clone(&called);
+    let panics = async move || -> () {
+        calls.notify_one();
+        resume_unwind(Box::new("a handler that panics"))
+    };
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = tcp.local_addr().unwrap();
+    let app = Router::new()
+        .route("/big", get(|| async { vec![b'x'; BODY] }))
+        .route("/panics", get(panics))
+        .layer(graceful.layer());
+    let server = tokio::spawn(graceful.serve(tcp, app).into_future());
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut client = socket.connect(address).await.unwrap();
+    let ask = async |client: &mut TcpStream, path: &str| {
+        let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n");
+        client.write_all(request.as_bytes()).await.unwrap();
+    };
+    ask(&mut client, "/big").await;
+    ask(&mut client, "/panics").await;
+    // The rest of its poll, which drops the connection, comes before this task runs.
+    time::timeout(BOUND, called.notified()).await.unwrap();
+    ask(&mut client, "/big").await;
+    let mut response = Vec::new();
+    let read = time::timeout(BOUND, client.read_to_end(&mut response)).await;
+    read.unwrap().unwrap();
+    assert!(
+        response.ends_with(&[b'x'; BODY]),
+        "{} bytes",
+        response.len()
+    );
+    drop(client);
+    graceful.shutdown();
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
 }
 
 /// A client closes its writing side while its response is blocked, and receives the rest.

@@ -11,7 +11,7 @@ use tokio::{
     time,
 };
 
-use super::{ConnectionEntry, io::GracefulIo, tracked};
+use super::{ConnectionEntry, io::GracefulIo, requests, tracked};
 use crate::{
     background::shielded,
     connection::flags::{ACTIVE, HANDSHAKE, INSPECTED},
@@ -250,8 +250,9 @@ struct RunningHandshake(Arc<ConnectionEntry>);
 impl RunningHandshake {
     fn new<I>(io: &GracefulIo<I>) -> Self {
         let entry = Arc::clone(io.entry());
-        // The bytes are not HTTP yet, so they are not searched for requests.
+        // The bytes are not HTTP yet, so they are not searched for requests. The listener may have read some.
         entry.flags.take(INSPECTED);
+        requests::end(&entry);
         entry.flags.set(HANDSHAKE);
         Self(entry)
     }
@@ -322,5 +323,26 @@ where
             .field("listener", &self.listener)
             .field("running", &self.running.len())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+    use crate::Graceful;
+
+    #[tokio::test]
+    async fn what_a_listener_has_read_before_a_handshake_is_not_kept() {
+        let graceful = Graceful::new();
+        let (mut client, server) = duplex(100);
+        let mut io = graceful.track(server);
+        client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        io.read_exact(&mut [0; 16]).await.unwrap();
+        let handshake = RunningHandshake::new(&io);
+        let number = io.entry().number();
+        assert!(graceful.shared().requests.take(number).is_none());
+        drop(handshake);
     }
 }

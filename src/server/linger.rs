@@ -33,7 +33,6 @@
 use std::{
     pin::Pin,
     task::{Context, Poll, Waker, ready},
-    thread,
     time::Duration,
 };
 
@@ -152,7 +151,7 @@ where
             return;
         }
     }
-    if lingering.is_idle() || thread::panicking() {
+    if lingering.is_idle() {
         return;
     }
     lingering.guard.entry.flags.set(LINGERS);
