@@ -601,7 +601,7 @@ async fn a_handler_that_panics_takes_nothing_from_the_response_before_its_reques
     let read = time::timeout(BOUND, client.read_to_end(&mut response)).await;
     read.unwrap().unwrap();
     assert!(
-        response.ends_with(&[b'x'; BODY]),
+        response.ends_with(&vec![b'x'; BODY]),
         "{} bytes",
         response.len()
     );
@@ -655,7 +655,7 @@ async fn the_rest_is_received<L>(
     let mut response = Vec::new();
     let read = time::timeout(BOUND, client.read_to_end(&mut response)).await;
     read.unwrap().unwrap();
-    let whole = response.ends_with(&[b'x'; BODY]);
+    let whole = response.ends_with(&vec![b'x'; BODY]);
     assert!(
         whole,
         "own: {own}, stops: {stops}, {} bytes",

@@ -20,7 +20,7 @@ use crate::{
         linger::{CLOSING_BYTES, Written},
         requests,
         send_queue::unacknowledged,
-        socket::{read_now, tcp},
+        socket::{has_unread, read_now, tcp},
     },
 };
 
@@ -267,7 +267,8 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             Poll::Pending if is_top => {
                 entry.sniffer.note_nothing();
                 let owner = &entry.owner;
-                if this.activity.is_idle(&owner.starved, || owner.in_flight()) {
+                // Asks the operating system too: the runtime may not have done so since the peer sent.
+                if this.activity.is_idle(&owner.starved, || owner.in_flight()) && !has_unread(io) {
                     // Reports the end of the stream, so that the server closes the connection.
                     return Poll::Ready(Ok(()));
                 }
@@ -333,5 +334,67 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
 
     fn is_write_vectored(&self) -> bool {
         self.get_ref().is_write_vectored()
+    }
+}
+
+#[cfg(all(test, unix, not(tower_graceful_loom)))]
+mod tests {
+    use std::{
+        io::Write,
+        net::{self, Ipv4Addr},
+        sync::Arc,
+        time::Duration,
+    };
+
+    use futures_util::FutureExt;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+        task::{consume_budget, coop},
+        time,
+    };
+
+    use crate::{
+        Graceful,
+        connection::descriptors::{Socket, SocketKind},
+    };
+
+    /// The request is in the socket, and the runtime does not tell.
+    #[tokio::test]
+    async fn a_connection_with_an_unread_request_is_not_closed_for_its_descriptor() {
+        let graceful = Graceful::new();
+        let starved = &graceful.shared().starved;
+        starved.mark_layered();
+        let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let mut client = net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+        let mut io = graceful.track(tcp.accept().await.unwrap().0);
+        let request = b"GET / HTTP/1.1\r\n\r\n";
+        client.write_all(request).unwrap();
+        io.read_exact(&mut [0; 18]).await.unwrap();
+        io.write_all(b"HTTP/1.1 204 No Content\r\n\r\n")
+            .await
+            .unwrap();
+        let nothing = time::timeout(Duration::from_millis(20), io.read(&mut [0])).await;
+        assert!(nothing.is_err());
+        let kind = SocketKind::Tcp(tcp.into_std().unwrap());
+        let is_passed = false;
+        starved.add_waiting(&Arc::new(Socket { kind, is_passed }));
+        let round = async || {
+            while starved.begin_round().is_none() {
+                time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        round().await;
+        assert!(io.read(&mut [0]).now_or_never().is_none());
+        for _ in 0..3 {
+            round().await;
+        }
+        client.write_all(request).unwrap();
+        while coop::has_budget_remaining() {
+            let _ = consume_budget().now_or_never();
+        }
+        let read = io.read(&mut [0]).now_or_never();
+        assert!(read.is_none(), "{read:?}");
+        assert_eq!(io.read(&mut [0; 18]).await.unwrap(), 18);
     }
 }
