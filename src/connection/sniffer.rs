@@ -36,10 +36,8 @@
 //!
 //! # On other servers
 //!
-//! On a server other than `serve` the requests are not known. There the sniffer records only
-//! whether a peer that has closed its writing side may be waiting for a response. That is the case
-//! if the last bytes that passed were read and end in an empty line, as those of a request without
-//! a body or with a chunked body do.
+//! On a server other than `serve` the requests are not known. There the sniffer records only the protocol,
+//! and whether the peer has closed its writing side.
 //!
 //! This file is long because the argument above and the code must be read together.
 //!
@@ -79,14 +77,12 @@ const MID_LINE: u16 = 1 << 2;
 const ENDED: u16 = 1 << 3;
 /// The connection was accepted when other connections had already been asked to leave.
 const LATE: u16 = 1 << 4;
-/// The last bytes that passed were read, and may be the end of a request.
-const ASKED: u16 = 1 << 5;
 /// The server speaks HTTP/1 only.
-const HTTP1_ONLY: u16 = 1 << 6;
+const HTTP1_ONLY: u16 = 1 << 5;
 /// The awaited head has begun. Has no meaning while no head is awaited.
-const BEGUN: u16 = 1 << 7;
+const BEGUN: u16 = 1 << 6;
 /// A head was completed since the flag was last cleared.
-const COMPLETED: u16 = 1 << 8;
+const COMPLETED: u16 = 1 << 7;
 /// The position of the index into [`HELD_BACK`].
 const HELD_BACK_SHIFT: u32 = 12;
 
@@ -157,14 +153,12 @@ impl Sniffer {
         self.preface.store(UPGRADED, Relaxed);
     }
 
-    /// Records a read. `admits` tells whether the service admits requests at this time. Returns
-    /// the number of bytes at the end of `read`, at most three, that the caller holds back until
-    /// the next read.
+    /// Records a read. Returns the number of bytes at the end of `read`, at most three, that the caller
+    /// holds back until the next read.
     #[inline]
-    pub(crate) fn note(&self, read: &[u8], admits: impl FnOnce() -> bool) -> usize {
+    pub(crate) fn note(&self, read: &[u8]) -> usize {
         if !self.has(LISTENING) {
             self.note_preface(read);
-            self.set(ASKED, read.ends_with(b"\r\n\r\n") && admits());
             return 0;
         }
         let kept = match self.preface.load(Relaxed) {
@@ -216,14 +210,6 @@ impl Sniffer {
         }
     }
 
-    /// Records a write.
-    #[inline]
-    pub(crate) fn note_write(&self) {
-        if self.has(ASKED) {
-            self.set(ASKED, false);
-        }
-    }
-
     /// Records a read that found no bytes.
     #[inline]
     pub(crate) fn note_nothing(&self) {
@@ -240,12 +226,6 @@ impl Sniffer {
     /// The peer has closed its writing side.
     pub(crate) fn has_ended(&self) -> bool {
         self.has(ENDED)
-    }
-
-    /// Whether a connection on another server than `serve` has an unanswered request if it is
-    /// dropped now, as far as its bytes show.
-    pub(crate) fn is_unanswered(&self) -> bool {
-        self.has(ASKED) && self.has_ended()
     }
 
     /// A number that changes when something other than empty lines has been read.
@@ -321,7 +301,7 @@ mod tests {
         let sniffer = Sniffer::default();
         sniffer.listen();
         for piece in pieces {
-            sniffer.note(piece, || true);
+            sniffer.note(piece);
         }
         sniffer
     }
@@ -362,9 +342,9 @@ mod tests {
         assert!(sniffer.head_has_begun());
         sniffer.await_head();
         assert!(sniffer.head_has_begun() && !sniffer.take_completed());
-        sniffer.note(b" / HTTP/1.1\r\n\r\n", || true);
+        sniffer.note(b" / HTTP/1.1\r\n\r\n");
         assert!(!next_has_begun(&sniffer));
-        sniffer.note(b"G", || true);
+        sniffer.note(b"G");
         assert!(sniffer.head_has_begun());
     }
 
@@ -372,9 +352,9 @@ mod tests {
     fn a_head_whose_first_bytes_came_with_the_request_before_has_begun() {
         let sniffer = sniffer(&[b"GET / HTTP/1.1\r\n\r\n"]);
         sniffer.await_head();
-        sniffer.note(b" / HTTP/1.1\r\n\r\nG", || true);
+        sniffer.note(b" / HTTP/1.1\r\n\r\nG");
         assert!(next_has_begun(&sniffer));
-        sniffer.note(b"GET / HTTP/1.1\r\n\r\nG", || true);
+        sniffer.note(b"GET / HTTP/1.1\r\n\r\nG");
         sniffer.note_nothing();
         assert!(!next_has_begun(&sniffer), "all was consumed");
     }
@@ -384,12 +364,12 @@ mod tests {
         for lines in [&b"\r\n"[..], b"\n", b"\r", b"\r\n\r\n", b"\r\n\r"] {
             let sniffer = sniffer(&[]);
             sniffer.await_head();
-            assert_eq!(sniffer.note(lines, || true), 0);
+            assert_eq!(sniffer.note(lines), 0);
             assert!(!sniffer.head_has_begun(), "{lines:?}");
             assert!(!next_has_begun(&sniffer));
-            sniffer.note(lines, || true);
+            sniffer.note(lines);
             assert!(!sniffer.head_has_begun(), "{lines:?}");
-            sniffer.note(&[lines, b"G"].concat(), || true);
+            sniffer.note(&[lines, b"G"].concat());
             assert!(sniffer.head_has_begun(), "{lines:?}");
         }
     }
@@ -398,7 +378,7 @@ mod tests {
     fn http2_has_no_heads_that_are_awaited() {
         let sniffer = sniffer(&[&PREFACE[..20]]);
         assert!(sniffer.head_has_begun());
-        sniffer.note(&PREFACE[20..], || true);
+        sniffer.note(&PREFACE[20..]);
         assert!(!sniffer.head_has_begun());
     }
 
@@ -408,7 +388,7 @@ mod tests {
             let line = [b"bodyGET / HTTP/1.1", line_break].concat();
             assert_eq!(usize::from(held_back_index(&line)), kept, "{line:?}");
             let sniffer = sniffer(&[]);
-            assert_eq!(sniffer.note(&line, || true), line_break.len());
+            assert_eq!(sniffer.note(&line), line_break.len());
             sniffer.await_head();
             assert!(next_has_begun(&sniffer));
             // The bytes are passed on in order, as many as there is room for.
@@ -438,10 +418,10 @@ mod tests {
             assert_eq!(held_back_index(line), 0, "{line:?}");
         }
         let http2 = sniffer(&[&PREFACE]);
-        assert_eq!(http2.note(b"a frame\r\n", || true), 0);
+        assert_eq!(http2.note(b"a frame\r\n"), 0);
         let upgraded = sniffer(&[b"GET / HTTP/1.1\r\n\r\n"]);
         upgraded.upgraded();
-        assert_eq!(upgraded.note(b"a line\r\n", || true), 0);
+        assert_eq!(upgraded.note(b"a line\r\n"), 0);
     }
 
     #[test]
@@ -473,32 +453,12 @@ mod tests {
             assert_eq!(held_back_index(body.as_bytes()), 0, "{body:?}");
             let sniffer = sniffer(&[b"POST / HTTP/1.1\r\n\r\n"]);
             sniffer.head_is_complete();
-            assert_eq!(sniffer.note(body.as_bytes(), || true), 0);
+            assert_eq!(sniffer.note(body.as_bytes()), 0);
             sniffer.await_head();
             assert!(!sniffer.head_has_begun(), "{body:?}");
             // Of an awaited head the first byte is enough.
-            sniffer.note(body.as_bytes(), || true);
+            sniffer.note(body.as_bytes());
             assert!(sniffer.head_has_begun(), "{body:?}");
         }
-    }
-
-    #[test]
-    fn on_other_servers_a_request_before_the_end_is_unanswered_until_something_is_written() {
-        let sniffer = Sniffer::default();
-        assert_eq!(sniffer.note(b"GET / HTTP/1.1\r\n", || true), 0);
-        sniffer.note_end();
-        assert!(!sniffer.is_unanswered(), "no whole head");
-        let sniffer = Sniffer::default();
-        sniffer.note(b"GET / HTTP/1.1\r\n\r\n", || true);
-        assert!(!sniffer.is_unanswered(), "the client may send more");
-        sniffer.note_nothing();
-        sniffer.note_end();
-        assert!(sniffer.is_unanswered());
-        sniffer.note_write();
-        assert!(!sniffer.is_unanswered());
-        let sniffer = Sniffer::default();
-        sniffer.note(b"GET / HTTP/1.1\r\n\r\n", || false);
-        sniffer.note_end();
-        assert!(!sniffer.is_unanswered(), "it would have been refused");
     }
 }

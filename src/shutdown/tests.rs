@@ -500,7 +500,7 @@ fn stop_in_handshake(drain: u64) -> (Stop, Arc<ConnectionEntry<Shared>>) {
     stop.close_listener();
     let entry = stop.connect_and_read();
     entry.flags.set(HANDSHAKE);
-    entry.sniffer.note(b"\x16\x03\x01", || true);
+    entry.sniffer.note(b"\x16\x03\x01");
     (stop, entry)
 }
 
@@ -1070,9 +1070,7 @@ async fn the_streams_of_an_http2_connection_do_not_hide_an_idle_connection_of_a_
     let mut stop = Stop::new(300, 5000, |it| it.shared_listener(true));
     stop.listen();
     let [http2, idle] = [stop.connect_and_read(), stop.connect_and_read()];
-    http2
-        .sniffer
-        .note(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", || true);
+    http2.sniffer.note(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
     // As many requests as connections, all of them on one connection.
     let permits = [(); 2].map(|()| stop.shared().admission().admit().unwrap());
     stop.terminate();

@@ -22,13 +22,16 @@ impl Heads {
     const ASKING: u8 = 16;
     /// The bytes read since the last write begin with a request for a probe.
     const PROBE: u8 = 32;
+    /// The last bytes that passed were read, end in an empty line, and are no probe. They may be the end of a
+    /// request, and the service admitted requests when they came.
+    const ASKED: u8 = 64;
 
     pub(super) fn first_is_whole(self) -> bool {
         self.0 & Self::FIRST == Self::WHOLE
     }
 
-    pub(super) fn last_is_probe(self) -> bool {
-        self.0 & Self::PROBE != 0
+    pub(super) fn is_asked(self) -> bool {
+        self.0 & Self::ASKED != 0
     }
 
     pub(super) fn last_is_bodiless(self) -> bool {
@@ -51,10 +54,15 @@ impl Heads {
     }
 
     /// A request may arrive in several reads, because servers first read a few bytes to tell HTTP/1 from
-    /// HTTP/2.
+    /// HTTP/2. `admits` tells whether the service admits requests at this time.
     #[inline]
-    pub(super) fn note_last(&mut self, read: &[u8], is_probe: impl FnOnce() -> bool) {
-        let mut bits = self.0 & !Self::BODILESS;
+    pub(super) fn note_last(
+        &mut self,
+        read: &[u8],
+        is_probe: impl FnOnce() -> bool,
+        admits: impl FnOnce() -> bool,
+    ) {
+        let mut bits = self.0 & !(Self::BODILESS | Self::ASKED);
         if self.0 & Self::BODILESS != 0 && bits & Self::ASKING != 0 {
             // Another request follows before the response.
             bits &= !Self::PROBE;
@@ -66,10 +74,22 @@ impl Heads {
             bits |= if method { Self::METHOD } else { 0 };
             bits |= if method && is_probe() { Self::PROBE } else { 0 };
         }
-        if bits & Self::METHOD != 0 && read.ends_with(b"\r\n\r\n") {
-            bits |= Self::BODILESS;
+        if read.ends_with(b"\r\n\r\n") {
+            if bits & Self::METHOD != 0 {
+                bits |= Self::BODILESS;
+            }
+            // A prober that has given up waiting has lost nothing.
+            if bits & Self::PROBE == 0 && admits() {
+                bits |= Self::ASKED;
+            }
         }
         self.0 = bits;
+    }
+
+    /// A write begins, whether it succeeds or not.
+    #[inline]
+    pub(super) fn begins_write(&mut self) {
+        self.0 &= !Self::ASKED;
     }
 
     #[inline]
@@ -88,6 +108,33 @@ mod tests {
             heads.note_first(read);
         }
         heads.first_is_whole()
+    }
+
+    #[test]
+    fn a_whole_request_is_asked_until_a_write_begins_unless_it_is_a_probe_or_refused() {
+        const HEAD: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
+        let after = |reads: &[&[u8]], is_probe: bool, admits: bool| {
+            let mut heads = Heads::default();
+            for read in reads {
+                heads.note_last(read, || is_probe, || admits);
+            }
+            heads
+        };
+        let (line, rest) = HEAD.split_at(5);
+        for (reads, is_probe, admits, expected) in [
+            (&[HEAD][..], false, true, true),
+            (&[line, rest], false, true, true),
+            (&[b"0\r\n\r\n"], false, true, true),
+            (&[line], false, true, false),
+            (&[HEAD, b"G"], false, true, false),
+            (&[HEAD], false, false, false),
+            (&[HEAD], true, true, false),
+        ] {
+            let mut heads = after(reads, is_probe, admits);
+            assert_eq!(heads.is_asked(), expected, "{reads:?} {is_probe} {admits}");
+            heads.begins_write();
+            assert!(!heads.is_asked());
+        }
     }
 
     #[test]

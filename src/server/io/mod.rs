@@ -108,7 +108,8 @@ impl<I: 'static> Drop for GracefulIo<I> {
         if is_top && entry.flags.has(UPGRADES) {
             entry.owner.upgraded.ended(entry.number());
         }
-        if is_top && entry.sniffer.is_unanswered() {
+        // `serve` knows its requests.
+        if is_top && !entry.is_served() && self.heads.is_asked() {
             entry.dropped_unanswered();
         }
         let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();

@@ -151,9 +151,7 @@ impl<I: 'static> GracefulIo<I> {
     {
         let this = &mut *self;
         let is_top = this.is_top();
-        if is_top {
-            this.guard.entry.sniffer.note_write();
-        }
+        this.heads.begins_write();
         let directive = this.enter(WakerSlot::Write, cx)?;
         if is_top && this.guard.entry.flags.has(INSPECTED) {
             // Before the write, because the client may send the next request right after it.
@@ -189,17 +187,14 @@ impl<I: 'static> GracefulIo<I> {
     }
 }
 
-/// The path of a `GET` or `HEAD` request that begins with these bytes. Nothing if it is incomplete.
+/// The path of a request that begins with these bytes. Nothing if it is incomplete.
 #[cold]
 fn path(read: &[u8]) -> &str {
-    let methods = [&b"GET "[..], b"HEAD "];
-    let target = methods
-        .iter()
-        .find_map(|method| read.strip_prefix(*method))
-        .unwrap_or_default();
-    let end = target.iter().position(|byte| matches!(byte, b' ' | b'?'));
-    let path = end.and_then(|end| std::str::from_utf8(&target[..end]).ok());
-    path.unwrap_or_default()
+    let mut parts = read.split(|byte| matches!(byte, b' ' | b'?'));
+    // What follows shows that it is complete.
+    let path = parts.nth(1).filter(|_| parts.next().is_some());
+    path.and_then(|path| std::str::from_utf8(path).ok())
+        .unwrap_or_default()
 }
 
 impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
@@ -239,19 +234,15 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 requests::read(entry, read);
             }
             let is_probe = || directive > Directive::Stay && entry.owner.is_probe(path(read));
-            this.heads.note_last(read, is_probe);
+            let admits = || directive == Directive::Stay || entry.owner.phase() < Phase::Draining;
+            this.heads.note_last(read, is_probe, admits);
             if this.written == Written::Nothing {
                 this.heads.note_first(read);
                 if this.layer > 0 && this.heads.first_is_whole() {
                     entry.flags.set(BUSY);
                 }
             }
-            // A prober that has given up waiting has lost nothing.
-            let admits = || {
-                directive == Directive::Stay
-                    || entry.owner.phase() < Phase::Draining && !this.heads.last_is_probe()
-            };
-            let kept = entry.sniffer.note(read, admits);
+            let kept = entry.sniffer.note(read);
             if kept > 0 {
                 let passed = buf.filled().len() - kept;
                 buf.set_filled(passed);
