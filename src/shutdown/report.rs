@@ -77,9 +77,13 @@ impl Shutdown {
         for ((phase, begun), ended) in phases.iter_mut().zip(&self.entered).zip(ends) {
             *phase = ended.saturating_duration_since(*begun);
         }
-        // A request that ended without a response after the cut counts as cut, not as dropped.
+        // A request that ended without a response after the cut counts as cut, not as dropped. So does one
+        // that was dropped just when the cut counted.
         let begun = self.in_flight + figures.admitted;
         let dropped = cut.map_or(figures.dropped, |cut| cut.dropped);
+        let dropped = dropped.min(begun.saturating_sub(remaining.requests));
+        // A response that failed half-way may have undelivered bytes, but it is only dropped.
+        let requests_cut = requests_cut.min(begun - dropped);
         Report {
             trigger: self.trigger,
             outcome,
@@ -92,9 +96,9 @@ impl Shutdown {
             requests: Requests {
                 in_flight: self.in_flight,
                 admitted: figures.admitted,
-                finished: begun.saturating_sub(requests_cut + dropped),
+                finished: begun - dropped - requests_cut,
                 refused: figures.refused,
-                cut: requests_cut.min(begun),
+                cut: requests_cut,
                 dropped,
             },
             remaining,

@@ -322,6 +322,9 @@ impl Lifecycle {
         // Counted before `list` reads which responses are unsent: a response that ends in between counts twice
         // and not never.
         let requests = self.settled_word().count();
+        // Read right after that count: a request that is no longer counted there is included here, and as few
+        // as possible are in both.
+        let dropped = self.since_serving().dropped;
         let given_up = GivenUp {
             // Listed after the count, so that no request that has ended since is named.
             requests: self.request_table.list(now),
@@ -338,9 +341,7 @@ impl Lifecycle {
                 connections: connections.len(),
                 ..Remaining::default()
             },
-            // Read after the count of requests, so that a request that is no longer counted there
-            // is included here.
-            dropped: self.since_serving().dropped,
+            dropped,
             pieces: self.pieces(),
             given_up,
             connections,

@@ -890,6 +890,30 @@ async fn a_connection_that_is_cut_loses_its_undelivered_bytes() {
     }
 }
 
+/// Its client has not taken what was sent of the response when the connection is cut.
+#[tokio::test(start_paused = true)]
+async fn a_request_whose_response_has_failed_is_not_counted_as_cut_too() {
+    use crate::{
+        connection::flags::{LINGERS, RESPONDED},
+        sync::Ordering,
+    };
+
+    let mut stop = Stop::new(0, 500, unchanged);
+    let lingers = stop.connect();
+    let permit = stop.shared().admission().admit().unwrap().answered();
+    stop.terminate();
+    permit.fail();
+    lingers.flags.set(LINGERS | RESPONDED);
+    lingers.undelivered.store(1, Ordering::Relaxed);
+    stop.at(1000).await;
+    let report = stop.shared().report().unwrap();
+    assert_eq!(report.remaining().connections, 1, "{report}");
+    let requests = report.requests();
+    assert_eq!(requests.dropped, 1, "{report}");
+    assert_eq!(requests.cut, 0, "{report}");
+    assert_eq!(requests.finished, 0, "{report}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn pieces_of_responses_count_as_cut_requests_at_most_once_per_open_connection() {
     for (open, pieces, cut) in [(1, 0, 0), (1, 1, 1), (2, 1, 1), (1, 2, 1)] {

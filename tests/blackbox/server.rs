@@ -20,7 +20,7 @@ use axum::{
     serve::Listener,
 };
 use fork::Fork;
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use tokio::{
@@ -528,10 +528,14 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>, record: Option<&Record>) -> Route
         }
         "triggered"
     };
-    let [for_plain, for_grpc] = [(); 2].map(|()| graceful.clone());
+    let [for_plain, for_failing, for_grpc] = [(); 3].map(|()| graceful.clone());
     let after_stop = move |Path((ms, kib)): Path<(u64, usize)>| async move {
         sleep_after_stop(&for_plain, ms).await;
         vec![b'x'; kib * 1024]
+    };
+    let fails_after_stop = move |Path(kib): Path<usize>| async move {
+        sleep_after_stop(&for_failing, 0).await;
+        failing_body(kib)
     };
     let grpc = move |Path((ms, kib)): Path<(u64, usize)>, _message: Bytes| async move {
         sleep_after_stop(&for_grpc, ms).await;
@@ -544,6 +548,7 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>, record: Option<&Record>) -> Route
         .route("/stream/{chunks}/{ms}", get(stream))
         .route("/bytes/{ms}/{kib}", any(bytes))
         .route("/after_stop/{ms}/{kib}", any(after_stop))
+        .route("/fails_after_stop/{kib}", get(fails_after_stop))
         .route("/grpc/{ms}/{kib}", post(grpc))
         .route(
             "/peer",
@@ -769,6 +774,17 @@ async fn panic_in_body() -> Body {
         assert_eq!(sent, 0, "a body panics");
         Some((Ok::<_, Infallible>("before the panic"), sent + 1))
     }))
+}
+
+/// A body with one piece, and then an error.
+fn failing_body(kib: usize) -> Body {
+    let piece = stream::iter([Ok(vec![b'x'; kib * 1024])]);
+    // The piece is written before the body is asked for more.
+    let error = stream::once(async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        Err(io::Error::other("it fails"))
+    });
+    Body::from_stream(piece.chain(error))
 }
 
 async fn empty(Path(status): Path<u16>) -> Response {

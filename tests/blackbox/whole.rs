@@ -87,6 +87,11 @@ pub(crate) const TESTS: &[Test] = &[
         undelivered,
     ),
     (
+        "whole::what_is_left_of_a_response_that_fails_is_not_reported_as_cut_too",
+        Form::CUTTING,
+        fails_undelivered,
+    ),
+    (
         "whole::responses_that_wait_for_a_window_of_http2_are_reported_as_cut",
         &[Form::Serve],
         without_window,
@@ -450,6 +455,22 @@ fn undelivered(form: Form) {
         assert!(exit.report.contains("bytes undelivered"), "{exit:?}");
         drop(client);
     }
+}
+
+fn fails_undelivered(form: Form) {
+    let mut server = Server::start(form, &["delay=0", "drain=1500"]);
+    let mut client = narrow(server.address);
+    client
+        .write_all(b"GET /fails_after_stop/300 HTTP/1.1\r\nhost: test\r\n\r\n")
+        .unwrap();
+    server.wait_for_in_flight(1);
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    assert!(exit.report.contains("bytes undelivered"), "{exit:?}");
+    let requests = "requests: 1 in flight when it began, 1 dropped |";
+    assert!(exit.report.contains(requests), "{exit:?}");
+    drop(client);
 }
 
 /// The window of each stream has 1,000 bytes, and the client never enlarges it.
