@@ -35,6 +35,7 @@ use std::{
 use tokio::{
     runtime,
     sync::oneshot,
+    task,
     time::{self, Instant},
 };
 
@@ -76,13 +77,16 @@ impl Driver {
             }
             tokio::select! {
                 biased;
-                () = self.waker.notified() => {}
-                () = time::sleep_until(next) => {}
+                // First, because the driver may be notified again and again.
                 () = &mut cleaning => {
                     cleaning = Box::pin(pending());
                     shared.cleaned_up();
                 }
+                () = self.waker.notified() => {}
+                () = time::sleep_until(next) => {}
             }
+            // `notified` alone never lets the other tasks of this thread run.
+            task::consume_budget().await;
         }
         drop(cleaning);
         shared.give_up_work();

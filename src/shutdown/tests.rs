@@ -2,7 +2,10 @@
 //! connections are registered by hand.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     task::{Context, Waker},
 };
 
@@ -13,7 +16,7 @@ use tokio::{
 };
 
 use super::{
-    Shared,
+    Lifecycle, Shared,
     state::{ClosingStage, ServerEnd},
 };
 use crate::{
@@ -1326,4 +1329,41 @@ async fn a_layer_that_sees_no_request_is_reported_when_the_stop_or_the_drain_beg
     assert_eq!((stop.phase(), warnings(&stop)), (Phase::LameDuck, 0));
     stop.at(1005).await;
     assert_eq!((stop.phase(), warnings(&stop)), (Phase::Draining, 1));
+}
+
+/// In each of its turns the driver finds one more signal, so it always has something to check.
+#[cfg(feature = "tracing")]
+#[tokio::test(start_paused = true)]
+async fn notifications_without_end_delay_neither_the_cleanup_nor_other_tasks() {
+    use tracing::{Event, Subscriber};
+    use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+
+    /// Sends a signal whenever an event is logged, as long as there are some left.
+    struct Signals(Arc<Lifecycle>, Arc<AtomicUsize>);
+
+    impl<S: Subscriber> Layer<S> for Signals {
+        fn on_event(&self, _: &Event<'_>, _: Context<'_, S>) {
+            let less = |left: usize| left.checked_sub(1);
+            let left = self.1.fetch_update(Relaxed, Relaxed, less);
+            if left.is_ok() {
+                assert!(Subject::on_signal(&self.0, Trigger::Terminate).is_none());
+            }
+        }
+    }
+
+    let mut stop = Stop::new(0, 1000, unchanged);
+    let hold = stop.graceful.hold("until the driver runs");
+    let runs = tokio::task::yield_now();
+    stop.graceful.cleanup("step", ms(1000), runs).unwrap();
+    stop.terminate();
+    stop.at(1).await;
+    let left = Arc::new(AtomicUsize::new(10_000));
+    let signals = Signals(stop.shared().clone(), Arc::clone(&left));
+    let signals = tracing_subscriber::registry().with(signals);
+    let _subscribed = tracing::subscriber::set_default(signals);
+    drop(hold);
+    stop.graceful.stopped().await;
+    let report = stop.shared().report().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+    assert_ne!(left.load(Relaxed), 0);
 }
