@@ -164,13 +164,16 @@ impl Lifecycle {
         self.policy().worker_timeout.unwrap_or(most).min(most)
     }
 
-    /// Aborts what is left when the service has stopped without a cleanup.
+    /// Aborts or drops what is left when the service has stopped without a cleanup. Its futures may keep the
+    /// lifecycle alive.
     pub(super) fn give_up_work(&self) {
         for (_, worker) in self.work.take_workers() {
             worker.abort();
         }
-        drop(self.work.take(TaskKind::LameDuck));
-        drop(self.work.take(TaskKind::Cleanup));
+        for kind in [TaskKind::LameDuck, TaskKind::Cleanup] {
+            let jobs = self.work.take(kind);
+            shielded(|| drop(jobs));
+        }
     }
 
     /// Records how a task ended, and logs it.
@@ -359,6 +362,34 @@ mod tests {
         assert_eq!(report.remaining().workers, 1);
         time::sleep(SECOND).await;
         assert_eq!(Arc::strong_count(&held), 1, "the worker has been dropped");
+    }
+
+    /// The driver is not polled any more once the service has stopped.
+    #[test]
+    fn a_step_that_was_not_run_is_dropped_with_the_runtime_of_the_driver() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        let graceful = Graceful::new();
+        let lifecycle = Arc::downgrade(graceful.shared());
+        runtime.block_on(async {
+            let kept = graceful.clone();
+            let step = async move { drop(kept) };
+            graceful.cleanup("step", SECOND, step).unwrap();
+            let _hold = graceful.hold("hold");
+            stop(&graceful);
+            time::sleep(SECOND).await;
+            skip_phase(&graceful);
+            time::sleep(SECOND / 8).await;
+            skip_phase(&graceful);
+            assert_eq!(graceful.phase(), Phase::Stopped);
+        });
+        drop(graceful);
+        assert!(lifecycle.upgrade().is_some(), "the step keeps it");
+        drop(runtime);
+        assert!(lifecycle.upgrade().is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -161,6 +161,9 @@ impl Lifecycle {
             self.driven.store(false, Ordering::Release);
             state.clock = Clock::Real;
             if state.report.is_some() {
+                drop(state);
+                // The control thread took the last step, and the driver was not polled after that.
+                self.give_up_work();
                 return;
             }
             state.driver_gone = Some(Instant::now());
