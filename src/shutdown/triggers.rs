@@ -24,14 +24,17 @@ const DOUBLED: Duration = Duration::from_millis(100);
 impl Lifecycle {
     /// Records that a drain future waits. The server that it stands for may run outside of `run`.
     pub(crate) fn drain_began(self: &Arc<Self>) {
-        {
-            let mut state = self.state();
-            state.drains += 1;
-            state.drains_so_far += 1;
-        }
-        self.mark_served();
+        self.server_begins();
+        let mut state = self.state();
+        state.drains += 1;
+        state.drains_so_far += 1;
+    }
+
+    /// Panics in a runtime without timers, and if a log subscriber does. So nothing is counted before.
+    fn server_begins(self: &Arc<Self>) {
         self.drive();
         self.log_plan();
+        self.mark_served();
     }
 
     /// Records that a drain future that called `drain_began` has ended.
@@ -147,14 +150,10 @@ impl Lifecycle {
     }
 
     pub(crate) fn server_began(self: &Arc<Self>) {
-        {
-            let mut state = self.state();
-            state.servers += 1;
-            state.servers_so_far += 1;
-        }
-        self.mark_served();
-        self.drive();
-        self.log_plan();
+        self.server_begins();
+        let mut state = self.state();
+        state.servers += 1;
+        state.servers_so_far += 1;
     }
 
     pub(crate) fn server_ended(self: &Arc<Self>, end: &ServerEnd) {

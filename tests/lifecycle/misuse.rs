@@ -4,6 +4,7 @@ use std::{
     any::Any,
     convert::Infallible,
     future::{pending, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -269,6 +270,30 @@ fn a_task_that_calls_shutdown_when_it_is_dropped_may_be_dropped_with_its_runtime
 fn a_runtime_without_timers_is_refused_at_the_first_call() {
     let runtime = runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async { plan().build().unwrap() });
+}
+
+#[test]
+fn a_server_that_is_refused_for_want_of_timers_is_not_waited_for() {
+    let without_timers = runtime::Builder::new_current_thread().build().unwrap();
+    for is_drain in [false, true] {
+        let graceful = graceful();
+        let drain = graceful.drain_on(pending());
+        let run = graceful.run(pending::<()>());
+        let refused = without_timers.block_on(async {
+            if is_drain {
+                tokio::spawn(drain).await.unwrap_err()
+            } else {
+                tokio::spawn(run).await.unwrap_err()
+            }
+        });
+        assert!(refused.is_panic());
+        paused_runtime().block_on(async {
+            // The only server.
+            let report = graceful.run(async {}).await;
+            assert_eq!(report.duration(), Duration::ZERO, "{report}");
+            assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+        });
+    }
 }
 
 /// One of everything that keeps a lifecycle alive.
