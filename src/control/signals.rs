@@ -233,6 +233,8 @@ mod os {
     /// A thread with a small runtime that waits for console events. Tokio cannot give them back, so
     /// the thread never ends.
     pub(crate) struct Signals {
+        /// Set while nothing listens. An event that comes then has no effect on what listens later.
+        given_back: Arc<AtomicBool>,
         terminate: Arc<AtomicBool>,
         interrupt: Arc<AtomicBool>,
     }
@@ -250,9 +252,11 @@ mod os {
                     ctrl_shutdown()?,
                 )
             };
+            let given_back = Arc::new(AtomicBool::new(true));
             let terminate = Arc::new(AtomicBool::new(false));
             let interrupt = Arc::new(AtomicBool::new(false));
             let signals = Self {
+                given_back: Arc::clone(&given_back),
                 terminate: Arc::clone(&terminate),
                 interrupt: Arc::clone(&interrupt),
             };
@@ -266,8 +270,10 @@ mod os {
                         Some(()) = shutdown.recv() => &terminate,
                         else => return,
                     };
-                    arrived.store(true, SeqCst);
-                    wake();
+                    if !given_back.load(SeqCst) {
+                        arrived.store(true, SeqCst);
+                        wake();
+                    }
                 }
             };
             thread::Builder::new()
@@ -281,11 +287,15 @@ mod os {
             Ok(())
         }
 
-        #[expect(clippy::unused_self)]
-        pub(crate) fn keep(&self) {}
+        /// From now on events are recorded.
+        pub(crate) fn keep(&self) {
+            self.given_back.store(false, SeqCst);
+        }
 
-        #[expect(clippy::unused_self)]
-        pub(crate) fn give_back(&self) {}
+        /// From now on events are ignored.
+        pub(crate) fn give_back(&self) {
+            self.given_back.store(true, SeqCst);
+        }
 
         pub(crate) fn take(&self) -> Vec<Trigger> {
             [
