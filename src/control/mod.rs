@@ -50,7 +50,14 @@ mod needs;
 mod signals;
 mod thread_state;
 
-use std::{io, process, sync::MutexGuard, thread, time::Duration};
+#[cfg(feature = "signal")]
+use std::sync::Weak;
+use std::{
+    io, process,
+    sync::{Arc, MutexGuard},
+    thread,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -94,24 +101,14 @@ const MOST_STUCK: usize = 16;
 
 /// What the thread needs from a lifecycle. The methods must not run code that does not belong to
 /// this crate.
-pub(crate) trait Subject: Clone + Send + Sync + 'static {
-    #[cfg(feature = "signal")]
-    type Weak: Clone + Send + 'static;
-
-    #[cfg(feature = "signal")]
-    fn upgrade(weak: &Self::Weak) -> Option<Self>;
-
-    /// Drops a reference. If it was the last one, returns the value, which the caller drops on another
-    /// thread.
-    fn release(self) -> Option<Box<dyn Send>>;
-
+pub(crate) trait Subject: Send + Sync + 'static {
     /// Takes the steps that are due. Returns the notifications that they require, to be run on
     /// another thread.
-    fn take_due_steps(&self) -> Option<Box<dyn FnOnce() + Send>>;
+    fn take_due_steps(self: &Arc<Self>) -> Option<Box<dyn FnOnce() + Send>>;
 
     /// Handles a signal. Returns notifications as [`take_due_steps`](Self::take_due_steps) does.
     #[cfg(feature = "signal")]
-    fn on_signal(&self, signal: Trigger) -> Option<Box<dyn FnOnce() + Send>>;
+    fn on_signal(self: &Arc<Self>, signal: Trigger) -> Option<Box<dyn FnOnce() + Send>>;
 
     /// The message to print when the grace period is over, or `None` if everything has ended.
     #[cfg(all(unix, feature = "signal"))]
@@ -136,7 +133,7 @@ impl<S: Subject> Control<S> {
 
     /// Schedules a check of a stop at `at`. With `driven`, its driver is also woken at regular
     /// intervals before that. If the thread cannot be started, the driver alone keeps the time.
-    pub(crate) fn schedule(&'static self, id: Id, subject: &S, at: Instant, driven: bool) {
+    pub(crate) fn schedule(&'static self, id: Id, subject: &Arc<S>, at: Instant, driven: bool) {
         let mut inner = lock!(self.inner);
         let at = if driven {
             at.min(instant_after(
@@ -159,7 +156,7 @@ impl<S: Subject> Control<S> {
     }
 
     /// Ends the checks of a stop. The caller drops the result after all locks are released.
-    pub(crate) fn end(&'static self, id: Id) -> Option<S> {
+    pub(crate) fn end(&'static self, id: Id) -> Option<Arc<S>> {
         let mut inner = lock!(self.inner);
         let ended = inner.deadlines.end(id);
         if inner.deadlines.is_empty() {
@@ -178,7 +175,7 @@ impl<S: Subject> Control<S> {
     /// Passes signals to a lifecycle, until it has [stopped](Self::stopped) or is
     /// [gone](Self::forget).
     #[cfg(feature = "signal")]
-    pub(crate) fn listen(&'static self, id: Id, weak: impl FnOnce() -> S::Weak) -> io::Result<()> {
+    pub(crate) fn listen(&'static self, id: Id, weak: Weak<S>) -> io::Result<()> {
         let mut inner = lock!(self.inner);
         if inner.listening.signals.is_none() {
             inner.listening.signals = Some(Signals::install(|| self.poke())?);
@@ -186,7 +183,7 @@ impl<S: Subject> Control<S> {
         // The thread must exist before signals lose their default action. Also for a lifecycle that
         // listens already: in a forked child it has no thread.
         self.need(&mut inner, true)?;
-        inner.listening.listeners.insert(id, weak());
+        inner.listening.listeners.insert(id, weak);
         inner.listening.late_until = None;
         if let Some(signals) = &inner.listening.signals {
             signals.keep();
@@ -228,7 +225,7 @@ impl<S: Subject> Control<S> {
     /// Activates the watchdog, which ends the process at the instant that is passed to
     /// [`watch_until`](Self::watch_until) later.
     #[cfg(all(unix, feature = "signal"))]
-    pub(crate) fn watch(&'static self, id: Id, weak: S::Weak) -> io::Result<()> {
+    pub(crate) fn watch(&'static self, id: Id, weak: Weak<S>) -> io::Result<()> {
         let mut inner = lock!(self.inner);
         self.need(&mut inner, true)?;
         inner.watched.insert(id, (None, weak));
@@ -353,7 +350,7 @@ impl<S: Subject> Control<S> {
         }
         #[cfg(feature = "signal")]
         for signal in due.signals {
-            let listeners: Vec<_> = due.listeners.iter().filter_map(S::upgrade).collect();
+            let listeners: Vec<_> = due.listeners.iter().filter_map(Weak::upgrade).collect();
             if listeners.is_empty() {
                 if due.is_late {
                     events::late_signal(signal);
@@ -372,10 +369,10 @@ impl<S: Subject> Control<S> {
         }
         #[cfg(all(unix, feature = "signal"))]
         for overdue in due.overdue {
-            crate::control::exit::end(move || S::upgrade(&overdue)?.describe());
+            crate::control::exit::end(move || overdue.upgrade()?.describe());
         }
         // The last reference to a lifecycle drops values that its user has put into it.
-        for last in held.into_iter().filter_map(S::release) {
+        for last in held.into_iter().filter_map(Arc::into_inner) {
             self.run_elsewhere(Box::new(move || drop(last)));
         }
     }

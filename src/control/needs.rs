@@ -1,7 +1,8 @@
 //! What needs the control thread, and what it has to do now. Protected by the lock of `Control`.
 
+use std::sync::Arc;
 #[cfg(feature = "signal")]
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Weak};
 
 use tokio::time::Instant;
 
@@ -17,19 +18,19 @@ pub(super) struct Needs<S: Subject> {
     pub(super) thread: ThreadState,
     /// Until when the thread sleeps.
     pub(super) sleeps_until: Option<Instant>,
-    pub(super) deadlines: Deadlines<S>,
+    pub(super) deadlines: Deadlines<Arc<S>>,
     #[cfg(feature = "signal")]
     pub(super) listening: SignalListeners<S>,
     /// The lifecycles with a watchdog, and when the process must have ended, once a stop has begun.
     #[cfg(all(unix, feature = "signal"))]
-    pub(super) watched: HashMap<Id, (Option<Instant>, S::Weak)>,
+    pub(super) watched: HashMap<Id, (Option<Instant>, Weak<S>)>,
 }
 
 /// The lifecycles that listen for signals.
 #[cfg(feature = "signal")]
 pub(super) struct SignalListeners<S: Subject> {
     pub(super) signals: Option<Signals>,
-    pub(super) listeners: HashMap<Id, S::Weak>,
+    pub(super) listeners: HashMap<Id, Weak<S>>,
     /// Set when the last listener has stopped: until then signals are not given back to the
     /// operating system.
     pub(super) late_until: Option<Instant>,
@@ -37,15 +38,15 @@ pub(super) struct SignalListeners<S: Subject> {
 
 /// What the thread has to do now.
 pub(super) struct DueWork<S: Subject> {
-    pub(super) checks: Vec<S>,
+    pub(super) checks: Vec<Arc<S>>,
     #[cfg(feature = "signal")]
     pub(super) signals: Vec<Trigger>,
     #[cfg(feature = "signal")]
-    pub(super) listeners: Vec<S::Weak>,
+    pub(super) listeners: Vec<Weak<S>>,
     #[cfg(feature = "signal")]
     pub(super) is_late: bool,
     #[cfg(all(unix, feature = "signal"))]
-    pub(super) overdue: Vec<S::Weak>,
+    pub(super) overdue: Vec<Weak<S>>,
 }
 
 impl<S: Subject> Needs<S> {
@@ -88,7 +89,7 @@ impl<S: Subject> Needs<S> {
     }
 
     #[cfg(all(unix, feature = "signal"))]
-    fn take_overdue(&mut self, now: Instant) -> Vec<S::Weak> {
+    fn take_overdue(&mut self, now: Instant) -> Vec<Weak<S>> {
         let mut overdue = Vec::new();
         self.watched.retain(|_, (until, weak)| {
             let is_over = until.is_some_and(|until| until <= now);

@@ -28,7 +28,7 @@
 use std::{
     future::pending,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Weak, atomic::Ordering},
     time::Duration,
 };
 
@@ -39,12 +39,12 @@ use tokio::{
     time::{self, Instant},
 };
 
-use super::{Lifecycle, Shared, WeakShared, state::Clock};
+use super::{Lifecycle, Shared, state::Clock};
 use crate::control::{DriverWaker, clock};
 
 /// Sleeps until the next step is due, and takes it, until the service has stopped.
 struct Driver {
-    shared: WeakShared,
+    shared: Weak<Lifecycle>,
     waker: Arc<DriverWaker>,
 }
 

@@ -35,7 +35,7 @@ mod window;
 use std::{
     ops::Deref,
     sync::{
-        Arc, LazyLock, Mutex, MutexGuard, OnceLock, Weak,
+        Arc, LazyLock, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -72,13 +72,10 @@ use crate::{
 };
 
 /// The control thread of this process.
-pub(crate) static CONTROL: LazyLock<Control<Shared>> = LazyLock::new(Control::new);
+pub(crate) static CONTROL: LazyLock<Control<Lifecycle>> = LazyLock::new(Control::new);
 
 /// The lifecycle of one service, which all its handles share.
 pub(crate) type Shared = Arc<Lifecycle>;
-
-/// A reference to [`Shared`] that does not keep it alive.
-pub(crate) type WeakShared = Weak<Lifecycle>;
 
 /// The state of one service. It dereferences to its gate.
 pub(crate) struct Lifecycle {

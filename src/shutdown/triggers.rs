@@ -86,7 +86,7 @@ impl Lifecycle {
         if state.report.is_some() {
             return Ok(());
         }
-        CONTROL.listen(self.driver_waker.id(), || Arc::downgrade(self))
+        CONTROL.listen(self.driver_waker.id(), Arc::downgrade(self))
     }
 
     /// Activates the watchdog: it ends the process near the end of the grace period if the service

@@ -10,10 +10,8 @@ use std::{
 
 use tokio::{sync::watch, time::Instant};
 
-#[cfg(feature = "signal")]
-use super::WeakShared;
 use super::{
-    CONTROL, Lifecycle, Shared,
+    CONTROL, Lifecycle,
     state::{Clock, ClosingStage, State},
 };
 #[cfg(feature = "signal")]
@@ -47,27 +45,15 @@ enum By {
     Control,
 }
 
-impl Subject for Shared {
-    #[cfg(feature = "signal")]
-    type Weak = WeakShared;
-
-    #[cfg(feature = "signal")]
-    fn upgrade(weak: &WeakShared) -> Option<Self> {
-        weak.upgrade()
-    }
-
-    fn release(self) -> Option<Box<dyn Send>> {
-        Arc::into_inner(self).map(|last| Box::new(last) as _)
-    }
-
-    fn take_due_steps(&self) -> Option<Box<dyn FnOnce() + Send>> {
+impl Subject for Lifecycle {
+    fn take_due_steps(self: &Arc<Self>) -> Option<Box<dyn FnOnce() + Send>> {
         self.driver_waker.begins_check();
         self.driver_waker.wake_driver();
         self.control_step(|_, _| ())
     }
 
     #[cfg(feature = "signal")]
-    fn on_signal(&self, trigger: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
+    fn on_signal(self: &Arc<Self>, trigger: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
         {
             let mut state = self.state();
             if state.clock == Clock::Tokio {
