@@ -291,15 +291,17 @@ impl<S: Subject> Control<S> {
     }
 
     fn run(&'static self) {
-        let mut inner = lock!(self.inner);
         loop {
+            // The threads that run notifications may be blocked. Called without the lock, because where no
+            // thread can be started it runs the notifications.
+            let relief = self.notifiers.relieve().map(Instant::from_std);
+            let mut inner = lock!(self.inner);
             inner.thread.begins_check();
             let now = Instant::now();
             let due = inner.take(now);
             if !due.is_empty() {
                 drop(inner);
                 self.act(due);
-                inner = lock!(self.inner);
                 continue;
             }
             #[cfg(feature = "signal")]
@@ -310,19 +312,17 @@ impl<S: Subject> Control<S> {
                 // round.
                 continue;
             }
-            if !inner.has_need() {
+            if relief.is_none() && !inner.has_need() {
                 inner.thread.leaves();
                 return;
             }
-            // The threads that run notifications may be blocked.
-            let relief = self.notifiers.relieve().map(Instant::from_std);
             inner.sleeps_until = inner.next().into_iter().chain(relief).min();
-            inner = self.sleep(inner);
+            self.sleep(inner);
         }
     }
 
     /// Sleeps until the thread is woken or `sleeps_until` is reached.
-    fn sleep<'a>(&'a self, mut inner: MutexGuard<'a, Needs<S>>) -> MutexGuard<'a, Needs<S>> {
+    fn sleep(&self, mut inner: MutexGuard<'_, Needs<S>>) {
         inner.thread.sleeps();
         let left = inner.sleeps_until.map_or(LONGEST, |until| {
             until.saturating_duration_since(Instant::now()).min(LONGEST)
@@ -332,10 +332,9 @@ impl<S: Subject> Control<S> {
             let alarm = signals.alarm();
             drop(inner);
             alarm.wait(left);
-            return lock!(self.inner);
+            return;
         }
-        let slept = self.needed.wait_timeout(inner, left);
-        slept.unwrap_or_else(std::sync::PoisonError::into_inner).0
+        drop(self.needed.wait_timeout(inner, left));
     }
 
     fn act(&'static self, due: DueWork<S>) {
@@ -380,7 +379,48 @@ impl<S: Subject> Control<S> {
 
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
+    use std::sync::{LazyLock, mpsc};
+
     use super::*;
+
+    static CONTROL: LazyLock<Control<Stop>> = LazyLock::new(Control::new);
+
+    /// A stop that ends with its first check. Its notification passes this on.
+    struct Stop(mpsc::Sender<()>);
+
+    impl Subject for Stop {
+        fn take_due_steps(self: &Arc<Self>) -> Option<Box<dyn FnOnce() + Send>> {
+            drop(CONTROL.end(1));
+            let send = self.0.clone();
+            Some(Box::new(move || send.send(()).unwrap()))
+        }
+
+        #[cfg(feature = "signal")]
+        fn on_signal(self: &Arc<Self>, _: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
+            None
+        }
+
+        #[cfg(all(unix, feature = "signal"))]
+        fn describe(&self) -> Option<String> {
+            None
+        }
+    }
+
+    #[test]
+    fn a_notification_that_blocks_does_not_keep_the_last_one_from_being_sent() {
+        let (release, blocked) = mpsc::channel::<()>();
+        let (begins, begun) = mpsc::channel();
+        CONTROL.run_elsewhere(Box::new(move || {
+            begins.send(()).unwrap();
+            let _ = blocked.recv();
+        }));
+        begun.recv().unwrap();
+        let (send, notified) = mpsc::channel();
+        CONTROL.schedule(1, &Arc::new(Stop(send)), Instant::now(), false);
+        let bound = Duration::from_secs(20);
+        assert_eq!(notified.recv_timeout(bound), Ok(()));
+        drop(release);
+    }
 
     #[test]
     fn many_drivers_are_woken_less_often() {
