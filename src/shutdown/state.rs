@@ -21,7 +21,8 @@ use crate::{
 const CLOSING_TIME: Duration = Duration::from_millis(250);
 
 /// The part of that time that they have even past the end of the plan. It fits into the margin of
-/// every grace period of 1.5 s or more.
+/// every grace period of 1.5 s or more. With the 50 ms that servers have to be dropped after a cut, it fits if
+/// the grace period is 3 s or more.
 const LEAST_CLOSING_TIME: Duration = Duration::from_millis(50);
 
 /// How long the service waits for a connection without a request in flight after it was told to
