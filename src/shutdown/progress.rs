@@ -72,33 +72,22 @@ impl Lifecycle {
             return None;
         }
         let now = Instant::now();
-        let mut text = format!(
+        let mut lines = vec![format!(
             "shutdown: the grace period is nearly over, and the service is {}: in flight {}, \
              connections {}; the process is ended by the watchdog",
             self.phase(),
             self.in_flight(),
             self.connections.len(),
-        );
-        let requests = self
-            .request_table
-            .list(now)
-            .into_iter()
-            .map(|it| it.to_string());
-        let holds = self
-            .work
-            .list_holds(now)
-            .into_iter()
-            .map(|it| it.to_string());
-        let tasks = self
-            .work
-            .tasks()
-            .into_iter()
-            .filter(|task| task.is_running() || task.began.is_none() && task.ended.is_none());
-        let tasks = tasks.map(|task| format!("{} has not ended", task.name));
-        for entry in requests.take(3).chain(holds.take(3)).chain(tasks) {
-            text.push_str("\n  ");
-            text.push_str(&entry);
+        )];
+        let requests = self.request_table.list(now);
+        lines.extend(requests.iter().take(3).map(ToString::to_string));
+        let holds = self.work.list_holds(now);
+        lines.extend(holds.iter().take(3).map(ToString::to_string));
+        for task in self.work.tasks() {
+            if task.is_running() || task.began.is_none() && task.ended.is_none() {
+                lines.push(format!("{} has not ended", task.name));
+            }
         }
-        Some(text)
+        Some(lines.join("\n  "))
     }
 }
