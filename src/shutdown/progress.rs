@@ -23,18 +23,14 @@ impl Lifecycle {
     pub(super) fn note_progress(
         &self,
         state: &mut State,
-        next: Option<Instant>,
+        draining: Instant,
         now: Instant,
-    ) -> Option<Instant> {
-        let (next, since) = (next?, state.draining_since());
-        let Some(since) = since else {
-            return Some(next);
-        };
+    ) -> Instant {
         let at = *state
             .progress_at
-            .get_or_insert_with(|| instant_after(since, PROGRESS));
+            .get_or_insert_with(|| instant_after(draining, PROGRESS));
         if now < at {
-            return Some(next.min(at));
+            return at;
         }
         let phase = self.phase();
         let shutdown = state.shutdown.as_ref();
@@ -54,7 +50,7 @@ impl Lifecycle {
         }
         let at = instant_after(now, PROGRESS);
         state.progress_at = Some(at);
-        Some(next.min(at))
+        at
     }
 
     /// Whether nothing is left that the stop waited for.

@@ -130,9 +130,13 @@ impl Lifecycle {
                 let waker = Waker::from(Arc::clone(&self.driver_waker));
                 let _ = self.poll_idle(&mut Context::from_waker(&waker));
             }
-            let next = self.settle(&mut state, now);
-            let next = self.note_progress(&mut state, next, now);
-            self.warn_of_unheld(&mut state, next, now)
+            let mut next = self.settle(&mut state, now);
+            if let (Some(step), Some(draining)) = (next, state.draining_since()) {
+                let progress = self.note_progress(&mut state, draining, now);
+                let unheld = self.warn_of_unheld(&mut state, draining, now);
+                next = Some(step.min(progress).min(unheld.unwrap_or(step)));
+            }
+            next
         };
         let ended = match next {
             Some(next) if is_real => {

@@ -55,23 +55,19 @@ impl Lifecycle {
     }
 
     /// Warns of upgraded connections that are open in the drain although there is no hold for them.
-    /// Returns when to check again.
+    /// Returns when to check again, if that is known.
     pub(super) fn warn_of_unheld(
         &self,
         state: &mut State,
-        next: Option<Instant>,
+        draining: Instant,
         now: Instant,
     ) -> Option<Instant> {
-        let next = next?;
-        let Some(draining) = state.draining_since() else {
-            return Some(next);
-        };
         if state.warned_of_unheld {
-            return Some(next);
+            return None;
         }
         if self.work.holds() > 0 || !self.upgraded.any() {
             state.unheld_since = None;
-            return Some(next);
+            return None;
         }
         let since = *state.unheld_since.get_or_insert(now);
         let mut at = instant_after(since, UNHELD);
@@ -81,12 +77,12 @@ impl Lifecycle {
             at = at.max(instant_after(notified, NOTIFIED));
         }
         if now < at {
-            return Some(next.min(at));
+            return Some(at);
         }
         state.warned_of_unheld = true;
         let unheld = Warning::UpgradesNotHeld(self.upgraded.list(now));
         let event = self.warn(unheld);
         state.events.push(event);
-        Some(next)
+        None
     }
 }
