@@ -1,7 +1,7 @@
 //! What a request or a refusal holds while the gate counts it: each type gives back its count when it
 //! is dropped.
 
-use std::{fmt, mem, sync::Arc};
+use std::{mem, sync::Arc};
 
 use super::{core::Core, shard::Shard, word::Word};
 use crate::sync::Ordering;
@@ -94,11 +94,5 @@ pub(crate) struct Reading<K: 'static, T: 'static>(pub(super) &'static Core<K, T>
 impl<K, T> Drop for Reading<K, T> {
     fn drop(&mut self) {
         self.0.end_reading();
-    }
-}
-
-impl<T> fmt::Debug for Permit<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Permit").field(&self.word()).finish()
     }
 }

@@ -24,9 +24,7 @@
 //!
 //! This file is long because everything that takes the lock of the table is in it.
 
-use std::{
-    cmp::Reverse, collections::HashMap, fmt, mem, net::SocketAddr, sync::Arc, time::Duration,
-};
+use std::{cmp::Reverse, collections::HashMap, mem, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -373,14 +371,6 @@ impl<O> ConnectionTable<O> {
                 entry.state.wake_all();
             }
         }
-    }
-}
-
-impl<O> fmt::Debug for ConnectionTable<O> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ConnectionTable")
-            .field("open", &self.len())
-            .finish_non_exhaustive()
     }
 }
 

@@ -1,11 +1,7 @@
 //! The table of requests in flight, for services that set
 //! [`name_requests`](crate::GracefulBuilder::name_requests).
 
-use std::{
-    cmp::Reverse,
-    fmt,
-    sync::{Mutex, MutexGuard},
-};
+use std::{cmp::Reverse, sync::Mutex};
 
 use http::Method;
 use slab::Slab;
@@ -25,10 +21,6 @@ struct Entry {
 }
 
 impl RequestTable {
-    fn entries(&self) -> MutexGuard<'_, Slab<Entry>> {
-        lock!(self.0)
-    }
-
     /// Adds a request. The returned key is for the other methods.
     pub(crate) fn enter(&self, method: Method, path: &str) -> usize {
         let entry = Entry {
@@ -37,25 +29,25 @@ impl RequestTable {
             begun: Instant::now(),
             streaming: false,
         };
-        self.entries().insert(entry)
+        lock!(self.0).insert(entry)
     }
 
     /// Records that the head of the response has been passed to the server.
     pub(crate) fn streams(&self, key: usize) {
-        if let Some(entry) = self.entries().get_mut(key) {
+        if let Some(entry) = lock!(self.0).get_mut(key) {
             entry.streaming = true;
         }
     }
 
     pub(crate) fn remove(&self, key: usize) {
-        let removed = self.entries().try_remove(key);
+        let removed = lock!(self.0).try_remove(key);
         drop(removed);
     }
 
     /// The requests in flight, oldest first.
     pub(crate) fn list(&self, now: Instant) -> Vec<CutRequest> {
         let mut list: Vec<_> = {
-            let entries = self.entries();
+            let entries = lock!(self.0);
             let entries = entries.iter().map(|(_, entry)| entry.describe(now));
             entries.collect()
         };
@@ -72,13 +64,5 @@ impl Entry {
             age: now.saturating_duration_since(self.begun),
             streaming: self.streaming,
         }
-    }
-}
-
-impl fmt::Debug for RequestTable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RequestTable")
-            .field("entries", &self.entries().len())
-            .finish()
     }
 }

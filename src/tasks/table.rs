@@ -16,7 +16,7 @@
 //! The models fail if the phase is read before the removal, and if the holds are counted before the
 //! requests are checked.
 
-use std::{cmp::Reverse, fmt, iter, time::Duration};
+use std::{cmp::Reverse, iter, time::Duration};
 
 use slab::Slab;
 use tokio::{sync::oneshot, task::JoinHandle, time::Instant};
@@ -247,15 +247,6 @@ impl Work {
     /// more.
     pub(crate) fn unlisted(&self) -> UnlistedWorkers {
         lock!(self.list).unlisted
-    }
-}
-
-impl fmt::Debug for Work {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Work")
-            .field("holds", &self.holds())
-            .field("tasks", &self.tasks())
-            .finish_non_exhaustive()
     }
 }
 
