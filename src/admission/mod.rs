@@ -127,7 +127,7 @@ pub(crate) use self::{
     admit::Admission,
     core::SinceServing,
     gate::Gate,
-    permit::{Permit, Piece, Reading, Unanswered},
+    permit::{Permit, Reading, Unanswered},
     shard::Refused,
     thread_index::thread_index,
 };

@@ -31,9 +31,6 @@ pub(crate) type Permit = admission::Permit<Lifecycle>;
 /// The permit of a request that has no response yet.
 pub(crate) type Unanswered = admission::Unanswered<Lifecycle>;
 
-/// A piece of a response that the server holds.
-pub(crate) type Piece = admission::Piece<Lifecycle>;
-
 /// The permission of a refusal to read the body of its request.
 pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
 

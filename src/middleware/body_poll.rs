@@ -6,7 +6,7 @@ use std::task::Poll;
 use bytes::{Buf, Bytes};
 use http_body::{Body, Frame};
 
-use crate::handle::graceful::{Permit, Piece};
+use crate::handle::graceful::Permit;
 
 /// The size in bytes from which on a last frame does not end its request.
 const LARGE: usize = 16 * 1024;
@@ -40,22 +40,25 @@ pub(super) fn outliving<'a, D: Buf>(
 pub(super) fn counted<D: Buf + From<Bytes>>(permit: &Permit, frame: Frame<D>) -> Frame<D> {
     frame.map_data(|mut data| {
         let data = data.copy_to_bytes(data.remaining());
-        let piece = permit.piece();
-        Bytes::from_owner(Counted {
-            data,
-            _piece: piece,
-        })
-        .into()
+        guarded(data, permit.piece()).into()
     })
 }
 
-struct Counted {
-    data: Bytes,
-    _piece: Piece,
-}
-
-impl AsRef<[u8]> for Counted {
-    fn as_ref(&self) -> &[u8] {
-        &self.data
+/// Returns the bytes. `guard` is dropped with the last part of them.
+pub(crate) fn guarded(bytes: Bytes, guard: impl Send + 'static) -> Bytes {
+    struct Guarded<G> {
+        bytes: Bytes,
+        _guard: G,
     }
+
+    impl<G> AsRef<[u8]> for Guarded<G> {
+        fn as_ref(&self) -> &[u8] {
+            &self.bytes
+        }
+    }
+
+    Bytes::from_owner(Guarded {
+        bytes,
+        _guard: guard,
+    })
 }

@@ -16,7 +16,7 @@
 
 mod arrivals;
 mod body;
-mod body_poll;
+pub(crate) mod body_poll;
 #[cfg(feature = "axum")]
 mod callers;
 pub(crate) mod connection_close;

@@ -15,6 +15,7 @@ use tokio::time;
 use super::owner::{OpenStream, Owner};
 use crate::{
     connection::directive::Directive,
+    middleware::body_poll::guarded,
     phase::Phase,
     shutdown::closing::QUIET_BEFORE_CLOSE,
     sync::{AtomicBool, Ordering},
@@ -84,18 +85,6 @@ impl Drop for HeldResponse {
     }
 }
 
-/// The bytes of a piece.
-struct PieceOf {
-    bytes: Bytes,
-    _response: Arc<HeldResponse>,
-}
-
-impl AsRef<[u8]> for PieceOf {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
 impl Buf for Piece {
     fn remaining(&self) -> usize {
         self.bytes.remaining()
@@ -128,10 +117,7 @@ impl Kind {
             other => *self = other,
         }
         let bytes = match self {
-            Self::Pieces(response) => Bytes::from_owner(PieceOf {
-                bytes,
-                _response: Arc::clone(response),
-            }),
+            Self::Pieces(response) => guarded(bytes, Arc::clone(response)),
             _ => bytes,
         };
         Piece { bytes, _only: None }
