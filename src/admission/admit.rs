@@ -9,6 +9,10 @@ use super::{
     permit::{Reading, Unanswered},
     shard::Refused,
 };
+use crate::sync::Ordering;
+
+/// How many refusals may read the bodies of their requests at the same time.
+const READERS: usize = 128;
 
 /// Admits requests to a gate. A plain pointer: a clone is a copy and owns nothing. The target also
 /// tells whether the requests are for a probe, because a service has no room for more than a
@@ -42,9 +46,16 @@ impl<K, T> Admission<K, T> {
 
     /// Allows a refusal to read the body of its request, unless too many refusals are reading
     /// already.
-    pub(crate) fn begin_reading(self) -> Option<Reading<K, T>> {
-        let core = &self.0.core;
-        core.begin_reading().then(|| Reading(core))
+    pub(crate) fn begin_reading(self) -> Option<Reading<T>> {
+        let shard = self.0.core.shard();
+        let one_more = |readers| (readers < READERS).then_some(readers + 1);
+        // `Relaxed`: the counter limits a number and publishes nothing.
+        let begun =
+            shard
+                .common()
+                .readers
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more);
+        begun.is_ok().then(|| Reading(shard))
     }
 }
 
@@ -113,6 +124,19 @@ mod tests {
         assert_eq!(gate.word().count(), 0);
         drop(pieces);
         assert_eq!(gate.pieces(), 0);
+    }
+
+    #[test]
+    fn the_number_of_refusals_that_read_a_body_is_limited() {
+        let gate = gate();
+        let admission = gate.admission();
+        let mut readings: Vec<_> = (0..READERS)
+            .map(|_| admission.begin_reading().unwrap())
+            .collect();
+        assert!(admission.begin_reading().is_none());
+        readings.pop();
+        readings.push(admission.begin_reading().unwrap());
+        assert!(admission.begin_reading().is_none());
     }
 
     #[test]

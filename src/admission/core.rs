@@ -20,9 +20,6 @@ use crate::{
 /// every order of visiting them, so it uses only two.
 pub(super) const SHARDS: usize = if cfg!(tower_graceful_loom) { 2 } else { 16 };
 
-/// How many refusals may read the bodies of their requests at the same time.
-const READERS: usize = 128;
-
 /// Requests that were refused since the gate was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Refusals {
@@ -143,21 +140,6 @@ impl<K, T> Core<K, T> {
             draining: common.refused_draining.load(Ordering::Relaxed),
             full: full + full_late,
         }
-    }
-
-    /// Whether one more refusal may read the body of its request. If so, the caller calls
-    /// [`end_reading`](Self::end_reading) once afterwards. `Relaxed`: the counter limits a number
-    /// and publishes nothing.
-    pub(super) fn begin_reading(&self) -> bool {
-        let one_more = |readers| (readers < READERS).then_some(readers + 1);
-        self.common()
-            .readers
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
-            .is_ok()
-    }
-
-    pub(super) fn end_reading(&self) {
-        self.common().readers.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// How many pieces of responses the servers hold.
@@ -319,18 +301,6 @@ mod tests {
         };
         assert_eq!(core.refusals(), refusals);
         assert!(core.word().is_idle());
-    }
-
-    #[test]
-    fn the_number_of_refusals_that_read_a_body_is_limited() {
-        let core = Core::new(None, false, ());
-        for _ in 0..READERS {
-            assert!(core.begin_reading());
-        }
-        assert!(!core.begin_reading());
-        core.end_reading();
-        assert!(core.begin_reading());
-        assert!(!core.begin_reading());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::{mem, sync::Arc};
 
-use super::{core::Core, shard::Shard, word::Word};
+use super::{shard::Shard, word::Word};
 use crate::sync::Ordering;
 
 /// A permit of a request that has no response yet. Dropping it releases the request, and counts it
@@ -89,10 +89,11 @@ impl<T> Drop for Permit<T> {
 
 /// Permission to read the body of a refused request. Dropping it allows another refusal to read.
 #[must_use = "dropping it allows another refusal to read"]
-pub(crate) struct Reading<K: 'static, T: 'static>(pub(super) &'static Core<K, T>);
+pub(crate) struct Reading<T: 'static>(pub(super) &'static Shard<T>);
 
-impl<K, T> Drop for Reading<K, T> {
+impl<T> Drop for Reading<T> {
     fn drop(&mut self) {
-        self.0.end_reading();
+        // `Relaxed`: the counter limits a number and publishes nothing.
+        self.0.common().readers.fetch_sub(1, Ordering::Relaxed);
     }
 }

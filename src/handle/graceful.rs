@@ -32,7 +32,7 @@ pub(crate) type Permit = admission::Permit<Lifecycle>;
 pub(crate) type Unanswered = admission::Unanswered<Lifecycle>;
 
 /// The permission of a refusal to read the body of its request.
-pub(crate) type Reading = admission::Reading<Policy, Lifecycle>;
+pub(crate) type Reading = admission::Reading<Lifecycle>;
 
 /// The handle of a service's *lifecycle*: its phase, its counts, its registered work and its stop. Use
 /// it to stop the service, to follow its phases, and to register work that the shutdown waits for.
