@@ -2,7 +2,7 @@
 //!
 //! In a normal build these are the types of the standard library. Under `--cfg tower_graceful_loom`
 //! they are loom's, so that the `models` modules explore the interleavings of the code that ships.
-//! Plain counters that no model depends on may use the standard library directly, with a comment.
+//! What no model depends on may use the standard library directly.
 
 #[cfg(not(tower_graceful_loom))]
 pub(crate) use std::sync::{

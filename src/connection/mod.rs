@@ -5,7 +5,8 @@
 //! its [`sniffer`] (what the bytes read so far show). The timeline (`shutdown`) gives directives to
 //! all connections here and waits for the last one to close. The server (`server`) registers
 //! connections, reads its directives here, and does all reading and writing of sockets; nothing in
-//! this module touches a socket of a connection.
+//! this module touches a socket of a connection, except that [`descriptors`] resets what is left in
+//! an accept queue.
 //!
 //! The arguments about wake-ups are in `table` and in `state`, each with loom models. Change the
 //! locking or an ordering only together with both. `outside` argues about the flags of `admission`.

@@ -1,4 +1,5 @@
-//! What is known about the requests of inspected connections. `server::requests` inspects them.
+//! What is known about the requests of inspected connections, and the parsing of their heads.
+//! `server::requests` inspects them.
 
 use std::{collections::HashMap, sync::Mutex};
 

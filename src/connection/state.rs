@@ -75,7 +75,8 @@ impl ConnectionState {
 
     /// Registers the waker of a task that is about to poll, and returns the current directive. The
     /// task is woken by `Expire` and `Cut`; the owner is also woken by the directives from
-    /// `LeaveInSlot` on, except by `Read` if it was told to leave before.
+    /// `LeaveInSlot` on, except by `Read` if it was told to leave before. The reading task is also
+    /// woken by `wake_reader`, and by `Read` if there is no owner.
     #[inline]
     pub(crate) fn enter(
         &self,

@@ -1,5 +1,7 @@
-//! Log events: the plan once, one event per transition, one per repeated signal, and a progress
-//! line while the stop waits. Without the `tracing` feature, nothing is logged.
+//! Log events: the plan once, one event per transition, one per repeated signal, one per worker, hook
+//! or cleanup step that ends, warnings, connections that were reset in accept queues, and a progress
+//! line while the stop waits. `at_once` has the events that belong to no step of the timeline.
+//! Without the `tracing` feature, nothing is logged.
 //!
 //! The timeline (`shutdown`) and the server log here. A subscriber may block, and may panic: a
 //! subscriber that writes to a closed pipe panics, and closed pipes are common at shutdown. So no

@@ -1,8 +1,8 @@
 //! Waiting for a phase of the lifecycle.
 //!
-//! Futures in `handle` wait here: `draining()` and `until_draining()` in `waiters`,
-//! `subscribe()` in `phase_receiver`, and futures that wait until a watched value reaches a point
-//! in `watch_until`. Thousands of tasks may wait at once. None of them can delay the stop: the
+//! Futures wait here: those of `handle` for a phase (`draining()`, `stopped()`, `until_draining()`,
+//! `Stop`) and the preStop route in `waiters`, `subscribe()` in `phase_receiver`, and futures that
+//! wait until a watched value reaches a point in `watch_until`. Thousands of tasks may wait at once. None of them can delay the stop: the
 //! timeline wakes them without holding a lock, and a panic in a waker is caught.
 //!
 //! `waiters` and `shielded_wait` contain the arguments that no wake-up is lost, and loom models for

@@ -1,5 +1,5 @@
-//! What the bytes of a connection show about HTTP/1 request heads, when the tracked IO only needs to know
-//! whether a request is complete.
+//! What the bytes of a connection show about HTTP/1 request heads: whether the first one is complete, and whether
+//! the last request has no body and is for a probe.
 
 /// What the reads show about HTTP/1 requests. The two lowest bits are the state of the first head: not
 /// begun, in a line, at the end of a line, or whole, which is after an empty line and stays. Empty lines
