@@ -2,6 +2,8 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
+mod pipes;
+
 use std::{
     fmt, io,
     panic::resume_unwind,
@@ -14,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Bytes, routing::any, serve::Listener};
+use axum::{Router, body::Bytes, routing::any};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
     sync::mpsc,
@@ -22,6 +24,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tower_graceful::{Graceful, Outcome, Report};
+
+use crate::pipes::Pipes;
 
 const BOUND: Duration = Duration::from_secs(5);
 
@@ -122,25 +126,6 @@ impl AsyncWrite for Faulty {
     }
 }
 
-/// Accepts what it is given.
-struct Given(mpsc::UnboundedReceiver<Faulty>);
-
-impl Listener for Given {
-    type Io = Faulty;
-    type Addr = ();
-
-    async fn accept(&mut self) -> (Faulty, ()) {
-        match self.0.recv().await {
-            Some(io) => (io, ()),
-            None => std::future::pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[derive(Clone, Copy, Debug)]
 enum Form {
     Serve,
@@ -165,7 +150,7 @@ impl Server {
             .route("/", any(|body: Bytes| async move { body }))
             .layer(graceful.layer());
         let (gives, receiver) = mpsc::unbounded_channel();
-        let listener = Given(receiver);
+        let listener = Pipes(receiver);
         let report = match form {
             Form::Serve => tokio::spawn(graceful.serve(listener, app).into_future()),
             Form::Run => {

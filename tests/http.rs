@@ -419,7 +419,7 @@ async fn without_a_header_read_timeout_half_a_head_may_wait_for_the_rest() {
 #[tokio::test]
 async fn debug_shows_the_settings() {
     let graceful = Graceful::new();
-    let (_pipes, accepted) = mpsc::unbounded_channel();
+    let (_pipes, accepted) = mpsc::unbounded_channel::<DuplexStream>();
     let serve = graceful.serve(Pipes(accepted), Router::new());
     let shown = format!("{:?}", serve.header_read_timeout(seconds(7)));
     assert!(shown.contains("header_read_timeout: 7s"), "{shown}");

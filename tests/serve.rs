@@ -2,11 +2,12 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
+mod pipes;
 mod wakers;
 
 use std::{
     convert::Infallible,
-    future::{IntoFuture, pending},
+    future::IntoFuture,
     io,
     net::{Ipv4Addr, SocketAddr},
     panic::resume_unwind,
@@ -28,15 +29,17 @@ use axum::{
 };
 use futures_util::{StreamExt, stream};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    io::{AsyncReadExt, AsyncWriteExt, duplex},
     net::{TcpListener, TcpStream},
-    sync::Notify,
+    sync::{Notify, mpsc},
     task::JoinHandle,
     time,
 };
 use tower::service_fn;
 use tower_graceful::{Accepted, Graceful, Outcome, Phase, Report};
 use tower_service::Service;
+
+use crate::pipes::Pipes;
 
 const BOUND: Duration = Duration::from_secs(10);
 
@@ -448,25 +451,6 @@ async fn other_responses_leave_their_connection_open() {
     assert!(rest.starts_with("0\r\n\r\nHTTP/1.1 503"), "{rest}");
 }
 
-/// A listener that returns one connection, and then nothing more.
-struct One(Option<DuplexStream>);
-
-impl Listener for One {
-    type Io = DuplexStream;
-    type Addr = ();
-
-    async fn accept(&mut self) -> (DuplexStream, ()) {
-        match self.0.take() {
-            Some(io) => (io, ()),
-            None => pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[tokio::test]
 async fn a_panic_whose_value_panics_when_it_is_dropped_ends_its_connection_and_no_other() {
     struct PanicsWhenDropped;
@@ -512,7 +496,9 @@ async fn a_waker_that_panics_does_not_abort_the_process_when_a_handler_panics() 
         resume_unwind(Box::new("a handler that panics"))
     });
     let (ours, mut client) = duplex(1_000);
-    let mut server = graceful.serve(One(Some(ours)), app).into_future();
+    let (pipes, accepted) = mpsc::unbounded_channel();
+    pipes.send(ours).unwrap();
+    let mut server = graceful.serve(Pipes(accepted), app).into_future();
     let mut poll = |waker: &Waker| Pin::new(&mut server).poll(&mut Context::from_waker(waker));
     assert!(poll(Waker::noop()).is_pending());
     client.write_all(ASKED.as_bytes()).await.unwrap();

@@ -18,6 +18,8 @@
 mod client;
 mod http1;
 mod kernel;
+#[path = "../pipes/mod.rs"]
+mod pipes;
 mod rules;
 mod schedule;
 mod world;

@@ -2,8 +2,6 @@
 
 use std::{
     convert::Infallible,
-    future::pending,
-    io,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -35,6 +33,7 @@ use crate::{
     client::{self, Received},
     kernel::{self, Facts, Wire},
     ms,
+    pipes::Pipes,
     schedule::{Client, End, Form, Schedule},
 };
 
@@ -91,7 +90,7 @@ async fn run(schedule: &Schedule) -> Played {
         .build()
         .unwrap();
     let (connects, queue) = mpsc::unbounded_channel();
-    let server = serve(schedule, &graceful, Queue(queue), &world);
+    let server = serve(schedule, &graceful, Pipes(queue), &world);
     let clients: Vec<_> = (0..schedule.clients.len())
         .map(|number| tokio::spawn(connect(world.clone(), number, start, connects.clone())))
         .collect();
@@ -128,25 +127,6 @@ async fn run(schedule: &Schedule) -> Played {
         connections_at_end,
         in_flight_at_end,
         clients: seen,
-    }
-}
-
-/// The connections that wait to be accepted.
-struct Queue(mpsc::UnboundedReceiver<kernel::End>);
-
-impl Listener for Queue {
-    type Io = kernel::End;
-    type Addr = ();
-
-    async fn accept(&mut self) -> (kernel::End, ()) {
-        match self.0.recv().await {
-            Some(end) => (end, ()),
-            None => pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -192,7 +172,7 @@ async fn play_client(
 fn serve(
     schedule: &Schedule,
     graceful: &Graceful,
-    queue: Queue,
+    queue: Pipes<kernel::End>,
     world: &Arc<World>,
 ) -> JoinHandle<Report> {
     let app = Router::new()
@@ -214,7 +194,7 @@ fn serve(
 }
 
 /// The loop of the guide, with a tracked listener.
-async fn accept(graceful: Graceful, queue: Queue, app: Router) {
+async fn accept(graceful: Graceful, queue: Pipes<kernel::End>, app: Router) {
     let mut listener = graceful.listener(queue);
     let connections = GracefulShutdown::new();
     let mut drain = graceful.drain();

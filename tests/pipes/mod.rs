@@ -3,18 +3,21 @@
 use std::{future, io};
 
 use axum::serve::Listener;
-use tokio::{io::DuplexStream, sync::mpsc};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, DuplexStream},
+    sync::mpsc,
+};
 
 /// Accepts the connections that a test sends to it.
-pub(crate) struct Pipes(pub(crate) mpsc::UnboundedReceiver<DuplexStream>);
+pub(crate) struct Pipes<Io = DuplexStream>(pub(crate) mpsc::UnboundedReceiver<Io>);
 
-impl Listener for Pipes {
-    type Io = DuplexStream;
+impl<Io: AsyncRead + AsyncWrite + Unpin + Send + 'static> Listener for Pipes<Io> {
+    type Io = Io;
     type Addr = ();
 
-    async fn accept(&mut self) -> (DuplexStream, ()) {
+    async fn accept(&mut self) -> (Io, ()) {
         match self.0.recv().await {
-            Some(pipe) => (pipe, ()),
+            Some(io) => (io, ()),
             None => future::pending().await,
         }
     }
