@@ -237,7 +237,9 @@ mod tests {
         });
         let (send, done) = mpsc::channel();
         run(threads, move || send.send(()).unwrap());
+        let deadline = Instant::now() + Duration::from_secs(10);
         while let Some(look) = threads.relieve() {
+            assert!(Instant::now() < deadline, "no other thread takes the job");
             thread::sleep(look.saturating_duration_since(Instant::now()));
         }
         done.recv_timeout(Duration::from_secs(10)).unwrap();

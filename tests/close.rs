@@ -4,6 +4,8 @@
 #![cfg(all(feature = "axum", feature = "signal"))]
 
 mod pipes;
+mod tcp;
+mod waits;
 
 use axum::{
     Router,
@@ -24,7 +26,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use std::{
     future::ready,
     io::{self, Read, Write},
-    net::{Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     panic::resume_unwind,
     pin::Pin,
     sync::Arc,
@@ -39,9 +41,11 @@ use tokio::{
 };
 use tower_graceful::{Graceful, HandshakeExt, Outcome, Phase};
 
-use crate::pipes::Pipes;
-
-const BOUND: Duration = Duration::from_secs(10);
+use crate::{
+    pipes::Pipes,
+    tcp::listener,
+    waits::{BOUND, wait_for},
+};
 
 fn graceful() -> Graceful {
     Graceful::builder()
@@ -57,8 +61,7 @@ async fn slow() -> &'static str {
 
 async fn lost(layered: bool, tracked: bool) {
     let graceful = graceful();
-    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = tcp.local_addr().unwrap();
+    let (tcp, address) = listener().await;
     let mut app = Router::new().route("/slow", get(slow));
     if layered {
         app = app.layer(graceful.layer());
@@ -151,8 +154,7 @@ impl Listener for Others {
 /// while it reads.
 async fn wrapped(other: bool) {
     let graceful = graceful();
-    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = tcp.local_addr().unwrap();
+    let (tcp, address) = listener().await;
     let app = Router::new()
         .route("/big", get(|| async { vec![b'x'; 600 * 1024] }))
         .layer(graceful.layer());
@@ -204,8 +206,7 @@ async fn a_socket_loses_no_response_unreported() {
 #[tokio::test]
 async fn a_connection_that_was_read_is_not_counted_with_the_queue() {
     let graceful = graceful();
-    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = tcp.local_addr().unwrap();
+    let (tcp, address) = listener().await;
     let mut client = TcpStream::connect(address).await.unwrap();
     let (server, _) = tcp.accept().await.unwrap();
     let mut io = graceful.track(server);
@@ -263,8 +264,7 @@ fn the_cut_ends_a_connection_that_its_client_has_closed_and_does_not_read() {
                 .half_close(true)
                 .build()
                 .unwrap();
-            let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-            let address = tcp.local_addr().unwrap();
+            let (tcp, address) = listener().await;
             let app = Router::new()
                 .route("/", get(|| async { vec![0; 100_000] }))
                 .layer(graceful.layer());
@@ -278,10 +278,8 @@ fn the_cut_ends_a_connection_that_its_client_has_closed_and_does_not_read() {
                 .unwrap();
             client.shutdown().await.unwrap();
             client.readable().await.unwrap();
-            // The server has written everything, and waits until the client has received it.
-            while graceful.in_flight() > 0 {
-                time::sleep(Duration::from_millis(1)).await;
-            }
+            // After that, the server waits until the client has received it.
+            wait_for("everything is written", || graceful.in_flight() == 0).await;
             graceful.shutdown();
             let report = server.await.unwrap();
             drop(client);
@@ -300,8 +298,7 @@ fn the_cut_ends_a_connection_that_its_client_has_closed_and_does_not_read() {
 /// without a body, or the end of a stream. Nothing counts the request, so the service has long been closing.
 async fn lost_over_http2(layered: bool, head_only: bool) {
     let graceful = graceful();
-    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = tcp.local_addr().unwrap();
+    let (tcp, address) = listener().await;
     let no_content = || async {
         time::sleep(Duration::from_secs(3)).await;
         StatusCode::NO_CONTENT
@@ -352,12 +349,7 @@ async fn serve_without_a_layer_loses_no_end_of_a_response_over_http2() {
 }
 
 async fn closed(graceful: &Graceful) {
-    let closed = async {
-        while graceful.connections() > 0 {
-            time::sleep(Duration::from_millis(1)).await;
-        }
-    };
-    time::timeout(BOUND, closed).await.unwrap();
+    wait_for("its connection has closed", || graceful.connections() == 0).await;
 }
 
 /// Sends a message, and drops the socket: at once, or when draining begins.
@@ -405,8 +397,7 @@ enum Server {
 async fn is_open_until_its_client_has_closed_it(server: Server, at_once: bool) -> bool {
     let case = format!("{server:?}, at once: {at_once}");
     let graceful = graceful();
-    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = tcp.local_addr().unwrap();
+    let (tcp, address) = listener().await;
     let in_handler = graceful.clone();
     let handler = move |upgrade| ready(push(upgrade, in_handler, at_once));
     let app = Router::new().route("/", get(handler));
@@ -465,8 +456,7 @@ async fn a_websocket_whose_client_has_sent_nothing_is_open_until_its_client_has_
 #[tokio::test]
 async fn a_websocket_that_is_not_read_is_not_counted_with_the_queue() {
     let graceful = graceful();
-    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = tcp.local_addr().unwrap();
+    let (tcp, address) = listener().await;
     let draining = graceful.clone();
     let app = Router::new().route(
         "/",
@@ -498,8 +488,8 @@ async fn a_websocket_that_is_not_read_is_not_counted_with_the_queue() {
 async fn a_connection_whose_peer_has_just_sent_something_is_not_reset() {
     for budget in [true, false] {
         let graceful = graceful();
-        let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let mut client = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+        let (tcp, address) = listener().await;
+        let mut client = std::net::TcpStream::connect(address).unwrap();
         let (server, _) = tcp.accept().await.unwrap();
         let mut io = graceful.track(server);
         let request = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n";
@@ -544,8 +534,8 @@ async fn a_reset_is_not_taken_for_a_client_that_has_closed_its_writing_side() {
         .keep_listening(false)
         .build()
         .unwrap();
-    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let client = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+    let (tcp, address) = listener().await;
+    let client = std::net::TcpStream::connect(address).unwrap();
     let (server, _) = tcp.accept().await.unwrap();
     let mut io = graceful.track(server);
     let _hold = graceful.hold("a request");
@@ -578,8 +568,7 @@ async fn a_handler_that_panics_takes_nothing_from_the_response_before_its_reques
         calls.notify_one();
         resume_unwind(Box::new("a handler that panics"))
     };
-    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = tcp.local_addr().unwrap();
+    let (tcp, address) = listener().await;
     let app = Router::new()
         .route("/big", get(|| async { vec![b'x'; BODY] }))
         .route("/panics", get(panics))

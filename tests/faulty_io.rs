@@ -3,6 +3,7 @@
 #![cfg(all(feature = "axum", feature = "signal"))]
 
 mod pipes;
+mod waits;
 
 use std::{
     fmt, io,
@@ -21,13 +22,14 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
     sync::mpsc,
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tower_graceful::{Graceful, Outcome, Report};
 
-use crate::pipes::Pipes;
-
-const BOUND: Duration = Duration::from_secs(5);
+use crate::{
+    pipes::Pipes,
+    waits::{BOUND, wait_for},
+};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
@@ -186,13 +188,11 @@ impl Server {
     }
 
     async fn wait_for_none(&self, what: &dyn fmt::Debug) {
-        let none_left = async {
-            while (self.graceful.connections(), self.graceful.in_flight()) != (0, 0) {
-                sleep(Duration::from_millis(1)).await;
-            }
-        };
-        let waited = timeout(BOUND, none_left).await;
-        assert!(waited.is_ok(), "{what:?}: {:?}", self.graceful);
+        let left = || (self.graceful.connections(), self.graceful.in_flight());
+        wait_for(format_args!("{what:?}: {:?}", self.graceful), || {
+            left() == (0, 0)
+        })
+        .await;
     }
 }
 

@@ -4,6 +4,7 @@
 #![cfg(all(feature = "axum", feature = "signal"))]
 
 mod pipes;
+mod waits;
 
 use std::{
     future::{self, IntoFuture},
@@ -25,7 +26,7 @@ use tokio::{
 };
 use tower_graceful::{Graceful, Phase, Serve};
 
-use crate::pipes::Pipes;
+use crate::{pipes::Pipes, waits::wait_for};
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n";
 const HOUR: Duration = Duration::from_secs(3600);
@@ -114,12 +115,8 @@ impl Served {
     }
 
     async fn is_gone(&self) {
-        let gone = async {
-            while self.graceful.connections() > 0 || self.graceful.in_flight() > 0 {
-                time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        time::timeout(Duration::from_secs(10), gone).await.unwrap();
+        let open = || (self.graceful.connections(), self.graceful.in_flight());
+        wait_for("the connection is gone", || open() == (0, 0)).await;
         assert_eq!(self.graceful.phase(), Phase::Serving);
     }
 }

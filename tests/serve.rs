@@ -3,13 +3,15 @@
 #![cfg(all(feature = "axum", feature = "signal"))]
 
 mod pipes;
+mod tcp;
+mod waits;
 mod wakers;
 
 use std::{
     convert::Infallible,
     future::IntoFuture,
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     panic::resume_unwind,
     pin::Pin,
     sync::Arc,
@@ -39,19 +41,15 @@ use tower::service_fn;
 use tower_graceful::{Accepted, Graceful, Outcome, Phase, Report};
 use tower_service::Service;
 
-use crate::pipes::Pipes;
-
-const BOUND: Duration = Duration::from_secs(10);
+use crate::{
+    pipes::Pipes,
+    tcp::listener,
+    waits::{BOUND, wait_for},
+};
 
 fn graceful() -> Graceful {
     let builder = Graceful::builder().drain_delay(Duration::ZERO);
     builder.build().unwrap()
-}
-
-async fn listener() -> (TcpListener, SocketAddr) {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    (listener, address)
 }
 
 async fn ask(mut io: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin) -> String {
@@ -308,12 +306,7 @@ async fn no_handler_outlives_the_server() {
             let request = request.body(axum::body::Body::empty()).unwrap();
             tokio::spawn(client.send_request(request));
         }
-        let all_alive = async {
-            while alive.load(Ordering::SeqCst) < 100 {
-                time::sleep(Duration::from_millis(1)).await;
-            }
-        };
-        time::timeout(BOUND, all_alive).await.unwrap();
+        wait_for("all handlers run", || alive.load(Ordering::SeqCst) == 100).await;
         graceful.shutdown();
         let report = time::timeout(BOUND, server).await.unwrap().unwrap();
         assert_eq!(alive.load(Ordering::SeqCst), 0, "{report}");
@@ -333,17 +326,9 @@ async fn dropping_the_future_closes_the_listener_and_the_connections() {
         .write_all(b"GET /never HTTP/1.1\r\nhost: test\r\n\r\n")
         .await
         .unwrap();
-    let until = |in_flight| {
-        let graceful = graceful.clone();
-        time::timeout(BOUND, async move {
-            while graceful.in_flight() != in_flight {
-                time::sleep(Duration::from_millis(1)).await;
-            }
-        })
-    };
-    until(1).await.unwrap();
+    wait_for("the request is read", || graceful.in_flight() == 1).await;
     server.abort();
-    until(0).await.unwrap();
+    wait_for("the request is dropped", || graceful.in_flight() == 0).await;
     let read = time::timeout(BOUND, stream.read(&mut [0])).await.unwrap();
     assert!(!matches!(read, Ok(1..)), "{read:?}");
     let refused = TcpStream::connect(address).await.unwrap_err();

@@ -3,9 +3,12 @@
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
+mod tcp;
+mod waits;
+
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -45,7 +48,11 @@ use tower_graceful::{
     Report,
 };
 
-const BOUND: Duration = Duration::from_secs(10);
+use crate::{
+    tcp::listener,
+    waits::{BOUND, wait_for},
+};
+
 /// The timeout of a handshake, longer than any test takes. Tests of the timeout set their own.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -119,12 +126,6 @@ fn get_request() -> Request<Empty<Bytes>> {
 
 /// Whether the server is `serve` of this crate, or axum's own server.
 const SERVERS: [bool; 2] = [true, false];
-
-async fn tcp() -> (TcpListener, SocketAddr) {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    (listener, address)
-}
 
 fn graceful(delay: Duration) -> Graceful {
     let builder = Graceful::builder().drain_delay(delay);
@@ -206,21 +207,12 @@ async fn ask(
     answer + &String::from_utf8(rest).unwrap()
 }
 
-async fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    let waited = time::timeout(BOUND, async {
-        while !condition() {
-            time::sleep(Duration::from_millis(1)).await;
-        }
-    });
-    assert!(waited.await.is_ok(), "{what}");
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_of_tls_is_one_connection_and_its_peer_is_known() {
     for own in SERVERS {
         let certified = certified();
         let graceful = graceful(Duration::ZERO);
-        let (tcp, address) = tcp().await;
+        let (tcp, address) = listener().await;
         let run = serve_tls(own, &graceful, tcp, &certified);
         let mut first = certified.connect(address, "http/1.1").await;
         let answer = ask(&mut first, "/peer").await;
@@ -242,7 +234,7 @@ async fn a_connection_of_tls_is_one_connection_and_its_peer_is_known() {
 async fn clients_of_tls_are_asked_to_leave_in_the_lame_duck_phase() {
     let certified = certified();
     let graceful = graceful(Duration::from_secs(2));
-    let (tcp, address) = tcp().await;
+    let (tcp, address) = listener().await;
     let run = serve_tls(true, &graceful, tcp, &certified);
     let mut http1 = certified.connect(address, "http/1.1").await;
     let answer = ask(&mut http1, "/").await;
@@ -275,7 +267,7 @@ async fn peers_that_say_nothing_more_hold_nothing_up() {
     for own in SERVERS {
         let certified = certified();
         let graceful = graceful(Duration::ZERO);
-        let (tcp, address) = tcp().await;
+        let (tcp, address) = listener().await;
         let run = serve_tls(own, &graceful, tcp, &certified);
         let mut half = certified.connect(address, "http/1.1").await;
         half.write_all(b"GET / HTTP/1.1\r\nhost:").await.unwrap();
@@ -304,7 +296,7 @@ async fn idle_clients_and_silent_peers_cost_no_time_at_the_stop() {
     for own in SERVERS {
         let certified = certified();
         let graceful = graceful(Duration::ZERO);
-        let (tcp, address) = tcp().await;
+        let (tcp, address) = listener().await;
         let run = serve_tls(own, &graceful, tcp, &certified);
         let mut idle = certified.connect(address, "http/1.1").await;
         ask(&mut idle, "/").await;
@@ -328,7 +320,7 @@ async fn what_is_cut_ends_without_a_close_notify() {
             .drain_timeout(Duration::from_millis(200))
             .build()
             .unwrap();
-        let (tcp, address) = tcp().await;
+        let (tcp, address) = listener().await;
         let run = serve_tls(own, &graceful, tcp, &certified);
         let mut client = certified.connect(address, "http/1.1").await;
         // An HTTP/1.0 response without a length ends with its connection (RFC 9112 §6.3), so its client
@@ -357,7 +349,7 @@ async fn peers_that_do_not_shake_hands_delay_no_other_peer_and_are_closed() {
     for own in SERVERS {
         let certified = certified();
         let graceful = graceful(Duration::ZERO);
-        let (tcp, address) = tcp().await;
+        let (tcp, address) = listener().await;
         let acceptor = certified.acceptor();
         let timeout = Duration::from_millis(500);
         let tls = graceful
@@ -404,7 +396,7 @@ async fn peers_that_do_not_shake_hands_delay_no_other_peer_and_are_closed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_panic_ends_its_handshake_and_no_other() {
     let graceful = graceful(Duration::ZERO);
-    let (tcp, address) = tcp().await;
+    let (tcp, address) = listener().await;
     let calls = AtomicUsize::new(0);
     let shaky = graceful.listener(tcp).handshakes(TIMEOUT, move |io| {
         let call = calls.fetch_add(1, Ordering::SeqCst);
@@ -440,7 +432,7 @@ async fn handshakes_that_run_when_connections_close_are_dropped() {
         }
 
         let graceful = graceful(Duration::ZERO);
-        let (tcp, address) = tcp().await;
+        let (tcp, address) = listener().await;
         let dropped = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&dropped);
         let endless = graceful.listener(tcp).handshakes(TIMEOUT, move |mut io| {
@@ -489,7 +481,7 @@ fn header() -> Vec<u8> {
 async fn the_client_behind_a_proxy_is_the_peer_with_tls_and_without() {
     for own in SERVERS {
         let graceful = graceful(Duration::ZERO);
-        let (tcp, address) = tcp().await;
+        let (tcp, address) = listener().await;
         let run = spawn(
             own,
             &graceful,
@@ -515,7 +507,7 @@ async fn the_client_behind_a_proxy_is_the_peer_with_tls_and_without() {
 
         let certified = certified();
         let graceful = self::graceful(Duration::ZERO);
-        let (tcp, address) = self::tcp().await;
+        let (tcp, address) = listener().await;
         let acceptor = certified.acceptor();
         let tls = graceful
             .listener(tcp)
@@ -566,7 +558,7 @@ async fn connect_info_of_ones_own_knows_of_the_handshake() {
     for own in SERVERS {
         let certified = certified();
         let graceful = graceful(Duration::ZERO);
-        let (tcp, address) = tcp().await;
+        let (tcp, address) = listener().await;
         let acceptor = certified.acceptor();
         let listener = GracefulListener::new(&graceful, tcp);
         let tls = Handshakes::new(listener, TIMEOUT, move |io| acceptor.accept(io));
@@ -594,7 +586,7 @@ async fn a_new_certificate_is_for_new_connections() {
     let [old, new] = [certified(), certified()];
     let (sender, receiver) = watch::channel(old.acceptor());
     let graceful = graceful(Duration::ZERO);
-    let (tcp, address) = tcp().await;
+    let (tcp, address) = listener().await;
     let tls = graceful
         .listener(tcp)
         .handshakes(TIMEOUT, move |io| receiver.borrow().accept(io));
@@ -616,7 +608,7 @@ async fn a_new_certificate_is_for_new_connections() {
 #[tokio::test(start_paused = true)]
 async fn the_clock_of_a_handshake_is_the_runtimes() {
     let graceful = graceful(Duration::ZERO);
-    let (tcp, address) = tcp().await;
+    let (tcp, address) = listener().await;
     let timeout = Duration::from_secs(3600);
     let mut listener = graceful.listener(tcp).handshakes(timeout, |mut io| async {
         io.read_u8().await?;
@@ -625,12 +617,13 @@ async fn the_clock_of_a_handshake_is_the_runtimes() {
     let client = TcpStream::connect(address).await.unwrap();
     let accepting = tokio::spawn(async move { drop(listener.accept().await) });
     let begun = time::Instant::now();
-    while graceful.connections() == 0 {
-        tokio::task::yield_now().await;
-    }
-    while graceful.connections() > 0 {
-        time::sleep(Duration::from_secs(60)).await;
-    }
+    wait_for("it is accepted", || graceful.connections() == 1).await;
+    let given_up = time::timeout(timeout * 2, async {
+        while graceful.connections() > 0 {
+            time::sleep(Duration::from_secs(60)).await;
+        }
+    });
+    given_up.await.expect("the handshake is given up");
     let took = begun.elapsed();
     assert!(took >= timeout && took < timeout * 2, "{took:?}");
     drop(client);

@@ -312,7 +312,9 @@ mod tests {
             #[cfg(unix)]
             assert!(graceful.shared().describe_end().unwrap().contains("blocks"));
             drop(release);
+            let deadline = Instant::now() + SECOND * 10;
             while !graceful.shared().has_ended() {
+                assert!(Instant::now() < deadline, "it has not ended");
                 std::thread::yield_now();
             }
         }
