@@ -54,14 +54,17 @@ fn graceful() -> Graceful {
         .build()
         .unwrap()
 }
-async fn slow() -> &'static str {
-    time::sleep(Duration::from_secs(3)).await;
-    "slow"
-}
 
 async fn lost(layered: bool, tracked: bool) {
     let graceful = graceful();
     let (tcp, address) = listener().await;
+    let handles = Arc::new(Notify::new());
+    let begun = Arc::clone(&handles);
+    let slow = async move || {
+        begun.notify_one();
+        time::sleep(Duration::from_secs(3)).await;
+        "slow"
+    };
     let mut app = Router::new().route("/slow", get(slow));
     if layered {
         app = app.layer(graceful.layer());
@@ -83,7 +86,7 @@ async fn lost(layered: bool, tracked: bool) {
     io.write_all(b"GET /slow HTTP/1.1\r\nhost: test\r\n\r\n")
         .await
         .unwrap();
-    time::sleep(Duration::from_millis(300)).await;
+    time::timeout(BOUND, handles.notified()).await.unwrap();
     drop(hold);
     graceful.shutdown();
     let mut answer = String::new();
@@ -169,7 +172,8 @@ async fn wrapped(other: bool) {
     io.write_all(b"GET /big HTTP/1.1\r\nhost: test\r\n\r\n")
         .await
         .unwrap();
-    time::sleep(Duration::from_millis(300)).await;
+    // The response has begun. The service drains until the rest is in the kernel's buffers.
+    time::timeout(BOUND, io.readable()).await.unwrap().unwrap();
     graceful.shutdown();
     let (mut got, mut piece) = (0, vec![0; 16 * 1024]);
     let end = loop {
@@ -299,11 +303,16 @@ fn the_cut_ends_a_connection_that_its_client_has_closed_and_does_not_read() {
 async fn lost_over_http2(layered: bool, head_only: bool) {
     let graceful = graceful();
     let (tcp, address) = listener().await;
-    let no_content = || async {
+    let handles = Arc::new(Notify::new());
+    let begun = Arc::clone(&handles);
+    let no_content = async move || {
+        begun.notify_one();
         time::sleep(Duration::from_secs(3)).await;
         StatusCode::NO_CONTENT
     };
-    let stream = || async {
+    let begun = Arc::clone(&handles);
+    let stream = async move || {
+        begun.notify_one();
         let pieces = stream::iter([0, 1500, 1500]).then(|delay| async move {
             time::sleep(Duration::from_millis(delay)).await;
             Ok::<_, io::Error>("piece")
@@ -330,7 +339,7 @@ async fn lost_over_http2(layered: bool, head_only: bool) {
         let response = client.send_request(request.unwrap()).await?;
         response.into_body().collect().await
     });
-    time::sleep(Duration::from_millis(300)).await;
+    time::timeout(BOUND, handles.notified()).await.unwrap();
     graceful.shutdown();
     let answer = answer.await.unwrap().map(Collected::to_bytes);
     let report = server.await.unwrap();

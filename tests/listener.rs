@@ -316,9 +316,12 @@ async fn a_request_that_comes_before_its_connection_knows_of_the_close_is_served
     .await
     .unwrap();
     graceful.shutdown();
-    tokio::time::sleep(50 * MS).await;
+    // The connection learns that the service stops.
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
     // The delay ends, and connections are told to close, while nothing runs here.
-    sleep(150 * MS);
+    sleep(200 * MS);
     idle.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
         .unwrap();
     sleep(200 * MS);

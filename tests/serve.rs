@@ -34,7 +34,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, duplex},
     net::{TcpListener, TcpStream},
     sync::{Notify, mpsc},
-    task::JoinHandle,
+    task::{self, JoinHandle},
     time,
 };
 use tower::service_fn;
@@ -249,7 +249,8 @@ async fn an_accept_that_has_begun_when_the_listener_closes_is_finished() {
             .build()
             .unwrap();
         let server = spawn(own, &graceful, SlowToAccept { tcp, handshake });
-        time::sleep(Duration::from_millis(20)).await;
+        // The runtime has one thread, so the listener has been polled after this.
+        task::yield_now().await;
         graceful.shutdown();
         time::sleep(Duration::from_millis(85)).await;
         let client = TcpStream::connect(address).await.unwrap();
