@@ -268,7 +268,8 @@ async fn ends_by_the_deadline(form: Form, how: How) {
     server.graceful.shutdown();
     let report = timeout(BOUND, server.report).await.unwrap().unwrap();
     let took = begun.elapsed();
-    assert!(took < Duration::from_secs(1), "{took:?}: {report}");
+    // The plan has 550 ms. The machine may be busy.
+    assert!(took < Duration::from_secs(3), "{took:?}: {report}");
     let expected = [Outcome::Clean, Outcome::Forced];
     assert!(expected.contains(&report.outcome()), "{report}");
     assert_eq!(server.graceful.connections(), 0, "{report}");

@@ -9,6 +9,7 @@ mod wakers;
 
 use std::{
     convert::Infallible,
+    fmt::Debug,
     future::IntoFuture,
     io,
     net::SocketAddr,
@@ -184,28 +185,28 @@ async fn a_unix_listener_is_served() {
 
 /// A listener that performs a handshake inside of `accept`. If the future of `accept` is dropped in between, the
 /// connection is lost.
-struct SlowToAccept {
-    tcp: TcpListener,
+struct SlowToAccept<L> {
+    listener: L,
     handshake: Duration,
 }
 
-impl Listener for SlowToAccept {
-    type Io = TcpStream;
-    type Addr = SocketAddr;
+impl<L: Listener> Listener for SlowToAccept<L> {
+    type Io = L::Io;
+    type Addr = L::Addr;
 
-    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
-        let accepted = Listener::accept(&mut self.tcp).await;
+    async fn accept(&mut self) -> (L::Io, L::Addr) {
+        let accepted = self.listener.accept().await;
         time::sleep(self.handshake).await;
         accepted
     }
 
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.tcp.local_addr()
+    fn local_addr(&self) -> io::Result<L::Addr> {
+        self.listener.local_addr()
     }
 }
 
 /// Serves with `serve` if `own` is set, and otherwise with axum's server.
-fn spawn<L: Listener<Addr = SocketAddr>>(
+fn spawn<L: Listener<Addr: Debug>>(
     own: bool,
     graceful: &Graceful,
     listener: L,
@@ -221,10 +222,14 @@ fn spawn<L: Listener<Addr = SocketAddr>>(
 
 #[tokio::test]
 async fn an_accept_that_takes_its_time_is_not_disturbed_by_connections_that_end() {
-    let (tcp, address) = listener().await;
+    let (listener, address) = listener().await;
     let handshake = Duration::from_millis(10);
     let graceful = self::graceful();
-    let server = spawn(true, &graceful, SlowToAccept { tcp, handshake });
+    let slow = SlowToAccept {
+        listener,
+        handshake,
+    };
+    let server = spawn(true, &graceful, slow);
     let clients = (0..30).map(|i| {
         tokio::spawn(async move {
             time::sleep(Duration::from_millis(7) * i).await;
@@ -238,22 +243,27 @@ async fn an_accept_that_takes_its_time_is_not_disturbed_by_connections_that_end(
     stop(&graceful, server).await;
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_accept_that_has_begun_when_the_listener_closes_is_finished() {
     for own in [true, false] {
-        let (tcp, address) = listener().await;
+        let (pipes, accepted) = mpsc::unbounded_channel();
         let handshake = Duration::from_millis(40);
         let graceful = Graceful::builder()
             .drain_delay(Duration::from_millis(100))
             .keep_listening(false)
             .build()
             .unwrap();
-        let server = spawn(own, &graceful, SlowToAccept { tcp, handshake });
+        let slow = SlowToAccept {
+            listener: Pipes(accepted),
+            handshake,
+        };
+        let server = spawn(own, &graceful, slow);
         // The runtime has one thread, so the listener has been polled after this.
         task::yield_now().await;
         graceful.shutdown();
         time::sleep(Duration::from_millis(85)).await;
-        let client = TcpStream::connect(address).await.unwrap();
+        let (client, accepted) = duplex(1_000);
+        pipes.send(accepted).unwrap();
         let answer = time::timeout(BOUND, ask(client)).await.unwrap();
         assert!(answer.ends_with("hello"), "own {own}: {answer:?}");
         let report = server.await.unwrap();

@@ -306,7 +306,8 @@ async fn idle_clients_and_silent_peers_cost_no_time_at_the_stop() {
         let begun = Instant::now();
         stop(&graceful, run).await;
         let took = begun.elapsed();
-        assert!(took < Duration::from_millis(400), "own {own}: {took:?}");
+        // The wait for a handshake would be one second.
+        assert!(took < Duration::from_millis(900), "own {own}: {took:?}");
         drop((idle, silent));
     }
 }

@@ -145,15 +145,23 @@ fn forced(form: Form) {
 }
 
 fn stops_listening(form: Form) {
-    let mut server = Server::start(form, &["delay=1000", "keep_listening=false"]);
+    let knobs = ["delay=1000", "keep_listening=false", "observed=yes"];
+    let mut server = Server::start(form, &knobs);
     let slow = server.get_in_background("/sleep/3000");
     server.terminate();
+    server.expect_phase("lame duck");
     server.wait_for_unready();
     while server.elapsed() < MS(450) {
         server.get("/").assert_ok();
         thread::sleep(MS(10));
     }
-    server.until(MS(1200));
+    server.expect_phase("draining");
+    // A server of axum closes its listener a moment later. The slow request ends after 3 s, and then every server has
+    // closed it.
+    while Connection::try_open(server.address).is_ok() {
+        assert!(server.elapsed() < MS(2500), "it still listens");
+        thread::sleep(MS(10));
+    }
     for _ in 0..20 {
         let refused = Connection::try_open(server.address)
             .err()

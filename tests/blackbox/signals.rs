@@ -350,6 +350,13 @@ fn second_sigint_cuts(form: Form) {
 }
 
 fn third_sigint_abandons(form: Form) {
+    // More than once on a machine that stalls.
+    let mut attempts = (0..3).map(|_| abandons_at_third_sigint(form));
+    assert!(attempts.any(|abandoned| abandoned));
+}
+
+/// Whether the third SIGINT has abandoned the cleanup. It comes too late if this process does not run for 140 ms.
+fn abandons_at_third_sigint(form: Form) -> bool {
     let mut server = Server::start(form, &["delay=5000", "drain=10000", "observed=yes"]);
     // A handler that blocks its thread cannot be aborted, even if its connection is cut.
     let mut stays = server.connect();
@@ -365,10 +372,14 @@ fn third_sigint_abandons(form: Form) {
         server.signal(SIGINT);
     }
     let exit = server.exit();
+    if exit.status.code() == Some(1) {
+        return false;
+    }
     assert_eq!(exit.status.code(), Some(3), "{exit:?}");
     // The observer may print its last line after the report.
     let mut output = exit.output.iter();
     assert!(output.any(|line| line.contains("abandoned")), "{exit:?}");
+    true
 }
 
 /// A supervisor and a terminal may send their signals at the same time.
