@@ -6,7 +6,7 @@ mod wakers;
 
 use std::{
     future::{IntoFuture, pending, poll_fn},
-    io,
+    io::{self, Read, Write},
     net::{SocketAddr, TcpStream},
     pin::{Pin, pin},
     task::{Context, Poll, Waker},
@@ -162,41 +162,73 @@ fn a_closing_listener_may_be_dropped_outside_a_runtime() {
     runtime.block_on(graceful.stopped());
 }
 
-/// The service has been silent for long, so only the listener itself delays the close.
+/// Sends a request on a new connection, and returns the response. `None` if the connection was too late, or if this
+/// client has waited for a processor: a connection may be silent for 25 ms. Blocks the thread, because the runtime
+/// rounds `moment` up to a millisecond.
+fn ask_after(moment: Duration, address: SocketAddr) -> Option<io::Result<String>> {
+    let at_once = Duration::from_millis(15);
+    std::thread::sleep(moment);
+    let begun = std::time::Instant::now();
+    let mut stream = TcpStream::connect_timeout(&address, at_once).ok()?;
+    let sent = stream.write_all(b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    if begun.elapsed() > at_once {
+        return None;
+    }
+    sent.unwrap();
+    stream.set_read_timeout(Some(BOUND)).unwrap();
+    let mut answer = String::new();
+    Some(stream.read_to_string(&mut answer).map(|_| answer))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_very_last_connection_of_a_quiet_service_is_answered() {
-    for round in 0..60_u64 {
+    let mut lost = Vec::new();
+    // More than once on an overloaded machine, where a connection may be reset.
+    while let Err(one) = very_last_connections().await {
+        lost.push(one);
+        assert!(lost.len() < 3, "{lost:?}");
+    }
+}
+
+/// The service has been silent for long, so only the listener itself delays the close. Returns a response that was
+/// lost.
+async fn very_last_connections() -> Result<(), String> {
+    let mut answered = 0;
+    // About the end of the delay. Each round brings it nearer to the moment of the close.
+    let mut moment = Duration::from_millis(39);
+    for round in 0..400 {
+        // On a busy machine, most connections are too late.
+        if round >= 100 && answered >= 10 {
+            break;
+        }
         let delay = Duration::from_millis(40);
         let graceful = Graceful::builder().drain_delay(delay).build().unwrap();
         let (listener, address) = std_listener();
         let listener = TcpListener::from_std(listener).unwrap();
         let run = tokio::spawn(graceful.serve(listener, app(&graceful)).into_future());
-        let mut phases = graceful.subscribe();
+        let ask = async |moment| {
+            let client = tokio::task::spawn_blocking(move || ask_after(moment, address));
+            client.await.unwrap()
+        };
+        // If nothing were served yet, there would be no delay.
+        ask(Duration::ZERO).await;
         graceful.shutdown();
-        let _ = phases.reached(Phase::LameDuck).await;
-        // About the moment of the close: from 2 ms before the end of the delay to 1 ms after it.
-        tokio::time::sleep(Duration::from_micros(38_000 + round * 50)).await;
-        let begun = std::time::Instant::now();
-        let Ok(mut stream) = tokio::net::TcpStream::connect(address).await else {
+        let answer = ask(moment).await;
+        let report = timeout(BOUND, run).await.unwrap().unwrap();
+        let step = Duration::from_micros(100);
+        let Some(answer) = answer else {
+            moment = moment.saturating_sub(step);
             continue;
         };
-        let request = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
-        let sent = stream.write_all(request).await;
-        if begun.elapsed() > Duration::from_millis(15) {
-            // A connection may be silent for 25 ms; this client waited for a processor.
-            continue;
+        moment += step;
+        if !matches!(&answer, Ok(answer) if answer.starts_with("HTTP/1.1 ")) {
+            return Err(format!("{round}: {answer:?}, {report}"));
         }
-        sent.unwrap();
-        let mut answer = String::new();
-        let read = timeout(BOUND, stream.read_to_string(&mut answer))
-            .await
-            .unwrap();
-        assert!(
-            read.is_ok() && answer.starts_with("HTTP/1.1 "),
-            "{round}: {read:?} {answer}"
-        );
-        assert_eq!(run.await.unwrap().outcome(), Outcome::Clean);
+        assert_eq!(report.outcome(), Outcome::Clean, "{round}: {report}");
+        answered += 1;
     }
+    assert!(answered >= 10, "only {answered} connections were in time");
+    Ok(())
 }
 
 #[tokio::test]
@@ -293,10 +325,7 @@ fn handing_over(delay: Duration) -> Graceful {
 /// run since then, because every thread of the runtime is blocked.
 #[tokio::test]
 async fn a_request_that_comes_before_its_connection_knows_of_the_close_is_served() {
-    use std::{
-        io::{Read, Write},
-        thread::sleep,
-    };
+    use std::thread::sleep;
 
     const MS: Duration = Duration::from_millis(1);
 
