@@ -609,10 +609,20 @@ async fn a_handler_that_panics_takes_nothing_from_the_response_before_its_reques
     assert_eq!(report.outcome(), Outcome::Clean, "{report}");
 }
 
-/// A client closes its writing side while its response is blocked, and receives the rest.
+const GET: &[u8] = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n";
+const GET_CLOSE: &[u8] = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+/// As Java's `HttpClient` sends it.
+const H2C: &[u8] = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade, http2-settings\r\n\
+    upgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n\r\n";
+const H2C_CLOSE: &[u8] =
+    b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade, close\r\nupgrade: h2c\r\n\r\n";
+
+/// A client receives the rest of a response that was blocked, although it has closed its writing side (after a
+/// `GET`) or the service closes its connections.
 async fn the_rest_is_received<L>(
     own: bool,
     stops: bool,
+    request: &[u8],
     listener: impl FnOnce(&Graceful, Pipes) -> L,
 ) where
     L: Listener<Addr = ()>,
@@ -636,10 +646,7 @@ async fn the_rest_is_received<L>(
     };
     let (mut client, pipe) = duplex(1_000);
     pipes.send(pipe).unwrap();
-    client
-        .write_all(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")
-        .await
-        .unwrap();
+    client.write_all(request).await.unwrap();
     called.notified().await;
     while graceful.in_flight() > 0 {
         task::yield_now().await;
@@ -647,9 +654,11 @@ async fn the_rest_is_received<L>(
     if stops {
         graceful.shutdown();
     }
-    client.shutdown().await.unwrap();
+    if request == GET {
+        client.shutdown().await.unwrap();
+    }
     // Until every task waits.
-    time::sleep(Duration::from_millis(10)).await;
+    time::sleep(Duration::from_secs(1)).await;
     let mut response = Vec::new();
     let read = time::timeout(BOUND, client.read_to_end(&mut response)).await;
     read.unwrap().unwrap();
@@ -672,7 +681,7 @@ const FORMS: [(bool, bool); 4] = [(true, false), (true, true), (false, false), (
 #[tokio::test(start_paused = true)]
 async fn a_client_that_closes_its_writing_side_while_a_write_is_blocked_receives_the_rest() {
     for (own, stops) in FORMS {
-        the_rest_is_received(own, stops, |graceful, pipes| graceful.listener(pipes)).await;
+        the_rest_is_received(own, stops, GET, |graceful, pipes| graceful.listener(pipes)).await;
     }
 }
 
@@ -680,12 +689,59 @@ async fn a_client_that_closes_its_writing_side_while_a_write_is_blocked_receives
 #[tokio::test(start_paused = true)]
 async fn a_client_that_closes_its_writing_side_while_a_flush_is_blocked_receives_the_rest() {
     for (own, stops) in FORMS {
-        the_rest_is_received(own, stops, |graceful, pipes| {
+        the_rest_is_received(own, stops, GET, |graceful, pipes| {
             let tracked = graceful.listener(pipes);
             tracked.handshakes(BOUND, async |io| {
                 Ok::<_, io::Error>(BufWriter::with_capacity(1 << 16, io))
             })
         })
         .await;
+    }
+}
+
+/// hyper takes such a connection for one that is being upgraded, if it is told to close it.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_offers_an_upgrade_receives_the_whole_response_at_a_stop() {
+    for request in [H2C, H2C_CLOSE] {
+        for own in [true, false] {
+            the_rest_is_received(own, true, request, |graceful, pipes| {
+                graceful.listener(pipes)
+            })
+            .await;
+        }
+    }
+}
+
+/// Without `keep_listening` axum's server is told to close when the delay is over. A client that does not read then
+/// loses the rest, and that is in the report.
+#[tokio::test(start_paused = true)]
+async fn a_response_that_axum_drops_because_its_client_offers_an_upgrade_is_reported() {
+    for request in [H2C_CLOSE, GET_CLOSE] {
+        let graceful = Graceful::builder()
+            .drain_delay(Duration::ZERO)
+            .keep_listening(false)
+            .build()
+            .unwrap();
+        let handler = get(|| async { vec![b'x'; 10_000] });
+        let app = Router::new().route("/", handler).layer(graceful.layer());
+        let (pipes, accepted) = mpsc::unbounded_channel();
+        let server = axum::serve(graceful.listener(Pipes(accepted)), app);
+        let server = server.with_graceful_shutdown(graceful.drain());
+        let server = tokio::spawn(graceful.run(server));
+        let (mut client, pipe) = duplex(1_000);
+        pipes.send(pipe).unwrap();
+        client.write_all(request).await.unwrap();
+        client.read_exact(&mut [0]).await.unwrap();
+        graceful.shutdown();
+        time::sleep(Duration::from_secs(3)).await;
+        let mut response = Vec::new();
+        let read = time::timeout(BOUND, client.read_to_end(&mut response)).await;
+        read.unwrap().unwrap();
+        let is_whole = response.ends_with(&vec![b'x'; 10_000]);
+        let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+        assert_eq!(report.outcome() == Outcome::Clean, is_whole, "{report}");
+        assert_eq!(is_whole, request == GET_CLOSE, "{report}");
+        let lost = usize::from(!is_whole);
+        assert_eq!(report.remaining().connections, lost, "{report}");
     }
 }

@@ -4,7 +4,10 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
     directive::Directive,
-    flags::{ACTIVE, ANSWERS, Flags, HANDSHAKE, LINGERS, READ_ONCE_MORE, RESPONDED, STREAMLESS},
+    flags::{
+        ACTIVE, ANSWERS, Flags, HANDSHAKE, LINGERS, READ_ONCE_MORE, RESPONDED, STREAMLESS,
+        UPGRADED, UPGRADES,
+    },
     sniffer::Sniffer,
     stagger::Place,
     state::ConnectionState,
@@ -53,6 +56,12 @@ impl<O> ConnectionEntry<O> {
         let answers = if directive >= asked { ANSWERS } else { 0 };
         // A stream may begin and end before the next read.
         self.flags.change(STREAMLESS, ACTIVE | answers);
+    }
+
+    /// Whether hyper would drop bytes that it has not written yet, if its server closed the connection now: it
+    /// takes a connection that has asked for an upgrade, and was not upgraded, for one that is being upgraded.
+    pub(crate) fn is_torn_by_close(&self) -> bool {
+        self.state.is_blocked() && self.flags.has(UPGRADES) && !self.flags.has(UPGRADED)
     }
 
     /// Records that nothing is left to read: the peer has closed its writing side, or nothing was there

@@ -13,9 +13,10 @@
 //! 3. *That read misses no wake-up.* The stored waker belongs to the polling task, and `instruct`
 //!    changes the directive before it wakes. A wake-up before the poll orders the new directive
 //!    before it; a wake-up during the poll causes another poll.
-//! 4. *`waits` and `wrote` are `Relaxed`.* In `waits` each poller reads only the bits that it wrote
-//!    itself, or sees that its waker was taken, which is followed by a wake-up as well. `wrote` is
-//!    only read by the task that writes or drops the connection.
+//! 4. *`waits` and `writes` are `Relaxed`.* In `waits` each poller reads only the bits that it wrote
+//!    itself, or sees that its waker was taken, which is followed by a wake-up as well. [`WROTE`] is
+//!    only read by the task that writes or drops the connection, and [`BLOCKED`] also by the timeline,
+//!    which reads it again and again.
 //! 5. *The last stream that ends wakes the owner.* The owner stores its waker under the lock, and
 //!    then loads the number of streams. The last stream subtracts itself, and then copies the waker
 //!    under the lock. If the waker was stored before, it is woken. Otherwise the lock orders the
@@ -35,14 +36,19 @@ use super::{
 };
 #[cfg(all(feature = "axum", feature = "signal"))]
 use crate::sync::AtomicU32;
-use crate::sync::{AtomicBool, AtomicU8, Mutex, Ordering, lock};
+use crate::sync::{AtomicU8, Mutex, Ordering, lock};
+
+/// The task has written or tried to write.
+const WROTE: u8 = 1;
+/// The last write or flush returned `Pending`.
+const BLOCKED: u8 = 2;
 
 #[derive(Debug)]
 pub(crate) struct ConnectionState {
     /// A [`Directive`]. Changes under the lock of the wakers.
     directive: AtomicU8,
-    /// The task has written or tried to write.
-    wrote: AtomicBool,
+    /// The bits [`WROTE`] and [`BLOCKED`]. Only the task that writes changes them.
+    writes: AtomicU8,
     /// The slots whose stored waker is the one in their poller's [`RegisteredWaker`]. Changes under
     /// the lock of the wakers. Each poller reads only its own bits.
     waits: AtomicU8,
@@ -59,7 +65,7 @@ impl ConnectionState {
     pub(crate) fn new(directive: Directive) -> Self {
         Self {
             directive: AtomicU8::new(directive as u8),
-            wrote: AtomicBool::new(false),
+            writes: AtomicU8::new(0),
             waits: AtomicU8::new(0),
             #[cfg(all(feature = "axum", feature = "signal"))]
             streams: AtomicU32::new(0),
@@ -109,7 +115,7 @@ impl ConnectionState {
             stored.0 = Some(waker.clone());
         }
         if slot == WakerSlot::Write && self.directive() < Directive::Cut {
-            self.wrote.store(true, Ordering::Relaxed);
+            self.change_writes(0, WROTE);
         }
     }
 
@@ -170,7 +176,23 @@ impl ConnectionState {
     /// Whether the connection was cut after something had been written, or tried to be. Called by
     /// the task that writes or drops the connection.
     pub(crate) fn is_cut_short(&self) -> bool {
-        self.directive() == Directive::Cut && self.wrote.load(Ordering::Relaxed)
+        self.directive() == Directive::Cut && self.writes.load(Ordering::Relaxed) & WROTE != 0
+    }
+
+    /// Records whether the last write or flush was blocked.
+    pub(crate) fn set_blocked(&self, blocked: bool) {
+        self.change_writes(BLOCKED, if blocked { BLOCKED } else { 0 });
+    }
+
+    /// Whether the server has bytes that it could not write yet.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.writes.load(Ordering::Relaxed) & BLOCKED != 0
+    }
+
+    /// Not a read-modify-write: only one task writes, so no change is lost.
+    fn change_writes(&self, clear: u8, set: u8) {
+        let writes = self.writes.load(Ordering::Relaxed) & !clear | set;
+        self.writes.store(writes, Ordering::Relaxed);
     }
 
     /// Whether no task has tried to read yet, and the connection was not cut.

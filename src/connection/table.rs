@@ -33,7 +33,7 @@ use super::{
     entry::{ConnectionEntry, OpenAtCut},
     flags::{
         ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, INSPECTED, LINGERS, MAY_DROP, READ_ONCE_MORE,
-        RENAMED, UPGRADED, WATCHED,
+        RENAMED, RESPONDED, UPGRADED, WATCHED,
     },
     sniffer::Sniffer,
     stagger::Place,
@@ -66,8 +66,7 @@ struct Open<O> {
     entered: u64,
     /// When the last [`WATCHED`] connection was opened, in nanoseconds after the first connection.
     watched: u64,
-    /// Requests that were dropped because their clients had closed their writing side.
-    half_closed: usize,
+    lost: Lost,
     /// The latest directive to all connections.
     directive: Directive,
     /// How often [`Directive::Expire`] was given. A connection that had something to wait for the last time
@@ -75,6 +74,18 @@ struct Open<O> {
     expiries: u32,
     /// The connections that have not been given it yet.
     uninstructed: Vec<Arc<ConnectionEntry<O>>>,
+}
+
+/// What was lost while the service stopped, without a cut.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Lost {
+    /// Requests that were dropped because their clients had closed their writing side.
+    pub(crate) half_closed: usize,
+    /// Connections whose server has dropped the rest of a response.
+    pub(crate) torn: usize,
+    /// Those on which bytes of a response went out while the service stopped. The responses of the others belong to
+    /// no request of the report.
+    pub(crate) torn_requests: usize,
 }
 
 /// Listeners that accept connections.
@@ -105,7 +116,7 @@ impl<O> Default for ConnectionTable<O> {
                 first: None,
                 entered: 0,
                 watched: 0,
-                half_closed: 0,
+                lost: Lost::default(),
                 directive: Directive::default(),
                 expiries: 0,
                 uninstructed: Vec::new(),
@@ -171,12 +182,19 @@ impl<O> ConnectionTable<O> {
     /// was a response.
     #[cold]
     pub(crate) fn half_closed(&self) {
-        lock!(self.open).half_closed += 1;
+        lock!(self.open).lost.half_closed += 1;
     }
 
-    /// The number of these requests.
-    pub(crate) fn half_closed_so_far(&self) -> usize {
-        lock!(self.open).half_closed
+    /// Counts a connection whose server has dropped the rest of a response.
+    #[cold]
+    pub(crate) fn torn(&self, entry: &ConnectionEntry<O>) {
+        let mut open = lock!(self.open);
+        open.lost.torn += 1;
+        open.lost.torn_requests += usize::from(entry.flags.has(RESPONDED));
+    }
+
+    pub(crate) fn lost_so_far(&self) -> Lost {
+        lock!(self.open).lost
     }
 
     /// Whether there is a connection that no task has tried to read yet.
@@ -218,6 +236,13 @@ impl<O> ConnectionTable<O> {
             .filter(|entry| !entry.is_served() && !entry.flags.has(MAY_DROP | UPGRADED | LINGERS));
         let count = others.clone().count();
         count > in_flight || others.any(|entry| entry.sniffer.is_http2())
+    }
+
+    /// Whether the servers must not be told yet to close their connections. `serve` waits by itself.
+    pub(crate) fn has_torn_by_close(&self) -> bool {
+        let open = lock!(self.open);
+        let mut others = open.connections.iter().filter(|entry| !entry.is_served());
+        others.any(|entry| entry.is_torn_by_close())
     }
 
     /// Whether a handshake is running whose peer has sent something.

@@ -8,6 +8,7 @@ use super::{
     Lifecycle,
     state::{ClosingStage, Reads, Shutdown},
 };
+use crate::phase::Phase;
 
 /// How long no connection may have been opened and no byte read before the connections are told to
 /// close. A server that is told to close closes silent connections at once, and would lose the
@@ -91,6 +92,15 @@ impl Lifecycle {
             }
             if let Some(until) = self.read_once_more(shutdown, now) {
                 return Some(until);
+            }
+            // A client that does not read must not keep the lame-duck phase from its end.
+            let most = if self.phase() == Phase::LameDuck {
+                shutdown.drain_until.min(begun + MOST_UNREAD)
+            } else {
+                shutdown.drain_until
+            };
+            if now < most && self.connections.has_torn_by_close() {
+                return Some(most.min(now + CHECK_INTERVAL));
             }
         }
         shutdown.close_connections(now);

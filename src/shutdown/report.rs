@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::state::Shutdown;
 use crate::{
     admission::SinceServing,
-    connection::entry::OpenAtCut,
+    connection::{entry::OpenAtCut, table::Lost},
     events::Reason,
     report::{
         GivenUp, Outcome, Remaining, Report, Requests, TaskKind, TaskOutcome, TaskReport,
@@ -22,7 +22,7 @@ impl Shutdown {
         reason: Reason,
         server_error: Option<String>,
         figures: SinceServing,
-        half_closed: usize,
+        lost: Lost,
         (tasks, unlisted_workers): (Vec<Task>, UnlistedWorkers),
         now: Instant,
     ) -> Report {
@@ -34,10 +34,10 @@ impl Shutdown {
         let mut remaining = cut.map_or_else(Remaining::default, |cut| cut.remaining);
         // A connection that lingered and has delivered everything has lost nothing.
         let left = || cut.into_iter().flat_map(|cut| &cut.connections);
-        let lost = || left().filter(|left| !left.lingered() || left.undelivered() > 0);
-        remaining.connections = lost().count();
+        let cut_short = || left().filter(|left| !left.lingered() || left.undelivered() > 0);
+        remaining.connections = cut_short().count() + lost.torn;
         let given_up = cut.map(|cut| GivenUp {
-            connections: lost().map(OpenAtCut::describe).collect(),
+            connections: cut_short().map(OpenAtCut::describe).collect(),
             ..cut.given_up.clone()
         });
         // After a server has dropped a connection, no request is counted for the bytes that the
@@ -53,10 +53,10 @@ impl Shutdown {
         let open = left().filter(|left| !left.lingered()).count();
         let pieces = cut.map_or(0, |cut| cut.pieces.min(open));
         let known = remaining.requests + unsent;
-        let requests_cut = owing(true) + owing(false).max(pieces).max(known);
+        let requests_cut = owing(true) + owing(false).max(pieces).max(known) + lost.torn_requests;
         remaining.servers = self.servers_left;
         remaining.queued = self.queued;
-        remaining.half_closed = half_closed;
+        remaining.half_closed = lost.half_closed;
         remaining.workers = tasks.iter().filter(|task| task.is_cut_worker()).count();
         let outcome = if matches!(reason, Reason::Signal) {
             Outcome::Abandoned

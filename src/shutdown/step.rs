@@ -273,10 +273,10 @@ impl Lifecycle {
         if to == Phase::Stopped {
             let error = state.server_error.take();
             let figures = self.since_serving();
-            let half_closed = self.connections.half_closed_so_far();
+            let lost = self.connections.lost_so_far();
             let tasks = self.work.tasks();
             let tasks = (tasks, self.work.unlisted());
-            let mut report = shutdown.report(reason, error, figures, half_closed, tasks, now);
+            let mut report = shutdown.report(reason, error, figures, lost, tasks, now);
             report.warnings = lock!(self.warnings).as_slice().into();
             state.report = Some(report);
             if let Some(cut) = &mut shutdown.cut {

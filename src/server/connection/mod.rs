@@ -175,6 +175,9 @@ where
                 Directive::Leave | Directive::Read => sniffer.is_http2(),
                 Directive::Close | Directive::Expire | Directive::Cut => true,
             };
+            // hyper drops what it has not written when it closes a connection that has asked for an upgrade, even
+            // if it did not get one. The blocked write wakes this task.
+            let leaves = leaves && !this.owner.0.is_torn_by_close();
             if !leaves || *this.asked == directive {
                 if directive >= Directive::Close {
                     this.owner.0.flags.set(CLOSE_NOTICED);

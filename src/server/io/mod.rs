@@ -112,6 +112,10 @@ impl<I: 'static> Drop for GracefulIo<I> {
         if is_top && !entry.is_served() && self.heads.is_asked() {
             entry.dropped_unanswered();
         }
+        let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
+        if is_top && stops && self.peer == Peer::Open && entry.is_torn_by_close() {
+            entry.owner.connections.torn(entry);
+        }
         let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();
         let entry = &self.guard.entry;
         if self.layer > 0 {

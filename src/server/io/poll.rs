@@ -110,20 +110,27 @@ impl<I: 'static> GracefulIo<I> {
     /// Records whether a write or a flush was blocked.
     #[inline]
     fn note_writing(&mut self, is_pending: bool) {
-        match (self.writing, is_pending) {
-            (Writing::BlockedAtEnd, true) => {}
-            (_, true) => self.writing = Writing::Blocked,
-            (_, false) => self.unblock(Writing::Open),
+        match (self.is_blocked(), is_pending) {
+            (true, true) => {}
+            (false, true) => self.set_writing(Writing::Blocked),
+            (_, false) => self.set_writing(Writing::Open),
         }
     }
 
     #[inline]
-    fn unblock(&mut self, writing: Writing) {
-        if self.writing == Writing::BlockedAtEnd {
-            // The server reads the end now.
-            self.guard.entry.state.wake_reader();
+    fn set_writing(&mut self, writing: Writing) {
+        let before = std::mem::replace(&mut self.writing, writing);
+        if before == writing {
+            return;
         }
-        self.writing = writing;
+        let state = &self.guard.entry.state;
+        if self.is_top() {
+            state.set_blocked(self.is_blocked());
+        }
+        if before == Writing::BlockedAtEnd {
+            // The server reads the end now.
+            state.wake_reader();
+        }
     }
 
     #[cold]
@@ -309,7 +316,7 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
         self.enter(WakerSlot::Write, cx)?;
         let result = Pin::new(present(self.io.as_mut())).poll_shutdown(cx);
         if matches!(result, Poll::Ready(Ok(()))) {
-            self.unblock(Writing::Shut);
+            self.set_writing(Writing::Shut);
         }
         result
     }
