@@ -13,7 +13,7 @@ use axum::{
     extract::ws::{Message, WebSocketUpgrade},
     http::StatusCode,
     response::Response,
-    routing::get,
+    routing::{MethodRouter, get, post},
     serve::Listener,
 };
 use bytes::Bytes;
@@ -34,12 +34,15 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf, duplex},
+    io::{
+        AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, DuplexStream, ReadBuf,
+        duplex,
+    },
     net::{TcpListener, TcpSocket, TcpStream},
     sync::{Notify, mpsc, oneshot},
     task, time,
 };
-use tower_graceful::{Graceful, HandshakeExt, Outcome, Phase};
+use tower_graceful::{Graceful, HandshakeExt, Outcome, Phase, Report};
 
 use crate::{
     pipes::Pipes,
@@ -744,4 +747,122 @@ async fn a_response_that_axum_drops_because_its_client_offers_an_upgrade_is_repo
         let lost = usize::from(!is_whole);
         assert_eq!(report.remaining().connections, lost, "{report}");
     }
+}
+
+/// What a test of `serve` needs that has a delay, does not keep listening, and has one client.
+async fn served_until_the_delay_is_over(
+    handler: impl FnOnce(&Graceful) -> MethodRouter,
+) -> (Graceful, DuplexStream, task::JoinHandle<Report>) {
+    let graceful = Graceful::builder()
+        .drain_delay(Duration::from_secs(1))
+        .keep_listening(false)
+        .build()
+        .unwrap();
+    let app = Router::new()
+        .route("/", handler(&graceful))
+        .layer(graceful.layer());
+    let (pipes, accepted) = mpsc::unbounded_channel();
+    let server = tokio::spawn(graceful.serve(Pipes(accepted), app).into_future());
+    let (client, pipe) = duplex(1_000);
+    pipes.send(pipe).unwrap();
+    // The server has accepted it.
+    wait_for("a connection", || graceful.connections() == 1).await;
+    (graceful, client, server)
+}
+
+async fn read_until(client: &mut DuplexStream, end: &str) -> String {
+    let mut read = Vec::new();
+    loop {
+        let text = String::from_utf8_lossy(&read);
+        if let Some((before, _)) = text.split_once(end) {
+            return before.to_owned();
+        }
+        let more = time::timeout(BOUND, client.read_buf(&mut read)).await;
+        assert_ne!(more.unwrap().unwrap(), 0, "{}", read.escape_ascii());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upload_that_is_read_on_after_its_response_is_received_whole() {
+    let (sender, mut received) = mpsc::unbounded_channel();
+    let handler = |graceful: &Graceful| {
+        let graceful = graceful.clone();
+        post(async move |body: Body| {
+            let reading = async move {
+                let bytes = axum::body::to_bytes(body, 100).await;
+                let bytes = bytes.map_err(|error| error.to_string());
+                sender.send(bytes).unwrap();
+            };
+            drop(graceful.spawn("upload", reading));
+            "taken"
+        })
+    };
+    let (graceful, mut client, server) = served_until_the_delay_is_over(handler).await;
+    graceful.shutdown();
+    client
+        .write_all(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 10\r\n\r\nfirst")
+        .await
+        .unwrap();
+    read_until(&mut client, "taken").await;
+    time::sleep(Duration::from_secs(2)).await;
+    client.write_all(b"other").await.unwrap();
+    let bytes = time::timeout(BOUND, received.recv()).await.unwrap();
+    assert_eq!(bytes, Some(Ok(Bytes::from_static(b"firstother"))));
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+}
+
+/// hyper has read the second request while the first response was blocked.
+#[tokio::test(start_paused = true)]
+async fn a_pipelined_request_is_answered_although_the_service_closes_its_connections() {
+    let handler = |_: &Graceful| get(|| async { vec![b'x'; 10_000] });
+    let (graceful, mut client, server) = served_until_the_delay_is_over(handler).await;
+    client.write_all(&[GET, GET].concat()).await.unwrap();
+    client.read_exact(&mut [0]).await.unwrap();
+    graceful.shutdown();
+    time::sleep(Duration::from_secs(2)).await;
+    let mut responses = Vec::new();
+    let read = time::timeout(BOUND, client.read_to_end(&mut responses)).await;
+    read.unwrap().unwrap();
+    let responses = String::from_utf8(responses).unwrap();
+    assert_eq!(
+        responses.matches("HTTP/1.1 ").count(),
+        1,
+        "{responses:.200}"
+    );
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+}
+
+/// Its `Connection` field says `upgrade`, and nothing else: a client may refuse it otherwise.
+#[tokio::test(start_paused = true)]
+async fn an_upgrade_that_is_accepted_while_connections_close_is_whole() {
+    let accepts = Arc::new(Notify::new());
+    let accepted = Arc::clone(&accepts);
+    let handler = |_: &Graceful| {
+        get(async move |upgrade: WebSocketUpgrade| {
+            accepted.notified().await;
+            upgrade.on_upgrade(async |mut socket| {
+                socket.send(Message::text("hello")).await.unwrap();
+            })
+        })
+    };
+    let (graceful, mut client, server) = served_until_the_delay_is_over(handler).await;
+    client
+        .write_all(
+            b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+            sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        )
+        .await
+        .unwrap();
+    time::sleep(Duration::from_millis(10)).await;
+    graceful.shutdown();
+    time::sleep(Duration::from_secs(2)).await;
+    accepts.notify_one();
+    let head = read_until(&mut client, "\r\n\r\n").await;
+    assert!(head.starts_with("HTTP/1.1 101"), "{head}");
+    assert!(!head.contains("close"), "{head}");
+    drop(client);
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
 }

@@ -248,6 +248,11 @@ impl Sniffer {
         self.change(AWAITING, COMPLETED);
     }
 
+    /// Whether the server waits for a head.
+    pub(crate) fn awaits_head(&self) -> bool {
+        self.has(AWAITING)
+    }
+
     /// Whether a head is awaited and has begun.
     #[inline]
     pub(crate) fn head_has_begun(&self) -> bool {

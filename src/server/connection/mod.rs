@@ -175,9 +175,13 @@ where
                 Directive::Leave | Directive::Read => sniffer.is_http2(),
                 Directive::Close | Directive::Expire | Directive::Cut => true,
             };
-            // hyper drops what it has not written when it closes a connection that has asked for an upgrade, even
-            // if it did not get one. The blocked write wakes this task.
-            let leaves = leaves && !this.owner.0.is_torn_by_close();
+            // hyper may drop what it has when it is told to close an HTTP/1 connection: the rest of a response, of
+            // an upload that is read on after its response, a request behind another, the head of an upgrade. Not
+            // while it waits for a request, unless the connection has asked for an upgrade, and the last response
+            // is not written yet. Each of these ends wakes this task.
+            let leaves = leaves
+                && (sniffer.is_http2()
+                    || sniffer.awaits_head() && !this.owner.0.is_torn_by_close());
             if !leaves || *this.asked == directive {
                 if directive >= Directive::Close {
                     this.owner.0.flags.set(CLOSE_NOTICED);
