@@ -48,6 +48,7 @@ pub mod exit_codes {}
 pub mod other_servers {}
 
 #[doc = "[WebSocket, SSE, streams, gRPC]: streams"]
+#[doc = "[Without a load balancer]: one_machine"]
 #[doc = ""]
 #[doc = include_str!("../docs/limits.md")]
 pub mod limits {}

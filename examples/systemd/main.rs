@@ -1,8 +1,9 @@
 //! A service under systemd, with socket activation and the notifications of `Type=notify`.
 //!
-//! It sends `READY` when it serves, `STOPPING` at the start of the stop, and `EXTEND_TIMEOUT_USEC` if the
-//! stop may take longer than 90 s, the `TimeoutStopSec=` of the unit and systemd's default. Its units are `app.service` and `app.socket` in this
-//! folder. A restart refuses no connection, because systemd keeps the socket open.
+//! It sends `READY` when it serves, and `STOPPING` at the start of the stop. Its units are `app.service` and
+//! `app.socket` in this folder. A restart refuses no connection, because systemd keeps the socket open. But
+//! systemd starts the new process when the old one has ended: until then new clients wait. So the drain is
+//! short here, and requests that take longer than 5 s are cut. For longer ones see the example `restart`.
 //!
 //! ```sh
 //! cargo build --example systemd
@@ -34,16 +35,12 @@ mod linux {
     use sd_notify::NotifyState;
     use tower_graceful::Graceful;
 
-    /// `TimeoutStopSec=` of the unit, which is also systemd's default. For a longer stop, the service
-    /// has to ask for the additional time.
-    const TIMEOUT_STOP: Duration = Duration::from_secs(90);
-
     #[tokio::main]
     pub(super) async fn main() -> io::Result<ExitCode> {
         tracing_subscriber::fmt().with_writer(io::stderr).init();
-        // 120 s, because a download may take so long.
         let graceful = Graceful::builder()
-            .grace_period(Duration::from_secs(120))
+            .grace_period(Duration::from_secs(30)) // `TimeoutStopSec=` of the unit
+            .drain_timeout(Duration::from_secs(5)) // so long new clients may have to wait
             .build()
             .map_err(Error::other)?;
 
@@ -56,15 +53,7 @@ mod linux {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
 
-        let grace_period = graceful.plan().grace_period;
-        let stopping = async move {
-            let mut states = vec![NotifyState::Stopping];
-            if grace_period > TIMEOUT_STOP {
-                let micros = u32::try_from(grace_period.as_micros()).map_err(Error::other)?;
-                states.push(NotifyState::ExtendTimeoutUsec(micros));
-            }
-            sd_notify::notify(&states)
-        };
+        let stopping = async { sd_notify::notify(&[NotifyState::Stopping]) };
         graceful
             .on_lame_duck("tell systemd", Duration::from_secs(1), stopping)
             .map_err(Error::other)?;

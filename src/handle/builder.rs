@@ -344,9 +344,9 @@ impl GracefulBuilder {
     ///
     /// | what keeps the socket | this option | what connects during the stop |
     /// |---|---|---|
-    /// | systemd socket activation | true by default | waits in the queue until the next process has started |
+    /// | systemd socket activation | true by default | waits in the queue until this process has ended, after its longest request, and the next has started: set a short [`drain_timeout`](Self::drain_timeout) |
     /// | nothing, although the socket was passed: `systemd-socket-activate` and `systemfd` are replaced by the program (`exec`) and keep no copy | true by default; `false` keeps accepting during the delay | is refused |
-    /// | circus, or another supervisor that names the descriptor in its own way | `true` | is accepted by another worker, or waits |
+    /// | circus, or another supervisor that names the descriptor in its own way | `true` | is accepted by another worker, or waits as with systemd |
     /// | a restart in place by `ecdysis` or the like | `true` | is accepted by the new process, which runs already |
     /// | prefork: a parent binds, its children accept | `true` | is accepted by another child |
     /// | nothing: the process binds the port itself | do not set it | is accepted by this process, or refused |
@@ -362,7 +362,8 @@ impl GracefulBuilder {
     /// connection that is closed while idle loses a request that crosses the close
     /// ([RFC 9112 §9.5](https://www.rfc-editor.org/rfc/rfc9112#section-9.5)). The phase ends before the
     /// delay if every connection has closed. Where the next process is started only after this one has
-    /// ended, new connections wait for the whole stop, and a shorter delay shortens that wait. If the
+    /// ended, new connections wait for the whole stop, that is for the longest request in flight; a shorter
+    /// [`drain_timeout`](Self::drain_timeout) limits that wait. If the
     /// listen backlog is too small for the connections that arrive meanwhile, the kernel drops further
     /// connection attempts, and their clients try again after a second.
     ///
