@@ -1,5 +1,5 @@
 //! WebSockets that are closed with a close frame: 1001, "going away". The process ends when the clients
-//! have answered it.
+//! have answered it, or after two seconds.
 //!
 //! ```sh
 //! cargo run --example websocket
@@ -42,15 +42,16 @@ async fn main() -> std::io::Result<ExitCode> {
 async fn echo(upgrade: WebSocketUpgrade, State(graceful): State<Graceful>) -> Response {
     let hold = graceful.hold("echo"); // the drain waits for this handler
     upgrade.on_upgrade(move |mut socket| async move {
-        let mut draining = graceful.draining();
-        loop {
-            tokio::select! {
-                () = &mut draining => break, // draining has started
-                message = socket.recv() => match message {
-                    Some(Ok(message)) => drop(socket.send(message).await),
-                    _ => return,
-                },
+        let echo = async {
+            while let Some(Ok(message)) = socket.recv().await {
+                if socket.send(message).await.is_err() {
+                    break;
+                }
             }
+        };
+        tokio::select! {
+            () = graceful.draining() => {} // even if the echo waits for a client that does not read
+            () = echo => return,
         }
         let goodbye = CloseFrame {
             code: close_code::AWAY,

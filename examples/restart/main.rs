@@ -1,6 +1,11 @@
 //! A restart in place. SIGHUP starts the program again on the same listening socket, and the old process
-//! completes its requests and exits. No connection is refused or reset, and neither a supervisor nor a
-//! load balancer is needed. If you replace the binary first, this is a deploy.
+//! completes its requests and exits. No connection is refused or reset, and no load balancer is needed. If
+//! you replace the binary first, this is a deploy.
+//!
+//! The new process is a child of the old one. **Do not run this as the main process of a systemd unit or of a
+//! container**: when the old process exits, both kill the new one. Under systemd, ecdysis needs its feature
+//! `systemd_notify`, `Type=notify-reload` and systemd 253. In a container, use a load balancer in place of a
+//! restart. ecdysis kills a new process that is not ready within 5 s, and the old one continues.
 //!
 //! `ecdysis` starts the new process, passes it the socket, and waits until it is ready. This crate stops
 //! the old process. `.ci/restart` does this twenty times under load.
@@ -14,6 +19,7 @@
 //! chmod -x target/debug/examples/restart  # a new process that does not start changes nothing
 //! kill -HUP $(pgrep -xo restart)
 //! curl localhost:3000/                    # hello from process 1250
+//! chmod +x target/debug/examples/restart
 //! kill -TERM $(pgrep -xo restart)         # the last process stops, and the port is closed
 //! ```
 
@@ -84,14 +90,19 @@ mod unix {
         let served = graceful.serve(listener, app);
 
         // Tells the old process, if there is one, that this process is ready.
-        let (_ecdysis, replaced) = ecdysis.ready()?;
+        let (ecdysis, replaced) = ecdysis.ready()?;
         writeln!(io::stdout(), "process {} serves", process::id())?;
         tokio::spawn(async move {
-            // This does not resolve if the new process fails to start. The old process then continues.
-            match replaced.await {
-                Ok(_) => graceful.shutdown(),
-                Err(error) => tracing::error!("no more restarts in place: {error}"),
+            let mut phases = graceful.subscribe();
+            tokio::select! {
+                // This does not resolve if the new process fails to start. The old process then continues.
+                replaced = replaced => match replaced {
+                    Ok(_) => graceful.shutdown(),
+                    Err(error) => tracing::error!("no more restarts in place: {error}"),
+                },
+                _ = phases.changed() => {} // SIGTERM: the service stops without a new process
             }
+            drop(ecdysis); // its copy of the socket, which would let clients connect until the exit
         });
         let report = served.await;
         tracing::info!("{report}");
@@ -103,15 +114,16 @@ mod unix {
     async fn echo(upgrade: WebSocketUpgrade, State(graceful): State<Graceful>) -> Response {
         let hold = graceful.hold("echo");
         upgrade.on_upgrade(move |mut socket| async move {
-            let mut draining = graceful.draining();
-            loop {
-                tokio::select! {
-                    () = &mut draining => break,
-                    message = socket.recv() => match message {
-                        Some(Ok(message)) => drop(socket.send(message).await),
-                        _ => return,
-                    },
+            let echo = async {
+                while let Some(Ok(message)) = socket.recv().await {
+                    if socket.send(message).await.is_err() {
+                        break;
+                    }
                 }
+            };
+            tokio::select! {
+                () = graceful.draining() => {} // even if the echo waits for a client that does not read
+                () = echo => return,
             }
             let goodbye = CloseFrame {
                 code: close_code::AWAY,

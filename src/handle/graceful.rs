@@ -276,15 +276,15 @@ impl Graceful {
     /// # async fn receive() -> Option<u32> { None }
     /// # async fn use_it(_: u32) {}
     /// async fn subscription(graceful: Graceful) {
-    ///     let mut draining = graceful.draining();
-    ///     loop {
-    ///         tokio::select! {
-    ///             () = &mut draining => break, // send a close message here
-    ///             message = receive() => match message {
-    ///                 Some(message) => use_it(message).await,
-    ///                 None => break,
-    ///             },
+    ///     // One future, so that draining ends it even while it waits in `use_it`.
+    ///     let messages = async {
+    ///         while let Some(message) = receive().await {
+    ///             use_it(message).await;
     ///         }
+    ///     };
+    ///     tokio::select! {
+    ///         () = graceful.draining() => {} // send a close message here
+    ///         () = messages => {}
     ///     }
     /// }
     /// ```

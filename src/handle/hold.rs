@@ -104,15 +104,17 @@ impl Hold {
     /// async fn echo(upgrade: WebSocketUpgrade, State(graceful): State<Graceful>) -> Response {
     ///     let hold = graceful.hold("echo"); // the drain waits
     ///     upgrade.on_upgrade(move |mut socket| async move {
-    ///         let mut draining = graceful.draining();
-    ///         loop {
-    ///             tokio::select! {
-    ///                 () = &mut draining => break, // draining has started
-    ///                 message = socket.recv() => match message {
-    ///                     Some(Ok(message)) => drop(socket.send(message).await),
-    ///                     _ => return,
-    ///                 },
+    ///         // One future, so that draining ends it even while it waits for a client that does not read.
+    ///         let echo = async {
+    ///             while let Some(Ok(message)) = socket.recv().await {
+    ///                 if socket.send(message).await.is_err() {
+    ///                     break;
+    ///                 }
     ///             }
+    ///         };
+    ///         tokio::select! {
+    ///             () = graceful.draining() => {}
+    ///             () = echo => return,
     ///         }
     ///         let close = CloseFrame { code: close_code::AWAY, reason: "deploy".into() };
     ///         hold.close_socket(socket, Message::Close(Some(close)), Duration::from_secs(2)).await;

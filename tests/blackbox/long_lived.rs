@@ -43,6 +43,11 @@ pub(crate) const TESTS: &[Test] = &[
         unread,
     ),
     (
+        "long_lived::an_echo_whose_peer_does_not_read_holds_until_its_timeout",
+        Form::ALL,
+        unread_echo,
+    ),
+    (
         "long_lived::a_websocket_that_does_not_end_is_cut_and_dropped_before_cleanup",
         Form::CUTTING,
         stubborn,
@@ -191,6 +196,23 @@ fn unread(form: Form) {
         }
         now > 0 && unread.1.elapsed() > MS(200)
     });
+    server.terminate();
+    server.expect_line("the socket is notified");
+    server.expect_line("the socket is closed: false");
+    let exit = server.exit();
+    drop(peer);
+    exit.assert_clean();
+    exit.assert_within(MS(1700), MS(2300));
+}
+
+fn unread_echo(form: Form) {
+    let mut server = Server::start(form, &["loud=yes", "close_within=700"]);
+    let mut peer = Raw::open(&server, "/ws");
+    server.wait_for_in_flight(1);
+    // The server does not read any more when it cannot send its echo, so the buffers of both fill.
+    peer.0.stream().set_write_timeout(Some(MS(500))).unwrap();
+    let messages = masked(TEXT, &[b'x'; 125]).repeat(500);
+    while peer.0.try_send(&messages).is_ok() {}
     server.terminate();
     server.expect_line("the socket is notified");
     server.expect_line("the socket is closed: false");

@@ -71,15 +71,16 @@ async fn echo(upgrade: WebSocketUpgrade, State(sockets): State<Sockets>) -> Resp
     upgrade
         .read_buffer_size(4096)
         .on_upgrade(move |mut socket| async move {
-            let mut draining = sockets.graceful.draining();
-            loop {
-                tokio::select! {
-                    () = &mut draining => break,
-                    message = socket.recv() => match message {
-                        Some(Ok(message)) => drop(socket.send(message).await),
-                        _ => return,
-                    },
+            let echo = async {
+                while let Some(Ok(message)) = socket.recv().await {
+                    if socket.send(message).await.is_err() {
+                        break;
+                    }
                 }
+            };
+            tokio::select! {
+                () = sockets.graceful.draining() => {}
+                () = echo => return,
             }
             close(hold, socket, sockets).await;
         })
