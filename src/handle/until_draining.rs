@@ -23,7 +23,7 @@ impl Graceful {
     ///
     /// ```
     /// use std::{convert::Infallible, time::Duration};
-    /// use axum::{extract::State, response::sse::{Event, Sse}};
+    /// use axum::{extract::State, response::sse::{Event, KeepAlive, Sse}};
     /// use futures_util::{Stream, stream};
     /// use tower_graceful::Graceful;
     ///
@@ -33,7 +33,9 @@ impl Graceful {
     ///     let news = stream::pending(); // your events
     ///     // Without data, a browser fires no event.
     ///     let last = Event::default().event("goodbye").retry(Duration::from_secs(5)).data("deploy");
-    ///     Sse::new(graceful.until_draining(news).and_last(Ok(last)))
+    ///     let events = graceful.until_draining(news).and_last(Ok(last));
+    ///     // Writes while there are no events: otherwise a client that has disappeared is not noticed.
+    ///     Sse::new(events).keep_alive(KeepAlive::default())
     /// }
     /// ```
     ///
