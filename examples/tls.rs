@@ -2,12 +2,12 @@
 //! replaced on SIGHUP, and client certificates.
 //!
 //! ```sh
-//! # Writes ca.pem and client.pem into the current folder, or into FOLDER:
+//! # Writes ca.pem, client.pem and server.pem into the current folder, or into FOLDER:
 //! cargo run --example tls                                # or: -- 127.0.0.1:3443 FOLDER
 //! curl -i --cacert ca.pem https://localhost:3443/        # hello, over HTTP/2
 //! kill -HUP $(pgrep -x tls)                              # new connections get a new certificate
 //! curl --cacert ca.pem --cert client.pem https://localhost:3443/whoami |
-//!     xxd -r -p | openssl x509 -inform der -noout -subject    # CN = ada
+//!     xxd -r -p | openssl x509 -inform der -noout -subject -nameopt oneline    # CN = ada
 //! kill -TERM $(pgrep -x tls)
 //! curl -i --http1.1 --cacert ca.pem https://localhost:3443/   # for five seconds: Connection: close
 //! ```
@@ -42,7 +42,7 @@ use tokio_rustls::{
     TlsAcceptor,
     rustls::{
         RootCertStore, ServerConfig,
-        pki_types::{CertificateDer, PrivatePkcs8KeyDer},
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
         server::WebPkiClientVerifier,
     },
     server::TlsStream,
@@ -61,10 +61,10 @@ async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     let folder = PathBuf::from(arguments.next().unwrap_or(".".into()));
 
     let authority = authority(&folder)?;
-    let (acceptors, acceptor) = watch::channel(new_acceptor(&authority)?);
+    renew(&authority, &folder)?;
+    let (acceptors, acceptor) = watch::channel(load(&folder)?);
 
     let graceful = Graceful::new();
-    // A real service would read the renewed files here.
     #[cfg(unix)]
     graceful.worker("certificate", |stop| async move {
         use tokio::signal::unix::{SignalKind, signal};
@@ -75,8 +75,14 @@ async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
             tokio::select! {
                 () = &mut stop => return Ok::<_, Box<dyn Error + Send + Sync>>(()),
                 _ = hangups.recv() => {
-                    acceptors.send_replace(new_acceptor(&authority)?);
-                    tracing::info!("a new certificate");
+                    match renew(&authority, &folder).and_then(|()| load(&folder)) {
+                        Ok(acceptor) => {
+                            acceptors.send_replace(acceptor);
+                            tracing::info!("a new certificate");
+                        }
+                        // For example because not all files were written yet. The next SIGHUP tries again.
+                        Err(error) => tracing::error!(%error, "the old certificate stays"),
+                    }
                 }
             }
         }
@@ -159,22 +165,31 @@ fn authority(folder: &Path) -> Result<Authority, Box<dyn Error + Send + Sync>> {
     Ok(authority)
 }
 
-/// Makes an acceptor with a new certificate.
-fn new_acceptor(authority: &Authority) -> Result<TlsAcceptor, Box<dyn Error + Send + Sync>> {
+/// Writes a new certificate and its key. Stands for the program that renews the certificate.
+fn renew(authority: &Authority, folder: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
     let key = KeyPair::generate()?;
     let names = ["localhost".into(), "127.0.0.1".into()];
     let certificate = CertificateParams::new(names)?.signed_by(&key, authority)?;
-    let key = PrivatePkcs8KeyDer::from(key.serialize_der());
+    let both = certificate.pem() + &key.serialize_pem();
+    fs::write(folder.join("server.pem"), both)?;
+    Ok(())
+}
+
+/// Reads the certificate of the server, its key, and the authority of the clients.
+fn load(folder: &Path) -> Result<TlsAcceptor, Box<dyn Error + Send + Sync>> {
+    let server = fs::read(folder.join("server.pem"))?;
+    let chain = CertificateDer::pem_slice_iter(&server).collect::<Result<_, _>>()?;
+    let key = PrivateKeyDer::from_pem_slice(&server)?;
 
     let mut clients = RootCertStore::empty();
-    clients.add(authority.der().clone())?;
+    clients.add(CertificateDer::from_pem_file(folder.join("ca.pem"))?)?;
     let clients = WebPkiClientVerifier::builder(clients.into())
         .allow_unauthenticated()
         .build()?;
 
     let mut config = ServerConfig::builder()
         .with_client_cert_verifier(clients)
-        .with_single_cert(vec![certificate.der().clone()], key.into())?;
+        .with_single_cert(chain, key)?;
     config.alpn_protocols = vec![b"h2".into(), b"http/1.1".into()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
