@@ -13,6 +13,7 @@ use std::{env, error::Error, process::ExitCode, time::Duration};
 
 use axum::{
     Router,
+    extract::DefaultBodyLimit,
     routing::{get, post},
 };
 use tokio::{net::TcpListener, time::sleep};
@@ -34,6 +35,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
             "/upload",
             post(|body: String| async move { body.len().to_string() }),
         )
+        .layer(DefaultBodyLimit::max(plan::BODY))
         .layer(graceful.layer())
         .merge(graceful.probes()); // GET /livez and /readyz, outside the layer
     graceful.cleanup("database", Duration::from_secs(4), async move {
@@ -44,7 +46,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let listener = TcpListener::bind(("0.0.0.0", port)).await?;
     let report = graceful.serve(listener, app).await;
     tracing::info!("{report}");
-    Ok(report.into()) // 0 clean, 1 forced, 2 a cleanup step failed
+    Ok(report.into()) // 0 is clean; docs/exit_codes.md has the others
 }
 
 async fn report() -> &'static str {

@@ -7,6 +7,10 @@ use tower_graceful::{ConfigError, Graceful};
 
 /// The port if `PORT` is not set.
 pub(crate) const PORT: u16 = 3000;
+/// The longest request body, in bytes. A longer one is refused with 413.
+pub(crate) const BODY: usize = 256 * 1024;
+/// Further requests are refused with 429. With the longest bodies they take half of the pod's memory limit.
+pub(crate) const IN_FLIGHT: usize = 250;
 
 pub(crate) fn graceful() -> Result<Graceful, ConfigError> {
     Graceful::builder()
@@ -14,7 +18,7 @@ pub(crate) fn graceful() -> Result<Graceful, ConfigError> {
         .drain_delay(Duration::from_secs(5)) // until no node routes to this pod any more
         .drain_timeout(Duration::from_secs(15)) // the slowest request may take 10 s
         .cleanup_timeout(Duration::from_secs(5)) // closing the database takes at most 4 s
-        .max_in_flight(1000) // further requests are refused with 429
+        .max_in_flight(IN_FLIGHT)
         .name_requests(true) // the report names the requests that were cut
         .build()
 }

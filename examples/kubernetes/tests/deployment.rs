@@ -89,6 +89,13 @@ fn liveness_outlasts_a_stop() {
 }
 
 #[test]
+fn the_bodies_of_all_requests_fit_into_half_of_the_memory() {
+    let (_, memory) = DEPLOYMENT.split_once("limits: { memory: ").unwrap();
+    let memory: usize = memory.split_once("Mi").unwrap().0.parse().unwrap();
+    assert!(plan::IN_FLIGHT * plan::BODY <= memory * 1024 * 1024 / 2);
+}
+
+#[test]
 fn the_port_is_the_same_everywhere() {
     assert_eq!(number("ports:", "containerPort"), u64::from(plan::PORT));
     assert!(DOCKERFILE.contains(&format!("EXPOSE {}", plan::PORT)));
