@@ -43,9 +43,9 @@ impl Graceful {
     /// # async fn process(_: String) {}
     ///
     /// async fn submit(State(jobs): State<mpsc::Sender<String>>, job: String) -> StatusCode {
-    ///     match jobs.send(job).await {
+    ///     match jobs.try_send(job) {
     ///         Ok(()) => StatusCode::ACCEPTED,
-    ///         Err(_) => StatusCode::SERVICE_UNAVAILABLE,
+    ///         Err(_) => StatusCode::SERVICE_UNAVAILABLE, // the queue is full
     ///     }
     /// }
     ///
@@ -71,8 +71,11 @@ impl Graceful {
     /// # }
     /// ```
     ///
+    /// If `process` may panic, use [`critical_worker`](Self::critical_worker): otherwise the service would go on
+    /// without its worker, and lose the jobs in the queue.
+    ///
     /// A worker that takes work from outside, such as a consumer of a message broker, ends at the
-    /// first moment:
+    /// first moment. `next_message` must be cancel-safe, because it is dropped then:
     ///
     /// ```
     /// # use tower_graceful::{Graceful, RegisterError};

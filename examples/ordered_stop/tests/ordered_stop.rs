@@ -208,3 +208,46 @@ fn accepted_is_stored(kill: u64) {
     assert!(log.contains(report.trim()), "the log is not flushed: {log}");
     fs::remove_dir_all(&folder).unwrap();
 }
+
+/// Runs a statement on the database of a running service.
+fn execute(database: &Path, statement: &'static str) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let options = SqliteConnectOptions::new().filename(database);
+        let pool = SqlitePool::connect_with(options).await.unwrap();
+        sqlx::query(statement).execute(&pool).await.unwrap();
+        pool.close().await;
+    });
+}
+
+#[test]
+fn a_database_that_fails_for_a_while_costs_no_accepted_job_and_no_worker() {
+    let folder = env::temp_dir().join(format!("ordered-stop-{}-fails", std::process::id()));
+    fs::create_dir(&folder).unwrap();
+    let database = folder.join("jobs.db");
+    let service = Service::start(&database);
+    execute(&database, "ALTER TABLE jobs RENAME TO away");
+    let mut accepted = HashSet::new();
+    // The queue has room for a hundred jobs. When it is full, the answer comes at once.
+    loop {
+        assert!(accepted.len() < 200, "the queue has no end");
+        let job = format!("job {}", accepted.len());
+        match post(service.address, &job) {
+            Some(true) => accepted.insert(job),
+            Some(false) => break,
+            None => panic!("no answer after {} jobs", accepted.len()),
+        };
+    }
+    let begun = Instant::now();
+    let log = || fs::read_to_string(&service.log).unwrap();
+    while !log().contains("not counted") {
+        assert!(begun.elapsed() < BOUND, "{}", log());
+        thread::sleep(Duration::from_millis(10));
+    }
+    execute(&database, "ALTER TABLE away RENAME TO jobs");
+    service.signal(Signal::SIGINT);
+    let (code, report, log) = service.end();
+    assert_eq!(code, Some(0), "{report}\n{log}");
+    assert_eq!(stored(&database), accepted);
+    fs::remove_dir_all(&folder).unwrap();
+}
