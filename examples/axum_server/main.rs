@@ -32,6 +32,7 @@ use tracked::{Peer, Tracked, ask_to_leave};
 async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let args: Vec<_> = env::args().skip(1).collect();
     let address = args.first().map_or("127.0.0.1:3000", String::as_str);
+    // Short times, to try it out. Leave them out behind a load balancer: the default delay is 5 s.
     let graceful = Graceful::builder()
         .drain_delay(Duration::from_secs(1))
         .drain_timeout(Duration::from_secs(5))
@@ -48,8 +49,10 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         .into_make_service_with_connect_info::<Peer>();
 
     let handle = Handle::new();
-    let server =
+    let mut server =
         axum_server::bind(Tracked::new(&graceful, address.parse()?)).handle(handle.clone());
+    let mut http1 = server.http_builder().http1();
+    http1.header_read_timeout(Duration::from_secs(30)); // without it axum-server waits without a limit
     let drain = graceful.drain(); // from here on SIGTERM starts the stop
     tokio::spawn(async move {
         if let Some(bound) = handle.listening().await {
