@@ -68,8 +68,8 @@ pub(crate) struct Stop {
 pub(crate) struct Run {
     pub(crate) tally: Tally,
     pub(crate) stops: Vec<Stop>,
-    /// Paths of the load that the service does not have.
-    pub(crate) left_out: Vec<String>,
+    /// What the load does not test, because the service does not have the path, or does not answer as needed.
+    pub(crate) untested: Vec<String>,
 }
 
 pub(crate) async fn run(plan: &Plan, progress: &Progress) -> Result<Run, Problem> {
@@ -89,7 +89,7 @@ pub(crate) async fn run(plan: &Plan, progress: &Progress) -> Result<Run, Problem
         progress.say(&format!("starting instance {number}"));
         living.push(start(plan, &living, balancer).await?);
     }
-    let left_out = leave_out(&living[0], &mut paths).await?;
+    let untested = leave_out(&living[0], &mut paths).await?;
     if let Front::External { address, .. } = &plan.front {
         reaches(address, &living[0], &paths).await?;
     }
@@ -105,7 +105,7 @@ pub(crate) async fn run(plan: &Plan, progress: &Progress) -> Result<Run, Problem
     Ok(Run {
         tally,
         stops,
-        left_out,
+        untested,
     })
 }
 
@@ -257,9 +257,13 @@ fn answer(result: Result<StatusCode, How>) -> String {
     )
 }
 
-/// Tries each path once, without the balancer. Removes the paths that the service does not have.
+/// A slow request takes at least this long.
+const SLOW: Duration = Duration::from_millis(100);
+
+/// Tries each path once, without the balancer. Removes the paths that the service does not have. Returns what
+/// the load does not test.
 async fn leave_out(instance: &Instance, paths: &mut Paths) -> Result<Vec<String>, Problem> {
-    let mut left_out = Vec::new();
+    let mut untested = Vec::new();
     let quick = single::once(instance.port, "GET", &paths.quick, paths.timeout).await;
     match quick {
         Ok(status) if paths.is_answer(status) => {}
@@ -279,13 +283,34 @@ async fn leave_out(instance: &Instance, paths: &mut Paths) -> Result<Vec<String>
             )));
         }
     }
-    for (method, path) in [("GET", &mut paths.slow), ("POST", &mut paths.upload)] {
-        let Some(tried) = path else { continue };
-        let status = single::once(instance.port, method, tried, paths.timeout).await;
-        if matches!(status, Ok(status) if matches!(status.as_u16(), 404 | 405 | 501)) {
-            left_out.push(format!("{method} {tried}"));
-            *path = None;
+    let missing = |status: StatusCode| matches!(status.as_u16(), 404 | 405 | 501);
+    let names = "(--slow, --upload name other paths)";
+    if let Some(slow) = &paths.slow {
+        let begun = Instant::now();
+        let tried = single::text(instance.port, slow, paths.timeout).await;
+        match tried.map(|(status, _)| status) {
+            Ok(status) if missing(status) => {
+                untested.push(format!("no GET {slow}: the service does not have it {names}"));
+                paths.slow = None;
+            }
+            Ok(_) if begun.elapsed() < SLOW => untested.push(format!(
+                "GET {slow} is answered within {} s, so no slow request was in flight at a SIGTERM {names}",
+                SLOW.as_secs_f64()
+            )),
+            _ => {}
         }
     }
-    Ok(left_out)
+    if let Some(upload) = &paths.upload {
+        match single::once(instance.port, "POST", upload, paths.timeout).await {
+            Ok(status) if missing(status) => {
+                untested.push(format!("no POST {upload}: the service does not have it {names}"));
+                paths.upload = None;
+            }
+            Ok(status) if status.is_client_error() => untested.push(format!(
+                "POST {upload} without a body is answered with {status}: does an upload reach the service? {names}"
+            )),
+            _ => {}
+        }
+    }
+    Ok(untested)
 }

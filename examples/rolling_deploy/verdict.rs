@@ -107,8 +107,8 @@ pub(crate) fn print(plan: &Plan, run: &Run) {
         plan.paths.quick,
         run.tally.slowest.as_secs_f64()
     );
-    for path in &run.left_out {
-        println!("    no {path}: the service does not have it (--slow, --upload name other paths)");
+    for note in &run.untested {
+        println!("    {note}");
     }
     let groups = groups(run);
     for ((when, how), group) in &groups {

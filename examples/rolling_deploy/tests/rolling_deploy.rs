@@ -123,6 +123,16 @@ fn the_checker_finds_nothing_lost_with_this_crate() {
 }
 
 #[test]
+fn a_slow_path_that_is_answered_at_once_is_named() {
+    let service = ["{self}", "--backend", "graceful", "{port}"];
+    let options = ["--interval", "0.25", "--rounds", "1", "--slow", "/"];
+    let (code, text) = run(&[&options[..], &service].concat());
+    let note = "GET / is answered within 0.1 s, so no slow request was in flight at a SIGTERM";
+    assert!(text.contains(note), "{text}");
+    assert_eq!(code, Some(0), "{text}");
+}
+
+#[test]
 fn the_checker_says_what_plain_axum_loses_and_what_to_set() {
     let (code, text) = run(&["--rounds", "1", "{self}", "--backend", "plain", "{port}"]);
     assert!(text.contains(": refused"), "{text}");
