@@ -62,11 +62,11 @@ use crate::handle::graceful::Graceful;
 ///         // Inside: timeouts, authentication, compression, body limits, buffers, load shedding.
 ///         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, timeout))
 ///         .layer(graceful.layer())
-///         // Outside: CORS, trace and metrics, request ids.
-///         .layer(cors)
+///         // Outside: request ids, trace and metrics, CORS.
 ///         .layer(PropagateRequestIdLayer::new(id.clone()))
 ///         .layer(TraceLayer::new_for_http())
 ///         .layer(SetRequestIdLayer::new(id, MakeRequestUuid))
+///         .layer(cors)
 ///         // After all layers: the probes.
 ///         .merge(graceful.probes())
 /// }
