@@ -32,10 +32,9 @@ use tracked::{Peer, Tracked, ask_to_leave};
 async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let args: Vec<_> = env::args().skip(1).collect();
     let address = args.first().map_or("127.0.0.1:3000", String::as_str);
-    // Short times, to try it out. Leave them out behind a load balancer: the default delay is 5 s.
     let graceful = Graceful::builder()
-        .drain_delay(Duration::from_secs(1))
-        .drain_timeout(Duration::from_secs(5))
+        .drain_delay(Duration::from_secs(1)) // to try it out: the default is 5 s, for a load balancer
+        .drain_timeout(Duration::from_secs(5)) // to try it out: the default is the rest of 30 s
         .exempt("/status")
         .build()?;
     let status = graceful.clone();
