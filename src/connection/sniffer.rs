@@ -22,10 +22,14 @@
 //!    is held back: when a handler drops a body, hyper reads once more, and closes the connection if
 //!    that read does not bring all of the rest. If the head is awaited, its first byte is seen
 //!    anyway.
+//! 5. hyper keeps empty lines until a head follows, hundreds of kilobytes of them. So a head has also
+//!    begun if more empty lines have come than any client has a reason to send
+//!    ([`MANY_LINE_BREAKS`]). A body may end in as many line breaks, but by the second point it has
+//!    been consumed if the read after it returned no bytes.
 //!
-//! So a head has begun if the last read returned bytes whose last byte is not part of a line break.
-//! This does not need the length of a body. Bytes are searched only in a read that ends in a line
-//! break.
+//! So a head has begun if the last read returned bytes whose last byte is not part of a line break, or
+//! after [`MANY_LINE_BREAKS`]. This does not need the length of a body. Bytes are searched only in a read
+//! that ends in a line break.
 //!
 //! # Handshakes
 //!
@@ -51,6 +55,13 @@ use super::{
 };
 use crate::sync::{AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
 
+/// So many reads of empty lines begin a head, while a head is awaited. Clients that send an empty line after a
+/// body send one.
+const MANY_LINE_BREAKS: u16 = 15;
+
+/// In a longer read, so many bytes of line breaks count as a further read.
+const PER_READ: u16 = 64;
+
 /// Written by the task that reads the connection, and read without a lock. All accesses are
 /// `Relaxed`: no other memory is published through these fields.
 #[derive(Debug, Default)]
@@ -60,8 +71,8 @@ pub(crate) struct Sniffer {
     /// How much of the HTTP/2 preface has been read, or that the connection began with something
     /// else.
     preface: AtomicU8,
-    /// The flags below, and in the highest bits the end of the last read that is held back, as an index
-    /// into [`HELD_BACK`].
+    /// The flags below. Above them, how many [line breaks](Self::line_breaks) there are. In the highest bits the end of the last read that is held back, as an index into
+    /// [`HELD_BACK`].
     flags: AtomicU16,
     /// The number of the layer that records.
     layer: AtomicU8,
@@ -83,6 +94,9 @@ const HTTP1_ONLY: u16 = 1 << 5;
 const BEGUN: u16 = 1 << 6;
 /// A head was completed since the flag was last cleared.
 const COMPLETED: u16 = 1 << 7;
+/// The position of the number of [line breaks](Sniffer::line_breaks), and its four bits.
+const LINE_BREAKS_SHIFT: u32 = 8;
+const LINE_BREAKS: u16 = MANY_LINE_BREAKS << LINE_BREAKS_SHIFT;
 /// The position of the index into [`HELD_BACK`].
 const HELD_BACK_SHIFT: u32 = 12;
 
@@ -200,20 +214,44 @@ impl Sniffer {
     /// Records bytes that are passed on to the server.
     fn note_passed(&self, passed: &[u8]) {
         self.note_preface(passed);
-        let mid_line = passed.last().is_some_and(|byte| !is_line_break(*byte));
-        if mid_line || !passed.iter().all(|byte| is_line_break(*byte)) {
-            self.change(MID_LINE, if mid_line { MID_LINE | BEGUN } else { BEGUN });
+        let from_the_end = passed
+            .iter()
+            .rev()
+            .take((MANY_LINE_BREAKS * PER_READ).into());
+        let at_the_end = from_the_end.take_while(|byte| is_line_break(**byte));
+        let at_the_end: u16 = at_the_end.map(|_| 1).sum();
+        let only = passed.iter().all(|byte| is_line_break(*byte));
+        let mut line_breaks = at_the_end / PER_READ;
+        if only && self.has(AWAITING) {
+            let sum = self.line_breaks() + line_breaks + 1;
+            line_breaks = sum.min(MANY_LINE_BREAKS);
+        }
+        let mut set = line_breaks << LINE_BREAKS_SHIFT;
+        if !only && at_the_end == 0 {
+            set |= MID_LINE;
+        }
+        if !only || line_breaks == MANY_LINE_BREAKS {
+            set |= BEGUN;
+        }
+        self.change(MID_LINE | LINE_BREAKS, set);
+        if !only {
             let reads = self.reads().wrapping_add(1);
             self.reads.store(reads, Relaxed);
-        } else {
-            self.change(MID_LINE, 0);
         }
+    }
+
+    /// How many line breaks may be left in the buffer of hyper, up to [`MANY_LINE_BREAKS`].
+    #[inline]
+    fn line_breaks(&self) -> u16 {
+        (self.flags.load(Relaxed) & LINE_BREAKS) >> LINE_BREAKS_SHIFT
     }
 
     /// Records a read that found no bytes.
     #[inline]
     pub(crate) fn note_nothing(&self) {
-        self.set(MID_LINE, false);
+        // Empty lines before an awaited head are not consumed.
+        let consumed = if self.has(AWAITING) { 0 } else { LINE_BREAKS };
+        self.change(MID_LINE | consumed, 0);
     }
 
     /// Records that the peer has closed its writing side.
@@ -237,8 +275,8 @@ impl Sniffer {
     pub(crate) fn await_head(&self) {
         // The first head is awaited already.
         if !self.has(AWAITING) {
-            let begun = if self.has(MID_LINE) { BEGUN } else { 0 };
-            self.change(BEGUN, AWAITING | begun);
+            let begun = self.has(MID_LINE) || self.line_breaks() == MANY_LINE_BREAKS;
+            self.change(BEGUN, AWAITING | if begun { BEGUN } else { 0 });
         }
     }
 
@@ -377,6 +415,36 @@ mod tests {
             sniffer.note(&[lines, b"G"].concat());
             assert!(sniffer.head_has_begun(), "{lines:?}");
         }
+    }
+
+    #[test]
+    fn very_many_empty_lines_begin_a_head() {
+        for lines in [&b"\n"[..], b"\r\n", b"\r\n\r\n\r\n"] {
+            let sniffer = sniffer(&[]);
+            for _ in 0..MANY_LINE_BREAKS {
+                sniffer.note(lines);
+                sniffer.note_nothing();
+            }
+            assert!(sniffer.head_has_begun(), "{lines:?}");
+            sniffer.note(b"GET / HTTP/1.1\r\n\r\n");
+            sniffer.note_nothing();
+            assert!(!next_has_begun(&sniffer), "{lines:?}");
+            sniffer.note(lines);
+            assert!(!sniffer.head_has_begun(), "counted anew: {lines:?}");
+        }
+        assert!(sniffer(&[&[b'\n'; 1000]]).head_has_begun());
+        let after_a_request = [b"GET / HTTP/1.1\r\n".as_slice(), &[b'\n'; 1000]].concat();
+        let sniffer = sniffer(&[&after_a_request]);
+        assert!(next_has_begun(&sniffer));
+        sniffer.note(&after_a_request[..500]);
+        assert!(
+            !next_has_begun(&sniffer),
+            "the end of a body and some empty lines"
+        );
+        sniffer.note(&after_a_request);
+        sniffer.head_is_complete();
+        sniffer.note_nothing();
+        assert!(!next_has_begun(&sniffer), "all was consumed");
     }
 
     #[test]

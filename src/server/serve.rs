@@ -135,8 +135,9 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// [builder](crate::GracefulBuilder::header_read_timeout), which is 30 s unless it is set.
     ///
     /// If the first bytes of a head arrive together with the previous request, the time runs from the end
-    /// of the response to that request. Empty lines between requests do not begin a head
-    /// ([RFC 9112 §2.2](https://www.rfc-editor.org/rfc/rfc9112#section-2.2)).
+    /// of the response to that request. A few empty lines between requests do not begin a head
+    /// ([RFC 9112 §2.2](https://www.rfc-editor.org/rfc/rfc9112#section-2.2)). Very many do, because hyper
+    /// keeps them until a head follows: 1 KB of them, or 15 that arrive separately.
     ///
     /// `Duration::MAX` means no timeout. Zero closes every connection whose request head does not
     /// arrive in one piece. The resolution is 1 ms.

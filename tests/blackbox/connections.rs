@@ -36,6 +36,11 @@ pub(crate) const TESTS: &[Test] = &[
         empty_line,
     ),
     (
+        "connections::must_send_a_head_after_very_many_empty_lines",
+        &[Form::Serve],
+        empty_lines,
+    ),
+    (
         "connections::have_unlimited_time_for_a_head_if_so_configured",
         &[Form::Serve],
         endless_head,
@@ -207,6 +212,38 @@ fn empty_line(form: Form) {
     }
     server.terminate();
     drop((first, together, apart, pieces));
+    server.exit().assert_clean();
+}
+
+/// hyper keeps empty lines until a head follows, hundreds of kilobytes of them.
+fn empty_lines(form: Form) {
+    const GET: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
+
+    let mut server = Server::start(form, &["header_read_timeout=400", "delay=0"]);
+    let lines = "\n".repeat(200_000);
+    for begun in [lines.clone(), format!("{GET}{lines}")] {
+        let mut connection = server.connect();
+        let at = Instant::now();
+        connection.send(&begun);
+        for _ in 0..begun.matches("HTTP/1.1").count() {
+            connection.response("GET").assert_ok();
+        }
+        // The server may not have read all of it.
+        let mut rest = Vec::new();
+        let end = connection.stream().read_to_end(&mut rest);
+        let is_reset = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionReset;
+        assert!(end.as_ref().err().is_none_or(is_reset), "{end:?}");
+        let after = at.elapsed();
+        assert!(after > MS(350) && after < MS(4000), "{after:?}");
+    }
+    // Single lines do not extend the timeout.
+    let mut connection = server.connect();
+    let begun = Instant::now();
+    while connection.try_send(b"\r\n").is_ok() {
+        thread::sleep(MS(20));
+        assert!(begun.elapsed() < MS(4000), "the timeout was extended");
+    }
+    server.terminate();
     server.exit().assert_clean();
 }
 
