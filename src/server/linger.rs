@@ -17,8 +17,8 @@
 //! - when everything is delivered, and the peer has sent nothing for [`SILENT_PEER_TIMEOUT`] (for [`ACTIVE_PEER_TIMEOUT`] if it
 //!   has sent something since, for [`STARVED_TIMEOUT`] while a listener waits for file descriptors), or has
 //!   not closed for [`LINGER_TIMEOUT`];
-//! - while serving, when the peer has acknowledged nothing for [`STALLED_TIMEOUT`]. The kernel continues to
-//!   send;
+//! - while serving, when the peer has acknowledged nothing for [`STALLED_TIMEOUT`], or not everything
+//!   within [`UNDELIVERED_TIMEOUT`]. The kernel continues to send;
 //! - after an upgrade: [`SILENT_PEER_TIMEOUT`] after the peer last acknowledged something, or [`SILENT_PEER_TIMEOUT`] after
 //!   everything was delivered;
 //! - while the service stops, when the connection is cut. The report gives the number of bytes that
@@ -77,10 +77,16 @@ const LINGER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the peer may acknowledge nothing while bytes are undelivered and the service is serving.
 const STALLED_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long the peer may take to acknowledge everything while the service is serving.
+const UNDELIVERED_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// The first and the longest interval between two queries of the undelivered bytes. Each interval is
-/// twice the one before.
+/// twice the one before. While the service is serving, a peer that has not acknowledged everything after
+/// [`SLOW_PEER`] is queried less often, because there may be very many of them.
 const FIRST_QUERY_INTERVAL: Duration = Duration::from_millis(2);
 const LONGEST_QUERY_INTERVAL: Duration = Duration::from_millis(100);
+const SLOW_PEER_QUERY_INTERVAL: Duration = Duration::from_secs(1);
+const SLOW_PEER: Duration = Duration::from_secs(2);
 
 /// The number of reads before the task yields to others, and the size of each read in bytes.
 const READS: usize = 16;
@@ -251,8 +257,9 @@ where
     async fn until_closed(mut self) {
         let mut interval = FIRST_QUERY_INTERVAL;
         let mut left = u32::MAX;
+        let begun = Instant::now();
         // When the peer last acknowledged something, and when it last sent something.
-        let (mut took, mut sent) = (Instant::now(), Instant::now());
+        let (mut took, mut sent) = (begun, begun);
         let mut delivered = None;
         loop {
             let peer = std::future::poll_fn(|cx| self.poll_peer(cx));
@@ -271,16 +278,25 @@ where
             if received {
                 sent = now;
             }
-            interval = (interval * 2).min(LONGEST_QUERY_INTERVAL);
+            let upgraded = self.last.written == Written::Upgrade;
+            let serving = self.guard.entry.state.directive() == Directive::Stay;
+            let is_slow = left > 0 && serving && !upgraded && now - begun >= SLOW_PEER;
+            interval = (interval * 2).min(if is_slow {
+                SLOW_PEER_QUERY_INTERVAL
+            } else {
+                LONGEST_QUERY_INTERVAL
+            });
             if left > 0 {
-                let patience = match self.guard.entry.state.directive() {
+                let patience = if upgraded {
                     // The handler has dropped it, and has waited for the peer as long as it wanted.
-                    _ if self.last.written == Written::Upgrade => SILENT_PEER_TIMEOUT,
-                    Directive::Stay => STALLED_TIMEOUT,
+                    SILENT_PEER_TIMEOUT
+                } else if serving {
+                    STALLED_TIMEOUT
+                } else {
                     // The cut ends it.
-                    _ => Duration::MAX,
+                    Duration::MAX
                 };
-                if now - took >= patience {
+                if now - took >= patience || serving && now - begun >= UNDELIVERED_TIMEOUT {
                     return;
                 }
                 continue;
@@ -291,7 +307,6 @@ where
             let (since, talks) = *delivered.get_or_insert((now, false));
             let talks = talks || received;
             delivered = Some((since, talks));
-            let upgraded = self.last.written == Written::Upgrade;
             let most = if upgraded {
                 SILENT_PEER_TIMEOUT
             } else {
@@ -312,5 +327,87 @@ where
             let left = self.undelivered().unwrap_or(0);
             self.guard.entry.undelivered.store(left, Ordering::Relaxed);
         }
+    }
+}
+
+#[cfg(all(test, target_os = "linux", not(tower_graceful_loom)))]
+mod tests {
+    use tokio::{
+        io::AsyncReadExt,
+        net::{TcpListener, TcpSocket},
+    };
+
+    use super::*;
+    use crate::handle::graceful::Graceful;
+
+    /// A connection that its server has dropped, and whose client has much left to read. The client sends
+    /// nothing and reads at least as much as makes its kernel acknowledge something.
+    async fn dropped(graceful: &Graceful) -> TcpStream {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpSocket::new_v4().unwrap();
+        client.set_recv_buffer_size(4096).unwrap();
+        let client = client.connect(listener.local_addr().unwrap());
+        let (client, accepted) = tokio::join!(client, listener.accept());
+        let mut io = graceful.track(accepted.unwrap().0);
+        let much = vec![0; 1 << 20];
+        let write = std::future::poll_fn(|cx| Pin::new(&mut io).poll_write(cx, &much));
+        assert!(write.await.unwrap() > 100_000);
+        drop(io);
+        client.unwrap()
+    }
+
+    /// How long the connection stays open if its client does this again and again.
+    async fn open_while(graceful: &Graceful, mut acts: impl AsyncFnMut()) -> Duration {
+        let begun = Instant::now();
+        while graceful.connections() > 0 {
+            acts().await;
+        }
+        begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_acknowledges_a_little_now_and_then_is_waited_for_with_a_limit() {
+        let graceful = Graceful::new();
+        let mut client = dropped(&graceful).await;
+        let open = open_while(&graceful, async || {
+            client.read_exact(&mut [0; 8192]).await.unwrap();
+            time::sleep(STALLED_TIMEOUT / 2).await;
+        });
+        let late = open.await.checked_sub(UNDELIVERED_TIMEOUT);
+        assert!(late.is_some_and(|late| late < STALLED_TIMEOUT), "{late:?}");
+    }
+
+    /// The longest time from the moment at which a slow client has read everything until its connection is
+    /// closed. The clients read at different moments between two queries.
+    async fn longest_after_delivery(graceful: &Graceful, stops: bool) -> Duration {
+        let mut longest = Duration::ZERO;
+        for n in 0..10 {
+            let mut client = dropped(graceful).await;
+            time::sleep(SLOW_PEER * 2).await;
+            if stops {
+                graceful.shutdown();
+                time::sleep(SLOW_PEER_QUERY_INTERVAL).await;
+            }
+            time::sleep(LONGEST_QUERY_INTERVAL * n).await;
+            let mut all = Vec::new();
+            client.read_to_end(&mut all).await.unwrap();
+            let moment = Duration::from_millis(1);
+            let open = open_while(graceful, async || time::sleep(moment).await);
+            longest = longest.max(open.await);
+        }
+        longest
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_client_is_queried_less_often_while_serving() {
+        let plan = Graceful::builder().grace_period(STALLED_TIMEOUT * 10);
+        let graceful = plan.drain_delay(STALLED_TIMEOUT * 5).build().unwrap();
+        let serving = longest_after_delivery(&graceful, false).await;
+        assert!(serving >= SLOW_PEER_QUERY_INTERVAL, "{serving:?}");
+        let stopping = longest_after_delivery(&graceful, true).await;
+        assert!(
+            stopping <= SILENT_PEER_TIMEOUT + LONGEST_QUERY_INTERVAL * 2,
+            "{stopping:?}"
+        );
     }
 }

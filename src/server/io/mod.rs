@@ -48,9 +48,9 @@ use crate::{
 /// - if the peer has received everything: when it has then been silent for 250 ms. If it sends something
 ///   after that moment, the silence must last 1 s. After 2 s the socket is closed in any case. Only Linux
 ///   tells what the peer has received; on other systems all written bytes count as received;
-/// - if the peer has not received everything: after 30 s in which it has acknowledged nothing. While
-///   the service stops, the task waits until the drain deadline instead, and the number of bytes that
-///   the peer has not received is in the [report](crate::CutConnection::undelivered);
+/// - if the peer has not received everything: after 30 s in which it has acknowledged nothing, and after
+///   5 min in any case. While the service stops, the task waits until the drain deadline instead, and the
+///   number of bytes that the peer has not received is in the [report](crate::CutConnection::undelivered);
 /// - after an upgrade, such as to a WebSocket: when the peer has acknowledged nothing for 250 ms, or
 ///   250 ms after it has received everything. To wait for the answer to a close frame, use
 ///   [`Hold::close_socket`](crate::Hold::close_socket).
