@@ -92,6 +92,11 @@ impl<K, T> Core<K, T> {
         self.common().owner()
     }
 
+    /// Records that clients are asked to leave one after another. The caller has not shared the gate yet.
+    pub(crate) fn spread_leaving(&self) {
+        self.common().spreads_leaving.store(true, Ordering::Relaxed);
+    }
+
     /// The rules of the gate.
     pub(crate) fn rules(&self) -> &K {
         &self.rules

@@ -27,6 +27,11 @@ impl<T> Unanswered<T> {
         self.0.word()
     }
 
+    /// Whether clients are asked to leave one after another. Takes no lock.
+    pub(crate) fn spreads_leaving(&self) -> bool {
+        self.0.common().spreads_leaving.load(Ordering::Relaxed)
+    }
+
     /// The owner of the gate, if it is still alive.
     pub(crate) fn owner(&self) -> Option<Arc<T>> {
         self.0.common().owner()

@@ -49,6 +49,9 @@ pub(super) struct Common<T> {
     pub(super) admitted: AtomicBool,
     /// Refusals that are reading the bodies of their requests.
     pub(super) readers: AtomicUsize,
+    /// Responses in the lame-duck phase ask their clients to leave one after another. Set before there are
+    /// requests.
+    pub(super) spreads_leaving: AtomicBool,
     /// The owner of the gate, while it is alive.
     pub(super) owner: Mutex<Weak<T>>,
 }
@@ -65,6 +68,7 @@ impl<T> Common<T> {
             pieces: AtomicUsize::new(0),
             admitted: AtomicBool::new(false),
             readers: AtomicUsize::new(0),
+            spreads_leaving: AtomicBool::new(false),
             owner: Mutex::new(Weak::new()),
         }
     }

@@ -139,7 +139,11 @@ impl Graceful {
         plan: Plan,
     ) -> Self {
         let shared = Arc::new_cyclic(|shared| {
+            let is_spread = policy.is_spread();
             let gate = Gate::new(max_in_flight, name_requests, policy, shared);
+            if is_spread {
+                gate.spread_leaving();
+            }
             Lifecycle::new(gate, plan)
         });
         shared.drive();

@@ -103,7 +103,9 @@ where
                 ..
             } => {
                 if let Ok(response) = &mut result {
-                    if asks_to_leave(admission.phase().max(least_phase), || admission.owner()) {
+                    let phase = admission.phase().max(least_phase);
+                    let spreads = admission.rules().is_spread();
+                    if asks_to_leave(phase, spreads, || admission.owner()) {
                         connection_close::say_close(response, version);
                     }
                 }
@@ -120,16 +122,18 @@ where
 #[cold]
 #[inline(never)]
 pub(super) fn ask_to_leave<B>(response: &mut Response<B>, permit: &Unanswered, version: Version) {
-    if asks_to_leave(permit.word().phase(), || permit.owner()) {
+    let phase = permit.word().phase();
+    if asks_to_leave(phase, permit.spreads_leaving(), || permit.owner()) {
         connection_close::say_close(response, version);
     }
 }
 
-/// Whether a response that is sent now asks its client to leave.
-fn asks_to_leave(phase: Phase, owner: impl FnOnce() -> Option<Shared>) -> bool {
+/// Whether a response that is sent now asks its client to leave. `owner` takes a lock that all requests
+/// share, so it is called only if clients are asked one after another.
+fn asks_to_leave(phase: Phase, spreads: bool, owner: impl FnOnce() -> Option<Shared>) -> bool {
     match phase {
         Phase::Serving => false,
-        Phase::LameDuck => owner().is_none_or(|shared| shared.asks_to_leave()),
+        Phase::LameDuck => !spreads || owner().is_none_or(|shared| shared.asks_to_leave()),
         Phase::Draining | Phase::Closing | Phase::Stopped => true,
     }
 }

@@ -36,7 +36,7 @@ use std::{
     ops::Deref,
     sync::{
         Arc, LazyLock, Mutex, MutexGuard, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -110,6 +110,10 @@ pub(crate) struct Lifecycle {
     plan_logged: AtomicBool,
     /// A driver is alive. Changes under the lock, and is read without it.
     driven: AtomicBool,
+    /// When the lame-duck phase began. Requests read it without the lock.
+    asked_since: OnceLock<Instant>,
+    /// The number of responses that got a slot of their own in the spread.
+    spread_responses: AtomicU64,
     /// The last update that the control thread published.
     published: Mutex<Option<Update>>,
     state: Mutex<State>,
@@ -144,6 +148,8 @@ impl Lifecycle {
             log: events::Queue::default(),
             plan_logged: AtomicBool::new(false),
             driven: AtomicBool::new(false),
+            asked_since: OnceLock::new(),
+            spread_responses: AtomicU64::new(0),
             published: Mutex::new(None),
             state: Mutex::new(State::default()),
         }
@@ -247,23 +253,18 @@ impl Lifecycle {
         SLOT_REACHED
             .try_with(|reached| *reached)
             .unwrap_or_else(|_| {
-                let place = {
-                    let mut state = self.state();
-                    state.spread_responses += 1;
-                    Place::nth(state.spread_responses)
-                };
-                Instant::now() >= self.slot_time(place)
+                let nth = self.spread_responses.fetch_add(1, Ordering::Relaxed);
+                Instant::now() >= self.slot_time(Place::nth(nth + 1))
             })
     }
 
     /// When the slot of this place is reached: the earliest time at which its client is asked to
     /// leave.
     pub(crate) fn slot_time(&self, place: Place) -> Instant {
-        let state = self.state();
-        let shutdown = state.shutdown.as_ref();
-        let asked = shutdown.and_then(|shutdown| shutdown.entered.first().copied());
+        // A request may see the phase before it sees this moment. Then it is now.
+        let since = self.asked_since.get().copied();
         let after = place.offset(self.policy().close_spread);
-        instant_after(asked.unwrap_or_else(Instant::now), after)
+        instant_after(since.unwrap_or_else(Instant::now), after)
     }
 
     /// The time until `phase` ends at the latest, if it has an end.

@@ -84,8 +84,6 @@ pub(crate) struct State {
     /// Since when, in the drain, there have been upgraded connections and no holds.
     pub(crate) unheld_since: Option<Instant>,
     pub(crate) warned_of_unheld: bool,
-    /// The number of responses that got a slot of their own in the spread.
-    pub(crate) spread_responses: u64,
     pub(crate) server_error: Option<String>,
     pub(crate) report: Option<Report>,
 }

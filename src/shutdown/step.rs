@@ -289,6 +289,9 @@ impl Lifecycle {
         if to == Phase::Draining {
             state.notifies_draining = self.notifies_draining();
         }
+        if to == Phase::LameDuck {
+            self.asked_since.get_or_init(|| now);
+        }
         let before = self.advance(to);
         if let (Phase::LameDuck, Some(before)) = (to, before) {
             shutdown.in_flight = before.count();

@@ -25,6 +25,7 @@ use crate::{
         entry::ConnectionEntry,
         flags::{ACTIVE, CLOSE_NOTICED, HANDSHAKE},
         outside::Window,
+        stagger::Place,
         wakers::{RegisteredWaker, WakerSlot},
     },
     control::Subject,
@@ -1366,4 +1367,28 @@ async fn notifications_without_end_delay_neither_the_cleanup_nor_other_tasks() {
     let report = stop.shared().report().unwrap();
     assert_eq!(report.outcome(), Outcome::Clean, "{report}");
     assert_ne!(left.load(Relaxed), 0);
+}
+
+/// A response must not wait for a pass of the timeline.
+#[test]
+fn a_response_in_a_spread_does_not_wait_for_the_lock_of_the_timeline() {
+    let stop = Stop::new(3_600_000, 7_200_000, |builder| {
+        let builder = builder.grace_period(ms(14_400_000));
+        builder.close_spread(ms(3_600_000))
+    });
+    stop.graceful.shutdown();
+    assert_eq!(stop.shared().phase(), Phase::LameDuck);
+    let shared = Arc::clone(stop.shared());
+    let held = stop.shared().state();
+    let (send, asked) = std::sync::mpsc::channel();
+    let response = std::thread::spawn(move || {
+        let slot = shared.slot_time(Place::nth(0));
+        send.send((slot, shared.asks_to_leave())).unwrap();
+    });
+    let asked = asked.recv_timeout(ms(10_000));
+    drop(held);
+    response.join().unwrap();
+    let (slot, asks) = asked.expect("the response waits");
+    assert!(slot >= stop.begun && slot <= Instant::now());
+    assert!(!asks, "the spread has just begun");
 }
