@@ -14,6 +14,7 @@
 //! 2. *A panic ends its job and nothing else.*
 
 use std::{
+    any::Any,
     collections::VecDeque,
     mem,
     panic::{self, AssertUnwindSafe},
@@ -49,8 +50,15 @@ struct Queue {
 /// Runs foreign code and catches its panic.
 pub(crate) fn shielded(code: impl FnOnce()) {
     if let Err(payload) = panic::catch_unwind(AssertUnwindSafe(code)) {
-        // The destructor of the payload is foreign code too, and may panic.
-        mem::forget(payload);
+        drop_payload(payload);
+    }
+}
+
+/// Drops the payload of a panic. Its destructor is foreign code too, and may panic. Then the payload of that
+/// panic is leaked.
+pub(crate) fn drop_payload(payload: Box<dyn Any + Send>) {
+    if let Err(second) = panic::catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+        mem::forget(second);
     }
 }
 

@@ -7,6 +7,7 @@
 use std::{
     convert::Infallible,
     future::{Ready, ready},
+    panic::resume_unwind,
     pin::pin,
     task::{Context, Poll, Waker},
 };
@@ -116,6 +117,56 @@ fn a_worker_that_has_ended_holds_no_memory() {
     };
     run(200);
     let held = measure(|| run(1000)).bytes_current;
+    assert!(held < 1000, "{held} bytes for 1000 workers");
+}
+
+/// The payload of a panic, whose destructor panics too if it is asked to.
+struct Payload {
+    _text: String,
+    panics: bool,
+}
+
+impl Drop for Payload {
+    fn drop(&mut self) {
+        if self.panics {
+            self.panics = false;
+            resume_unwind(Box::new("as the test wants it to"));
+        }
+    }
+}
+
+/// Panics, without a message in the output of the test.
+fn fail(payload: Payload) {
+    resume_unwind(Box::new(payload))
+}
+
+#[test]
+fn a_worker_that_has_panicked_holds_no_memory() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    let graceful = Graceful::new();
+    let run = |workers: u32, panics: bool| {
+        runtime.block_on(async {
+            for _ in 0..workers {
+                let payload = Payload {
+                    _text: "x".repeat(1000),
+                    panics,
+                };
+                graceful
+                    .worker("worker", |_| async { fail(payload) })
+                    .unwrap();
+                for _ in 0..3 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        });
+    };
+    run(200, false);
+    // A destructor that panics must not end the process.
+    run(10, true);
+    let held = measure(|| run(1000, false)).bytes_current;
     assert!(held < 1000, "{held} bytes for 1000 workers");
 }
 

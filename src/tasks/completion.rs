@@ -4,13 +4,13 @@
 use std::{
     any::Any,
     error::Error,
-    iter, mem,
+    iter,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
     task::Poll,
 };
 
-use crate::report::TaskOutcome;
+use crate::{background::drop_payload, report::TaskOutcome};
 
 /// The output of a future that is a server, a worker or a cleanup step: `()`, or a `Result<(), E>`
 /// whose error appears in the report.
@@ -87,8 +87,7 @@ pub(crate) async fn outcome<F: Future<Output: Completion>>(future: F) -> TaskOut
             Ok(Poll::Ready(Some(error))) => Poll::Ready(TaskOutcome::Failed(error)),
             Err(payload) => {
                 let outcome = TaskOutcome::Panicked(message(&*payload));
-                // The destructor of the payload is the user's code too, and may panic.
-                mem::forget(payload);
+                drop_payload(payload);
                 Poll::Ready(outcome)
             }
         }
