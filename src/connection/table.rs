@@ -155,6 +155,12 @@ impl<O> ConnectionTable<O> {
         active.count() > 0
     }
 
+    /// Holds the lock of the table until it is dropped.
+    #[cfg(all(test, feature = "axum", feature = "signal", not(tower_graceful_loom)))]
+    pub(crate) fn hold(&self) -> impl Sized + '_ {
+        lock!(self.open)
+    }
+
     pub(crate) fn len(&self) -> usize {
         lock!(self.open).connections.len()
     }

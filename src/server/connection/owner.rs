@@ -2,7 +2,7 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll},
 };
 
@@ -17,7 +17,7 @@ use crate::{
         outside::Window,
         state::ConnectionState,
     },
-    middleware::connection_close,
+    middleware::{connection_close, peer::TrackedPeer},
     phase::Phase,
     server::ConnectionEntry,
 };
@@ -64,6 +64,15 @@ impl Owner {
         match self.phase() {
             Phase::Serving => true,
             phase => phase < Phase::Draining && !is_probe(),
+        }
+    }
+
+    /// Adds the connection to a request, for the rules and routes that need the address of its peer. Few
+    /// requests are for these, so the address is looked up only by them.
+    pub(super) fn note_peer<B>(&self, request: &mut http::Request<B>) {
+        if self.0.owner.wants_peers.load(Ordering::Relaxed) {
+            let peer = TrackedPeer(Arc::clone(&self.0));
+            request.extensions_mut().insert(peer);
         }
     }
 
@@ -166,5 +175,36 @@ impl OpenStream {
 impl Drop for OpenStream {
     fn drop(&mut self) {
         self.0.0.state.stream_ended();
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use std::{sync::mpsc, thread, time::Duration};
+
+    use super::*;
+    use crate::{handle::graceful::Graceful, middleware::peer};
+
+    /// Behind the PROXY protocol the address is in the table of connections, and all of them share its lock.
+    #[test]
+    fn a_request_does_not_wait_for_the_table_of_connections() {
+        let graceful = Graceful::new();
+        let _route = graceful.pre_stop();
+        let shared = graceful.shared();
+        let owner = Owner(shared.connections.insert(shared.clone(), None));
+        let client = "192.0.2.1:1".parse().unwrap();
+        shared.connections.rename(&owner.0, client);
+        let (send, request) = mpsc::channel();
+        let held = shared.connections.hold();
+        let called = thread::spawn(move || {
+            let mut request = http::Request::new(());
+            owner.note_peer(&mut request);
+            send.send(request).unwrap();
+        });
+        let request = request.recv_timeout(Duration::from_secs(10));
+        drop(held);
+        called.join().unwrap();
+        let request = request.expect("the request waits");
+        assert_eq!(peer::socket_addr(&request), Some(client));
     }
 }

@@ -4,7 +4,6 @@
 use std::{
     convert::Infallible,
     pin::Pin,
-    sync::atomic::Ordering,
     task::{Context, Poll, ready},
 };
 
@@ -23,7 +22,7 @@ use super::{
 };
 use crate::{
     connection::{flags::WATCHED, outside::Window, stagger::SLOT_REACHED},
-    middleware::{connection_close, peer::TrackedPeer},
+    middleware::connection_close,
     phase::Phase,
 };
 
@@ -66,11 +65,7 @@ where
         if !request.extensions().is_empty() {
             self.owner.asks_for_upgrade(&request);
         }
-        if self.owner.0.owner.wants_peers.load(Ordering::Relaxed) {
-            if let Some(peer) = self.owner.0.peer() {
-                request.extensions_mut().insert(TrackedPeer(peer));
-            }
-        }
+        self.owner.note_peer(&mut request);
         let watched = self.owner.0.flags.has(WATCHED);
         OwnedFuture {
             window: if watched {
