@@ -1,8 +1,16 @@
 //! Events that are written at once, on the thread on which they happen.
 
+#[cfg(feature = "axum")]
+use std::time::Duration;
+
+#[cfg(feature = "axum")]
+use tokio::time::Instant;
+
 use super::texts::event;
 #[cfg(feature = "axum")]
 use super::texts::wants_debug;
+#[cfg(feature = "axum")]
+use crate::sync::lock;
 
 /// Logs that the rest of a listener's queue cannot be accepted.
 #[cfg(feature = "axum")]
@@ -60,14 +68,44 @@ pub(crate) fn handshake_panicked() {
     event!(warn, {}, "a handshake has panicked");
 }
 
-/// A call of the preStop route was refused.
+/// A call of the preStop route was refused. Every client that reaches the route can cause it, so it is logged
+/// once a second at most.
 #[cfg(feature = "axum")]
-pub(crate) fn pre_stop_refused(reason: &str) {
+pub(crate) fn pre_stop_refused(limit: &Limit, reason: &str) {
+    let Some(suppressed) = limit.pass() else {
+        return;
+    };
+    let others = match suppressed {
+        0 => String::new(),
+        others => format!(" ({others} others were refused since the last event)"),
+    };
     event!(
         warn,
-        { reason = reason },
-        "a call of the preStop route is refused: {reason}"
+        { reason = reason, suppressed = suppressed },
+        "a call of the preStop route is refused: {reason}{others}"
     );
+}
+
+/// Limits events to one a second.
+#[cfg(feature = "axum")]
+#[derive(Default)]
+pub(crate) struct Limit(std::sync::Mutex<(Option<Instant>, u64)>);
+
+#[cfg(feature = "axum")]
+impl Limit {
+    /// If an event may be logged now, returns how many were suppressed since the last one.
+    fn pass(&self) -> Option<u64> {
+        const EVERY: Duration = Duration::from_secs(1);
+        let now = Instant::now();
+        let mut limit = lock!(self.0);
+        let (last, suppressed) = &mut *limit;
+        if last.is_some_and(|last| now.saturating_duration_since(last) < EVERY) {
+            *suppressed += 1;
+            return None;
+        }
+        *last = Some(now);
+        Some(std::mem::take(suppressed))
+    }
 }
 
 #[cfg(feature = "signal")]

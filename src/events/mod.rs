@@ -22,7 +22,7 @@ mod texts;
 
 #[cfg(feature = "axum")]
 pub(crate) use self::at_once::{
-    handshake_failed, handshake_panicked, listener_left, pre_stop_refused, queue_given_up,
+    Limit, handshake_failed, handshake_panicked, listener_left, pre_stop_refused, queue_given_up,
     queue_lost,
 };
 #[cfg(feature = "signal")]

@@ -81,8 +81,8 @@ impl Graceful {
     /// The peer address is known on every server of [`serve`](Self::serve), and on other servers
     /// with axum's `into_make_service_with_connect_info::<SocketAddr>()`. The address of the
     /// kubelet depends on the network plugin: it is often `status.hostIP`, and with bridge plugins
-    /// the pod's default gateway. A 403 is logged at `WARN` with the address. Allow that address,
-    /// or a range with [`allow_if`](PreStop::allow_if).
+    /// the pod's default gateway. A 403 is logged at `WARN` with the address, at most once a second. Allow
+    /// that address, or a range with [`allow_if`](PreStop::allow_if).
     ///
     /// # Which preStop hook to choose
     ///
@@ -180,7 +180,8 @@ impl PreStop {
                 Waiting::Delay(PhaseReached::at_once(&self.route.graceful, Phase::Draining))
             }
             Err(reason) => {
-                events::pre_stop_refused(&reason);
+                let limit = &self.route.graceful.shared().refused_calls;
+                events::pre_stop_refused(limit, &reason);
                 Waiting::Answer(StatusCode::FORBIDDEN, format!("{reason}\n").into())
             }
         }

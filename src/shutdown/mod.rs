@@ -101,6 +101,9 @@ pub(crate) struct Lifecycle {
     pub(crate) probes: OnceLock<()>,
     /// Set when a router with the default path of the preStop route is made.
     pub(crate) pre_stop: OnceLock<()>,
+    /// Limits the events of refused calls of the preStop route.
+    #[cfg(feature = "axum")]
+    pub(crate) refused_calls: events::Limit,
     phases: watch::Sender<Phase>,
     closing_stages: watch::Sender<ClosingStage>,
     /// Notified of every change that `settle` has to check.
@@ -142,6 +145,8 @@ impl Lifecycle {
             waiters: Waiters::new(),
             probes: OnceLock::new(),
             pre_stop: OnceLock::new(),
+            #[cfg(feature = "axum")]
+            refused_calls: events::Limit::default(),
             phases: watch::Sender::new(Phase::Serving),
             closing_stages: watch::Sender::new(ClosingStage::Open),
             driver_waker,

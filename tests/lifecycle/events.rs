@@ -716,3 +716,39 @@ fn a_subscriber_that_panics_stops_nothing() {
         assert_eq!(report.outcome(), Outcome::Clean);
     });
 }
+
+/// Every client that reaches the route can cause them.
+#[cfg(feature = "axum")]
+#[test]
+fn refused_calls_of_the_pre_stop_route_are_logged_once_a_second() {
+    paused_runtime().block_on(async {
+        let log = Log::new();
+        let graceful = Graceful::new();
+        let calls = async |count: u32| {
+            for _ in 0..count {
+                let response = graceful
+                    .pre_stop()
+                    .call(Request::new(Empty::<Bytes>::new()));
+                assert_eq!(response.await.unwrap().status(), 403);
+            }
+        };
+        calls(1000).await;
+        sleep(ms(999)).await;
+        calls(1).await;
+        sleep(ms(1)).await;
+        calls(10).await;
+        let suppressed = |line: &Line| line.fields["suppressed"].clone();
+        let lines = log.lines();
+        assert_eq!(
+            lines.iter().map(suppressed).collect::<Vec<_>>(),
+            ["0", "1000"]
+        );
+        assert!(lines[1].message().contains("1000"), "{lines:?}");
+        // Each lifecycle has its own limit.
+        let other = Graceful::new()
+            .pre_stop()
+            .call(Request::new(Empty::<Bytes>::new()));
+        assert_eq!(other.await.unwrap().status(), 403);
+        assert_eq!(log.lines().len(), 3);
+    });
+}
