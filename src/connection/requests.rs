@@ -38,9 +38,12 @@ pub(crate) struct Known {
 
 /// Whether these bytes may be the beginning of an HTTP/1 request.
 pub(crate) fn is_http1(head: &[u8]) -> bool {
-    let line = head.split(|byte| *byte == b'\r').next().unwrap_or(head);
-    let method = line.split(|byte| *byte == b' ').next().unwrap_or(line);
-    method.len() <= "CONNECT".len() && method.iter().all(u8::is_ascii_uppercase)
+    const LONGEST: usize = "CONNECT".len();
+    // Also one byte more, which shows that a method is longer.
+    let begin = &head[..head.len().min(LONGEST + 1)];
+    let mut parts = begin.split(|byte| matches!(byte, b' ' | b'\r'));
+    let method = parts.next().unwrap_or(begin);
+    method.len() <= LONGEST && method.iter().all(u8::is_ascii_uppercase)
 }
 
 /// The method, the path and the header fields of a head.

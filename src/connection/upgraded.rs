@@ -70,6 +70,11 @@ impl Upgraded {
         list
     }
 
+    #[cfg(all(test, feature = "axum", feature = "signal", not(tower_graceful_loom)))]
+    pub(crate) fn len(&self) -> usize {
+        lock!(self.0).len()
+    }
+
     pub(crate) fn any(&self) -> bool {
         lock!(self.0).values().any(|entry| entry.upgraded)
     }

@@ -95,6 +95,15 @@ impl ConnectionEntry {
         }
     }
 
+    /// Records that the answer to a request was no upgrade. Removes the request from the table of upgrades, if it
+    /// asked for one.
+    #[inline]
+    fn not_upgraded(&self) {
+        if !self.flags.has(UPGRADED) && self.flags.take(UPGRADES) {
+            self.owner.upgraded.ended(self.number());
+        }
+    }
+
     /// Records that the connection no longer speaks HTTP.
     #[cold]
     fn upgraded(&self) {

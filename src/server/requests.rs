@@ -18,6 +18,9 @@ use crate::connection::{
 /// The longest request head that is inspected, in bytes.
 const MOST_BYTES: usize = 8 * 1024;
 
+/// The end of a request head.
+const END: &[u8] = b"\r\n\r\n";
+
 /// The number of requests that are inspected on one connection.
 const MOST_REQUESTS: u8 = 32;
 
@@ -65,11 +68,15 @@ impl Known {
             self.another = false;
             return true;
         }
+        // What was searched before is not searched again: the peer may send single bytes.
+        let searched = self.head.len().saturating_sub(END.len() - 1);
         self.head.extend_from_slice(read);
-        let Some(end) = self.head.windows(4).position(|end| end == b"\r\n\r\n") else {
+        let mut ends = self.head[searched..].windows(END.len());
+        let Some(end) = ends.position(|end| end == END) else {
             return self.head.len() < MOST_BYTES && is_http1(&self.head);
         };
-        let whole = self.head.len() == end + 4;
+        let end = searched + end;
+        let whole = self.head.len() == end + END.len();
         let head = std::mem::take(&mut self.head);
         let Some((method, path, fields)) = parse(&head[..end]) else {
             return false;
@@ -112,10 +119,14 @@ impl Known {
         let status = status.or_else(|| written.strip_prefix(b"HTTP/1.0 "));
         let status = status.and_then(|status| status.get(..3));
         let Some(status) = status.and_then(|status| StatusCode::from_bytes(status).ok()) else {
+            entry.not_upgraded();
             return false;
         };
-        if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
-            return true;
+        if status != StatusCode::SWITCHING_PROTOCOLS {
+            if status.is_informational() {
+                return true;
+            }
+            entry.not_upgraded();
         }
         if let Some(window) = self.window.take() {
             window.answered(&entry.owner, status);
@@ -127,6 +138,50 @@ impl Known {
     fn end(&self, entry: &ConnectionEntry) {
         if let Some(window) = self.window {
             window.close(&entry.owner);
+        }
+    }
+}
+
+#[cfg(all(test, feature = "axum", feature = "signal", not(tower_graceful_loom)))]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::handle::graceful::Graceful;
+
+    fn connect(graceful: &Graceful) -> Arc<ConnectionEntry> {
+        let shared = graceful.shared();
+        shared.connections.insert(shared.clone(), None)
+    }
+
+    const UPGRADE: &[u8] = b"GET /chat HTTP/1.1\r\nhost: test\r\nupgrade: websocket\r\n\r\n";
+
+    #[test]
+    fn a_head_is_recognized_in_any_pieces() {
+        for piece in 1..=UPGRADE.len() {
+            let graceful = Graceful::new();
+            let entry = connect(&graceful);
+            for piece in UPGRADE.chunks(piece) {
+                assert_eq!(graceful.shared().upgraded.len(), 0);
+                read(&entry, piece);
+            }
+            assert_eq!(graceful.shared().upgraded.len(), 1, "{piece}");
+        }
+    }
+
+    #[test]
+    fn a_refused_upgrade_is_forgotten() {
+        for (response, upgraded) in [
+            ("HTTP/1.1 403 Forbidden\r\n\r\n", 0),
+            ("HTTP/1.1 100 Continue\r\n\r\n", 1),
+            ("HTTP/1.1 101 Switching Protocols\r\n\r\n", 1),
+            ("no response", 0),
+        ] {
+            let graceful = Graceful::new();
+            let entry = connect(&graceful);
+            read(&entry, UPGRADE);
+            wrote(&entry, response.as_bytes());
+            assert_eq!(graceful.shared().upgraded.len(), upgraded, "{response}");
         }
     }
 }

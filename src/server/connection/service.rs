@@ -137,8 +137,12 @@ where
             inner.poll(cx)
         };
         let Ok(mut response) = ready!(polled);
-        if *this.version < Version::HTTP_2 && is_upgrade(&response, *this.connect) {
-            owner.upgraded();
+        if *this.version < Version::HTTP_2 {
+            if is_upgrade(&response, *this.connect) {
+                owner.upgraded();
+            } else {
+                owner.0.not_upgraded();
+            }
         }
         if let Some(window) = this.window.take() {
             owner.answered(window, &response);
@@ -187,4 +191,47 @@ fn is_event_stream(response: &Response) -> bool {
     let kind = response.headers().get(header::CONTENT_TYPE);
     let kind = kind.and_then(|kind| kind.as_bytes().get(..EVENTS.len()));
     kind.is_some_and(|kind| kind.eq_ignore_ascii_case(EVENTS))
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use std::future::{Ready, ready};
+
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::handle::graceful::Graceful;
+
+    fn answered(owner: &Owner, status: StatusCode) {
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = status;
+        let future = OwnedFuture::<Ready<_>> {
+            inner: Some(ready(Ok(response))),
+            version: Version::HTTP_11,
+            connect: false,
+            is_lost_by_fin: false,
+            window: None,
+            owner: Some(owner.clone()),
+        };
+        assert!(future.now_or_never().is_some());
+    }
+
+    /// The path of such a request may be long, and its connection may stay open.
+    #[test]
+    fn a_refused_upgrade_is_forgotten() {
+        let graceful = Graceful::new();
+        let shared = graceful.shared();
+        let owner = Owner(shared.connections.insert(shared.clone(), None));
+        for (status, upgraded) in [
+            (StatusCode::FORBIDDEN, 0),
+            (StatusCode::OK, 0),
+            (StatusCode::SWITCHING_PROTOCOLS, 1),
+        ] {
+            owner.asks_for_upgrade(&http::Request::new(()));
+            assert_eq!(shared.upgraded.len(), 1);
+            answered(&owner, status);
+            assert_eq!(shared.upgraded.len(), upgraded, "{status}");
+        }
+        assert!(shared.upgraded.any());
+    }
 }
