@@ -310,6 +310,46 @@ mod idle_connections {
         })
     }
 
+    fn routes(count: usize, layers: usize) -> Router {
+        let route = |app: Router, n| app.route(&format!("/{n}"), get(|| async {}));
+        let app = (1..count).fold(app(), route);
+        (0..layers).fold(app, |app, _| app.layer(Identity::new()))
+    }
+
+    /// The documentation of `serve` gives this cost and this remedy.
+    #[test]
+    fn a_make_service_copies_no_routes_for_a_connection() {
+        const ROUTES: usize = 100;
+        let axum = heap_bytes(|listener| async {
+            axum::serve(listener, routes(ROUTES, 1)).await.unwrap();
+        });
+        let [copied, with_layers] = [1, 4].map(|layers| {
+            heap_bytes(|listener| async move {
+                drop(
+                    Graceful::new()
+                        .serve(listener, routes(ROUTES, layers))
+                        .await,
+                );
+            })
+        });
+        let [one, shared] = [1, ROUTES].map(|count| {
+            heap_bytes(|listener| async move {
+                let app = routes(count, 1).into_make_service();
+                drop(Graceful::new().serve(listener, app).await);
+            })
+        });
+        let of = format!(
+            "{ROUTES} routes: {copied} bytes, with four layers {with_layers}, with axum {axum}, \
+             with a make-service {shared}, which is {one} with one route"
+        );
+        println!("{of}");
+        let routes = i64::try_from(ROUTES).unwrap();
+        assert!(shared - one < routes, "{of}");
+        // If axum copies less, change the documentation.
+        assert!((300..600).contains(&((copied - shared) / routes)), "{of}");
+        assert!((copied - axum).abs() < 1000, "{of}");
+    }
+
     /// Prints what is measured, and asserts upper bounds, so that no connection grows unnoticed. tokio rounds
     /// the size of a task up to a multiple of 128 bytes, so the bounds are coarse. If a value gets smaller, lower
     /// its bound.
