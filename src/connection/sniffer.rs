@@ -71,8 +71,8 @@ pub(crate) struct Sniffer {
     /// How much of the HTTP/2 preface has been read, or that the connection began with something
     /// else.
     preface: AtomicU8,
-    /// The flags below. Above them, how many [line breaks](Self::line_breaks) there are. In the highest bits the end of the last read that is held back, as an index into
-    /// [`HELD_BACK`].
+    /// The flags below. Above them the number of [line breaks](Self::line_breaks). In the highest bits the end
+    /// of the last read that is held back, as an index into [`HELD_BACK`].
     flags: AtomicU16,
     /// The number of the layer that records.
     layer: AtomicU8,
