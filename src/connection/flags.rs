@@ -49,7 +49,7 @@ pub(crate) const LINGERS: u16 = 4;
 pub(crate) const RESPONDED: u16 = 8;
 /// Some requests of this connection are checked for whether the layer sees them.
 pub(crate) const WATCHED: u16 = 16;
-/// The connection has asked for an upgrade, and is in the table of upgraded connections.
+/// The connection has asked for an upgrade, now or earlier.
 pub(crate) const UPGRADES: u16 = 32;
 /// The bytes are searched for requests: on a server other than `serve`, and as long as requests can
 /// be told apart.

@@ -32,6 +32,8 @@ pub(crate) struct Known {
     pub(crate) asked: bool,
     /// After the response, the next read begins with another request.
     pub(crate) another: bool,
+    /// The last request asks for an upgrade.
+    pub(crate) upgrades: bool,
     pub(crate) requests: u8,
     pub(crate) window: Option<Window>,
 }

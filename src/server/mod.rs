@@ -95,11 +95,11 @@ impl ConnectionEntry {
         }
     }
 
-    /// Records that the answer to a request was no upgrade. Removes the request from the table of upgrades, if it
-    /// asked for one.
-    #[inline]
+    /// Records that the answer to a request that asked for an upgrade was none. The flag [`UPGRADES`] stays, because
+    /// hyper keeps in mind that the connection has asked.
+    #[cold]
     fn not_upgraded(&self) {
-        if !self.flags.has(UPGRADED) && self.flags.take(UPGRADES) {
+        if !self.flags.has(UPGRADED) {
             self.owner.upgraded.ended(self.number());
         }
     }

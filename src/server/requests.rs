@@ -88,6 +88,7 @@ impl Known {
                 || name.eq_ignore_ascii_case("transfer-encoding");
             upgrades |= name.eq_ignore_ascii_case("upgrade");
         }
+        self.upgrades = upgrades;
         if upgrades {
             entry.flags.set(UPGRADES);
             entry
@@ -119,20 +120,26 @@ impl Known {
         let status = status.or_else(|| written.strip_prefix(b"HTTP/1.0 "));
         let status = status.and_then(|status| status.get(..3));
         let Some(status) = status.and_then(|status| StatusCode::from_bytes(status).ok()) else {
-            entry.not_upgraded();
+            self.not_upgraded(entry);
             return false;
         };
         if status != StatusCode::SWITCHING_PROTOCOLS {
             if status.is_informational() {
                 return true;
             }
-            entry.not_upgraded();
+            self.not_upgraded(entry);
         }
         if let Some(window) = self.window.take() {
             window.answered(&entry.owner, status);
         }
         self.asked = false;
         self.another
+    }
+
+    fn not_upgraded(&self, entry: &ConnectionEntry) {
+        if self.upgrades {
+            entry.not_upgraded();
+        }
     }
 
     fn end(&self, entry: &ConnectionEntry) {

@@ -55,6 +55,7 @@ where
             return OwnedFuture {
                 inner: None,
                 version,
+                asks: false,
                 connect: false,
                 is_lost_by_fin: false,
                 window: None,
@@ -62,7 +63,8 @@ where
             };
         }
         // hyper inserts an extension only for a request that may become an upgrade.
-        if !request.extensions().is_empty() {
+        let asks = !request.extensions().is_empty();
+        if asks {
             self.owner.asks_for_upgrade(&request);
         }
         self.owner.note_peer(&mut request);
@@ -74,6 +76,7 @@ where
                 None
             },
             version,
+            asks,
             connect: request.method() == Method::CONNECT,
             is_lost_by_fin: version < Version::HTTP_2
                 && !self.half_close
@@ -92,6 +95,8 @@ pin_project! {
         #[pin]
         inner: Option<F>,
         version: Version,
+        // It asks for an upgrade.
+        asks: bool,
         connect: bool,
         // An HTTP/1 request that arrived while requests were admitted, and that a FIN of its client drops.
         is_lost_by_fin: bool,
@@ -140,7 +145,7 @@ where
         if *this.version < Version::HTTP_2 {
             if is_upgrade(&response, *this.connect) {
                 owner.upgraded();
-            } else {
+            } else if *this.asks {
                 owner.0.not_upgraded();
             }
         }
@@ -208,6 +213,7 @@ mod tests {
         let future = OwnedFuture::<Ready<_>> {
             inner: Some(ready(Ok(response))),
             version: Version::HTTP_11,
+            asks: true,
             connect: false,
             is_lost_by_fin: false,
             window: None,
