@@ -422,6 +422,60 @@ mod tests {
         drop(release);
     }
 
+    /// A stop whose checks are counted by this channel, and never end it.
+    fn stop(control: &'static Control<Checked>) -> mpsc::Receiver<()> {
+        let (send, checks) = mpsc::channel();
+        let far = Instant::now() + LONGEST;
+        control.schedule(1, &Arc::new(Checked(send)), far, false);
+        assert_eq!(checks.recv_timeout(BOUND), Ok(()), "the first check");
+        // Until the thread sleeps.
+        assert!(checks.recv_timeout(Duration::from_millis(50)).is_err());
+        checks
+    }
+
+    struct Checked(mpsc::Sender<()>);
+
+    impl Subject for Checked {
+        fn take_due_steps(self: &Arc<Self>) -> Option<Box<dyn FnOnce() + Send>> {
+            self.0.send(()).unwrap();
+            None
+        }
+
+        #[cfg(feature = "signal")]
+        fn on_signal(self: &Arc<Self>, _: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
+            None
+        }
+
+        #[cfg(all(unix, feature = "signal"))]
+        fn describe(&self) -> Option<String> {
+            None
+        }
+    }
+
+    const BOUND: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_stop_is_checked_when_it_is_first_scheduled_and_when_an_earlier_moment_has_come() {
+        static CONTROL: LazyLock<Control<Checked>> = LazyLock::new(Control::new);
+        let checks = stop(&CONTROL);
+        let again = |at| {
+            let (unused, _) = mpsc::channel();
+            CONTROL.schedule(1, &Arc::new(Checked(unused)), at, false);
+        };
+        again(Instant::now() + LONGEST);
+        assert!(checks.recv_timeout(Duration::from_millis(50)).is_err());
+        again(Instant::now());
+        assert_eq!(checks.recv_timeout(BOUND), Ok(()));
+    }
+
+    #[test]
+    fn a_notification_wakes_the_thread() {
+        static CONTROL: LazyLock<Control<Checked>> = LazyLock::new(Control::new);
+        let checks = stop(&CONTROL);
+        CONTROL.notify(1);
+        assert_eq!(checks.recv_timeout(BOUND), Ok(()));
+    }
+
     #[test]
     fn many_drivers_are_woken_less_often() {
         assert_eq!([1, 255].map(tick), [TICK; 2]);
