@@ -86,7 +86,7 @@ impl Graceful {
     ///
     /// The first SIGTERM or SIGINT starts the shutdown. A further SIGTERM changes nothing, because
     /// `timeout`, process managers and wrappers send it twice. Each further SIGINT ends the current
-    /// phase: first the delay; then the drain, which is cut; then the wait for the cleanup. Two
+    /// phase: first the delay; then the drain, which is cut; then the wait for workers and cleanup. Two
     /// SIGINTs within 100 ms count as one Ctrl-C that was delivered to the process and to its
     /// group. Every further signal is logged with its effect.
     ///

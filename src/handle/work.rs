@@ -332,8 +332,8 @@ impl Stop {
     }
 
     /// Returns a future that resolves when no request and no hold is in flight any more, and the
-    /// service is about to wait for its workers. Requests have added everything to a queue that
-    /// they can add.
+    /// service is about to wait for its workers. From then on no request that was in flight adds work
+    /// to a queue.
     ///
     /// If the drain does not end by itself, this resolves when it is cut, at the drain deadline or
     /// by a further SIGINT. A handler that was cut may run for a moment longer, so close the queue

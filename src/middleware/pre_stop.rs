@@ -102,7 +102,7 @@ impl Graceful {
     /// may use can be terminating at the same time. Nodes then use a terminating pod only while its
     /// readiness succeeds
     /// ([KEP-1669](https://github.com/kubernetes/enhancements/tree/master/keps/sig-network/1669-proxy-terminating-endpoints)).
-    /// There use a `sleep` hook, or a readiness `failureThreshold` × `periodSeconds` longer than
+    /// There use a `sleep` hook, or a readiness probe whose `failureThreshold` × `periodSeconds` is longer than
     /// [`drain_delay`](crate::GracefulBuilder::drain_delay).
     ///
     /// # Limits

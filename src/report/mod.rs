@@ -173,8 +173,8 @@ impl Report {
         self.unlisted_workers
     }
 
-    /// The numbers of requests, holds, connections, servers and workers that were given up. All
-    /// zero if nothing was cut or lost.
+    /// The numbers of requests, holds, connections, servers and workers that were given up, and of what was
+    /// lost without a cut: queued connections and half-closed requests. All zero if nothing was cut or lost.
     #[must_use]
     pub fn remaining(&self) -> Remaining {
         self.remaining
@@ -227,8 +227,8 @@ impl Report {
     /// runtime from shutting down.
     ///
     /// Returning from `main` waits for the runtime, which waits for every
-    /// [`spawn_blocking`](tokio::task::spawn_blocking) task that has begun, however long it takes.
-    /// This method does not. It does not run the destructors of values on the stack either.
+    /// [`spawn_blocking`](tokio::task::spawn_blocking) task that has begun, and for every handler that blocks
+    /// its thread, however long it takes. This method does not. It does not run the destructors of values on the stack either.
     pub fn exit(self) -> ! {
         process::exit(self.exit_code().into())
     }

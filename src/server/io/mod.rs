@@ -45,8 +45,8 @@ use crate::{
 ///
 /// - at once, if the connection is idle, if nothing was written on it, or if a read or write has failed;
 ///   while serving, also if the peer closed first;
-/// - if the peer has received everything: when it has then been silent for 250 ms. If it sends something
-///   after that moment, the silence must last 1 s. After 2 s the socket is closed in any case. Only Linux
+/// - if the peer has received everything: when it has then been silent for 250 ms, or for 1 s if it has sent
+///   something since it received everything. After 2 s the socket is closed in any case. Only Linux
 ///   tells what the peer has received; on other systems all written bytes count as received;
 /// - if the peer has not received everything: after 30 s in which it has acknowledged nothing, and after
 ///   5 min in any case. While the service stops, the task waits until the drain deadline instead, and the
