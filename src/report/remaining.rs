@@ -15,8 +15,10 @@ pub struct Remaining {
     /// [Holds](crate::Hold).
     pub holds: usize,
     /// Tracked connections, upgraded ones included. Also those whose server dropped the rest of a response,
-    /// as hyper may do if its client has asked for an upgrade, such as to h2c, and did not get one. They are
-    /// not in [`Report::connections_cut`](crate::Report::connections_cut).
+    /// as hyper may do if its client has asked for an upgrade, such as to h2c, and did not get one: they are
+    /// not in [`Report::connections_cut`](crate::Report::connections_cut). On servers other than
+    /// [`serve`](crate::Graceful::serve) it is known only of the first requests of a connection that they ask
+    /// for an upgrade.
     pub connections: usize,
     /// Servers, of [`Graceful::serve`](crate::Graceful::serve) or passed to
     /// [`Graceful::run`](crate::Graceful::run), that did not end even after their connections had been

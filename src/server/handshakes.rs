@@ -260,6 +260,7 @@ impl RunningHandshake {
     /// Resets the connection entry to the state of a new connection, which its server has not polled.
     fn done(&self) -> Arc<ConnectionEntry> {
         self.0.state.forget_all();
+        self.0.state.set_blocked(false);
         self.0.flags.set(ACTIVE);
         Arc::clone(&self.0)
     }
@@ -326,7 +327,7 @@ where
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 

@@ -351,7 +351,7 @@ mod tests {
         let mut io = graceful.track(accepted.unwrap().0);
         let much = vec![0; 1 << 20];
         let write = std::future::poll_fn(|cx| Pin::new(&mut io).poll_write(cx, &much));
-        assert!(write.await.unwrap() > 100_000);
+        assert!(write.await.unwrap() > 200_000);
         drop(io);
         client.unwrap()
     }

@@ -28,6 +28,9 @@ pub(super) const MOST_UNREAD: Duration = Duration::from_secs(1);
 /// closed.
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
+/// How often to check whether responses that would be dropped have gone out.
+const TORN_CHECK_INTERVAL: Duration = Duration::from_millis(25);
+
 /// How soon to check whether every connection has been read once more. Usually this takes microseconds.
 const FIRST_CHECK: Duration = Duration::from_millis(1);
 
@@ -46,8 +49,8 @@ impl Lifecycle {
         let begun = *shutdown.closing_begun.get_or_insert(now);
         shutdown.closing_stage = shutdown.closing_stage.max(ClosingStage::Listeners);
         let listeners = self.connections.listeners();
-        // Without a listener of this crate it is unknown when connections are accepted, so there is
-        // nothing to wait for.
+        // Without a listener of this crate it is unknown when connections are accepted, so there is no
+        // listener to wait for, and no first request.
         if listeners.so_far > 0 && shutdown.cut.is_none() && !self.has_handed_over() {
             // A listener closes soon after its task has run. On an overloaded machine the task may
             // run late.
@@ -93,15 +96,15 @@ impl Lifecycle {
             if let Some(until) = self.read_once_more(shutdown, now) {
                 return Some(until);
             }
-            // A client that does not read must not keep the lame-duck phase from its end.
-            let most = if self.phase() == Phase::LameDuck {
-                shutdown.drain_until.min(begun + MOST_UNREAD)
-            } else {
-                shutdown.drain_until
-            };
-            if now < most && self.connections.has_torn_by_close() {
-                return Some(most.min(now + CHECK_INTERVAL));
-            }
+        }
+        // A client that does not read must not keep the lame-duck phase from its end.
+        let most = if self.phase() == Phase::LameDuck {
+            shutdown.close_idle_at.min(begun + MOST_UNREAD)
+        } else {
+            shutdown.close_idle_at
+        };
+        if now < most && shutdown.cut.is_none() && self.connections.has_torn_by_close() {
+            return Some(most.min(now + TORN_CHECK_INTERVAL));
         }
         shutdown.close_connections(now);
         None

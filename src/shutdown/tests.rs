@@ -2,10 +2,7 @@
 //! connections are registered by hand.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
+    sync::Arc,
     task::{Context, Waker},
 };
 
@@ -16,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    Lifecycle, Shared,
+    Shared,
     state::{ClosingStage, ServerEnd},
 };
 use crate::{
@@ -1340,7 +1337,9 @@ async fn notifications_without_end_delay_neither_the_cleanup_nor_other_tasks() {
     use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
     /// Sends a signal whenever an event is logged, as long as there are some left.
-    struct Signals(Arc<Lifecycle>, Arc<AtomicUsize>);
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    struct Signals(Shared, Arc<AtomicUsize>);
 
     impl<S: Subscriber> Layer<S> for Signals {
         fn on_event(&self, _: &Event<'_>, _: Context<'_, S>) {

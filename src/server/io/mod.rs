@@ -115,6 +115,9 @@ impl<I: 'static> Drop for GracefulIo<I> {
         let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
         if is_top && stops && self.peer == Peer::Open && entry.is_torn_by_close() {
             entry.owner.connections.torn(entry);
+            // The peer must not take a part of a response for the whole.
+            reset(&io);
+            return;
         }
         let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();
         let entry = &self.guard.entry;
