@@ -865,3 +865,30 @@ async fn an_upgrade_that_is_accepted_while_connections_close_is_whole() {
     let report = time::timeout(BOUND, server).await.unwrap().unwrap();
     assert_eq!(report.outcome(), Outcome::Clean, "{report}");
 }
+
+/// While axum's server waits for such a client until shortly before the drain deadline, other connections are idle.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_offers_an_upgrade_and_does_not_read_keeps_no_other_connection_open() {
+    let graceful = graceful();
+    let handler = get(|| async { vec![b'x'; 10_000] });
+    let app = Router::new()
+        .route("/", handler)
+        .route("/small", get(|| async { "small" }))
+        .layer(graceful.layer());
+    let (pipes, accepted) = mpsc::unbounded_channel();
+    let server = axum::serve(graceful.listener(Pipes(accepted)), app);
+    let server = tokio::spawn(graceful.run(server.with_graceful_shutdown(graceful.drain())));
+    let [(mut blocked, one), (mut idle, other)] = [(); 2].map(|()| duplex(1_000));
+    pipes.send(one).unwrap();
+    pipes.send(other).unwrap();
+    blocked.write_all(H2C_CLOSE).await.unwrap();
+    read_until(&mut blocked, "\r\n").await;
+    let small = b"GET /small HTTP/1.1\r\nhost: test\r\n\r\n";
+    idle.write_all(small).await.unwrap();
+    read_until(&mut idle, "small").await;
+    graceful.shutdown();
+    let report = time::timeout(BOUND * 10, server).await.unwrap().unwrap();
+    assert_eq!(report.remaining().connections, 1, "{report}");
+    let end = time::timeout(BOUND, idle.read(&mut [0])).await;
+    assert_eq!(end.unwrap().unwrap(), 0);
+}
