@@ -194,6 +194,14 @@ mod tests {
     }
 
     #[test]
+    fn a_flag_that_is_set_again_stays_set() {
+        let twice = Word::SERVING.plus_one().plus_one();
+        assert!(twice.has_served() && twice.has_admitted());
+        assert!(Word::SERVING.served().served().has_served());
+        assert!(Word::SERVING.named(true).named(true).is_named());
+    }
+
+    #[test]
     fn a_sum_saturates_at_the_largest_count_of_a_word() {
         let most = Word(Word::MAX_COUNT * Word::ONE);
         let sum = Word::sum([most, most]);

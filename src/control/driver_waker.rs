@@ -172,8 +172,9 @@ mod tests {
         assert!(!driver_waker.engage(true));
         for round in 0..3 {
             driver_waker.notify();
-            driver_waker.notify();
             assert_eq!(notified(), 1, "{round}");
+            driver_waker.notify();
+            assert_eq!(notified(), 0, "{round}");
             driver_waker.begins_check();
         }
         assert!(driver_waker.engage(true));

@@ -222,3 +222,59 @@ impl Seen {
         Some(instant_after(last, SETTLE))
     }
 }
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+
+    fn id(number: usize) -> ProberId {
+        ProberId {
+            address: None,
+            user_agent: Box::default(),
+            target: number.to_string().into(),
+        }
+    }
+
+    /// As many probers as are remembered. The second request of each came after this time.
+    fn full(interval: Option<Duration>, last: Instant) -> Seen {
+        let mut seen = Seen::default();
+        for number in 0..MOST_PROBERS {
+            if let Some(interval) = interval {
+                seen.prober(id(number), last.checked_sub(interval).unwrap());
+            }
+            assert!(seen.prober(id(number), last).is_some());
+        }
+        seen
+    }
+
+    #[test]
+    fn a_prober_that_has_stopped_gives_its_place_to_another() {
+        let s = Duration::from_secs;
+        let last = Instant::now() + s(1_000);
+        let moment = Duration::from_millis(1);
+        for (interval, most) in [(Some(s(2)), s(9)), (Some(s(200)), s(300)), (None, s(300))] {
+            let mut seen = full(interval, last);
+            assert!(seen.prober(id(MOST_PROBERS), last + most).is_none());
+            assert!(seen.overflowed.is_some());
+            assert_eq!(seen.probers.len(), MOST_PROBERS);
+            // The others have stopped, and are forgotten.
+            let another = seen.prober(id(MOST_PROBERS), last + most + moment);
+            assert!(another.is_some(), "{interval:?}");
+            assert_eq!(seen.probers.len(), 1);
+        }
+    }
+
+    #[test]
+    fn no_prober_is_forgotten_before_the_limit_or_after_the_trigger() {
+        let last = Instant::now();
+        let late = last + 2 * LONGEST_INTERVAL;
+        let mut few = full(None, last);
+        few.probers.pop();
+        assert!(few.prober(id(MOST_PROBERS), late).is_some());
+        assert_eq!(few.probers.len(), MOST_PROBERS);
+        let mut stopping = full(None, last);
+        stopping.began = Some(late);
+        assert!(stopping.prober(id(MOST_PROBERS), late).is_none());
+        assert_eq!(stopping.probers.len(), MOST_PROBERS);
+    }
+}

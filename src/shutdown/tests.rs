@@ -125,6 +125,31 @@ fn unchanged(builder: GracefulBuilder) -> GracefulBuilder {
     builder
 }
 
+/// The listeners, those of them that have closed, and the connections that are left.
+#[tokio::test(start_paused = true)]
+async fn the_delay_ends_once_the_next_process_has_taken_over() {
+    for (listeners, closed, connections, is_shared, expected) in [
+        (0, 0, 0, true, Phase::LameDuck),
+        (1, 0, 0, true, Phase::LameDuck),
+        (1, 1, 1, true, Phase::LameDuck),
+        (1, 1, 0, false, Phase::LameDuck),
+        (1, 1, 0, true, Phase::Stopped),
+    ] {
+        let mut stop = Stop::new(400, 1000, |builder| builder.shared_listener(is_shared));
+        for _ in 0..listeners {
+            stop.listen();
+        }
+        let _connections: Vec<_> = (0..connections).map(|_| stop.connect()).collect();
+        stop.terminate();
+        for _ in 0..closed {
+            stop.close_listener();
+        }
+        stop.at(200).await;
+        let case = (listeners, closed, connections, is_shared);
+        assert_eq!(stop.phase(), expected, "{case:?}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_signal_has_no_delay_before_anything_serves() {
     let never = Graceful::new();
