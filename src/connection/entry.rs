@@ -48,12 +48,10 @@ impl<O> ConnectionEntry<O> {
     /// Records a read while the service stops.
     #[inline]
     pub(crate) fn read_while_stopping(&self, directive: Directive) {
-        let asked = if self.is_served() {
-            Directive::Leave
-        } else {
-            Directive::Close
-        };
-        let answers = if directive >= asked { ANSWERS } else { 0 };
+        // `serve` asks the peer to leave at once, other servers when they close.
+        let is_asked =
+            directive >= Directive::Leave && (directive >= Directive::Close || self.is_served());
+        let answers = if is_asked { ANSWERS } else { 0 };
         // A stream may begin and end before the next read.
         self.flags.change(STREAMLESS, ACTIVE | answers);
     }

@@ -194,6 +194,25 @@ async fn upgrades_without_a_hold_cause_a_warning() {
     assert_eq!(report.outcome(), Outcome::Forced);
 }
 
+/// A task that is told of draining has a second to close its socket.
+#[tokio::test(start_paused = true)]
+async fn an_upgrade_without_a_hold_has_no_time_to_end_if_no_task_is_told_of_draining() {
+    for told in [true, false] {
+        let graceful = without_delay();
+        let mut connection = Connection::open(&graceful);
+        connection.read(UPGRADE).await;
+        assert_eq!(quick_request(&graceful).await, 200);
+        connection.write(SWITCHING).await;
+        let phases = told.then(|| graceful.subscribe());
+        tokio::spawn(async move {
+            pass(ms(500)).await;
+            drop((connection, phases));
+        });
+        let report = stop(&graceful).await;
+        assert_eq!(report.warnings().is_empty(), told, "{report}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn upgrades_that_end_in_time_cause_no_warning() {
     for held in [true, false] {

@@ -47,7 +47,12 @@ impl<I: 'static> GracefulIo<I> {
         // Only reads expire: a write may belong to a response.
         let expires = || slot == WakerSlot::Read && self.expires(cx);
         if directive >= Directive::Expire && (directive == Directive::Cut || expires()) {
-            self.peer = Peer::Gone;
+            // Where the operating system does not tell what the peer has received, what was written before the
+            // stop may still be on its way. Then the drop waits for a peer that is alive.
+            let known = || self.io.as_ref().and_then(tcp).and_then(unacknowledged);
+            if directive == Directive::Cut || known().is_some() {
+                self.peer = Peer::Gone;
+            }
             return Err(cut());
         }
         Ok(directive)
