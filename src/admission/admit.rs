@@ -98,16 +98,7 @@ impl<K, T> Gate<K, T> {
 
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
-    use std::{convert::Infallible, future::ready, sync::mpsc, thread, time::Duration};
-
-    use bytes::Bytes;
-    use futures_util::FutureExt;
-    use http::{Request, Response};
-    use http_body_util::Empty;
-    use tower::{Layer, Service, service_fn};
-
     use super::{super::kept::is_kept, *};
-    use crate::{handle::graceful::Graceful, phase::Phase, sync::lock};
 
     struct Owner(Gate<(), Owner>);
 
@@ -156,35 +147,6 @@ mod tests {
         assert!(admission.owner().is_some() && request.owner().is_some());
         drop(gate);
         assert!(admission.owner().is_none() && request.owner().is_none());
-    }
-
-    /// All requests share that lock.
-    #[test]
-    fn a_response_in_the_lame_duck_phase_takes_no_lock_if_there_is_no_spread() {
-        const LONG: Duration = Duration::from_secs(3600);
-        let graceful = Graceful::builder()
-            .grace_period(LONG * 4)
-            .drain_delay(LONG)
-            .drain_timeout(LONG * 2)
-            .build()
-            .unwrap();
-        let service = |_: Request<Empty<Bytes>>| {
-            ready(Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new())))
-        };
-        let mut service = graceful.layer().layer(service_fn(service));
-        graceful.shutdown();
-        assert_eq!(graceful.phase(), Phase::LameDuck);
-        let (send, response) = mpsc::channel();
-        let held = lock!(graceful.shared().common().owner);
-        let request = thread::spawn(move || {
-            send.send(service.call(Request::new(Empty::new())).now_or_never())
-                .unwrap();
-        });
-        let response = response.recv_timeout(Duration::from_secs(10));
-        drop(held);
-        request.join().unwrap();
-        let response = response.expect("the response waits").unwrap().unwrap();
-        assert_eq!(response.headers()["connection"], "close");
     }
 
     #[test]

@@ -137,3 +137,16 @@ fn asks_to_leave(phase: Phase, spreads: bool, owner: impl FnOnce() -> Option<Sha
         Phase::Draining | Phase::Closing | Phase::Stopped => true,
     }
 }
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_response_takes_no_lock_that_requests_share_unless_clients_are_asked_one_after_another() {
+        let lock = || unreachable!("the lock is taken");
+        assert!(!asks_to_leave(Phase::Serving, true, lock));
+        assert!(asks_to_leave(Phase::LameDuck, false, lock));
+        assert!(asks_to_leave(Phase::Draining, true, lock));
+    }
+}
