@@ -332,17 +332,17 @@ where
 
 #[cfg(all(test, target_os = "linux", not(tower_graceful_loom)))]
 mod tests {
-    use tokio::{
-        io::AsyncReadExt,
-        net::{TcpListener, TcpSocket},
-    };
+    use std::{io::Read, net};
+
+    use tokio::net::{TcpListener, TcpSocket};
 
     use super::*;
     use crate::handle::graceful::Graceful;
 
     /// A connection that its server has dropped, and whose client has much left to read. The client sends
-    /// nothing and reads at least as much as makes its kernel acknowledge something.
-    async fn dropped(graceful: &Graceful) -> TcpStream {
+    /// nothing and reads at least as much as makes its kernel acknowledge something. Its reads block the thread:
+    /// otherwise the paused clock would go on while they wait for the kernel.
+    async fn dropped(graceful: &Graceful) -> net::TcpStream {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpSocket::new_v4().unwrap();
         client.set_recv_buffer_size(4096).unwrap();
@@ -353,7 +353,9 @@ mod tests {
         let write = std::future::poll_fn(|cx| Pin::new(&mut io).poll_write(cx, &much));
         assert!(write.await.unwrap() > 200_000);
         drop(io);
-        client.unwrap()
+        let client = client.unwrap().into_std().unwrap();
+        client.set_nonblocking(false).unwrap();
+        client
     }
 
     /// How long the connection stays open if its client does this again and again.
@@ -370,7 +372,7 @@ mod tests {
         let graceful = Graceful::new();
         let mut client = dropped(&graceful).await;
         let open = open_while(&graceful, async || {
-            client.read_exact(&mut [0; 8192]).await.unwrap();
+            client.read_exact(&mut [0; 8192]).unwrap();
             time::sleep(STALLED_TIMEOUT / 2).await;
         });
         let late = open.await.checked_sub(UNDELIVERED_TIMEOUT);
@@ -390,7 +392,7 @@ mod tests {
             }
             time::sleep(LONGEST_QUERY_INTERVAL * n).await;
             let mut all = Vec::new();
-            client.read_to_end(&mut all).await.unwrap();
+            client.read_to_end(&mut all).unwrap();
             let moment = Duration::from_millis(1);
             let open = open_while(graceful, async || time::sleep(moment).await);
             longest = longest.max(open.await);
