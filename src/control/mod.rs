@@ -383,16 +383,22 @@ mod tests {
 
     use super::*;
 
-    static CONTROL: LazyLock<Control<Stop>> = LazyLock::new(Control::new);
+    const BOUND: Duration = Duration::from_secs(20);
 
-    /// A stop that ends with its first check. Its notification passes this on.
-    struct Stop(mpsc::Sender<()>);
+    /// A stop whose notifications are counted by this channel, one for each check.
+    struct Stop {
+        control: &'static Control<Self>,
+        ends: bool,
+        checked: mpsc::Sender<()>,
+    }
 
     impl Subject for Stop {
         fn take_due_steps(self: &Arc<Self>) -> Option<Box<dyn FnOnce() + Send>> {
-            drop(CONTROL.end(1));
-            let send = self.0.clone();
-            Some(Box::new(move || send.send(()).unwrap()))
+            if self.ends {
+                drop(self.control.end(1));
+            }
+            let checked = self.checked.clone();
+            Some(Box::new(move || checked.send(()).unwrap()))
         }
 
         #[cfg(feature = "signal")]
@@ -406,8 +412,30 @@ mod tests {
         }
     }
 
+    /// A stop that is scheduled at this moment. `ends`: it ends with its first check.
+    fn scheduled(
+        control: &'static Control<Stop>,
+        at: Instant,
+        ends: bool,
+    ) -> (Arc<Stop>, mpsc::Receiver<()>) {
+        let (checked, checks) = mpsc::channel();
+        let stop = Arc::new(Stop {
+            control,
+            ends,
+            checked,
+        });
+        control.schedule(1, &stop, at, false);
+        assert_eq!(checks.recv_timeout(BOUND), Ok(()), "the first check");
+        (stop, checks)
+    }
+
+    fn assert_unchecked(checks: &mpsc::Receiver<()>) {
+        assert!(checks.recv_timeout(Duration::from_millis(50)).is_err());
+    }
+
     #[test]
     fn a_notification_that_blocks_does_not_keep_the_last_one_from_being_sent() {
+        static CONTROL: LazyLock<Control<Stop>> = LazyLock::new(Control::new);
         let (release, blocked) = mpsc::channel::<()>();
         let (begins, begun) = mpsc::channel();
         CONTROL.run_elsewhere(Box::new(move || {
@@ -415,63 +443,28 @@ mod tests {
             let _ = blocked.recv();
         }));
         begun.recv().unwrap();
-        let (send, notified) = mpsc::channel();
-        CONTROL.schedule(1, &Arc::new(Stop(send)), Instant::now(), false);
-        let bound = Duration::from_secs(20);
-        assert_eq!(notified.recv_timeout(bound), Ok(()));
+        scheduled(&CONTROL, Instant::now(), true);
         drop(release);
     }
 
-    /// A stop whose checks are counted by this channel, and never end it.
-    fn stop(control: &'static Control<Checked>) -> mpsc::Receiver<()> {
-        let (send, checks) = mpsc::channel();
-        let far = Instant::now() + LONGEST;
-        control.schedule(1, &Arc::new(Checked(send)), far, false);
-        assert_eq!(checks.recv_timeout(BOUND), Ok(()), "the first check");
-        // Until the thread sleeps.
-        assert!(checks.recv_timeout(Duration::from_millis(50)).is_err());
-        checks
-    }
-
-    struct Checked(mpsc::Sender<()>);
-
-    impl Subject for Checked {
-        fn take_due_steps(self: &Arc<Self>) -> Option<Box<dyn FnOnce() + Send>> {
-            self.0.send(()).unwrap();
-            None
-        }
-
-        #[cfg(feature = "signal")]
-        fn on_signal(self: &Arc<Self>, _: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
-            None
-        }
-
-        #[cfg(all(unix, feature = "signal"))]
-        fn describe(&self) -> Option<String> {
-            None
-        }
-    }
-
-    const BOUND: Duration = Duration::from_secs(20);
-
     #[test]
     fn a_stop_is_checked_when_it_is_first_scheduled_and_when_an_earlier_moment_has_come() {
-        static CONTROL: LazyLock<Control<Checked>> = LazyLock::new(Control::new);
-        let checks = stop(&CONTROL);
-        let again = |at| {
-            let (unused, _) = mpsc::channel();
-            CONTROL.schedule(1, &Arc::new(Checked(unused)), at, false);
-        };
-        again(Instant::now() + LONGEST);
-        assert!(checks.recv_timeout(Duration::from_millis(50)).is_err());
-        again(Instant::now());
+        static CONTROL: LazyLock<Control<Stop>> = LazyLock::new(Control::new);
+        let far = Instant::now() + LONGEST;
+        let (stop, checks) = scheduled(&CONTROL, far, false);
+        // Meanwhile the thread begins to sleep.
+        assert_unchecked(&checks);
+        CONTROL.schedule(1, &stop, far, false);
+        assert_unchecked(&checks);
+        CONTROL.schedule(1, &stop, Instant::now(), false);
         assert_eq!(checks.recv_timeout(BOUND), Ok(()));
     }
 
     #[test]
     fn a_notification_wakes_the_thread() {
-        static CONTROL: LazyLock<Control<Checked>> = LazyLock::new(Control::new);
-        let checks = stop(&CONTROL);
+        static CONTROL: LazyLock<Control<Stop>> = LazyLock::new(Control::new);
+        let (_stop, checks) = scheduled(&CONTROL, Instant::now() + LONGEST, false);
+        assert_unchecked(&checks);
         CONTROL.notify(1);
         assert_eq!(checks.recv_timeout(BOUND), Ok(()));
     }

@@ -162,7 +162,7 @@ impl Lifecycle {
             state.clock = Clock::Real;
             if state.report.is_some() {
                 drop(state);
-                // The control thread took the last step, and the driver was not polled after that.
+                // If the control thread took the last step, the driver may not have been polled after it.
                 self.give_up_work();
                 return;
             }

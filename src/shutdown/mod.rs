@@ -246,15 +246,11 @@ impl Lifecycle {
         self.state().report.clone()
     }
 
-    /// Whether a response in the lame-duck phase asks its client to leave. Without `close_spread`
-    /// every response does. With it, a response does if the slot of its connection has been
-    /// reached. Where the server does not know the connection, each response gets a slot of its
-    /// own.
+    /// Whether a response in the lame-duck phase asks its client to leave, with `close_spread`: if the slot of
+    /// its connection has been reached. Where the server does not know the connection, each response gets a
+    /// slot of its own.
     #[cold]
     pub(crate) fn asks_to_leave(&self) -> bool {
-        if !self.policy().is_spread() {
-            return true;
-        }
         SLOT_REACHED
             .try_with(|reached| *reached)
             .unwrap_or_else(|_| {

@@ -169,13 +169,19 @@ async fn a_request_that_the_layer_refuses_or_exempts_causes_no_warning() {
     assert_eq!(stop(&graceful).await.warnings(), []);
 }
 
+/// A connection whose upgrade was accepted, and which no hold counts.
+async fn upgraded(graceful: &Graceful) -> Connection {
+    let mut connection = Connection::open(graceful);
+    connection.read(UPGRADE).await;
+    assert_eq!(quick_request(graceful).await, 200);
+    connection.write(SWITCHING).await;
+    connection
+}
+
 #[tokio::test(start_paused = true)]
 async fn upgrades_without_a_hold_cause_a_warning() {
     let graceful = without_delay();
-    let mut connection = Connection::open(&graceful);
-    connection.read(UPGRADE).await;
-    assert_eq!(quick_request(&graceful).await, 200);
-    connection.write(SWITCHING).await;
+    let connection = upgraded(&graceful).await;
     pass(s(5)).await;
     let report = stop(&graceful).await;
     drop(connection);
@@ -199,10 +205,7 @@ async fn upgrades_without_a_hold_cause_a_warning() {
 async fn an_upgrade_without_a_hold_has_no_time_to_end_if_no_task_is_told_of_draining() {
     for told in [true, false] {
         let graceful = without_delay();
-        let mut connection = Connection::open(&graceful);
-        connection.read(UPGRADE).await;
-        assert_eq!(quick_request(&graceful).await, 200);
-        connection.write(SWITCHING).await;
+        let connection = upgraded(&graceful).await;
         let phases = told.then(|| graceful.subscribe());
         tokio::spawn(async move {
             pass(ms(500)).await;
@@ -217,10 +220,7 @@ async fn an_upgrade_without_a_hold_has_no_time_to_end_if_no_task_is_told_of_drai
 async fn upgrades_that_end_in_time_cause_no_warning() {
     for held in [true, false] {
         let graceful = without_delay();
-        let mut connection = Connection::open(&graceful);
-        connection.read(UPGRADE).await;
-        assert_eq!(quick_request(&graceful).await, 200);
-        connection.write(SWITCHING).await;
+        let connection = upgraded(&graceful).await;
         let hold = held.then(|| graceful.hold("socket"));
         let draining = graceful.draining();
         tokio::spawn(async move {
