@@ -1,6 +1,6 @@
 //! Reading the accept queue of a listener, and the socket filter that keeps new connections out of it.
 
-use std::{any::Any, future, io, pin::pin, task::Poll};
+use std::{any::Any, future, io, pin::pin, sync::Arc, task::Poll};
 
 use axum::serve::Listener;
 #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -166,6 +166,15 @@ pub(super) fn detach_syn_filter(listener: &dyn Any) {
     if let Some(tcp) = tcp(listener) {
         let _ = tcp.detach_filter();
     }
+}
+
+/// Detaches the filter and closes the socket, of which this is the last reference. Nothing may come in between:
+/// a connection that arrives there is reset. Without the detaching none would be, but if another process
+/// has the socket too, it would never get a connection again.
+pub(super) fn close_filtered(socket: Arc<Socket>) {
+    debug_assert_eq!(Arc::strong_count(&socket), 1);
+    detach_syn_filter(&*socket);
+    drop(socket);
 }
 
 #[cfg(any(target_os = "linux", target_os = "android"))]

@@ -10,7 +10,9 @@ use tokio::{
 };
 
 use super::{
-    accept_queue::{accept_all, attach_syn_filter, detach_syn_filter, into_socket, passed},
+    accept_queue::{
+        accept_all, attach_syn_filter, close_filtered, detach_syn_filter, into_socket, passed,
+    },
     io::GracefulIo,
     linger, tracked,
 };
@@ -179,11 +181,11 @@ impl<L: Listener> GracefulListener<L> {
             self.closing = Closing::At(Instant::now() + HANDSHAKE);
             self.socket = Some(socket);
         } else {
-            if filtered {
-                detach_syn_filter(&*socket);
-            }
             starved.remove_waiting(&socket, true);
             self.socket = None;
+            if filtered {
+                close_filtered(socket);
+            }
             if self.last.is_empty() {
                 self.closed();
             }
