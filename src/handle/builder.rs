@@ -94,9 +94,9 @@ impl GracefulBuilder {
     /// load balancers see the failing readiness probe and stop sending traffic. Zero starts
     /// draining at once.
     ///
-    /// Default: 5 s, or a sixth of a grace period below 30 s; 500 ms at most where the next process
-    /// has the listening socket ([`shared_listener`](Self::shared_listener)). Set it to the time that your load
-    /// balancer needs: the interval of its probe times its failure threshold, or, in Kubernetes,
+    /// Default: 5 s, or a sixth of a grace period below 30 s. Where the next process has the listening
+    /// socket, [`shared_listener`](Self::shared_listener) says the default. Set the delay to the time that
+    /// your load balancer needs: the interval of its probe times its failure threshold, or, in Kubernetes,
     /// the time until the removal of an endpoint has reached every node.
     pub fn drain_delay(mut self, duration: Duration) -> Self {
         self.knobs.drain_delay = Some(duration);
@@ -152,7 +152,7 @@ impl GracefulBuilder {
     /// The phase does not end before [`close_spread`](Self::close_spread) is over, because until then
     /// some clients have not been asked to leave.
     ///
-    /// After SIGINT it shortens [`interrupt_delay`](Self::interrupt_delay) in the same way, and after
+    /// After SIGINT the rule shortens [`interrupt_delay`](Self::interrupt_delay) in the same way, and after
     /// [`shutdown`](Graceful::shutdown) the `drain_delay`. A further SIGINT ends the phase at once.
     /// The log and the [report](crate::Report::left_early) say that the phase ended early, and why.
     pub fn leave_when_quiet(mut self, minimum: Duration, quiet_for: Duration) -> Self {
@@ -357,10 +357,10 @@ impl GracefulBuilder {
     /// # The delay
     ///
     /// There is no balancer to wait for, so the default of [`drain_delay`](Self::drain_delay) is 500 ms
-    /// here, or [`close_spread`](Self::close_spread) if that is longer, and never more than it is
-    /// otherwise. It lets keep-alive clients move by a response with `Connection: close`. An HTTP/1
-    /// connection that is closed while idle loses a request that crosses the close
-    /// ([RFC 9112 §9.5](https://www.rfc-editor.org/rfc/rfc9112#section-9.5)). The phase ends before the
+    /// here, or [`close_spread`](Self::close_spread) if that is longer, and never more than
+    /// without a shared listener. The delay lets keep-alive clients move by a response with
+    /// `Connection: close`. An HTTP/1 connection that is closed while idle loses a request that crosses the
+    /// close ([RFC 9112 §9.5](https://www.rfc-editor.org/rfc/rfc9112#section-9.5)). The phase ends before the
     /// delay if every connection has closed. Where the next process is started only after this one has
     /// ended, new connections wait for the whole stop, that is for the longest request in flight; a shorter
     /// [`drain_timeout`](Self::drain_timeout) limits that wait. If the
@@ -386,8 +386,6 @@ impl GracefulBuilder {
     /// - A listener that wraps another one may be in the middle of a handshake, and so continues to
     ///   accept for 60 ms. Use [`handshakes`](crate::HandshakeExt::handshakes) instead: its handshakes
     ///   are finished, and the listener below closes at once.
-    /// - On axum's server, idle connections are closed without a last read, so a request that has just
-    ///   arrived on one may be lost. Prefer `serve`.
     /// - If another process shuts the socket down (`shutdown(2)`), nothing is accepted any more. The
     ///   listener logs the error and tries again each second; the stop works as ever.
     pub fn shared_listener(mut self, shared: bool) -> Self {
@@ -467,8 +465,10 @@ impl GracefulBuilder {
     ///
     /// The whole path, without the query, is compared with the path that the layer sees; inside
     /// axum's `nest` also with the original path. While other requests would be rejected, an exempt
-    /// request is served without being counted, so it cannot prolong a drain. At other times it
-    /// counts as in flight like any other request. Default: no path is exempt.
+    /// request is served without being counted, so the drain does not wait for it. But its tracked
+    /// connection stays open until the response ends: an exempt response without an end is cut at the drain
+    /// deadline, and the exit code is 1. End it with [`until_draining`](crate::Graceful::until_draining).
+    /// At other times an exempt request counts as in flight like any other. Default: no path is exempt.
     pub fn exempt(mut self, path: impl Into<String>) -> Self {
         self.policy.exempt.push(path.into());
         self

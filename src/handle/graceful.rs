@@ -93,14 +93,14 @@ pub(crate) type Reading = admission::Reading<Lifecycle>;
 /// and after the runtime has ended.
 ///
 /// Workers run on the tokio runtime in which they are registered. Hooks and cleanup steps run on
-/// the runtime in which the lifecycle is made. If it is made outside a runtime, they run on the runtime of
-/// the first later call inside one that registers a task, listens for signals, runs a server, triggers a
-/// stop or waits for a phase. If that runtime ends earlier, they run
+/// the runtime in which the lifecycle is made. If the lifecycle is made outside a runtime, they run on
+/// the runtime of a later call: the first one, made inside a runtime, to register a task, listen for signals,
+/// run a server, trigger a stop or wait for a phase. If that runtime ends before they have run, they run
 /// on the runtime of a task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or
 /// [`draining`](Self::draining). Tasks that can no longer be run are
 /// [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
-/// (`enable_time` or `enable_all`). If it has none, the first call inside it that needs them panics. Inside a
-/// runtime, making the lifecycle is such a call.
+/// (`enable_time` or `enable_all`). In a runtime without timers, the first call that needs timers panics.
+/// Making the lifecycle inside a runtime is such a call.
 ///
 /// Methods may be called outside a runtime too, except [`spawn`](Self::spawn), which panics there, and
 /// [`worker`](Self::worker) and [`critical_worker`](Self::critical_worker), which return an error.

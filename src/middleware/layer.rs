@@ -17,7 +17,7 @@ use crate::handle::graceful::Graceful;
 /// | serving | is served | is not changed |
 /// | lame duck | is served | HTTP/1: `Connection: close`; with [`close_spread`](crate::GracefulBuilder::close_spread) on a growing fraction of connections |
 /// | draining and later | is rejected: 503, `Retry-After`, HTTP/1: `Connection: close` | to an earlier request: HTTP/1: `Connection: close` |
-/// | any, above [`max_in_flight`](crate::GracefulBuilder::max_in_flight) | is rejected: 429, `Retry-After`, HTTP/1: `Connection: close` | |
+/// | before draining, above [`max_in_flight`](crate::GracefulBuilder::max_in_flight) | is rejected: 429, `Retry-After`, HTTP/1: `Connection: close` | |
 ///
 /// A request is in flight from the call to the end of its response *body*. A stream counts until
 /// its last frame, and a large last frame counts until the server has room for more. A panic, a

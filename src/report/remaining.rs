@@ -14,11 +14,11 @@ pub struct Remaining {
     pub requests: usize,
     /// [Holds](crate::Hold).
     pub holds: usize,
-    /// Tracked connections, upgraded ones included. Also those whose server dropped the rest of a response,
-    /// as hyper may do if its client has asked for an upgrade, such as to h2c, and did not get one: they are
-    /// not in [`Report::connections_cut`](crate::Report::connections_cut). On servers other than
-    /// [`serve`](crate::Graceful::serve) it is known only of the first requests of a connection that they ask
-    /// for an upgrade.
+    /// Tracked connections, upgraded ones included. A connection also counts if its server dropped the rest
+    /// of a response. hyper may do that if the client has asked for an upgrade, such as to h2c, and did not
+    /// get one. Such a connection is not in [`Report::connections_cut`](crate::Report::connections_cut). On
+    /// servers other than [`serve`](crate::Graceful::serve) only the first requests of a connection are
+    /// checked for an upgrade.
     pub connections: usize,
     /// Servers, of [`Graceful::serve`](crate::Graceful::serve) or passed to
     /// [`Graceful::run`](crate::Graceful::run), that did not end even after their connections had been
@@ -100,8 +100,8 @@ pub struct Requests {
     /// Requests that were still in flight at the cut, or whose response was not wholly received by
     /// the client, as far as the operating system reports it: see [`CutConnection::undelivered`].
     /// Responses over HTTP/2 that wait in the server, because the window of the client is full, are
-    /// included. On servers other than [`serve`](crate::Graceful::serve) they count at most once for
-    /// each connection, so some of them may be in `finished`.
+    /// included. On servers other than [`serve`](crate::Graceful::serve) such responses count at most once
+    /// for each connection, so some of them may be in `finished`.
     pub cut: usize,
     /// Requests that ended without a whole response: they were dropped before they had a response, by
     /// their clients or by middleware outside the layer, or their response body failed or panicked.

@@ -63,9 +63,10 @@ impl Graceful {
     /// Pass the `TcpListener` itself, and put `tap_io` and TLS after it: `graceful.listener(tcp).tap_io(…)`,
     /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes). Connections in the
     /// accept queue of a `TcpListener` or `UnixListener` are accepted before it closes. For a
-    /// `TcpListener` on Linux that includes every connection, except on an overloaded machine;
-    /// otherwise a connection that arrives between the last `accept` and the close is reset. A wrapped listener keeps accepting for 60 ms;
-    /// a connection that arrives later may be reset.
+    /// `TcpListener` on Linux that includes every connection, except on an overloaded machine. For a
+    /// `UnixListener`, and on other systems, a connection that arrives between the last `accept` and the
+    /// close is reset. A wrapped listener keeps accepting for 60 ms; a connection that arrives later may be
+    /// reset.
     ///
     /// # Shared sockets
     ///

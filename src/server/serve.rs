@@ -172,8 +172,8 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     ///   shutdown the dropped request is reported in
     ///   [`Remaining::half_closed`](crate::Remaining::half_closed), and the outcome is
     ///   [`Forced`](crate::Outcome::Forced), because the client may have waited. While bytes of a
-    ///   response wait for the client to take them, the FIN is not seen, on axum's server with a tracked
-    ///   listener too. So a response that is finished is received whole.
+    ///   response wait for the client to take them, the FIN is not seen. The same holds on axum's server with
+    ///   a tracked listener. So a response that is finished is received whole.
     ///
     /// HTTP/2 has no such ambiguity, and the setting does not apply to it. axum's own server has no
     /// such setting and drops the handler.

@@ -338,6 +338,12 @@ fn fourth_signal(form: Form) {
         !exit.output.iter().any(|line| line == "b begins"),
         "{exit:?}"
     );
+    let mut log = exit.log.lines();
+    let stopped = log.find(|line| line.contains("shutdown: stopped"));
+    assert!(
+        stopped.is_some_and(|line| line.contains("WARN")),
+        "{exit:?}"
+    );
     exit.assert_within(MS(0), MS(2000));
 }
 
