@@ -320,6 +320,35 @@ mod tests {
         }
     }
 
+    /// Such a hook may come to its end while the steps run.
+    #[test]
+    fn a_hook_that_blocks_its_thread_when_the_cleanup_begins_is_cut() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let graceful = Graceful::builder().drain_delay(SECOND / 8).build().unwrap();
+        let (release, blocked) = std::sync::mpsc::channel::<()>();
+        let block = async move {
+            let _ = blocked.recv();
+        };
+        graceful.on_lame_duck("blocks", SECOND, block).unwrap();
+        let shared = Arc::clone(graceful.shared());
+        let step = async move {
+            drop(release);
+            while shared.work.tasks()[0].is_running() {
+                tokio::task::yield_now().await;
+            }
+        };
+        graceful.cleanup("step", SECOND * 9, step).unwrap();
+        let report = runtime.block_on(async {
+            graceful.shutdown();
+            report(&graceful).await
+        });
+        assert_eq!(outcomes(&report), [TaskOutcome::Cut, TaskOutcome::Done]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_cut_hook_whose_destructor_panics_has_ended() {
         struct Landmine;

@@ -14,10 +14,11 @@ use tokio::{
 
 use super::{
     Shared,
-    state::{ClosingStage, ServerEnd},
+    state::{Clock, ClosingStage, ServerEnd},
 };
 use crate::{
     connection::{
+        descriptors::{Socket, SocketKind},
         directive::Directive,
         entry::ConnectionEntry,
         flags::{ACTIVE, CLOSE_NOTICED, HANDSHAKE},
@@ -123,6 +124,35 @@ impl Stop {
 
 fn unchanged(builder: GracefulBuilder) -> GracefulBuilder {
     builder
+}
+
+fn runtime(paused: bool) -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(paused)
+        .build()
+        .unwrap()
+}
+
+/// Only the defaults, and where the next process has all listeners.
+#[test]
+fn a_shared_listener_shortens_the_delay_and_never_makes_it_longer() {
+    let delay = |builder: GracefulBuilder, listeners: &[bool]| {
+        let graceful = builder.build().unwrap();
+        for is_shared in listeners {
+            graceful.shared().connections.listener_opened(*is_shared);
+        }
+        graceful.shared().plan().drain_delay()
+    };
+    let default = Graceful::builder;
+    assert_eq!(delay(default(), &[]), ms(5000));
+    assert_eq!(delay(default(), &[true, true]), ms(500));
+    assert_eq!(delay(default(), &[true, false]), ms(5000));
+    assert_eq!(delay(default().drain_delay(ms(900)), &[true]), ms(900));
+    // There the default is shorter than that of a shared listener.
+    let short = || default().grace_period(ms(1200));
+    assert!(delay(short(), &[]) < ms(500));
+    assert_eq!(delay(short(), &[true]), delay(short(), &[]));
 }
 
 /// The listeners, those of them that have closed, and the connections that are left.
@@ -268,6 +298,25 @@ async fn the_stop_waits_one_second_for_a_listener_that_does_not_close() {
     stop.at(1002).await;
     assert_eq!(stop.phase(), Phase::Stopped);
     assert_eq!(stop.closing_stage(), ClosingStage::Servers);
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_begins_at_most_a_second_late_where_a_listener_waits_for_descriptors() {
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = Arc::new(Socket {
+        kind: SocketKind::Tcp(tcp),
+        is_passed: true,
+    });
+    let mut stop = Stop::new(1000, 10_000, |it| it.keep_listening(false));
+    stop.listen();
+    stop.shared().starved.add_waiting(&socket);
+    stop.shared().starved.begin_round();
+    let _hold = stop.graceful.hold("work");
+    stop.terminate();
+    stop.at(1999).await;
+    assert_eq!(stop.phase(), Phase::LameDuck);
+    stop.at(2001).await;
+    assert_eq!(stop.phase(), Phase::Draining);
 }
 
 #[tokio::test(start_paused = true)]
@@ -1231,6 +1280,23 @@ async fn the_watchdog_names_what_is_left_and_has_no_message_if_nothing_is() {
     assert!(stop.shared().describe_end().is_some());
 }
 
+/// Such a worker is dropped, and no code of it is left to record its end.
+#[cfg(unix)]
+#[test]
+fn the_watchdog_does_not_name_a_worker_whose_runtime_has_shut_down() {
+    let runtime = runtime(false);
+    let stop = Stop::new(0, 1000, unchanged);
+    let _hold = stop.graceful.hold("job");
+    let worker = |_| std::future::pending::<()>();
+    let registered = runtime.block_on(async { stop.graceful.worker("pump", worker) });
+    registered.unwrap();
+    let text = stop.shared().describe_end().unwrap();
+    assert!(text.contains("pump"), "{text}");
+    drop(runtime);
+    let text = stop.shared().describe_end().unwrap();
+    assert!(!text.contains("pump"), "{text}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_further_sigterm_changes_nothing() {
     let mut stop = Stop::new(1000, 1000, unchanged);
@@ -1240,6 +1306,47 @@ async fn a_further_sigterm_changes_nothing() {
         stop.at(after).await;
         stop.shared().signal(Trigger::Terminate);
         assert_eq!(stop.phase(), phase);
+    }
+}
+
+#[test]
+fn a_call_in_another_runtime_does_not_change_the_clock_of_the_driver() {
+    let stop = Stop::new(1000, 1000, unchanged);
+    let (paused, real) = (runtime(true), runtime(false));
+    for runtime in [&paused, &real] {
+        runtime.block_on(async { stop.shared().drive() });
+        assert_eq!(stop.shared().state().clock, Clock::Tokio);
+    }
+}
+
+#[tokio::test]
+async fn a_clock_that_is_paused_after_the_driver_was_spawned_applies() {
+    let stop = Stop::new(1000, 1000, unchanged);
+    stop.shared().drive();
+    assert_eq!(stop.shared().state().clock, Clock::Real);
+    tokio::time::pause();
+    stop.shared().drive();
+    assert_eq!(stop.shared().state().clock, Clock::Tokio);
+}
+
+/// The later one would take the place of the earlier one, whose end would look like the end of the only one.
+#[test]
+fn threads_that_spawn_a_driver_at_the_same_time_spawn_one() {
+    let runtime = runtime(false);
+    for round in 0..200 {
+        let stop = Stop::new(1000, 1000, unchanged);
+        let start = std::sync::Barrier::new(4);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let _entered = runtime.enter();
+                    start.wait();
+                    stop.shared().drive();
+                });
+            }
+        });
+        runtime.block_on(tokio::task::yield_now());
+        assert!(stop.shared().is_driven(), "in round {round}");
     }
 }
 
@@ -1296,6 +1403,35 @@ async fn a_subscriber_is_kept_only_while_a_stop_is_under_way() {
     assert!(!has_subscriber(&stop));
     stop.shared().change(|_, _| ());
     assert!(!has_subscriber(&stop));
+}
+
+/// A destructor of a subscriber may block.
+#[cfg(feature = "tracing")]
+#[test]
+fn the_control_thread_drops_no_subscriber() {
+    use std::{sync::mpsc, thread};
+    use tracing_subscriber::layer::{Layer, SubscriberExt};
+
+    struct SaysWhere(mpsc::Sender<thread::ThreadId>);
+
+    impl<S: tracing::Subscriber> Layer<S> for SaysWhere {}
+
+    impl Drop for SaysWhere {
+        fn drop(&mut self) {
+            self.0.send(thread::current().id()).unwrap();
+        }
+    }
+
+    let (send, dropped) = mpsc::channel();
+    let subscriber = tracing_subscriber::registry().with(SaysWhere(send));
+    let stop = Stop::new(1000, 1000, unchanged);
+    tracing::subscriber::with_default(subscriber, || {
+        stop.shared().state().origin = crate::events::Origin::here();
+    });
+    // This thread stands for the control thread.
+    assert!(stop.shared().take_due_steps().is_some());
+    let thread = dropped.recv_timeout(ms(20_000)).unwrap();
+    assert_ne!(thread, thread::current().id());
 }
 
 #[tokio::test(start_paused = true)]
@@ -1391,6 +1527,18 @@ async fn notifications_without_end_delay_neither_the_cleanup_nor_other_tasks() {
     let report = stop.shared().report().unwrap();
     assert_eq!(report.outcome(), Outcome::Clean, "{report}");
     assert_ne!(left.load(Relaxed), 0);
+}
+
+/// Of a server whose connections are unknown.
+#[tokio::test(start_paused = true)]
+async fn a_growing_part_of_the_responses_in_a_spread_asks_to_leave() {
+    let mut stop = Stop::new(4000, 5000, |it| it.close_spread(ms(2000)));
+    stop.terminate();
+    for (after, part) in [(0, 0..=1), (1000, 45..=55), (2000, 100..=100)] {
+        stop.at(after).await;
+        let asks = (0..100).filter(|_| stop.shared().asks_to_leave()).count();
+        assert!(part.contains(&asks), "{asks} after {after} ms");
+    }
 }
 
 /// A response must not wait for a pass of the timeline.

@@ -9,7 +9,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tower::{Service, ServiceExt};
 use tower_graceful::{Graceful, GracefulIo, Outcome, Report, Warning};
 
-use crate::support::{ms, pass, plan, quick_request, s, serve, server, without_delay};
+use crate::support::{
+    DELAY, graceful, ms, pass, plan, quick_request, request, s, serve, server, without_delay,
+};
 
 const OK: &str = "HTTP/1.1 200 OK\r\n\r\n";
 const UPGRADE: &str = "GET /ws/7?a=b HTTP/1.1\r\nhost: test\r\nUpgrade: websocket\r\n\r\n";
@@ -204,12 +206,17 @@ async fn upgrades_without_a_hold_cause_a_warning() {
 #[tokio::test(start_paused = true)]
 async fn an_upgrade_without_a_hold_has_no_time_to_end_if_no_task_is_told_of_draining() {
     for told in [true, false] {
-        let graceful = without_delay();
+        let graceful = graceful();
         let connection = upgraded(&graceful).await;
-        let phases = told.then(|| graceful.subscribe());
+        // So that the drain does not end at once.
+        let request = request(&graceful);
+        let handle = graceful.clone();
         tokio::spawn(async move {
-            pass(ms(500)).await;
-            drop((connection, phases));
+            // A task may begin to wait in the delay.
+            pass(DELAY / 2).await;
+            let phases = told.then(|| handle.subscribe());
+            pass(DELAY / 2 + ms(500)).await;
+            drop((connection, phases, request));
         });
         let report = stop(&graceful).await;
         assert_eq!(report.warnings().is_empty(), told, "{report}");
