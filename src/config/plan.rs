@@ -146,10 +146,10 @@ impl Plan {
         self.grace_period.saturating_sub(self.margin / 2)
     }
 
-    /// The same plan with another delay after SIGTERM. It must not be longer than the present one.
-    pub(crate) fn with_drain_delay(self, drain_delay: Duration) -> Self {
+    /// The same plan with a delay after SIGTERM of at most `most`.
+    pub(crate) fn with_drain_delay_up_to(self, most: Duration) -> Self {
         Self {
-            drain_delay,
+            drain_delay: self.drain_delay.min(most),
             ..self
         }
     }

@@ -171,9 +171,7 @@ impl Lifecycle {
     /// The plan. Its delay is shorter if every listener so far is shared with the next process.
     pub(crate) fn plan(&self) -> Plan {
         match self.policy().shared_delay {
-            Some(delay) if delay < self.plan.drain_delay() && self.shares_listeners() => {
-                self.plan.with_drain_delay(delay)
-            }
+            Some(most) if self.shares_listeners() => self.plan.with_drain_delay_up_to(most),
             _ => self.plan,
         }
     }
