@@ -31,8 +31,8 @@ pub(super) struct Needs<S: Subject> {
 pub(super) struct SignalListeners<S: Subject> {
     pub(super) signals: Option<Signals>,
     pub(super) listeners: HashMap<Id, Weak<S>>,
-    /// Set when the last listener has stopped: until then signals are not given back to the
-    /// operating system.
+    /// Set when the last listener has stopped, and unset when there is another: until then signals are not given
+    /// back to the operating system.
     pub(super) late_until: Option<Instant>,
 }
 
@@ -123,9 +123,9 @@ impl<S: Subject> Needs<S> {
 
 #[cfg(feature = "signal")]
 impl<S: Subject> SignalListeners<S> {
-    /// From now on a signal does what it did before this crate listened.
+    /// If no lifecycle listens, a signal does from now on what it did before this crate listened.
     pub(super) fn give_back_if_unused(&self) {
-        if self.listeners.is_empty() && self.late_until.is_none() {
+        if self.listeners.is_empty() {
             if let Some(signals) = &self.signals {
                 signals.give_back();
             }
