@@ -341,7 +341,6 @@ impl Lifecycle {
             remaining: Remaining {
                 requests,
                 holds: given_up.holds.len(),
-                connections: connections.len(),
                 ..Remaining::default()
             },
             dropped,
