@@ -26,7 +26,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use std::{
     future::ready,
     io::{self, Read, Write},
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     panic::resume_unwind,
     pin::Pin,
     sync::Arc,
@@ -688,6 +688,24 @@ async fn a_client_that_closes_its_writing_side_while_a_write_is_blocked_receives
     }
 }
 
+/// A server of its own protocol may wait for the end although its client does not read.
+#[tokio::test(start_paused = true)]
+async fn a_client_of_another_protocol_that_closes_its_writing_side_is_heard_while_a_write_is_blocked()
+ {
+    for greeting in [&b""[..], b"+hello", b"CONNECT a:1 HTTP/1.1\r\n\r\n"] {
+        let graceful = graceful();
+        let (mut client, pipe) = duplex(100);
+        let mut io = graceful.track(pipe);
+        client.write_all(greeting).await.unwrap();
+        io.read_exact(&mut vec![0; greeting.len()]).await.unwrap();
+        client.shutdown().await.unwrap();
+        let write = io.write_all(&[b'x'; 200]).now_or_never();
+        assert!(write.is_none());
+        let read = io.read(&mut [0]).now_or_never();
+        assert!(matches!(read, Some(Ok(0))), "{read:?}: {greeting:?}");
+    }
+}
+
 /// TLS and other IO with a buffer takes all bytes at once.
 #[tokio::test(start_paused = true)]
 async fn a_client_that_closes_its_writing_side_while_a_flush_is_blocked_receives_the_rest() {
@@ -720,33 +738,81 @@ async fn a_client_that_offers_an_upgrade_receives_the_whole_response_at_a_stop()
 #[tokio::test(start_paused = true)]
 async fn a_response_that_axum_drops_because_its_client_offers_an_upgrade_is_reported() {
     for request in [H2C_CLOSE, GET_CLOSE] {
-        let graceful = Graceful::builder()
-            .drain_delay(Duration::ZERO)
-            .keep_listening(false)
-            .build()
-            .unwrap();
-        let handler = get(|| async { vec![b'x'; 10_000] });
-        let app = Router::new().route("/", handler).layer(graceful.layer());
-        let (pipes, accepted) = mpsc::unbounded_channel();
-        let server = axum::serve(graceful.listener(Pipes(accepted)), app);
-        let server = server.with_graceful_shutdown(graceful.drain());
-        let server = tokio::spawn(graceful.run(server));
-        let (mut client, pipe) = duplex(1_000);
-        pipes.send(pipe).unwrap();
-        client.write_all(request).await.unwrap();
-        client.read_exact(&mut [0]).await.unwrap();
-        graceful.shutdown();
-        time::sleep(Duration::from_secs(3)).await;
-        let mut response = Vec::new();
-        let read = time::timeout(BOUND, client.read_to_end(&mut response)).await;
-        read.unwrap().unwrap();
-        let is_whole = response.ends_with(&vec![b'x'; 10_000]);
-        let report = time::timeout(BOUND, server).await.unwrap().unwrap();
-        assert_eq!(report.outcome() == Outcome::Clean, is_whole, "{report}");
-        assert_eq!(is_whole, request == GET_CLOSE, "{report}");
-        let lost = usize::from(!is_whole);
-        assert_eq!(report.remaining().connections, lost, "{report}");
+        is_reported_if_axum_drops_it(request, |graceful, pipes| graceful.listener(pipes)).await;
+        is_reported_if_axum_drops_it(request, |graceful, pipes| {
+            let tracked = graceful.listener(pipes);
+            tracked.handshakes(BOUND, async |io| {
+                Ok::<_, io::Error>(BufWriter::with_capacity(100, io))
+            })
+        })
+        .await;
     }
+}
+
+async fn is_reported_if_axum_drops_it<L: Listener<Addr = ()>>(
+    request: &[u8],
+    listener: impl FnOnce(&Graceful, Pipes) -> L,
+) {
+    let graceful = Graceful::builder()
+        .drain_delay(Duration::ZERO)
+        .keep_listening(false)
+        .build()
+        .unwrap();
+    let handler = get(|| async { vec![b'x'; 10_000] });
+    let app = Router::new().route("/", handler).layer(graceful.layer());
+    let (pipes, accepted) = mpsc::unbounded_channel();
+    let server = axum::serve(listener(&graceful, Pipes(accepted)), app);
+    let server = server.with_graceful_shutdown(graceful.drain());
+    let server = tokio::spawn(graceful.run(server));
+    let (mut client, pipe) = duplex(1_000);
+    pipes.send(pipe).unwrap();
+    client.write_all(request).await.unwrap();
+    client.read_exact(&mut [0]).await.unwrap();
+    graceful.shutdown();
+    time::sleep(Duration::from_secs(3)).await;
+    let mut response = Vec::new();
+    let read = time::timeout(BOUND, client.read_to_end(&mut response)).await;
+    read.unwrap().unwrap();
+    let is_whole = response.ends_with(&vec![b'x'; 10_000]);
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome() == Outcome::Clean, is_whole, "{report}");
+    assert_eq!(is_whole, request == GET_CLOSE, "{report}");
+    let lost = usize::from(!is_whole);
+    assert_eq!(report.remaining().connections, lost, "{report}");
+}
+
+/// The socket is below the handshake, so another IO than the one that is torn has it.
+#[tokio::test]
+async fn a_response_that_axum_drops_above_a_handshake_is_reported_once() {
+    let graceful = Graceful::builder()
+        .drain_delay(Duration::ZERO)
+        .drain_timeout(Duration::from_secs(5))
+        .keep_listening(false)
+        .build()
+        .unwrap();
+    let handler = get(|| async { vec![b'x'; 15_000] });
+    let app = Router::new().route("/", handler).layer(graceful.layer());
+    let tcp = TcpSocket::new_v4().unwrap();
+    tcp.set_send_buffer_size(1).unwrap();
+    tcp.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let tcp = tcp.listen(1).unwrap();
+    let client = TcpSocket::new_v4().unwrap();
+    client.set_recv_buffer_size(1).unwrap();
+    let client = client.connect(tcp.local_addr().unwrap());
+    let mut client = client.await.unwrap();
+    let tracked = graceful.listener(tcp);
+    let listener = tracked.handshakes(BOUND, async |io| {
+        Ok::<_, io::Error>(BufWriter::with_capacity(100, io))
+    });
+    let server = axum::serve(listener, app).with_graceful_shutdown(graceful.drain());
+    let server = tokio::spawn(graceful.run(server));
+    client.write_all(H2C_CLOSE).await.unwrap();
+    client.read_exact(&mut [0]).await.unwrap();
+    graceful.shutdown();
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Forced, "{report}");
+    assert_eq!(report.remaining().connections, 1, "{report}");
+    assert!(report.connections_cut().is_empty(), "{report}");
 }
 
 /// What a test of `serve` needs that has a delay, does not keep listening, and has one client.

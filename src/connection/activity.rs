@@ -46,6 +46,11 @@ impl Activity {
         self.state = State::Other;
     }
 
+    /// A request was read that looks like HTTP/1, and is not a `CONNECT`; nothing was upgraded.
+    pub(crate) fn is_http1(self) -> bool {
+        matches!(self.state, State::Asked | State::Answered | State::Unsent)
+    }
+
     #[inline]
     pub(crate) fn read(&mut self, read: &[u8]) {
         self.quiet = 0;

@@ -260,7 +260,6 @@ impl RunningHandshake {
     /// Resets the connection entry to the state of a new connection, which its server has not polled.
     fn done(&self) -> Arc<ConnectionEntry> {
         self.0.state.forget_all();
-        self.0.state.set_blocked(false);
         self.0.flags.set(ACTIVE);
         Arc::clone(&self.0)
     }

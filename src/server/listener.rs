@@ -242,8 +242,10 @@ impl<L: Listener> GracefulListener<L> {
         };
         let starved = &self.graceful.shared().starved;
         if matches!(self.closing, Closing::At(_)) {
+            // With the filter on, no connection comes after the count.
+            starved.close_unserved(Arc::clone(&socket));
             detach_syn_filter(&*socket);
-            starved.close_unserved(socket);
+            drop(socket);
         } else {
             starved.remove_waiting(&socket, false);
             events::queue_given_up();

@@ -13,6 +13,7 @@ impl<I: 'static> GracefulIo<I> {
     pub(in crate::server) fn above(io: I, entry: &Arc<ConnectionEntry>) -> Self {
         requests::end(entry);
         entry.flags.set(INSPECTED);
+        entry.state.set_blocked(false);
         let layer = entry.sniffer.begin_layer();
         Self::with_entry(io, None, layer, EntryGuard::share(entry))
     }

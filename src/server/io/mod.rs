@@ -113,18 +113,23 @@ impl<I: 'static> Drop for GracefulIo<I> {
             entry.dropped_unanswered();
         }
         let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
-        if is_top && stops && self.peer == Peer::Open && entry.is_torn_by_close() {
-            entry.owner.connections.torn(entry);
-            // The peer must not take a part of a response for the whole.
+        if stops && self.peer == Peer::Open && entry.is_torn_by_close() {
+            if is_top {
+                entry.owner.connections.torn(entry);
+            }
+            // The peer must not take a part of a response for the whole. The lowest layer has the socket.
             reset(&io);
             return;
         }
         let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();
         let entry = &self.guard.entry;
         if self.layer > 0 {
-            // The lowest layer closes the connection when it is dropped, and needs this flag then.
-            if is_top && request {
-                entry.flags.set(BODILESS);
+            // The lowest layer closes the connection when it is dropped, and needs these facts then.
+            if is_top {
+                entry.state.set_blocked(false);
+                if request {
+                    entry.flags.set(BODILESS);
+                }
             }
             return;
         }

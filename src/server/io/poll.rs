@@ -107,9 +107,14 @@ impl<I: 'static> GracefulIo<I> {
         matches!(self.writing, Writing::Blocked | Writing::BlockedAtEnd)
     }
 
+    /// The last bytes read or written belong to HTTP/1, as far as this can be told.
     fn speaks_http1(&self) -> bool {
         let entry = &self.guard.entry;
-        entry.sniffer.is_http1() && !entry.flags.has(UPGRADED)
+        if entry.is_served() {
+            entry.sniffer.is_http1() && !entry.flags.has(UPGRADED)
+        } else {
+            self.activity.is_http1()
+        }
     }
 
     /// Records whether a write or a flush was blocked.
