@@ -49,8 +49,9 @@ impl Graceful {
 /// | margin | a thirtieth, at most 1 s | 1 s |
 ///
 /// Nothing is planned into the margin, so that the process can report and exit before it is killed.
-/// Shares that fill the grace period completely are accepted, and their last deadline is the start
-/// of the margin. Shares that do not fit are an error:
+/// Shares that fill the grace period completely are accepted. Their last deadline is the start of the margin,
+/// so `cleanup_timeout` is shorter by the margin: [`plan`](Graceful::plan) has the value in force. Shares that
+/// do not fit are an error:
 ///
 /// ```
 /// use std::time::Duration;
