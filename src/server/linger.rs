@@ -332,9 +332,16 @@ where
 
 #[cfg(all(test, target_os = "linux", not(tower_graceful_loom)))]
 mod tests {
-    use std::{io::Read, net};
+    use std::{
+        io::{Read, Write},
+        net,
+    };
 
-    use tokio::net::{TcpListener, TcpSocket};
+    use futures_util::FutureExt;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpSocket},
+    };
 
     use super::*;
     use crate::handle::graceful::Graceful;
@@ -356,6 +363,25 @@ mod tests {
         let client = client.unwrap().into_std().unwrap();
         client.set_nonblocking(false).unwrap();
         client
+    }
+
+    /// No server is left that could drop a response.
+    #[tokio::test]
+    async fn a_blocked_connection_that_its_server_has_dropped_delays_no_other() {
+        let graceful = Graceful::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut io = graceful.track(listener.accept().await.unwrap().0);
+        let request = b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n";
+        (&client).write_all(request).unwrap();
+        io.read_exact(&mut vec![0; request.len()]).await.unwrap();
+        let much = vec![b'x'; 1 << 20];
+        while io.write_all(&much).now_or_never().is_some() {}
+        let connections = &graceful.shared().connections;
+        assert!(connections.has_torn_by_close());
+        drop(io);
+        assert_eq!(graceful.connections(), 1);
+        assert!(!connections.has_torn_by_close());
     }
 
     /// How long the connection stays open if its client does this again and again.
