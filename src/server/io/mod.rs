@@ -113,7 +113,9 @@ impl<I: 'static> Drop for GracefulIo<I> {
             entry.dropped_unanswered();
         }
         let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
-        if stops && self.peer == Peer::Open && entry.is_torn_by_close() {
+        // A layer below the top follows the top, which has cleared the state if nothing was torn.
+        let may_be_torn = !is_top || self.peer == Peer::Open;
+        if stops && may_be_torn && entry.is_torn_by_close() {
             if is_top {
                 entry.owner.connections.torn(entry);
             }
