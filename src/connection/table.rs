@@ -244,13 +244,10 @@ impl<O> ConnectionTable<O> {
         count > in_flight || others.any(|entry| entry.sniffer.is_http2())
     }
 
-    /// Whether the servers must not be told yet to close their connections. `serve` waits by itself, and a
-    /// connection that lingers has no server any more.
+    /// Whether the servers must not be told yet to close their connections. `serve` waits by itself.
     pub(crate) fn has_torn_by_close(&self) -> bool {
         let open = lock!(self.open);
-        let connections = open.connections.iter();
-        let mut others =
-            connections.filter(|entry| !entry.is_served() && !entry.flags.has(LINGERS));
+        let mut others = open.connections.iter().filter(|entry| !entry.is_served());
         others.any(|entry| entry.is_torn_by_close())
     }
 

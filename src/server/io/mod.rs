@@ -123,15 +123,16 @@ impl<I: 'static> Drop for GracefulIo<I> {
             reset(&io);
             return;
         }
+        if is_top {
+            // No server is left that could drop bytes.
+            entry.state.set_blocked(false);
+        }
         let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();
         let entry = &self.guard.entry;
         if self.layer > 0 {
-            // The lowest layer closes the connection when it is dropped, and needs these facts then.
-            if is_top {
-                entry.state.set_blocked(false);
-                if request {
-                    entry.flags.set(BODILESS);
-                }
+            // The lowest layer closes the connection when it is dropped, and needs this flag then.
+            if is_top && request {
+                entry.flags.set(BODILESS);
             }
             return;
         }
