@@ -706,15 +706,23 @@ async fn a_client_of_another_protocol_that_closes_its_writing_side_is_heard_whil
     }
 }
 
+/// A listener with a handshake, after which writes are buffered.
+fn buffered<L, I>(tracked: L, capacity: usize) -> impl Listener<Addr = L::Addr>
+where
+    L: HandshakeExt<I, Addr: 'static>,
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    tracked.handshakes(BOUND, move |io| {
+        ready(Ok::<_, io::Error>(BufWriter::with_capacity(capacity, io)))
+    })
+}
+
 /// TLS and other IO with a buffer takes all bytes at once.
 #[tokio::test(start_paused = true)]
 async fn a_client_that_closes_its_writing_side_while_a_flush_is_blocked_receives_the_rest() {
     for (own, stops) in FORMS {
         the_rest_is_received(own, stops, GET, |graceful, pipes| {
-            let tracked = graceful.listener(pipes);
-            tracked.handshakes(BOUND, async |io| {
-                Ok::<_, io::Error>(BufWriter::with_capacity(1 << 16, io))
-            })
+            buffered(graceful.listener(pipes), 1 << 16)
         })
         .await;
     }
@@ -740,10 +748,7 @@ async fn a_response_that_axum_drops_because_its_client_offers_an_upgrade_is_repo
     for request in [H2C_CLOSE, GET_CLOSE] {
         is_reported_if_axum_drops_it(request, |graceful, pipes| graceful.listener(pipes)).await;
         is_reported_if_axum_drops_it(request, |graceful, pipes| {
-            let tracked = graceful.listener(pipes);
-            tracked.handshakes(BOUND, async |io| {
-                Ok::<_, io::Error>(BufWriter::with_capacity(100, io))
-            })
+            buffered(graceful.listener(pipes), 100)
         })
         .await;
     }
@@ -800,10 +805,7 @@ async fn a_response_that_axum_drops_above_a_handshake_is_reported_once() {
     client.set_recv_buffer_size(1).unwrap();
     let client = client.connect(tcp.local_addr().unwrap());
     let mut client = client.await.unwrap();
-    let tracked = graceful.listener(tcp);
-    let listener = tracked.handshakes(BOUND, async |io| {
-        Ok::<_, io::Error>(BufWriter::with_capacity(100, io))
-    });
+    let listener = buffered(graceful.listener(tcp), 100);
     let server = axum::serve(listener, app).with_graceful_shutdown(graceful.drain());
     let server = tokio::spawn(graceful.run(server));
     client.write_all(H2C_CLOSE).await.unwrap();
