@@ -2,8 +2,8 @@
 //!
 //! The sniffer of the crate is private. It is fuzzed through what it decides: whether a connection
 //! speaks HTTP/2, and whether `header_read_timeout` closes it, which is the case if and only if a
-//! request head has begun and is not complete. Many empty lines begin a head too. The expected answer comes from `httparse`, the parser
-//! that hyper uses, on the bytes as a whole.
+//! request head has begun and is not complete. Many empty lines begin a head too. The expected answer
+//! comes from `httparse`, the parser that hyper uses, on the bytes as a whole.
 
 #![no_main]
 

@@ -93,12 +93,12 @@ fn transition(transition: &Transition) {
         };
     }
     let gives_up = transition.to >= Phase::Closing && transition.in_flight > 0;
-    let abandoned = transition.to == Phase::Stopped && matches!(transition.reason, Reason::Signal);
-    let forced = abandoned
-        || matches!(
-            transition.reason,
-            Reason::Cut | Reason::CutWorkGivenUp | Reason::CleanupOverdue | Reason::NoRuntime
-        );
+    let forced = match transition.reason {
+        Reason::Cut | Reason::CutWorkGivenUp | Reason::CleanupOverdue | Reason::NoRuntime => true,
+        // The cleanup was abandoned.
+        Reason::Signal => transition.to == Phase::Stopped,
+        _ => false,
+    };
     if gives_up || forced {
         transition_event!(warn);
     } else {
