@@ -1,5 +1,7 @@
 //! Listeners whose connections are tracked: how they empty their accept queue and close. `listen` has
 //! their `accept`.
+//!
+//! This file is long because all ways in which a listener closes are in it.
 
 use std::{any::Any, fmt, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -1,4 +1,6 @@
 //! Reads and writes of the tracked IO: what each records, and what it refuses after the cut.
+//!
+//! This file is long because what a read does depends on what the writes have recorded.
 
 use std::{
     io,
