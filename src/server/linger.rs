@@ -10,7 +10,7 @@
 //! The socket is closed
 //! - when the peer has closed its side and everything is delivered, or the peer has reset the
 //!   connection;
-//! - at once, if everything is delivered, nothing is unread, and the peer will send nothing: it has
+//! - as soon as everything is delivered, if nothing is unread and the peer will send nothing: it has
 //!   closed its side, its last request had no body, or the service is stopping and has sent no
 //!   response since the stop began. So an idle connection costs no time. After an upgrade the peer may
 //!   send at any time;
@@ -223,8 +223,11 @@ where
     /// `None` if the number is unknown.
     fn undelivered(&self) -> Option<u32> {
         let left = unacknowledged(tcp(&self.io)?)?;
-        // If the peer sends nothing, closing causes no reset, and the kernel delivers the rest.
-        let nothing = if self.peer_is_silent() {
+        // If the peer sends nothing, closing causes no reset, and the kernel delivers the rest, if the peer still
+        // exists. A response of a stop must have been received.
+        let stopping = self.guard.entry.state.directive() > Directive::Stay;
+        let may_be_response = stopping && self.has_responded();
+        let nothing = if self.peer_is_silent() && !may_be_response {
             CLOSING_BYTES
         } else {
             FIN
@@ -301,7 +304,8 @@ where
                 }
                 continue;
             }
-            if self.eof {
+            let silent = self.peer_is_silent() && !received && !has_unread(&self.io);
+            if self.eof || known.is_some() && silent {
                 return;
             }
             let (since, talks) = *delivered.get_or_insert((now, false));
@@ -382,6 +386,40 @@ mod tests {
         drop(io);
         assert_eq!(graceful.connections(), 1);
         assert!(!connections.has_torn_by_close());
+    }
+
+    /// As few bytes as a server writes to close a connection.
+    #[tokio::test]
+    async fn a_short_response_that_the_client_has_not_received_is_waited_for_while_stopping() {
+        let graceful = Graceful::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpSocket::new_v4().unwrap();
+        client.set_recv_buffer_size(4096).unwrap();
+        let client = client.connect(listener.local_addr().unwrap());
+        let (client, accepted) = tokio::join!(client, listener.accept());
+        let (mut client, tcp) = (client.unwrap(), accepted.unwrap().0);
+        tcp.set_nodelay(true).unwrap();
+        let mut io = graceful.track(tcp);
+        let request = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        io.read_exact(&mut vec![0; request.len()]).await.unwrap();
+        graceful.shutdown();
+        while unacknowledged(io.get_ref()) == Some(0) {
+            io.write_all(&[b'x'; 100]).await.unwrap();
+        }
+        let left = unacknowledged(io.get_ref()).unwrap();
+        assert!(left <= 100, "{left}");
+        drop(io);
+        assert_eq!(graceful.connections(), 1);
+        client.read_to_end(&mut Vec::new()).await.unwrap();
+        let closed = async {
+            while graceful.connections() > 0 {
+                time::sleep(FIRST_QUERY_INTERVAL).await;
+            }
+        };
+        time::timeout(Duration::from_secs(20), closed)
+            .await
+            .unwrap();
     }
 
     /// How long the connection stays open if its client does this again and again.
