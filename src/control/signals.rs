@@ -7,11 +7,62 @@
 //!
 //! This file is long because it contains one implementation for each kind of operating system.
 
+#[cfg(any(unix, windows))]
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+};
+
 #[cfg(unix)]
 use crate::report::Outcome;
 use crate::report::Report;
+#[cfg(any(unix, windows))]
+use crate::report::Trigger;
 
 pub(crate) use self::os::{Signals, default_action};
+
+/// Which signals have arrived since they were last taken. A handler sets `last` first.
+#[cfg(any(unix, windows))]
+#[derive(Clone, Default)]
+struct Arrived {
+    last: Arc<AtomicUsize>,
+    terminate: Arc<AtomicBool>,
+    interrupt: Arc<AtomicBool>,
+}
+
+#[cfg(any(unix, windows))]
+impl Arrived {
+    /// The values of `last`.
+    const TERMINATE: usize = 1;
+    const INTERRUPT: usize = 2;
+
+    #[cfg(any(windows, test))]
+    fn add(&self, signal: Trigger) {
+        let (number, arrived) = match signal {
+            Trigger::Interrupt => (Self::INTERRUPT, &self.interrupt),
+            _ => (Self::TERMINATE, &self.terminate),
+        };
+        self.last.store(number, SeqCst);
+        arrived.store(true, SeqCst);
+    }
+
+    /// Takes the signals. The one that arrived last comes last: SIGINT ends the delay that a SIGTERM before it
+    /// has begun, and SIGTERM changes nothing after a SIGINT.
+    fn take(&self) -> Vec<Trigger> {
+        let mut taken: Vec<_> = [
+            (&self.terminate, Trigger::Terminate),
+            (&self.interrupt, Trigger::Interrupt),
+        ]
+        .into_iter()
+        .filter(|(arrived, _)| arrived.swap(false, SeqCst))
+        .map(|(_, trigger)| trigger)
+        .collect();
+        if self.last.load(SeqCst) == Self::TERMINATE {
+            taken.reverse();
+        }
+        taken
+    }
+}
 
 impl Report {
     /// Ends the process with the signal that triggered the stop, if the trigger was a signal and
@@ -54,10 +105,9 @@ mod os {
         low_level::{self, emulate_default_handler, pipe},
     };
 
+    use super::Arrived;
     use crate::report::Trigger;
 
-    /// The order in which signals are handled if both have arrived: SIGINT then ends the delay that
-    /// SIGTERM has begun.
     const SIGNALS: [(i32, Trigger); 2] =
         [(SIGTERM, Trigger::Terminate), (SIGINT, Trigger::Interrupt)];
 
@@ -80,7 +130,7 @@ mod os {
     pub(crate) struct Signals {
         /// Set while signals have their default action.
         given_back: Arc<AtomicBool>,
-        arrived: [Arc<AtomicBool>; 2],
+        arrived: Arrived,
         socket: Socket,
         /// The actions of the handlers that write to the socket.
         writing: Vec<SigId>,
@@ -99,13 +149,18 @@ mod os {
         /// Installs the handlers. The signals are given back at first.
         ///
         /// The actions of a signal run in the order of their registration: first the default action
-        /// if the signal is given back, then the flag, then the socket.
+        /// if the signal is given back, then the flags, then the socket.
         pub(crate) fn install(_: impl Fn() + Send + 'static) -> io::Result<Self> {
             let (socket, clones) = Socket::open()?;
             let given_back = Arc::new(AtomicBool::new(true));
-            let arrived: [Arc<AtomicBool>; 2] = Default::default();
+            let arrived = Arrived::default();
+            let flags = [
+                (Arrived::TERMINATE, &arrived.terminate),
+                (Arrived::INTERRUPT, &arrived.interrupt),
+            ];
             let mut writing = Vec::new();
-            for (((signal, _), arrived), clone) in SIGNALS.into_iter().zip(&arrived).zip(clones) {
+            for (((signal, _), (number, flag)), clone) in SIGNALS.into_iter().zip(flags).zip(clones)
+            {
                 let given_back = Arc::clone(&given_back);
                 let context = |error| explain(&format!("no handler for signal {signal}"), &error);
                 if is_init() {
@@ -114,7 +169,9 @@ mod os {
                     flag::register_conditional_default(signal, given_back)
                 }
                 .map_err(context)?;
-                flag::register(signal, Arc::clone(arrived)).map_err(context)?;
+                let last = Arc::clone(&arrived.last);
+                flag::register_usize(signal, last, number).map_err(context)?;
+                flag::register(signal, Arc::clone(flag)).map_err(context)?;
                 writing.push(pipe::register(signal, clone).map_err(context)?);
             }
             Ok(Self {
@@ -156,11 +213,7 @@ mod os {
 
         /// Takes the signals that have arrived.
         pub(crate) fn take(&self) -> Vec<Trigger> {
-            let arrived = SIGNALS.iter().zip(&self.arrived);
-            arrived
-                .filter(|(_, arrived)| arrived.swap(false, SeqCst))
-                .map(|((_, trigger), _)| *trigger)
-                .collect()
+            self.arrived.take()
         }
 
         /// Wakes the thread without a signal.
@@ -225,6 +278,7 @@ mod os {
         signal::windows::{ctrl_break, ctrl_c, ctrl_close, ctrl_logoff, ctrl_shutdown},
     };
 
+    use super::Arrived;
     use crate::report::Trigger;
 
     /// On Windows the default action of a console event cannot be restored once it is handled.
@@ -235,8 +289,7 @@ mod os {
     pub(crate) struct Signals {
         /// Set while nothing listens. An event that comes then has no effect on what listens later.
         given_back: Arc<AtomicBool>,
-        terminate: Arc<AtomicBool>,
-        interrupt: Arc<AtomicBool>,
+        arrived: Arrived,
     }
 
     impl Signals {
@@ -253,25 +306,23 @@ mod os {
                 )
             };
             let given_back = Arc::new(AtomicBool::new(true));
-            let terminate = Arc::new(AtomicBool::new(false));
-            let interrupt = Arc::new(AtomicBool::new(false));
+            let arrived = Arrived::default();
             let signals = Self {
                 given_back: Arc::clone(&given_back),
-                terminate: Arc::clone(&terminate),
-                interrupt: Arc::clone(&interrupt),
+                arrived: arrived.clone(),
             };
             let listening = async move {
                 loop {
-                    let arrived = tokio::select! {
-                        Some(()) = c.recv() => &interrupt,
-                        Some(()) = pause.recv() => &interrupt,
-                        Some(()) = close.recv() => &terminate,
-                        Some(()) = logoff.recv() => &terminate,
-                        Some(()) = shutdown.recv() => &terminate,
+                    let signal = tokio::select! {
+                        Some(()) = c.recv() => Trigger::Interrupt,
+                        Some(()) = pause.recv() => Trigger::Interrupt,
+                        Some(()) = close.recv() => Trigger::Terminate,
+                        Some(()) = logoff.recv() => Trigger::Terminate,
+                        Some(()) = shutdown.recv() => Trigger::Terminate,
                         else => return,
                     };
                     if !given_back.load(SeqCst) {
-                        arrived.store(true, SeqCst);
+                        arrived.add(signal);
                         wake();
                     }
                 }
@@ -298,14 +349,7 @@ mod os {
         }
 
         pub(crate) fn take(&self) -> Vec<Trigger> {
-            [
-                (&self.terminate, Trigger::Terminate),
-                (&self.interrupt, Trigger::Interrupt),
-            ]
-            .into_iter()
-            .filter(|(arrived, _)| arrived.swap(false, SeqCst))
-            .map(|(_, trigger)| trigger)
-            .collect()
+            self.arrived.take()
         }
     }
 }
@@ -340,5 +384,28 @@ mod os {
         pub(crate) fn take(&self) -> Vec<Trigger> {
             match self.0 {}
         }
+    }
+}
+
+#[cfg(all(test, any(unix, windows), not(tower_graceful_loom)))]
+mod tests {
+    use super::{
+        Arrived,
+        Trigger::{Interrupt, Terminate},
+    };
+
+    /// Both may arrive before the thread looks.
+    #[test]
+    fn the_signal_that_arrived_last_is_handled_last() {
+        let arrived = Arrived::default();
+        for order in [[Interrupt, Terminate], [Terminate, Interrupt]] {
+            for signal in order {
+                arrived.add(signal);
+            }
+            assert_eq!(arrived.take(), order);
+            assert_eq!(arrived.take(), []);
+        }
+        arrived.add(Terminate);
+        assert_eq!(arrived.take(), [Terminate]);
     }
 }
