@@ -245,6 +245,8 @@ impl<S: Subject> Control<S> {
     pub(crate) fn run_elsewhere(&'static self, job: Box<dyn FnOnce() + Send>) {
         self.notifiers.queue(job);
         self.notifiers.work();
+        // If the job before blocks, this thread starts another one for the queue.
+        let _ = self.need(&mut lock!(self.inner), true);
     }
 
     /// Wakes the thread if it sleeps.
@@ -444,6 +446,22 @@ mod tests {
         }));
         begun.recv().unwrap();
         scheduled(&CONTROL, Instant::now(), true);
+        drop(release);
+    }
+
+    #[test]
+    fn a_notification_after_the_thread_has_left_is_not_kept_by_one_that_blocks() {
+        static CONTROL: LazyLock<Control<Stop>> = LazyLock::new(Control::new);
+        let (release, blocked) = mpsc::channel::<()>();
+        let (begins, begun) = mpsc::channel();
+        CONTROL.run_elsewhere(Box::new(move || {
+            begins.send(()).unwrap();
+            let _ = blocked.recv();
+        }));
+        begun.recv().unwrap();
+        let (ends, ended) = mpsc::channel();
+        CONTROL.run_elsewhere(Box::new(move || ends.send(()).unwrap()));
+        assert_eq!(ended.recv_timeout(BOUND), Ok(()));
         drop(release);
     }
 
