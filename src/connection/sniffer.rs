@@ -71,8 +71,8 @@ pub(crate) struct Sniffer {
     /// How much of the HTTP/2 preface has been read, or that the connection began with something
     /// else.
     preface: AtomicU8,
-    /// The flags below. Above them the number of [line breaks](Self::line_breaks). In the highest bits the end
-    /// of the last read that is held back, as an index into [`HELD_BACK`].
+    /// The flags below. Above them the number of [line breaks](Self::line_breaks), and the end of the last read
+    /// that is held back, as an index into [`HELD_BACK`].
     flags: AtomicU16,
     /// The number of the layer that records.
     layer: AtomicU8,
@@ -97,8 +97,12 @@ const COMPLETED: u16 = 1 << 7;
 /// The position of the number of [line breaks](Sniffer::line_breaks), and its four bits.
 const LINE_BREAKS_SHIFT: u32 = 8;
 const LINE_BREAKS: u16 = MANY_LINE_BREAKS << LINE_BREAKS_SHIFT;
-/// The position of the index into [`HELD_BACK`].
+/// The position of the index into [`HELD_BACK`], and its three bits.
 const HELD_BACK_SHIFT: u32 = 12;
+const HELD_BACK_BITS: u16 = 7 << HELD_BACK_SHIFT;
+const _: () = assert!(HELD_BACK.len() <= 8);
+/// The last read found nothing, in the poll of the connection that is under way.
+const FOUND_NOTHING: u16 = 1 << 15;
 
 impl Sniffer {
     /// Not a read-modify-write: only one task writes, so no change is lost.
@@ -120,11 +124,11 @@ impl Sniffer {
 
     #[inline]
     fn held_back(&self) -> u16 {
-        self.flags.load(Relaxed) >> HELD_BACK_SHIFT
+        (self.flags.load(Relaxed) & HELD_BACK_BITS) >> HELD_BACK_SHIFT
     }
 
     fn hold_back(&self, kept: u16) {
-        self.change(u16::MAX << HELD_BACK_SHIFT, kept << HELD_BACK_SHIFT);
+        self.change(HELD_BACK_BITS, kept << HELD_BACK_SHIFT);
     }
 
     /// The connection belongs to `serve`: everything read from now on is recorded. The first head is
@@ -233,7 +237,7 @@ impl Sniffer {
         if !only || line_breaks == MANY_LINE_BREAKS {
             set |= BEGUN;
         }
-        self.change(MID_LINE | LINE_BREAKS, set);
+        self.change(MID_LINE | LINE_BREAKS | FOUND_NOTHING, set);
         if !only {
             let reads = self.reads().wrapping_add(1);
             self.reads.store(reads, Relaxed);
@@ -251,14 +255,29 @@ impl Sniffer {
     pub(crate) fn note_nothing(&self) {
         // Empty lines before an awaited head are not consumed.
         let consumed = if self.has(AWAITING) { 0 } else { LINE_BREAKS };
-        self.change(MID_LINE | consumed, 0);
+        self.change(MID_LINE | consumed, FOUND_NOTHING);
+    }
+
+    /// The server begins to poll the connection.
+    #[inline]
+    pub(crate) fn begin_poll(&self) {
+        self.change(FOUND_NOTHING, 0);
+    }
+
+    /// Whether a read would find nothing, because one in the same poll of the connection has found nothing. If
+    /// bytes have come since, they wake the task. Not while a request is running: after an upgrade other tasks
+    /// read.
+    #[inline]
+    pub(crate) fn would_find_nothing(&self) -> bool {
+        let both = AWAITING | FOUND_NOTHING;
+        self.flags.load(Relaxed) & both == both
     }
 
     /// Records that the peer has closed its writing side.
     #[cold]
     pub(crate) fn note_end(&self) {
         self.note_nothing();
-        self.set(ENDED, true);
+        self.change(FOUND_NOTHING, ENDED);
     }
 
     /// The peer has closed its writing side.
@@ -400,6 +419,24 @@ mod tests {
         sniffer.note(b"GET / HTTP/1.1\r\n\r\nG");
         sniffer.note_nothing();
         assert!(!next_has_begun(&sniffer), "all was consumed");
+    }
+
+    #[test]
+    fn a_read_is_repeated_in_one_poll_only_after_bytes_and_while_a_request_is_running() {
+        let sniffer = sniffer(&[]);
+        sniffer.note_nothing();
+        assert!(sniffer.would_find_nothing());
+        sniffer.note(b"GET / HTTP/1.1\r\n\r\n");
+        assert!(!sniffer.would_find_nothing());
+        sniffer.head_is_complete();
+        sniffer.note_nothing();
+        assert!(!sniffer.would_find_nothing(), "it may become an upgrade");
+        sniffer.await_head();
+        assert!(sniffer.would_find_nothing());
+        sniffer.begin_poll();
+        assert!(!sniffer.would_find_nothing());
+        sniffer.note_end();
+        assert!(!sniffer.would_find_nothing(), "the end is not nothing");
     }
 
     #[test]

@@ -85,6 +85,12 @@ impl Drop for HeldResponse {
     }
 }
 
+impl Piece {
+    fn uncounted(bytes: Bytes) -> Self {
+        Self { bytes, _only: None }
+    }
+}
+
 impl Buf for Piece {
     fn remaining(&self) -> usize {
         self.bytes.remaining()
@@ -120,7 +126,7 @@ impl Kind {
             Self::Pieces(response) => guarded(bytes, Arc::clone(response)),
             _ => bytes,
         };
-        Piece { bytes, _only: None }
+        Piece::uncounted(bytes)
     }
 
     /// The body has ended.
@@ -150,6 +156,10 @@ impl http_body::Body for OwnedBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Piece>, axum::Error>>> {
         let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        if let Kind::Other = self.kind {
+            let frame = frame.map(|frame| frame.map(|frame| frame.map_data(Piece::uncounted)));
+            return Poll::Ready(frame);
+        }
         let is_last = match &frame {
             Some(Ok(frame)) => frame.is_trailers() || self.inner.is_end_stream(),
             _ => true,

@@ -158,6 +158,7 @@ where
         if directive == Directive::Cut {
             return Poll::Ready(());
         }
+        sniffer.begin_poll();
         loop {
             // Polled before the directive is obeyed, because requests that have arrived are answered.
             if connection.as_mut().poll(cx).is_ready() {

@@ -232,6 +232,10 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             entry.sniffer.release_held_back(buf);
             return Poll::Ready(Ok(()));
         }
+        // hyper reads twice when it begins to wait for a head.
+        if is_top && directive == Directive::Stay && entry.sniffer.would_find_nothing() {
+            return Poll::Pending;
+        }
         let io = present(this.io.as_mut());
         let mut result = Pin::new(&mut *io).poll_read(cx, buf);
         if result.is_pending() && directive >= Directive::Read {
