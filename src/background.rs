@@ -94,9 +94,13 @@ impl JobThreads {
         }
     }
 
+    pub(crate) fn has_jobs(&self) -> bool {
+        !lock!(self.queue).jobs.is_empty()
+    }
+
     /// As [`work`](Self::work), for a thread that supervises the queue. Returns when to call again.
     pub(crate) fn relieve(&'static self) -> Option<Instant> {
-        if lock!(self.queue).jobs.is_empty() {
+        if !self.has_jobs() {
             return None;
         }
         self.work();

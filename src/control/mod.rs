@@ -314,6 +314,10 @@ impl<S: Subject> Control<S> {
                 // round.
                 continue;
             }
+            if relief.is_none() && self.notifiers.has_jobs() {
+                // Queued since. The caller has found this thread awake.
+                continue;
+            }
             if relief.is_none() && !inner.has_need() {
                 inner.thread.leaves();
                 return;
