@@ -210,13 +210,13 @@ impl<O> ConnectionTable<O> {
     }
 
     /// Whether a `serve` task has not yet read the directive to close its connection. Tasks of other
-    /// servers are unknown and not included, and neither are upgraded connections and connections whose
-    /// request may be dropped.
+    /// servers are unknown and not included, and neither are connections that are upgraded, that their server
+    /// has dropped, or whose request may be dropped.
     pub(crate) fn has_close_unnoticed(&self) -> bool {
+        const OTHERS: u16 = CLOSE_NOTICED | UPGRADED | MAY_DROP | LINGERS;
         let open = lock!(self.open);
         let mut connections = open.connections.iter();
-        connections
-            .any(|entry| entry.is_served() && !entry.flags.has(CLOSE_NOTICED | UPGRADED | MAY_DROP))
+        connections.any(|entry| entry.is_served() && !entry.flags.has(OTHERS))
     }
 
     /// How many connections have not been [read once more](Directive::Read), of those that a server other
@@ -485,6 +485,17 @@ mod tests {
             "{}",
             size_of::<ConnectionEntry<Arc<()>>>()
         );
+    }
+
+    /// Its task has panicked, for example.
+    #[test]
+    fn a_connection_that_its_server_has_dropped_is_not_waited_for_when_connections_close() {
+        let table = ConnectionTable::<()>::default();
+        let entry = table.insert((), None);
+        entry.sniffer.listen();
+        assert!(table.has_close_unnoticed());
+        entry.flags.set(LINGERS);
+        assert!(!table.has_close_unnoticed());
     }
 
     #[derive(Default)]
