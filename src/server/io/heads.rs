@@ -34,6 +34,11 @@ impl Heads {
         self.0 & Self::ASKED != 0
     }
 
+    #[inline]
+    pub(super) fn is_asking(self) -> bool {
+        self.0 & Self::ASKING != 0
+    }
+
     pub(super) fn last_is_bodiless(self) -> bool {
         self.0 & Self::BODILESS != 0
     }

@@ -177,7 +177,10 @@ impl<I: 'static> GracefulIo<I> {
             requests::wrote(&this.guard.entry, head);
         }
         let result = write(Pin::new(this.get_mut()), cx);
-        let upgrades = head.starts_with(SWITCHING_PROTOCOLS);
+        // Only the first write after a read begins with a head. `serve` sees its responses.
+        let upgrades = this.heads.is_asking()
+            && head.starts_with(SWITCHING_PROTOCOLS)
+            && !this.guard.entry.is_served();
         this.activity.wrote(upgrades, result.is_ready());
         this.note_writing(result.is_pending());
         match &result {
@@ -362,16 +365,43 @@ mod tests {
 
     use futures_util::FutureExt;
     use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt},
+        io::{AsyncReadExt, AsyncWriteExt, duplex},
         net::TcpListener,
         task::{consume_budget, coop},
         time,
     };
 
+    use super::UPGRADED;
     use crate::{
         Graceful,
         connection::descriptors::{Socket, SocketKind},
     };
+
+    /// A body may contain anything.
+    #[tokio::test]
+    async fn only_a_write_after_a_read_can_begin_with_the_head_of_an_upgrade() {
+        for (served, request, upgrades) in [
+            (false, false, false),
+            (false, true, true),
+            (true, true, false),
+        ] {
+            let (mut client, server) = duplex(1000);
+            let mut io = Graceful::new().track(server);
+            if served {
+                io.guard.entry.sniffer.listen();
+            }
+            client.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+            io.read_exact(&mut [0; 18]).await.unwrap();
+            if !request {
+                io.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 16\r\n\r\n")
+                    .await
+                    .unwrap();
+            }
+            io.write_all(b"HTTP/1.1 101 abc").await.unwrap();
+            let upgraded = io.guard.entry.flags.has(UPGRADED);
+            assert_eq!(upgraded, upgrades, "{served} {request}");
+        }
+    }
 
     /// The request is in the socket, and the runtime does not tell.
     #[tokio::test]
