@@ -850,8 +850,8 @@ async fn read_until(client: &mut DuplexStream, end: &str) -> String {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn an_upload_that_is_read_on_after_its_response_is_received_whole() {
+/// `held`: by a task that holds the drain. The report of a stop that cuts the upload is not `Clean`.
+async fn read_on_after_the_response(held: bool) {
     let (sender, mut received) = mpsc::unbounded_channel();
     let handler = |graceful: &Graceful| {
         let graceful = graceful.clone();
@@ -861,7 +861,11 @@ async fn an_upload_that_is_read_on_after_its_response_is_received_whole() {
                 let bytes = bytes.map_err(|error| error.to_string());
                 sender.send(bytes).unwrap();
             };
-            drop(graceful.spawn("upload", reading));
+            if held {
+                drop(graceful.spawn("upload", reading));
+            } else {
+                tokio::spawn(reading);
+            }
             "taken"
         })
     };
@@ -872,8 +876,53 @@ async fn an_upload_that_is_read_on_after_its_response_is_received_whole() {
         .await
         .unwrap();
     read_until(&mut client, "taken").await;
-    time::sleep(Duration::from_secs(2)).await;
+    time::sleep(Duration::from_secs(5)).await;
     client.write_all(b"other").await.unwrap();
+    let bytes = time::timeout(BOUND, received.recv()).await.unwrap();
+    assert_eq!(bytes, Some(Ok(Bytes::from_static(b"firstother"))));
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upload_that_is_read_on_after_its_response_is_received_whole() {
+    for held in [true, false] {
+        read_on_after_the_response(held).await;
+    }
+}
+
+/// The clock is the real one, because the connection has a socket.
+#[tokio::test]
+async fn an_http2_upload_that_is_read_on_by_a_task_that_nothing_counts_is_received_whole() {
+    let graceful = graceful();
+    let (tcp, address) = listener().await;
+    let (sender, mut received) = mpsc::unbounded_channel();
+    let handler = post(async move |body: Body| {
+        tokio::spawn(async move {
+            let bytes = axum::body::to_bytes(body, 100).await;
+            sender
+                .send(bytes.map_err(|error| error.to_string()))
+                .unwrap();
+        });
+    });
+    let app = Router::new().route("/", handler).layer(graceful.layer());
+    let server = tokio::spawn(graceful.serve(tcp, app).into_future());
+    let io = TokioIo::new(TcpStream::connect(address).await.unwrap());
+    let handshake = http2::handshake(TokioExecutor::new(), io).await;
+    let (mut client, connection) = handshake.unwrap();
+    tokio::spawn(connection);
+    let (upload, pieces) = mpsc::unbounded_channel::<Result<Bytes, io::Error>>();
+    let pieces = stream::unfold(pieces, async |mut pieces| {
+        Some((pieces.recv().await?, pieces))
+    });
+    let request = Request::post("http://test/").body(Body::from_stream(pieces));
+    upload.send(Ok(Bytes::from_static(b"first"))).unwrap();
+    let response = client.send_request(request.unwrap()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    graceful.shutdown();
+    time::sleep(Duration::from_secs(3)).await;
+    upload.send(Ok(Bytes::from_static(b"other"))).unwrap();
+    drop(upload);
     let bytes = time::timeout(BOUND, received.recv()).await.unwrap();
     assert_eq!(bytes, Some(Ok(Bytes::from_static(b"firstother"))));
     let report = time::timeout(BOUND, server).await.unwrap().unwrap();

@@ -78,7 +78,7 @@ impl<O> ConnectionEntry<O> {
     pub(crate) fn may_have_streams(&self, pieces: impl FnOnce() -> usize) -> bool {
         #[cfg(all(feature = "axum", feature = "signal"))]
         if self.is_served() {
-            return self.state.has_streams();
+            return self.state.has_streams() || self.state.has_uploads();
         }
         self.flags.has(ANSWERS) || pieces() > 0
     }
@@ -200,6 +200,10 @@ mod tests {
             );
             // A server of `serve` knows its streams.
             entry.sniffer.listen();
+            assert!(!entry.may_have_streams(|| held));
+            entry.state.upload_began();
+            assert!(entry.may_have_streams(|| held));
+            entry.state.upload_ended();
             assert!(!entry.may_have_streams(|| held));
             entry.state.stream_began();
             assert!(entry.may_have_streams(|| held));

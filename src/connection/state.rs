@@ -58,6 +58,10 @@ pub(crate) struct ConnectionState {
     /// responses the word is 0 only if there are no streams, even if the low half overflows.
     #[cfg(all(feature = "axum", feature = "signal"))]
     streams: AtomicU32,
+    /// The number of HTTP/2 request bodies that have not ended and that somebody can still read. From 255 on it
+    /// stays at 255. One byte, because there may be very many connections.
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    uploads: AtomicU8,
     wakers: Mutex<Wakers>,
 }
 
@@ -69,6 +73,8 @@ impl ConnectionState {
             waits: AtomicU8::new(0),
             #[cfg(all(feature = "axum", feature = "signal"))]
             streams: AtomicU32::new(0),
+            #[cfg(all(feature = "axum", feature = "signal"))]
+            uploads: AtomicU8::new(0),
             wakers: Mutex::new(Wakers::None),
         }
     }
@@ -241,6 +247,24 @@ impl ConnectionState {
         self.streams.load(Ordering::Acquire) > 0
     }
 
+    pub(crate) fn upload_began(&self) {
+        self.change_uploads(|uploads| uploads.checked_add(1));
+    }
+
+    pub(crate) fn upload_ended(&self) {
+        self.change_uploads(|uploads| (uploads < u8::MAX).then(|| uploads - 1));
+    }
+
+    fn change_uploads(&self, change: impl FnMut(u8) -> Option<u8>) {
+        let order = Ordering::Relaxed;
+        let _ = self.uploads.fetch_update(order, order, change);
+    }
+
+    /// Whether a task may read on an upload, perhaps after its response.
+    pub(crate) fn has_uploads(&self) -> bool {
+        self.uploads.load(Ordering::Relaxed) > 0
+    }
+
     /// Ready when no stream task runs any more. The end of the last one wakes the task.
     pub(crate) fn poll_streams_ended(
         &self,
@@ -357,6 +381,18 @@ mod tests {
     };
 
     use super::{super::wakers::Each, *};
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    #[test]
+    fn uploads_are_counted_up_to_a_number_that_stays() {
+        for (uploads, left) in [(1, false), (254, false), (255, true), (300, true)] {
+            let state = ConnectionState::new(Directive::Stay);
+            (0..uploads).for_each(|_| state.upload_began());
+            assert!(state.has_uploads());
+            (0..uploads).for_each(|_| state.upload_ended());
+            assert_eq!(state.has_uploads(), left, "{uploads}");
+        }
+    }
 
     #[derive(Default)]
     struct Task(AtomicUsize);

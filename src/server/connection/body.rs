@@ -1,4 +1,4 @@
-//! The body of a response of `serve`.
+//! The bodies of requests and responses of `serve`.
 
 use std::{
     mem,
@@ -10,9 +10,10 @@ use std::{
 use axum::body::Body;
 use bytes::{Buf, Bytes};
 use http_body::{Frame, SizeHint};
+use hyper::body::Incoming;
 use tokio::time;
 
-use super::owner::{OpenStream, Owner};
+use super::owner::{OpenStream, OpenUpload, Owner};
 use crate::{
     connection::directive::Directive,
     middleware::body_poll::guarded,
@@ -57,6 +58,36 @@ pub(super) struct Piece {
 pub(super) struct HeldResponse {
     stream: OpenStream,
     has_ended: AtomicBool,
+}
+
+/// The body of an HTTP/2 request.
+pub(super) struct Upload {
+    pub(super) inner: Incoming,
+    pub(super) open: Option<OpenUpload>,
+}
+
+impl http_body::Body for Upload {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        if !matches!(frame, Some(Ok(_))) {
+            self.open = None;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
 }
 
 impl HeldResponse {

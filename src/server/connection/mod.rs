@@ -179,11 +179,9 @@ where
             // hyper may drop what it has when it is told to close an HTTP/1 connection: the rest of a response, of
             // an upload that is read on after its response, a request behind another, the head of an upgrade. Not
             // while it waits for a request, unless the connection has asked for an upgrade, and the last response
-            // is not written yet. Each of these ends wakes this task. Nothing is in flight when a connection
-            // expires, so no task reads such an upload on.
-            let at_rest = || sniffer.awaits_head() || directive >= Directive::Expire;
-            let leaves =
-                leaves && (sniffer.is_http2() || at_rest() && !this.owner.0.is_torn_by_close());
+            // is not written yet. Each of these ends wakes this task.
+            let at_rest = || sniffer.awaits_head() && !this.owner.0.is_torn_by_close();
+            let leaves = leaves && (sniffer.is_http2() || at_rest());
             if !leaves || *this.asked == directive {
                 if directive >= Directive::Close {
                     this.owner.0.flags.set(CLOSE_NOTICED);

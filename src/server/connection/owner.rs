@@ -178,6 +178,22 @@ impl Drop for OpenStream {
     }
 }
 
+/// Counts an upload until it has ended, or until nobody can read it any more.
+pub(super) struct OpenUpload(Owner);
+
+impl OpenUpload {
+    pub(super) fn new(owner: Owner) -> Self {
+        owner.0.state.upload_began();
+        Self(owner)
+    }
+}
+
+impl Drop for OpenUpload {
+    fn drop(&mut self) {
+        self.0.0.state.upload_ended();
+    }
+}
+
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
     use std::{sync::mpsc, thread, time::Duration};

@@ -17,8 +17,8 @@ use tokio::time;
 use tower_service::Service;
 
 use super::{
-    body::{Kind, OwnedBody},
-    owner::Owner,
+    body::{Kind, OwnedBody, Upload},
+    owner::{OpenUpload, Owner},
 };
 use crate::{
     connection::{flags::WATCHED, outside::Window, stagger::SLOT_REACHED},
@@ -82,8 +82,24 @@ where
                 && !self.half_close
                 && self.owner.loses_by_fin(&request),
             owner: Some(self.owner.clone()),
-            inner: Some(self.inner.call(request.map(Body::new))),
+            inner: Some(
+                self.inner
+                    .call(request.map(|body| self.body(version, body))),
+            ),
         }
+    }
+}
+
+impl<S> Owned<S> {
+    /// Over HTTP/2 a task that reads a body after its response is not known otherwise.
+    fn body(&self, version: Version, body: Incoming) -> Body {
+        if version < Version::HTTP_2 || body.is_end_stream() {
+            return Body::new(body);
+        }
+        Body::new(Upload {
+            inner: body,
+            open: Some(OpenUpload::new(self.owner.clone())),
+        })
     }
 }
 
