@@ -110,7 +110,7 @@ pub(crate) type Reading = admission::Reading<Lifecycle>;
 ///
 /// Requests change no reference count. The price is that each lifecycle whose [layer](Self::layer) has
 /// made a service intentionally leaks about 2 KB and the settings of its builder. Make one lifecycle
-/// for a process, not one for a request. Leak checkers (`LeakSanitizer`, Miri) do not report the
+/// for a process, not one for a request. Leak checkers (`LeakSanitizer`, valgrind) do not report the
 /// memory, because a static list leads to it. A lifecycle whose layer was never applied is freed.
 #[derive(Clone)]
 pub struct Graceful {
