@@ -10,7 +10,8 @@
 //! 1. *A job is never left without a thread.* The queue and the number of threads are behind one
 //!    lock. A thread that finds the queue empty ends in the same critical section. Code that queues
 //!    a job afterwards sees that there is no thread, and starts one. Model:
-//!    `a_job_is_never_left_without_a_thread`.
+//!    `a_job_is_never_left_without_a_thread`. It fails if a thread releases the lock between finding
+//!    the queue empty and ending.
 //! 2. *A panic ends its job and nothing else.*
 
 use std::{

@@ -89,10 +89,23 @@
 //! 8. *The count is exact when it matters.* The words are read one after another, so the sum is not
 //!    a snapshot of one moment while requests come and go on several shards. In a draining word,
 //!    however, the count only falls, and with a limit there is only one word.
+//! 9. *No admission is forgotten when the "has admitted" flags are cleared.* For each flag that it
+//!    finds set, `clear_admitted` first records in `admitted` that there was an admission, and then
+//!    clears the flag, with `Release`. It clears no other flag. `has_ever_admitted` reads the flags
+//!    first, with `Acquire`, and then `admitted`. So a read that finds a cleared flag also finds the
+//!    record. Models: `an_admission_during_the_clearing_is_not_forgotten`,
+//!    `an_admission_before_the_clearing_is_seen_at_each_moment`.
 //!
 //! The loom models in `models` run this code and not a copy of it. They explore every reordering
 //! that the orderings allow and every interleaving. Three models would take minutes that way
 //! (`bounded`): they explore the interleavings with at most three preemptions.
+//!
+//! The models fail if one of the orderings `Release` and `Acquire` of a shard is `Relaxed`, and if
+//! an admission stores the new word without a comparison. They fail if the first shard is advanced
+//! before the others, if the wait loads the words before it locks the slot, if a dropped request is
+//! counted after its release, and if a refusal is counted by the phase of the gate in place of its
+//! own reason. And they fail if a flag is cleared that was not found set, if it is cleared before
+//! that is recorded, and if the record is read before the flags.
 //!
 //! # Ownership
 //!

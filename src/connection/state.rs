@@ -24,6 +24,11 @@
 //!    after all others; its partner is the `Acquire` load in `poll_streams_ended`. A held response is
 //!    released before its stream ends, so nothing but the last stream is left in the word then. Models:
 //!    `the_last_stream_is_waited_for`, `the_last_stream_is_waited_for_whenever_the_cut_comes`.
+//!
+//! The models fail if a poll reads the directive before it stores its waker, if the directive changes
+//! after the wake-up, and if the cut takes the wakers and leaves the bits in `waits`. They fail if the
+//! owner reads the number of streams before it stores its waker, and if the last stream copies the
+//! waker before it subtracts itself.
 
 use std::{
     mem,

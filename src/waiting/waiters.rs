@@ -19,6 +19,10 @@
 //! 3. *A waker that panics or blocks does not keep other tasks from being woken.* A panic is
 //!    caught. Due wakers stay in the queue of the shard until each is taken, so the next
 //!    notification continues with the rest.
+//!
+//! The models fail if a waiter is registered without a look at the notified moment under the same
+//! lock, if a notification records its moment after it has released the lock under which it takes
+//! the due waiters, and if a waiter is removed without a check whether it is still registered.
 
 use std::{
     array,
