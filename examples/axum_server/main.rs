@@ -25,7 +25,6 @@ use axum_server::{
     tls_rustls::{RustlsAcceptor, RustlsConfig},
 };
 use tower_graceful::Graceful;
-
 use tracked::{Peer, Tracked, ask_to_leave};
 
 #[tokio::main]

@@ -1,5 +1,6 @@
 //! An address for `axum_server` whose listener tracks the connections it accepts, and middleware that
-//! asks HTTP/2 clients to leave.
+//! asks HTTP/2 clients to leave. The file is long because axum-server asks for an address type and a listener
+//! type, each with a trait of its own. It can be copied as it is.
 
 use std::{io, net::SocketAddr};
 

@@ -14,7 +14,8 @@
 //! kill -TERM $(pgrep -x grpc)                               # ticks for five more seconds, then ends
 //! ```
 //!
-//! New calls are then refused with `UNAVAILABLE: shutting down`.
+//! New calls are then refused with `UNAVAILABLE: shutting down`. The example is long because it has a call
+//! with one response, a call with a stream, and the health service, which fails as soon as the stop begins.
 
 use std::{env, error::Error, pin::Pin, process::ExitCode, time::Duration};
 

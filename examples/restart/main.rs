@@ -8,7 +8,8 @@
 //! restart. ecdysis kills a new process that is not ready within 5 s, and the old one continues.
 //!
 //! `ecdysis` starts the new process, passes it the socket, and waits until it is ready. This crate stops
-//! the old process. `.ci/restart` does this twenty times under load.
+//! the old process. `.ci/restart` does this twenty times under load. The example is long because the program
+//! makes its socket through ecdysis, and also shows how a WebSocket is closed at a restart.
 //!
 //! ```sh
 //! cargo build -p tower-graceful-example-restart --example restart

@@ -11,6 +11,12 @@
 //! kill -TERM $(pgrep -x tls)
 //! curl -i --http1.1 --cacert ca.pem https://localhost:3443/   # for five seconds: Connection: close
 //! ```
+//!
+//! The example is long because each of three things is complete: the reload of the certificate (the worker
+//! `certificate`), client certificates for handlers (`Peer`), and the configuration of rustls (`load`).
+//! `certificates.rs` makes certificates to try it out; a real service gets them from elsewhere.
+
+mod certificates;
 
 use std::{
     env,
@@ -30,10 +36,6 @@ use axum::{
     routing::get,
     serve::Listener,
 };
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair,
-};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
@@ -49,8 +51,6 @@ use tokio_rustls::{
 };
 use tower_graceful::{Accepted, Graceful, GracefulIo, HandshakeExt};
 
-type Authority = CertifiedIssuer<'static, KeyPair>;
-
 #[tokio::main]
 async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     tracing_subscriber::fmt()
@@ -60,8 +60,8 @@ async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     let address = arguments.next().unwrap_or("127.0.0.1:3443".into());
     let folder = PathBuf::from(arguments.next().unwrap_or(".".into()));
 
-    let authority = authority(&folder)?;
-    renew(&authority, &folder)?;
+    let authority = certificates::authority(&folder)?;
+    certificates::renew(&authority, &folder)?;
     let (acceptors, acceptor) = watch::channel(load(&folder)?);
 
     let graceful = Graceful::new();
@@ -75,7 +75,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
             tokio::select! {
                 () = &mut stop => return Ok::<_, Box<dyn Error + Send + Sync>>(()),
                 _ = hangups.recv() => {
-                    match renew(&authority, &folder).and_then(|()| load(&folder)) {
+                    match certificates::renew(&authority, &folder).and_then(|()| load(&folder)) {
                         Ok(acceptor) => {
                             acceptors.send_replace(acceptor);
                             tracing::info!("a new certificate");
@@ -143,36 +143,6 @@ async fn whoami(ConnectInfo(peer): ConnectInfo<Peer>) -> String {
 async fn slow() -> &'static str {
     tokio::time::sleep(Duration::from_secs(7)).await;
     "finished, although the service was told to stop meanwhile\n"
-}
-
-/// Makes an authority and a client certificate, and writes the files that clients need.
-fn authority(folder: &Path) -> Result<Authority, Box<dyn Error + Send + Sync>> {
-    let mut params = CertificateParams::default();
-    params
-        .distinguished_name
-        .push(DnType::CommonName, "authority");
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
-    fs::write(folder.join("ca.pem"), authority.pem())?;
-
-    let mut params = CertificateParams::default();
-    params.distinguished_name.push(DnType::CommonName, "ada");
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-    let key = KeyPair::generate()?;
-    let client = params.signed_by(&key, &authority)?;
-    let both = client.pem() + &key.serialize_pem();
-    fs::write(folder.join("client.pem"), both)?;
-    Ok(authority)
-}
-
-/// Writes a new certificate and its key. Stands for the program that renews the certificate.
-fn renew(authority: &Authority, folder: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let key = KeyPair::generate()?;
-    let names = ["localhost".into(), "127.0.0.1".into()];
-    let certificate = CertificateParams::new(names)?.signed_by(&key, authority)?;
-    let both = certificate.pem() + &key.serialize_pem();
-    fs::write(folder.join("server.pem"), both)?;
-    Ok(())
 }
 
 /// Reads the certificate of the server, its key, and the authority of the clients.
