@@ -44,7 +44,9 @@ impl Graceful {
     /// succeeded.
     ///
     /// The future may be polled again after it is ready, and stays ready. Dropping it has no
-    /// effect; the handlers stay installed.
+    /// effect; the handlers stay installed. axum keeps it in a task of its own: if you drop or abort axum's
+    /// server before a stop, that task keeps the future and the service's handlers until the runtime ends or
+    /// the service is stopped. [`shutdown`](Self::shutdown) ends both.
     ///
     /// If signal handlers cannot be installed, an error is logged, and signals end the process as
     /// before. [`handle_signals`](Self::handle_signals) returns that error.

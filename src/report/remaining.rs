@@ -42,7 +42,8 @@ pub struct Remaining {
     /// request without a body or with a chunked body do. Over TLS no request counts there.
     /// Requests for the [probes](crate::Graceful::probes) that arrive during the stop do not count: a
     /// prober that has given up waiting has lost nothing. Requests that arrive while draining do not count
-    /// either, because they would be refused.
+    /// either, because they would be refused. Requests over HTTP/2 do not count: a client that closes the writing
+    /// side of the connection gives up its streams, and h2 drops what they still wait to send.
     pub half_closed: usize,
 }
 

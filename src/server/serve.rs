@@ -27,7 +27,8 @@ impl Graceful {
     /// [`Report`]. SIGTERM and SIGINT stop the service, as with [`drain`](Self::drain).
     ///
     /// `app` may be anything that axum's `serve` takes: a `Router`, a `MethodRouter`, a handler, or a
-    /// make-service, with or without connect info. Connect info of your own is made from an
+    /// make-service, with or without connect info. A make-service is called for one connection after another;
+    /// while it waits, nothing is accepted, and the listener does not close. Connect info of your own is made from an
     /// [`Accepted`]. `listener` may be any listener of axum, see [`listener`](Self::listener). For TLS,
     /// or anything else that comes before HTTP, pass
     /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes). Connections of these
@@ -191,7 +192,8 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// handlers are dropped. Use it if peers may disappear without closing their connections:
     /// machines that are switched off, mobile clients, NAT and firewalls that drop the state of a
     /// connection. Without it, such a connection stays open until TCP times out, which never happens on
-    /// an idle connection.
+    /// an idle connection. A connection on which the server waits to send is not closed by this: the PING
+    /// cannot be sent either, so its handlers are dropped, and TCP times out.
     ///
     /// Each idle connection costs a PING and its acknowledgement in each interval. If the
     /// interval is zero, or 30 years or more, no PING is sent. HTTP/1 has no PING.

@@ -193,7 +193,9 @@ impl http_body::Body for OwnedBody {
         }
         let is_last = match &frame {
             Some(Ok(frame)) => frame.is_trailers() || self.inner.is_end_stream(),
-            _ => true,
+            // The response has failed, and its stream is reset.
+            Some(Err(_)) => false,
+            None => true,
         };
         let kind = &mut self.kind;
         let frame = frame
