@@ -140,12 +140,17 @@ enum How {
     Killed(Duration),
 }
 
-/// Asserts that no request failed, and that no connect waited for a repeated handshake.
+/// Asserts that no request failed, that no connect failed, and that none waited for a repeated handshake.
 fn assert_unnoticed(seen: &Seen, what: &str) {
     assert_eq!(seen.failed, [""; 0], "{what}: {seen:?}");
-    assert!(seen.slowest_connect < RETRIED, "{what}: {seen:?}");
+    assert_connected(seen, what);
     assert!(seen.requests > 500, "{what}: {seen:?}");
     assert!(seen.moved > 50 && seen.again > 100, "{what}: {seen:?}");
+}
+
+fn assert_connected(seen: &Seen, what: &str) {
+    assert_eq!(seen.refused, [""; 0], "{what}: {seen:?}");
+    assert!(seen.slowest_connect < RETRIED, "{what}: {seen:?}");
 }
 
 fn beside(form: Form) {
@@ -166,6 +171,7 @@ fn in_turn(form: Form) {
 fn idle(form: Form) {
     for how in [How::Beside, How::InTurn] {
         let mut seen = restart(form, &["delay=0"], how, Duration::from_millis(200), 40);
+        assert!(seen.failed.len() * 50 < seen.requests, "{seen:?}");
         seen.failed.retain(|error| error.starts_with("status"));
         assert_unnoticed(&seen, "idle");
     }
@@ -176,7 +182,7 @@ fn killed(form: Form) {
     for after in [0, 1, 3, 6, 30] {
         let how = How::Killed(Duration::from_millis(after));
         let seen = restart(form, DEFAULT, how, Duration::from_millis(100), 2);
-        assert!(seen.slowest_connect < RETRIED, "{after} ms: {seen:?}");
+        assert_connected(&seen, &format!("{after} ms"));
         assert!(seen.requests > 500, "{after} ms: {seen:?}");
         // Each of ten restarts can lose the request of each of six clients.
         assert!(seen.failed.len() <= 60, "{after} ms: {seen:?}");

@@ -107,17 +107,18 @@ fn stops(form: Form) {
         }
     });
     let failed = failed.into_inner().unwrap();
-    println!(
-        "chaos, {form:?}, seeds from {first}: {:?}",
-        sums.into_inner().unwrap()
-    );
+    let sums = sums.into_inner().unwrap();
+    println!("chaos, {form:?}, seeds from {first}: {sums:?}");
     assert!(
         failed.is_empty(),
         "differences in the stops with these seeds: {failed:?}"
     );
+    if count >= 12 {
+        sums.assert_many_kinds();
+    }
 }
 
-/// What happened in all stops, to see that the plans reach everything.
+/// What happened in all stops.
 #[derive(Debug, Default)]
 struct Sums {
     stops: usize,
@@ -137,6 +138,12 @@ struct Sums {
 }
 
 impl Sums {
+    /// A client that no longer works must not make the comparison pass.
+    fn assert_many_kinds(&self) {
+        assert!(self.clean > 0 && self.refused > 0, "{self:?}");
+        assert!(self.whole > 20 * self.stops, "{self:?}");
+    }
+
     fn sees(&mut self, sight: &Sight) {
         match sight {
             Sight::Whole => self.whole += 1,

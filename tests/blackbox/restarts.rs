@@ -31,6 +31,8 @@ pub(crate) struct Seen {
     /// Connections that the client left because a response said so, or that were closed while idle.
     pub(crate) moved: usize,
     pub(crate) failed: Vec<String>,
+    /// Connects that failed.
+    pub(crate) refused: Vec<String>,
     pub(crate) slowest_connect: Duration,
     /// The longest time of a request, with its connect if it has one, to the end of the response.
     pub(crate) slowest: Duration,
@@ -42,8 +44,18 @@ impl Seen {
         self.again += other.again;
         self.moved += other.moved;
         self.failed.extend(other.failed);
+        self.refused.extend(other.refused);
         self.slowest_connect = self.slowest_connect.max(other.slowest_connect);
         self.slowest = self.slowest.max(other.slowest);
+    }
+
+    fn open(&mut self, address: SocketAddr) -> Option<Connection> {
+        let begun = Instant::now();
+        let opened = Connection::try_open(address);
+        self.slowest_connect = self.slowest_connect.max(begun.elapsed());
+        opened
+            .map_err(|error| self.refused.push(error.to_string()))
+            .ok()
     }
 
     fn request(&mut self, address: SocketAddr, open: &mut Option<Connection>) -> io::Result<()> {
@@ -55,10 +67,10 @@ impl Seen {
         let mut connection = if let Some(connection) = open.take() {
             self.again += 1;
             connection
-        } else {
-            let connection = Connection::try_open(address)?;
-            self.slowest_connect = self.slowest_connect.max(begun.elapsed());
+        } else if let Some(connection) = self.open(address) {
             connection
+        } else {
+            return Ok(());
         };
         let response = connection.try_request("GET", "/")?;
         self.slowest = self.slowest.max(begun.elapsed());
