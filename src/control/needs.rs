@@ -123,7 +123,8 @@ impl<S: Subject> Needs<S> {
 
 #[cfg(feature = "signal")]
 impl<S: Subject> SignalListeners<S> {
-    /// If no lifecycle listens, a signal does from now on what it did before this crate listened.
+    /// If no lifecycle listens, a signal does from now on what it did before this crate first listened. A handler
+    /// that the program has installed later does not keep the default action away.
     pub(super) fn give_back_if_unused(&self) {
         if self.listeners.is_empty() {
             if let Some(signals) = &self.signals {

@@ -3,7 +3,8 @@
 //! A signal handler may do very little: it sets a flag, and writes a byte to a socket that the
 //! control thread waits on. Handlers are installed once and never removed, because other code may
 //! have come to rely on them since. Instead, a signal is *given back*: the handler then performs
-//! the default action of the operating system.
+//! the default action of the operating system. On Linux it does not, if the program handled or
+//! ignored the signal before: then the program does so again.
 //!
 //! This file is long because it contains one implementation for each kind of operating system.
 
@@ -87,6 +88,7 @@ impl Report {
 #[cfg(unix)]
 mod os {
     use std::{
+        fs,
         io::{self, Read, Write},
         os::unix::net::UnixStream,
         process,
@@ -126,9 +128,27 @@ mod os {
         process::id() == 1
     }
 
+    /// The signals that the program handles or ignores, as a set with one bit for each. Only Linux lists them in a
+    /// file. Elsewhere, and where it cannot be read, the set is empty.
+    fn without_default_action() -> u64 {
+        if !cfg!(any(target_os = "linux", target_os = "android")) {
+            return 0;
+        }
+        // Not always UTF-8: it also contains the name of the program, of which the kernel keeps 15 bytes.
+        let status = fs::read("/proc/self/status").unwrap_or_default();
+        let status = String::from_utf8_lossy(&status);
+        let sets = status.lines().filter_map(|line| {
+            let set = line
+                .strip_prefix("SigCgt:")
+                .or_else(|| line.strip_prefix("SigIgn:"))?;
+            u64::from_str_radix(set.trim(), 16).ok()
+        });
+        sets.fold(0, |all, set| all | set)
+    }
+
     /// The installed handlers, and the socket through which they wake the control thread.
     pub(crate) struct Signals {
-        /// Set while signals have their default action.
+        /// Set while signals are given back.
         given_back: Arc<AtomicBool>,
         arrived: Arrived,
         socket: Socket,
@@ -149,8 +169,10 @@ mod os {
         /// Installs the handlers. The signals are given back at first.
         ///
         /// The actions of a signal run in the order of their registration: first the default action
-        /// if the signal is given back, then the flags, then the socket.
+        /// if the signal is given back and had it before, then the flags, then the socket.
         pub(crate) fn install(_: impl Fn() + Send + 'static) -> io::Result<Self> {
+            // Before the first registration, after which the signal would count as one that is handled.
+            let without_default = without_default_action();
             let (socket, clones) = Socket::open()?;
             let given_back = Arc::new(AtomicBool::new(true));
             let arrived = Arrived::default();
@@ -161,14 +183,16 @@ mod os {
             let mut writing = Vec::new();
             for (((signal, _), (number, flag)), clone) in SIGNALS.into_iter().zip(flags).zip(clones)
             {
-                let given_back = Arc::clone(&given_back);
                 let context = |error| explain(&format!("no handler for signal {signal}"), &error);
-                if is_init() {
-                    flag::register_conditional_shutdown(signal, 128 + signal, given_back)
-                } else {
-                    flag::register_conditional_default(signal, given_back)
+                if without_default & (1 << (signal - 1)) == 0 {
+                    let given_back = Arc::clone(&given_back);
+                    if is_init() {
+                        flag::register_conditional_shutdown(signal, 128 + signal, given_back)
+                    } else {
+                        flag::register_conditional_default(signal, given_back)
+                    }
+                    .map_err(context)?;
                 }
-                .map_err(context)?;
                 let last = Arc::clone(&arrived.last);
                 flag::register_usize(signal, last, number).map_err(context)?;
                 flag::register(signal, Arc::clone(flag)).map_err(context)?;
@@ -201,12 +225,12 @@ mod os {
             Ok(())
         }
 
-        /// From now on signals have no default action.
+        /// From now on signals do not have their default action.
         pub(crate) fn keep(&self) {
             self.given_back.store(false, SeqCst);
         }
 
-        /// From now on signals have their default action.
+        /// From now on signals have their default action, if they had it before.
         pub(crate) fn give_back(&self) {
             self.given_back.store(true, SeqCst);
         }

@@ -96,12 +96,14 @@ impl Graceful {
     /// every thread of the runtime. If several lifecycles listen, a signal goes to all of them that
     /// have not stopped. One second after the last of them has stopped, or as soon as it is
     /// dropped, signals on Unix have their default action again: they end the process. During that
-    /// second a signal counts as one that was meant for the shutdown.
+    /// second a signal counts as one that was meant for the shutdown. On Linux, a signal that the program
+    /// handled or ignored before the first call of this method in the process is handled or ignored again
+    /// instead. A handler that the program installs later does not keep the default action away.
     ///
     /// # Errors
     ///
     /// Returns an error if the operating system does not allow a signal handler, a socket or a
-    /// thread. Signals then end the process as before. ([`drain`](Self::drain) and
+    /// thread. Signals then do what they did before. ([`drain`](Self::drain) and
     /// [`serve`](Self::serve) log such an error.)
     #[cfg(feature = "signal")]
     pub fn handle_signals(&self) -> std::io::Result<()> {
