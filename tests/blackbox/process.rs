@@ -140,6 +140,15 @@ impl Exit {
         between(begun, written)
     }
 
+    /// What each SIGINT after the first signal did, from the server's log.
+    pub(crate) fn effects_of_sigint(&self) -> Vec<&str> {
+        let lines = self.log.lines().filter_map(|line| {
+            let (_, effect) = line.split_once("shutdown: a further SIGINT ")?;
+            effect.split(" signal=").next()
+        });
+        lines.collect()
+    }
+
     /// Asserts that the process ended at least `least` after the first signal, and at most `most` after
     /// the server received the signal.
     ///

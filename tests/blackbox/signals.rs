@@ -329,8 +329,8 @@ fn second_skips(form: Form) {
     let draining = exit.logged_after("draining, because a further signal");
     assert!(draining < sent + MS(200), "{sent:?}, {exit:?}");
     exit.assert_within(MS(1000), answered + MS(300));
-    let ended = "shutdown: a further SIGINT ends the phase lame duck";
-    assert!(exit.log.contains(ended), "{exit:?}");
+    let effects = ["ends the phase lame duck"];
+    assert_eq!(exit.effects_of_sigint(), effects, "{exit:?}");
 }
 
 fn second_sigint_cuts(form: Form) {
@@ -347,6 +347,8 @@ fn second_sigint_cuts(form: Form) {
     exit.assert_within(MS(500), MS(1000));
     assert!(exit.report.contains("forced"), "{exit:?}");
     assert!(exit.log.contains("a further signal"), "{exit:?}");
+    let effects = ["ends the phase lame duck", "cuts the work in flight"];
+    assert_eq!(exit.effects_of_sigint(), effects, "{exit:?}");
     assert!(slow.join().is_err());
 }
 
@@ -380,6 +382,12 @@ fn abandons_at_third_sigint(form: Form) -> bool {
     // The observer may print its last line after the report.
     let mut output = exit.output.iter();
     assert!(output.any(|line| line.contains("abandoned")), "{exit:?}");
+    let effects = [
+        "ends the phase lame duck",
+        "cuts the work in flight",
+        "ends the wait for connections to close",
+    ];
+    assert_eq!(exit.effects_of_sigint(), effects, "{exit:?}");
     true
 }
 
@@ -412,6 +420,8 @@ fn doubled(form: Form) {
     let exit = server.exit();
     exit.assert_clean();
     assert!(!exit.log.contains("a further signal"), "{exit:?}");
+    let effects = ["is a duplicate of the last one, and changes nothing"];
+    assert_eq!(exit.effects_of_sigint(), effects, "{exit:?}");
 }
 
 fn apart(form: Form) {

@@ -338,6 +338,12 @@ fn fourth_signal(form: Form) {
         !exit.output.iter().any(|line| line == "b begins"),
         "{exit:?}"
     );
+    let effects = [
+        "ends the phase lame duck",
+        "cuts the work in flight",
+        "ends the wait for the cleanup",
+    ];
+    assert_eq!(exit.effects_of_sigint(), effects, "{exit:?}");
     let mut log = exit.log.lines();
     let stopped = log.find(|line| line.contains("shutdown: stopped"));
     assert!(
