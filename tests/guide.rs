@@ -102,6 +102,32 @@ fn the_page_prints_this_test() {
     assert!(file.contains(&printed), "{printed}");
 }
 
+/// The worker of a queue from the line after `stop.idle()` to its last loop, without comments and
+/// indentation.
+fn queue_worker(text: &str) -> String {
+    let lines = text.lines().map(|it| it.trim().trim_start_matches("///"));
+    let code = lines.map(|it| it.split("//").next().unwrap().trim());
+    let code: Vec<_> = code.collect();
+    let code = code.join("\n");
+    let (_, worker) = code.split_once("let mut idle = stop.idle();\n").unwrap();
+    let last_loop = worker.find("while let Some(job) = ").unwrap();
+    let end = last_loop + worker[last_loop..].find("\n}").unwrap();
+    worker[..end].to_owned()
+}
+
+/// The worker that `tests/blackbox/work.rs` stops under load is the one that both pages print.
+#[test]
+fn the_pages_print_the_queue_worker_of_the_tests() {
+    let tested = queue_worker(include_str!("blackbox/server.rs"));
+    let pages = [
+        include_str!("../docs/workers.md"),
+        include_str!("../src/handle/work.rs"),
+    ];
+    for page in pages {
+        assert_eq!(queue_worker(page), tested);
+    }
+}
+
 /// A page with another block of this kind needs a test, as this page, `examples/axum_server/tests/guide` and
 /// `examples/grpc/tests/guide` have.
 #[test]

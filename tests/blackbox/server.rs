@@ -608,8 +608,8 @@ fn app(graceful: &Graceful, knobs: &Knobs<'_>, record: Option<&Record>) -> Route
         .route("/connections", get(connections))
 }
 
-/// A queue of jobs. The handler answers 202, and a worker takes the time `each` for a job. Handler and
-/// worker are those in the documentation of `Graceful::worker`.
+/// A queue of jobs. The handler answers 202, and a worker takes the time `each` for a job. The worker is the one in
+/// the documentation of `Graceful::worker` and in `docs/workers.md`.
 fn queue(graceful: &Graceful, each: Option<Duration>) -> Router {
     let Some(each) = each else {
         return Router::new();
