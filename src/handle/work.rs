@@ -104,8 +104,26 @@ impl Graceful {
     /// not stop the service.
     ///
     /// Register one worker for each kind of work when the service starts. For a single job use
-    /// [`spawn`](Self::spawn). The future must be able to end: a future that only loops does not
-    /// compile, because its output is not a [`Completion`].
+    /// [`spawn`](Self::spawn).
+    ///
+    /// The future must be able to end. A future that only loops does not compile, because its output is not a
+    /// [`Completion`]. Await the `Stop` in the loop, as above, and leave the loop:
+    ///
+    /// ```compile_fail,E0277
+    /// # use tower_graceful::{Graceful, RegisterError};
+    /// # async fn refresh() {}
+    /// # fn main() -> Result<(), RegisterError> {
+    /// # let graceful = Graceful::new();
+    /// graceful.worker("cache", |_stop| async {
+    ///     loop {
+    ///         refresh().await; // in a `select!` with `&mut stop`, it could be stopped
+    ///     }
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// In editions before 2024 the error is that of a lint. Compilers before Rust 1.92 only warn there.
     ///
     /// # Errors
     ///
