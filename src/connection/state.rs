@@ -5,25 +5,29 @@
 //!    comes later, it finds the waker. If the cut came earlier, the task reads it. Models:
 //!    `a_poll_sees_the_cut_or_is_woken_by_it`, `a_poll_by_another_task_is_not_lost`.
 //! 2. *A task that polls again takes no lock.* Each poller remembers the waker that it has stored
-//!    ([`RegisteredWaker`]). That waker stays stored until `Expire`, `Cut` or `wake_all` takes it
-//!    and wakes it. (`forget_all` and `owner_left` remove the wakers of tasks that no longer poll.
+//!    ([`RegisteredWaker`]). That waker stays stored until it is taken and woken. The task then stores it
+//!    again in each slot that it still polls. So a task is taken as a whole, although it may be woken for
+//!    one of its slots. (`forget_all` and `owner_left` remove the wakers of tasks that no longer poll.
 //!    A remembered waker keeps its task in memory, so no new task can be taken for one of them.)
 //!    So while the same task polls, there is nothing to store, and it only reads the directive,
-//!    with `Acquire`; the partner is the `Release` in `instruct`.
+//!    with `Acquire`; the partner is the `Release` in `instruct`. Models:
+//!    `a_task_that_was_told_to_leave_is_woken_by_the_cut`, `a_task_that_was_told_to_leave_is_woken_to_read`.
 //! 3. *That read misses no wake-up.* The stored waker belongs to the polling task, and `instruct`
 //!    changes the directive before it wakes. A wake-up before the poll orders the new directive
 //!    before it; a wake-up during the poll causes another poll.
 //! 4. *`waits` and `writes` are `Relaxed`.* In `waits` each poller reads only the bits that it wrote
 //!    itself, or sees that its waker was taken, which is followed by a wake-up as well. [`WROTE`] is
-//!    only read by the task that writes or drops the connection, and [`BLOCKED`] also by the timeline,
-//!    which reads it again and again.
+//!    only read by the task that writes or drops the connection, and [`BLOCKED`] and [`READ`] also by the
+//!    timeline, which reads them again and again.
 //! 5. *The last stream that ends wakes the owner.* The owner stores its waker under the lock, and
-//!    then loads the number of streams. The last stream subtracts itself, and then copies the waker
+//!    then loads the number of streams. The last stream subtracts itself, and then takes the waker
 //!    under the lock. If the waker was stored before, it is woken. Otherwise the lock orders the
 //!    subtraction before the load. `stream_ended` is `AcqRel`, so that the last stream is ordered
 //!    after all others; its partner is the `Acquire` load in `poll_streams_ended`. A held response is
 //!    released before its stream ends, so nothing but the last stream is left in the word then. Models:
 //!    `the_last_stream_is_waited_for`, `the_last_stream_is_waited_for_whenever_the_cut_comes`.
+//! 6. *No code of a waker runs under the lock*: it is not cloned, woken or dropped there, because it may
+//!    block, or stop the service, which takes this lock too.
 //!
 //! The models fail if a poll reads the directive before it stores its waker, if the directive changes
 //! after the wake-up, and if the cut takes the wakers and leaves the bits in `waits`. They fail if the
@@ -48,14 +52,17 @@ const WROTE: u8 = 1;
 /// The last write or flush returned `Pending`.
 const BLOCKED: u8 = 2;
 
+/// A task has read or tried to read. In one word with the bits of the [`WakerSlot`]s.
+const READ: u8 = 16;
+
 #[derive(Debug)]
 pub(crate) struct ConnectionState {
     /// A [`Directive`]. Changes under the lock of the wakers.
     directive: AtomicU8,
     /// The bits [`WROTE`] and [`BLOCKED`]. Only the task that writes changes them.
     writes: AtomicU8,
-    /// The slots whose stored waker is the one in their poller's [`RegisteredWaker`]. Changes under
-    /// the lock of the wakers. Each poller reads only its own bits.
+    /// The slots whose stored waker is the one in their poller's [`RegisteredWaker`], and the bit
+    /// [`READ`]. Changes under the lock of the wakers. Each poller reads only its own bits.
     waits: AtomicU8,
     /// The number of streams: tasks that run beside the connection's own task, and HTTP/2 responses of
     /// which the server holds bytes. In the high half, the number of those responses whose bodies have
@@ -80,7 +87,7 @@ impl ConnectionState {
             streams: AtomicU32::new(0),
             #[cfg(all(feature = "axum", feature = "signal"))]
             uploads: AtomicU8::new(0),
-            wakers: Mutex::new(Wakers::None),
+            wakers: Mutex::new(Wakers::default()),
         }
     }
 
@@ -110,24 +117,27 @@ impl ConnectionState {
 
     #[cold]
     fn store(&self, stored: &mut RegisteredWaker, slot: WakerSlot, waker: &Waker) {
-        let former = {
+        // Cloned before the lock is taken, and dropped after it is released: point 6.
+        let remembered = (!stored.is(waker)).then(|| waker.clone());
+        let waker = waker.clone();
+        let replaced = {
             let mut wakers = lock!(self.wakers);
-            let former = wakers.store(slot, waker);
+            let replaced = wakers.store(slot, waker);
             let mut waits = self.waits.load(Ordering::Relaxed);
-            if !stored.is(waker) {
+            if remembered.is_some() {
                 waits &= !slot.bits_of_poller();
             }
+            if slot == WakerSlot::Read {
+                waits |= READ;
+            }
             self.waits.store(waits | slot.bit(), Ordering::Relaxed);
-            former
+            replaced
         };
-        // After the lock is released, because dropping a waker may run any code.
-        drop(former);
-        if !stored.is(waker) {
-            stored.0 = Some(waker.clone());
-        }
+        let former = remembered.and_then(|waker| stored.0.replace(waker));
         if slot == WakerSlot::Write && self.directive() < Directive::Cut {
             self.change_writes(0, WROTE);
         }
+        drop((replaced, former));
     }
 
     /// Gives a directive. A directive that is not later than the current one changes nothing.
@@ -140,48 +150,58 @@ impl ConnectionState {
             }
             // Release: partner of the Acquire in `directive`.
             self.directive.store(directive as u8, Ordering::Release);
-            match directive {
-                Directive::Stay | Directive::Stopping => Wakers::None,
+            let taken = match directive {
+                Directive::Stay | Directive::Stopping => return,
                 Directive::LeaveInSlot | Directive::Leave | Directive::Close => {
-                    wakers.of(WakerSlot::Owner)
+                    wakers.take(WakerSlot::Owner)
                 }
                 // The task of an owner reads before it closes the connection, so it only has to know that
                 // it is to leave.
                 Directive::Read if former >= Directive::Leave && wakers.have(WakerSlot::Owner) => {
-                    Wakers::None
+                    return;
                 }
-                Directive::Read if wakers.have(WakerSlot::Owner) => wakers.of(WakerSlot::Owner),
-                Directive::Read => wakers.of(WakerSlot::Read),
-                Directive::Expire | Directive::Cut => self.take_all(&mut wakers),
-            }
+                Directive::Read if wakers.have(WakerSlot::Owner) => wakers.take(WakerSlot::Owner),
+                Directive::Read => wakers.take(WakerSlot::Read),
+                Directive::Expire | Directive::Cut => mem::take(&mut *wakers),
+            };
+            self.wait_no_longer(taken)
         };
         woken.wake();
     }
 
     /// Wakes the task that reads, so that it checks what has changed elsewhere.
     pub(crate) fn wake_reader(&self) {
-        let woken = lock!(self.wakers).of(WakerSlot::Read);
-        woken.wake();
+        self.take(|wakers| wakers.take(WakerSlot::Read)).wake();
     }
 
     /// Wakes every task that waits for the connection, so that it reads its directive again.
     pub(crate) fn wake_all(&self) {
-        let woken = self.take_all(&mut lock!(self.wakers));
-        woken.wake();
+        self.take(mem::take).wake();
     }
 
-    /// A task that has more to wait for stores its waker again in the poll that the wake-up causes.
-    fn take_all(&self, wakers: &mut Wakers) -> Wakers {
-        self.waits.store(0, Ordering::Relaxed);
-        mem::replace(wakers, Wakers::None)
+    /// Takes wakers, which the caller wakes or drops after the lock is released.
+    fn take(&self, take: impl FnOnce(&mut Wakers) -> Wakers) -> Wakers {
+        let mut wakers = lock!(self.wakers);
+        self.wait_no_longer(take(&mut wakers))
+    }
+
+    /// Called under the lock with the wakers that are taken. A task that has more to wait for stores its
+    /// waker again in the poll that the wake-up causes.
+    fn wait_no_longer(&self, taken: Wakers) -> Wakers {
+        let waits = self.waits.load(Ordering::Relaxed) & !taken.slots();
+        self.waits.store(waits, Ordering::Relaxed);
+        taken
     }
 
     /// Removes all wakers, as if the connection had just been opened: its next task has not polled
     /// it yet.
     #[cfg(feature = "axum")]
     pub(crate) fn forget_all(&self) {
-        let wakers = self.take_all(&mut lock!(self.wakers));
-        drop(wakers);
+        let forgotten = self.take(|wakers| {
+            self.waits.store(0, Ordering::Relaxed);
+            mem::take(wakers)
+        });
+        drop(forgotten);
     }
 
     /// Whether the connection was cut after something had been written, or tried to be. Called by
@@ -208,8 +228,7 @@ impl ConnectionState {
 
     /// Whether no task has tried to read yet, and the connection was not cut.
     pub(crate) fn is_unread(&self) -> bool {
-        let wakers = lock!(self.wakers);
-        self.directive() < Directive::Cut && !wakers.have(WakerSlot::Read)
+        self.directive() < Directive::Cut && self.waits.load(Ordering::Relaxed) & READ == 0
     }
 }
 
@@ -232,8 +251,7 @@ impl ConnectionState {
         // Release: partner of the Acquire in `poll_streams_ended`. Acquire: the last stream is
         // ordered after all others.
         if self.streams.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let woken = lock!(self.wakers).of(WakerSlot::Streams);
-            woken.wake();
+            self.take(|wakers| wakers.take(WakerSlot::Streams)).wake();
         }
     }
 
@@ -287,7 +305,7 @@ impl ConnectionState {
     /// connection was read and written by that task too. Otherwise an upgraded connection would keep
     /// the task in memory, for as long as its handler does not write, for example.
     pub(crate) fn owner_left(&self, cx: &Context<'_>) {
-        let left = lock!(self.wakers).forget(cx.waker());
+        let left = self.take(|wakers| wakers.forget(cx.waker()));
         drop(left);
     }
 }
@@ -299,7 +317,7 @@ mod models {
     use loom::{model, thread};
 
     use super::*;
-    use crate::sync::wait;
+    use crate::sync::{AtomicBool, wait};
 
     /// The waker is stored in the first poll; the second only reads the directive. If the wake-up
     /// could be lost, loom would find an execution that never ends.
@@ -343,6 +361,55 @@ mod models {
         });
     }
 
+    /// The task is the owner and reads. It is woken to leave, and perhaps not polled before the cut.
+    #[test]
+    fn a_task_that_was_told_to_leave_is_woken_by_the_cut() {
+        model(|| {
+            let state = Arc::new(ConnectionState::new(Directive::Stay));
+            let instructing = Arc::clone(&state);
+            let instructor = thread::spawn(move || {
+                instructing.instruct(Directive::Leave);
+                instructing.instruct(Directive::Cut);
+            });
+            let (mut io, mut owner) = <(RegisteredWaker, RegisteredWaker)>::default();
+            wait(|cx| {
+                state.enter(&mut owner, WakerSlot::Owner, cx);
+                match state.enter(&mut io, WakerSlot::Read, cx) {
+                    Directive::Cut => Poll::Ready(()),
+                    _ => Poll::Pending,
+                }
+            });
+            instructor.join().unwrap();
+        });
+    }
+
+    /// The wake-up of the reader may find that its waker was taken by the directive.
+    #[test]
+    fn a_task_that_was_told_to_leave_is_woken_to_read() {
+        model(|| {
+            let state = Arc::new(ConnectionState::new(Directive::Stay));
+            let changed = Arc::new(AtomicBool::new(false));
+            let (instructing, changing) = (Arc::clone(&state), Arc::clone(&state));
+            let instructor = thread::spawn(move || instructing.instruct(Directive::Leave));
+            let change = Arc::clone(&changed);
+            let changer = thread::spawn(move || {
+                change.store(true, Ordering::Relaxed);
+                changing.wake_reader();
+            });
+            let (mut io, mut owner) = <(RegisteredWaker, RegisteredWaker)>::default();
+            wait(|cx| {
+                state.enter(&mut owner, WakerSlot::Owner, cx);
+                state.enter(&mut io, WakerSlot::Read, cx);
+                if changed.load(Ordering::Relaxed) {
+                    return Poll::Ready(());
+                }
+                Poll::Pending
+            });
+            instructor.join().unwrap();
+            changer.join().unwrap();
+        });
+    }
+
     #[cfg(all(feature = "axum", feature = "signal"))]
     #[test]
     fn the_last_stream_is_waited_for() {
@@ -381,8 +448,11 @@ mod tests {
         sync::{
             Arc,
             atomic::{AtomicUsize, Ordering::Relaxed},
+            mpsc,
         },
         task::Wake,
+        thread,
+        time::Duration,
     };
 
     use super::{super::wakers::Each, *};
@@ -427,17 +497,11 @@ mod tests {
 
     fn holds(state: &ConnectionState) -> Each<bool> {
         let wakers = lock!(state.wakers);
-        [
-            WakerSlot::Read,
-            WakerSlot::Write,
-            WakerSlot::Owner,
-            WakerSlot::Streams,
-        ]
-        .map(|slot| wakers.have(slot))
+        WakerSlot::ALL.map(|slot| wakers.have(slot))
     }
 
     fn is_one(state: &ConnectionState) -> bool {
-        matches!(*lock!(state.wakers), Wakers::One(..))
+        matches!(*lock!(state.wakers), Wakers::One(Some(_)))
     }
 
     #[test]
@@ -460,14 +524,15 @@ mod tests {
         state.instruct(Directive::Leave);
         state.instruct(Directive::LeaveInSlot);
         assert_eq!(task.woken(), 1);
-        // The owner's waker is still stored.
+        assert_eq!(holds(&state), [false; 4]);
         assert_eq!(
             task.enters(&state, &mut owner, WakerSlot::Owner),
             Directive::Leave
         );
         state.instruct(Directive::Close);
         assert_eq!(task.woken(), 1);
-        assert!(!state.is_cut_short());
+        assert!(!state.is_cut_short() && !state.is_unread());
+        task.enters(&state, &mut io, WakerSlot::Write);
         state.instruct(Directive::Cut);
         assert_eq!(task.woken(), 1);
         assert_eq!(
@@ -490,6 +555,7 @@ mod tests {
         state.instruct(Directive::Close);
         let woken = [&reader, &writer, &owner].map(|task| task.woken());
         assert_eq!(woken, [0, 0, 1]);
+        owner.enters(&state, &mut registered, WakerSlot::Owner);
         state.instruct(Directive::Cut);
         let woken = [&reader, &writer, &owner].map(|task| task.woken());
         assert_eq!(woken, [1, 1, 1]);
@@ -529,6 +595,62 @@ mod tests {
         state.stream_ended();
         assert_eq!(task.woken(), 1);
         assert!(state.poll_streams_ended(&mut stored, cx).is_ready());
+    }
+
+    /// A task is woken with all its slots, and the others still wait.
+    #[test]
+    fn a_task_that_is_woken_stores_its_waker_again() {
+        use WakerSlot::{Owner, Read, Streams, Write};
+        let state = ConnectionState::new(Directive::Stay);
+        let tasks = [(); 4].map(|()| Arc::<Task>::default());
+        let [mut io, mut owner] = [(); 2].map(|()| RegisteredWaker::default());
+        let slots = [Read, Write, Owner, Streams];
+        for (task, slot) in tasks.iter().zip(slots) {
+            let stored = match slot {
+                Read | Write => &mut io,
+                Owner | Streams => &mut owner,
+            };
+            task.enters(&state, stored, slot);
+        }
+        assert_eq!(holds(&state), [true; 4]);
+        let woken = || tasks.each_ref().map(|task| task.woken());
+        state.wake_reader();
+        assert_eq!(woken(), [1, 0, 0, 0]);
+        state.wake_reader();
+        assert_eq!(woken(), [0; 4]);
+        assert_eq!(holds(&state), [false, true, true, true]);
+
+        // The task of the owner reads too.
+        tasks[2].enters(&state, &mut io, Read);
+        tasks[2].enters(&state, &mut owner, Owner);
+        state.instruct(Directive::Leave);
+        assert_eq!(woken(), [0, 0, 1, 0]);
+        assert_eq!(holds(&state), [false, true, false, true]);
+        for (slot, stored) in [(Read, &mut io), (Owner, &mut owner)] {
+            assert_eq!(tasks[2].enters(&state, stored, slot), Directive::Leave);
+        }
+        assert_eq!(holds(&state), [true; 4]);
+        state.instruct(Directive::Read);
+        assert_eq!(woken(), [0; 4], "the owner has been told to leave");
+        state.instruct(Directive::Cut);
+        assert_eq!(woken(), [0, 1, 1, 1]);
+        assert_eq!(holds(&state), [false; 4]);
+    }
+
+    /// The timeline asks for every connection, under locks of its own.
+    #[test]
+    fn whether_a_connection_was_read_is_known_without_its_lock() {
+        let state = ConnectionState::new(Directive::Stay);
+        let (send, asked) = mpsc::channel();
+        thread::scope(|scope| {
+            let held = lock!(state.wakers);
+            scope.spawn(|| {
+                let _ = send.send(state.is_unread());
+            });
+            let asked = asked.recv_timeout(Duration::from_secs(10));
+            drop(held);
+            assert_eq!(asked, Ok(true));
+        });
     }
 
     /// All sequences in which two tasks may poll for reading and writing, compared with a table of
@@ -589,10 +711,10 @@ mod tests {
             for slot in after {
                 upgraded.enters(&state, &mut io, *slot);
             }
-            let writes = [before, after].concat().contains(&Write);
+            let [reads, writes] = [Read, Write].map(|it| [before, after].concat().contains(&it));
             assert_eq!(
                 holds(&state),
-                [true, writes, false, false],
+                [reads, writes, false, false],
                 "{before:?} {after:?}"
             );
             assert!(!state.is_unread());

@@ -1,6 +1,6 @@
 //! The wakers of the tasks that wait for a connection. `state` has the argument about their order.
 
-use std::{mem, task::Waker};
+use std::{slice, task::Waker};
 
 use crate::background::shielded;
 
@@ -15,6 +15,8 @@ pub(crate) enum WakerSlot {
 }
 
 impl WakerSlot {
+    pub(super) const ALL: Each<Self> = [Self::Read, Self::Write, Self::Owner, Self::Streams];
+
     pub(super) const fn bit(self) -> u8 {
         1 << self as u8
     }
@@ -50,109 +52,125 @@ impl RegisteredWaker {
     }
 }
 
-/// The stored wakers. Usually one task does all the waiting, and there may be very many
-/// connections, so that case takes no allocation.
+/// A task that waits, and what it waits for.
+#[derive(Debug)]
+pub(super) struct WaitingTask {
+    waker: Waker,
+    slots: Each<bool>,
+}
+
+/// The tasks that wait, each for something else. Usually one task does all the waiting, and there may be
+/// very many connections, so that case takes no allocation.
+///
+/// Nothing here clones, wakes or drops a waker, except [`wake`](Self::wake): the caller holds a lock, and
+/// such code of the user may do anything.
 #[derive(Debug)]
 pub(super) enum Wakers {
-    None,
-    One(Waker, Each<bool>),
-    Several(Box<Each<Option<Waker>>>),
+    One(Option<WaitingTask>),
+    /// At least two.
+    Several(Box<Each<Option<WaitingTask>>>),
+}
+
+impl Default for Wakers {
+    fn default() -> Self {
+        Self::One(None)
+    }
 }
 
 impl Wakers {
-    /// Stores a waker. Returns a former one, which the caller drops after the lock is released.
-    pub(super) fn store(&mut self, slot: WakerSlot, waker: &Waker) -> Option<Waker> {
-        let index = slot as usize;
+    fn places(&self) -> &[Option<WaitingTask>] {
         match self {
-            Self::None => *self = Self::One(waker.clone(), only(slot)),
-            Self::One(one, waits) if one.will_wake(waker) => waits[index] = true,
-            Self::One(one, waits) if *waits == only(slot) => {
-                return Some(mem::replace(one, waker.clone()));
-            }
-            Self::One(one, waits) => {
-                let mut several = Box::new(waits.map(|waits| waits.then(|| one.clone())));
-                several[index] = Some(waker.clone());
-                *self = Self::Several(several);
-            }
-            Self::Several(several) => {
-                let former = several[index].replace(waker.clone());
-                self.merge();
-                return former;
-            }
-        }
-        None
-    }
-
-    /// If all wakers belong to one task again, as after an upgrade, one of them is enough.
-    fn merge(&mut self) {
-        let Self::Several(several) = self else {
-            return;
-        };
-        let mut all = several.iter().flatten();
-        let Some(first) = all.next() else {
-            return;
-        };
-        if all.all(|other| other.will_wake(first)) {
-            let waits = several.each_ref().map(Option::is_some);
-            *self = Self::One(first.clone(), waits);
+            Self::One(place) => slice::from_ref(place),
+            Self::Several(places) => &**places,
         }
     }
 
-    fn get(&self, slot: WakerSlot) -> Option<&Waker> {
+    fn places_mut(&mut self) -> &mut [Option<WaitingTask>] {
         match self {
-            Self::One(one, waits) => waits[slot as usize].then_some(one),
-            Self::Several(several) => several[slot as usize].as_ref(),
-            Self::None => None,
+            Self::One(place) => slice::from_mut(place),
+            Self::Several(places) => &mut **places,
+        }
+    }
+
+    /// Stores a waker. Returns what it replaces, and the waker itself if it is stored already. The caller
+    /// drops them after the lock is released.
+    pub(super) fn store(
+        &mut self,
+        slot: WakerSlot,
+        waker: Waker,
+    ) -> (Option<WaitingTask>, Option<Waker>) {
+        let (mut replaced, mut is_stored) = (None, false);
+        for place in self.places_mut() {
+            let Some(task) = place else { continue };
+            let is_own = task.waker.will_wake(&waker);
+            task.slots[slot as usize] = is_own;
+            is_stored |= is_own;
+            if !task.slots.contains(&true) {
+                replaced = place.take();
+            }
+        }
+        if is_stored {
+            self.shrink();
+            return (replaced, Some(waker));
+        }
+        let slots = only(slot);
+        self.insert(WaitingTask { waker, slots });
+        (replaced, None)
+    }
+
+    /// There is a place, because each of the other tasks has a slot of its own.
+    fn insert(&mut self, task: WaitingTask) {
+        let places = self.places_mut();
+        if let Some(place) = places.iter_mut().find(|place| place.is_none()) {
+            *place = Some(task);
+        } else if let Self::One(first) = self {
+            *self = Self::Several(Box::new([first.take(), Some(task), None, None]));
+        }
+    }
+
+    /// After a task has been removed.
+    fn shrink(&mut self) {
+        let Self::Several(places) = self else { return };
+        if places.iter().flatten().count() < 2 {
+            *self = Self::One(places.iter_mut().find_map(Option::take));
         }
     }
 
     pub(super) fn have(&self, slot: WakerSlot) -> bool {
-        self.get(slot).is_some()
+        let mut tasks = self.places().iter().flatten();
+        tasks.any(|task| task.slots[slot as usize])
     }
 
-    /// A copy of the waker in this slot.
-    pub(super) fn of(&self, slot: WakerSlot) -> Self {
-        self.get(slot)
-            .map_or(Self::None, |waker| Self::One(waker.clone(), only(slot)))
+    /// The slots whose wakers are stored.
+    pub(super) fn slots(&self) -> u8 {
+        WakerSlot::ALL
+            .into_iter()
+            .filter(|slot| self.have(*slot))
+            .fold(0, |slots, slot| slots | slot.bit())
     }
 
-    /// Removes the waker of this task from all slots. One that does nothing stays for reading, to show
-    /// that the connection has been read. The caller drops the result after the lock is released.
+    /// Removes the task that waits for this, also from the other slots.
+    pub(super) fn take(&mut self, slot: WakerSlot) -> Self {
+        self.take_task(|task| task.slots[slot as usize])
+    }
+
+    /// Removes the task that has this waker.
     #[cfg(all(feature = "axum", feature = "signal"))]
-    pub(super) fn forget(&mut self, task: &Waker) -> Self {
-        let noop = || Waker::noop().clone();
-        match self {
-            Self::One(one, waits) if one.will_wake(task) => {
-                let left = if waits[WakerSlot::Read as usize] {
-                    Self::One(noop(), only(WakerSlot::Read))
-                } else {
-                    Self::None
-                };
-                mem::replace(self, left)
-            }
-            Self::None | Self::One(..) => Self::None,
-            Self::Several(several) => {
-                let of_task = |waker: &mut Option<Waker>| waker.take_if(|it| it.will_wake(task));
-                let forgotten = several.each_mut().map(of_task);
-                if forgotten[WakerSlot::Read as usize].is_some() {
-                    several[WakerSlot::Read as usize] = Some(noop());
-                }
-                self.merge();
-                Self::Several(Box::new(forgotten))
-            }
-        }
+    pub(super) fn forget(&mut self, waker: &Waker) -> Self {
+        self.take_task(|task| task.waker.will_wake(waker))
+    }
+
+    fn take_task(&mut self, is: impl Fn(&WaitingTask) -> bool) -> Self {
+        let mut places = self.places_mut().iter_mut();
+        let taken = places.find_map(|place| place.take_if(|task| is(task)));
+        self.shrink();
+        Self::One(taken)
     }
 
     /// A waker that panics does not keep others from being woken.
-    pub(super) fn wake(self) {
-        match self {
-            Self::None => {}
-            Self::One(waker, _) => shielded(|| waker.wake()),
-            Self::Several(several) => {
-                for waker in several.into_iter().flatten() {
-                    shielded(|| waker.wake());
-                }
-            }
+    pub(super) fn wake(mut self) {
+        for task in self.places_mut().iter_mut().filter_map(Option::take) {
+            shielded(|| task.waker.wake());
         }
     }
 }
@@ -163,7 +181,8 @@ mod tests {
 
     #[test]
     fn every_slot_has_its_own_bit_and_every_poller_two() {
-        let slots = [Read, Write, Owner, Streams];
+        let slots = WakerSlot::ALL;
+        assert_eq!(slots, [Read, Write, Owner, Streams]);
         assert_eq!(slots.map(WakerSlot::bit), [1, 2, 4, 8]);
         assert_eq!(slots.map(WakerSlot::bits_of_poller), [3, 3, 12, 12]);
     }

@@ -152,7 +152,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
         // queue.
         let never_read = match directive {
             Directive::Close => entry.state.is_unread(),
-            // `Expire` has removed the wakers, which `is_unread` depends on.
+            // A task that finds the connection expired has tried to read, but has read nothing.
             Directive::Expire => !entry.sniffer.has_read(),
             _ => false,
         };

@@ -1,0 +1,172 @@
+//! Wakers that run code of their user when they are cloned or dropped. That code may stop the service, or block.
+
+mod waits;
+
+use std::{
+    future::Future,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, mpsc},
+    task::{Context, Waker},
+    thread,
+    time::Duration,
+};
+
+use cooked_waker::{IntoWaker, Wake, WakeRef};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf, empty},
+    runtime,
+};
+use tower_graceful::{Graceful, Phase};
+
+use crate::waits::{BOUND, wait_for};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum When {
+    Cloned,
+    Dropped,
+}
+
+/// Each clone counts as another task.
+struct Calls {
+    when: When,
+    code: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl Clone for Calls {
+    fn clone(&self) -> Self {
+        if self.when == When::Cloned {
+            (self.code)();
+        }
+        let code = Arc::clone(&self.code);
+        Self { code, ..*self }
+    }
+}
+
+impl Drop for Calls {
+    fn drop(&mut self) {
+        if self.when == When::Dropped {
+            (self.code)();
+        }
+    }
+}
+
+impl WakeRef for Calls {
+    fn wake_by_ref(&self) {}
+}
+
+impl Wake for Calls {}
+
+fn waker(when: When, code: impl Fn() + Send + Sync + 'static) -> Waker {
+    let code = Arc::new(code);
+    Box::new(Calls { when, code }).into_waker()
+}
+
+fn graceful() -> Graceful {
+    let builder = Graceful::builder()
+        .drain_delay(Duration::ZERO)
+        .drain_timeout(Duration::from_millis(300));
+    builder.build().unwrap()
+}
+
+/// Polls twice, so that wakers are stored, and then replaced.
+type Polls = fn(&Graceful, &Waker);
+
+fn poll_connection(graceful: &Graceful, waker: &Waker) {
+    let mut io = pin!(graceful.track(empty()));
+    let cx = &mut Context::from_waker(waker);
+    for _ in 0..2 {
+        let _ = io.as_mut().poll_read(cx, &mut ReadBuf::new(&mut [0]));
+        let _ = io.as_mut().poll_write(cx, b"x");
+    }
+}
+
+fn poll_draining(graceful: &Graceful, waker: &Waker) {
+    let mut draining = pin!(graceful.draining());
+    let cx = &mut Context::from_waker(waker);
+    for _ in 0..2 {
+        let _ = Pin::new(&mut draining).poll(cx);
+    }
+}
+
+const ALL: [(Polls, When); 4] = [
+    (poll_connection, When::Cloned),
+    (poll_connection, When::Dropped),
+    (poll_draining, When::Cloned),
+    (poll_draining, When::Dropped),
+];
+
+/// Runs code that may never return.
+fn assert_returns(code: impl FnOnce() + Send + 'static) {
+    let (done, is_done) = mpsc::channel();
+    let runs = thread::spawn(move || {
+        code();
+        done.send(()).unwrap();
+    });
+    if is_done.recv_timeout(BOUND) == Err(mpsc::RecvTimeoutError::Timeout) {
+        panic!("it does not return");
+    }
+    runs.join().unwrap();
+}
+
+#[test]
+fn a_waker_may_stop_the_service_when_it_is_cloned_or_dropped() {
+    for (polls, when) in ALL {
+        assert_returns(move || {
+            let graceful = graceful();
+            let stops = graceful.clone();
+            polls(&graceful, &waker(when, move || stops.shutdown()));
+            assert!(graceful.phase() > Phase::Serving, "{when:?}");
+        });
+    }
+}
+
+/// With a listener, the stop also waits for connections that were never read.
+#[cfg(feature = "axum")]
+async fn listen(graceful: &Graceful) {
+    use axum::serve::Listener;
+    use futures_util::FutureExt;
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    assert!(
+        graceful
+            .listener(listener)
+            .accept()
+            .now_or_never()
+            .is_none()
+    );
+}
+
+#[cfg(not(feature = "axum"))]
+async fn listen(_: &Graceful) {}
+
+#[test]
+fn a_waker_that_blocks_when_it_is_cloned_or_dropped_does_not_delay_the_stop() {
+    for (polls, when) in ALL {
+        let runtime = runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let graceful = graceful();
+        runtime.block_on(listen(&graceful));
+        let (release, blocked) = mpsc::channel::<()>();
+        let (calls, is_called) = mpsc::channel();
+        let blocked = Mutex::new(blocked);
+        let waker = waker(when, move || {
+            let _ = calls.send(());
+            let _ = blocked.lock().unwrap().recv();
+        });
+        let polled = graceful.clone();
+        let poller = thread::spawn(move || polls(&polled, &waker));
+        is_called.recv_timeout(BOUND).unwrap();
+        let stops = graceful.clone();
+        // A thread of its own, because the thread that stops the service wakes tasks, which drops their wakers.
+        let stopper = thread::spawn(move || stops.shutdown());
+        assert_returns(move || {
+            let is_stopped = || graceful.phase() == Phase::Stopped;
+            runtime.block_on(wait_for(format!("{when:?}"), is_stopped));
+        });
+        drop(release);
+        poller.join().unwrap();
+        stopper.join().unwrap();
+    }
+}
