@@ -1,12 +1,16 @@
 //! The steps of a stop, checked to the millisecond by tokio's paused clock. Listeners and
 //! connections are registered by hand.
 
+#[cfg(all(feature = "axum", feature = "signal"))]
+use std::{pin::Pin, sync::mpsc, thread};
 use std::{
     sync::Arc,
     task::{Context, Waker},
 };
 
 use http::{Method, StatusCode};
+#[cfg(all(feature = "axum", feature = "signal"))]
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::{
     sync::oneshot,
     time::{Duration, Instant, sleep_until},
@@ -1563,4 +1567,35 @@ fn a_response_in_a_spread_does_not_wait_for_the_lock_of_the_timeline() {
     let (slot, asks) = asked.expect("the response waits");
     assert!(slot >= stop.begun && slot <= Instant::now());
     assert!(!asks, "the spread has just begun");
+}
+
+/// Requests of all connections would wait for it, on every thread.
+#[cfg(all(feature = "axum", feature = "signal"))]
+#[test]
+fn a_read_in_the_lame_duck_phase_waits_for_no_shared_lock() {
+    let builder = Graceful::builder().grace_period(ms(120_000));
+    let graceful = builder.drain_delay(ms(60_000)).build().unwrap();
+    let _probes: axum::Router = graceful.probes();
+    let shared = graceful.shared();
+    let mut io = graceful.track(&b"GET /livez HTTP/1.1\r\n\r\n"[..]);
+    graceful.shutdown();
+    assert_eq!(graceful.phase(), Phase::LameDuck);
+    shared.connections.take_activity();
+    let (send, read) = mpsc::channel();
+    let held = (shared.state(), shared.connections.hold());
+    let reader = thread::spawn(move || {
+        let mut bytes = [0; 64];
+        let mut buf = ReadBuf::new(&mut bytes);
+        let cx = &mut Context::from_waker(Waker::noop());
+        let polled = Pin::new(&mut io).poll_read(cx, &mut buf);
+        send.send(polled.is_ready().then_some(buf.filled().len()))
+            .unwrap();
+        io
+    });
+    let read = read.recv_timeout(Duration::from_secs(10));
+    drop(held);
+    let io = reader.join().unwrap();
+    assert_eq!(read, Ok(Some(23)));
+    assert!(shared.connections.take_activity(), "the read is recorded");
+    drop(io);
 }
