@@ -11,7 +11,7 @@
 //!    A remembered waker keeps its task in memory, so no new task can be taken for one of them.)
 //!    So while the same task polls, there is nothing to store, and it only reads the directive,
 //!    with `Acquire`; the partner is the `Release` in `instruct`. Models:
-//!    `a_task_that_was_told_to_leave_is_woken_by_the_cut`, `a_task_that_was_told_to_leave_is_woken_to_read`.
+//!    `a_task_that_was_told_to_leave_is_woken_by_the_cut`, `a_task_whose_waker_was_taken_sees_what_it_is_woken_for`.
 //! 3. *That read misses no wake-up.* The stored waker belongs to the polling task, and `instruct`
 //!    changes the directive before it wakes. A wake-up before the poll orders the new directive
 //!    before it; a wake-up during the poll causes another poll.
@@ -361,52 +361,61 @@ mod models {
         });
     }
 
-    /// The task is the owner and reads. It is woken to leave, and perhaps not polled before the cut.
+    /// It may be cut before it has been polled again.
     #[test]
     fn a_task_that_was_told_to_leave_is_woken_by_the_cut() {
         model(|| {
             let state = Arc::new(ConnectionState::new(Directive::Stay));
-            let instructing = Arc::clone(&state);
-            let instructor = thread::spawn(move || {
-                instructing.instruct(Directive::Leave);
-                instructing.instruct(Directive::Cut);
-            });
-            let (mut io, mut owner) = <(RegisteredWaker, RegisteredWaker)>::default();
+            let mut owner = RegisteredWaker::default();
+            let mut instructor = None;
             wait(|cx| {
-                state.enter(&mut owner, WakerSlot::Owner, cx);
-                match state.enter(&mut io, WakerSlot::Read, cx) {
-                    Directive::Cut => Poll::Ready(()),
-                    _ => Poll::Pending,
+                if state.enter(&mut owner, WakerSlot::Owner, cx) == Directive::Cut {
+                    return Poll::Ready(());
                 }
+                instructor.get_or_insert_with(|| {
+                    let state = Arc::clone(&state);
+                    thread::spawn(move || {
+                        state.instruct(Directive::Leave);
+                        state.instruct(Directive::Cut);
+                    })
+                });
+                Poll::Pending
             });
-            instructor.join().unwrap();
+            instructor.unwrap().join().unwrap();
         });
     }
 
-    /// The wake-up of the reader may find that its waker was taken by the directive.
+    /// The wake-up of the reader may come when the directive has taken its waker, and has not woken it yet.
     #[test]
-    fn a_task_that_was_told_to_leave_is_woken_to_read() {
-        model(|| {
+    fn a_task_whose_waker_was_taken_sees_what_it_is_woken_for() {
+        let mut bounded = loom::model::Builder::new();
+        // With three threads, the states are too many for all preemptions.
+        bounded.preemption_bound = Some(3);
+        bounded.check(|| {
             let state = Arc::new(ConnectionState::new(Directive::Stay));
             let changed = Arc::new(AtomicBool::new(false));
-            let (instructing, changing) = (Arc::clone(&state), Arc::clone(&state));
-            let instructor = thread::spawn(move || instructing.instruct(Directive::Leave));
-            let change = Arc::clone(&changed);
-            let changer = thread::spawn(move || {
-                change.store(true, Ordering::Relaxed);
-                changing.wake_reader();
-            });
-            let (mut io, mut owner) = <(RegisteredWaker, RegisteredWaker)>::default();
+            let mut io = RegisteredWaker::default();
+            let mut others = None;
             wait(|cx| {
-                state.enter(&mut owner, WakerSlot::Owner, cx);
                 state.enter(&mut io, WakerSlot::Read, cx);
                 if changed.load(Ordering::Relaxed) {
                     return Poll::Ready(());
                 }
+                others.get_or_insert_with(|| {
+                    let (instructed, woken) = (Arc::clone(&state), Arc::clone(&state));
+                    let changed = Arc::clone(&changed);
+                    let instructor = thread::spawn(move || instructed.instruct(Directive::Read));
+                    let changer = thread::spawn(move || {
+                        changed.store(true, Ordering::Relaxed);
+                        woken.wake_reader();
+                    });
+                    [instructor, changer]
+                });
                 Poll::Pending
             });
-            instructor.join().unwrap();
-            changer.join().unwrap();
+            for other in others.unwrap() {
+                other.join().unwrap();
+            }
         });
     }
 
