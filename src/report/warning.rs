@@ -19,6 +19,10 @@ pub enum Warning {
     RequestOutsideLayer(OutsideLayer),
     /// Upgraded connections were open while draining, and no [`Hold`](crate::Hold) was left, so the
     /// drain did not wait for their handlers. Oldest first.
+    ///
+    /// A WebSocket over HTTP/2 ([RFC 8441](https://www.rfc-editor.org/rfc/rfc8441)) is one stream of its
+    /// connection. [`serve`](crate::Graceful::serve) knows such streams. With axum's own server they need a hold
+    /// as well, and there is no warning about them.
     UpgradesNotHeld(Vec<UpgradedConnection>),
 }
 
@@ -36,7 +40,8 @@ pub struct OutsideLayer {
     pub peer: Option<SocketAddr>,
 }
 
-/// A connection that was upgraded from HTTP to another protocol. See [`Warning`].
+/// A connection, or a stream of an HTTP/2 connection, that was upgraded from HTTP to another protocol.
+/// See [`Warning`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]

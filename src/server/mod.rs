@@ -66,6 +66,7 @@ use crate::{
         directive::Directive,
         entry,
         flags::{MAY_DROP, UPGRADED, UPGRADES},
+        upgraded::Upgrade,
     },
     phase::Phase,
     shutdown::Shared,
@@ -100,7 +101,8 @@ impl ConnectionEntry {
     #[cold]
     fn not_upgraded(&self) {
         if !self.flags.has(UPGRADED) {
-            self.owner.upgraded.ended(self.number());
+            let connection = Upgrade::Connection(self.number());
+            self.owner.upgraded.ended(connection);
         }
     }
 
@@ -108,6 +110,7 @@ impl ConnectionEntry {
     #[cold]
     fn upgraded(&self) {
         self.flags.set(UPGRADED | UPGRADES);
-        self.owner.upgraded.began(self.number(), self.peer());
+        let connection = Upgrade::Connection(self.number());
+        self.owner.upgraded.began(connection, self.peer());
     }
 }

@@ -1,11 +1,18 @@
 //! Mistakes in the set-up, which the log and the report name, and correct set-ups without a warning.
 
-use std::time::Duration;
+use std::{
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
 
 use crate::{
     Test,
-    client::{Connection, http2},
-    long_lived::peer::Raw,
+    client::{
+        Connection,
+        frames::{self, DATA, END_STREAM, HEADERS},
+        http2,
+    },
+    long_lived::peer::{self, CLOSE, Raw, TEXT, masked},
     process::{Exit, Server},
     server::Form,
 };
@@ -42,6 +49,11 @@ pub(crate) const TESTS: &[Test] = &[
         unheld_among_others,
     ),
     (
+        "misuse::tunnels_of_http2_without_a_hold_are_named_when_draining_starts",
+        &[Form::Serve],
+        unheld_over_http2,
+    ),
+    (
         "misuse::a_correct_set_up_has_no_warning",
         Form::CUTTING,
         ordinary,
@@ -55,6 +67,11 @@ pub(crate) const TESTS: &[Test] = &[
         "misuse::websockets_that_are_held_or_notified_have_no_warning",
         Form::CUTTING,
         held,
+    ),
+    (
+        "misuse::tunnels_of_http2_that_are_held_or_have_ended_have_no_warning",
+        &[Form::Serve],
+        held_over_http2,
     ),
 ];
 
@@ -183,6 +200,73 @@ fn unheld_among_others(form: Form) {
         from(&second.0)
     );
     assert_warned(&exit, UNHELD, &[&both]);
+}
+
+/// Begins HTTP/2. Returns the client's address too.
+fn open_http2(server: &Server) -> (frames::Connection, SocketAddr) {
+    let stream = TcpStream::connect(server.address).unwrap();
+    let from = stream.local_addr().unwrap();
+    (frames::Connection::on(stream, &[]), from)
+}
+
+/// Opens a WebSocket over HTTP/2, and returns its stream.
+#[track_caller]
+fn open_tunnel(connection: &mut frames::Connection, path: &str) -> u32 {
+    let stream = connection.connect(path, "websocket").unwrap();
+    let head = connection.next(HEADERS);
+    assert!(head.is_ok() && head.flags & END_STREAM == 0, "{head:?}");
+    stream
+}
+
+/// Two WebSockets on one connection, and one on another. One that has ended is not named.
+fn unheld_over_http2(form: Form) {
+    let mut server = Server::start(form, &["delay=300", "drain=2000"]);
+    let (mut connection, from) = open_http2(&server);
+    let first = open_tunnel(&mut connection, "/ws/unheld/1?secret");
+    let ended = open_tunnel(&mut connection, "/ws/unheld/2");
+    open_tunnel(&mut connection, "/ws/unheld/3");
+    let (mut other, from_other) = open_http2(&server);
+    let refused = other.connect("/ws/missing", "websocket").unwrap();
+    assert!(!other.next(HEADERS).is_ok(), "{refused}");
+    open_tunnel(&mut other, "/ws/unheld/4");
+    connection.data(first, &masked(TEXT, b"hello")).unwrap();
+    assert_eq!(connection.next(DATA).payload, b"\x81\x05hello");
+    connection.end(ended).unwrap();
+    connection.end_of_stream();
+    server.terminate();
+    let exit = server.exit();
+    assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+    let all = format!(
+        "3 upgraded connections have no `Hold`: /ws/unheld/1 from {from}, /ws/unheld/3 from {from}, \
+         /ws/unheld/4 from {from_other}; "
+    );
+    assert_warned(&exit, UNHELD, &[&all, "`graceful.hold(…)`", "close_socket"]);
+    let warned = exit.written_after(UNHELD);
+    assert!(warned >= MS(300) && warned < MS(1500), "{warned:?}");
+}
+
+fn held_over_http2(form: Form) {
+    let mut server = Server::start(form, &["delay=300"]);
+    let (mut connection, _) = open_http2(&server);
+    let ended = open_tunnel(&mut connection, "/ws/unheld/1");
+    connection.end(ended).unwrap();
+    connection.end_of_stream();
+    let reset = open_tunnel(&mut connection, "/ws/unheld/2");
+    let cancel = 8_u32.to_be_bytes();
+    connection
+        .send(frames::RST_STREAM, 0, reset, &cancel)
+        .unwrap();
+    let held = open_tunnel(&mut connection, "/ws");
+    // A response that is open in the drain.
+    connection.begin("/sleep/1500").unwrap();
+    server.terminate();
+    assert_eq!(connection.next(DATA).stream, held);
+    let answer = masked(CLOSE, &peer::close(1001, ""));
+    connection.data(held, &answer).unwrap();
+    connection.until_closed();
+    let exit = server.exit();
+    exit.assert_clean();
+    assert_not_warned(&exit);
 }
 
 fn ordinary(form: Form) {

@@ -5,6 +5,7 @@ mod body;
 mod head_timer;
 mod owner;
 mod service;
+mod tunnel;
 
 use std::{
     convert::Infallible,
@@ -28,6 +29,7 @@ use self::{
     head_timer::{HeadTimeout, HeadTimer},
     owner::{OpenStream, Owner, RareSleep},
     service::Owned,
+    tunnel::Tunnel,
 };
 use super::{
     io::GracefulIo,
@@ -194,17 +196,35 @@ where
     }
 }
 
-/// Spawns the tasks of an HTTP/2 connection for hyper: one for each stream.
+/// Spawns the tasks of an HTTP/2 connection for hyper: one for each stream, and one more for each tunnel.
 #[derive(Clone)]
 struct Streams(Owner);
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     fn execute(&self, stream: F) {
-        tokio::spawn(Stream {
-            running: stream,
-            _open: OpenStream::new(self.0.clone()),
-        });
+        let open = OpenStream::new(self.0.clone());
+        match Tunnel::begin(&self.0) {
+            None => drop(tokio::spawn(Stream {
+                running: stream,
+                _open: open,
+            })),
+            Some(tunnel) => spawn_tunnel(Box::pin(stream), tunnel, open),
+        }
     }
+}
+
+/// Boxed, because few streams are tunnels.
+#[cold]
+fn spawn_tunnel(
+    stream: Pin<Box<dyn Future<Output = ()> + Send>>,
+    tunnel: Tunnel,
+    open: OpenStream,
+) {
+    tokio::spawn(async move {
+        stream.await;
+        drop(tunnel);
+        drop(open);
+    });
 }
 
 pin_project! {

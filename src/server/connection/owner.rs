@@ -16,6 +16,7 @@ use crate::{
         flags::{RESPONDED, UPGRADES},
         outside::Window,
         state::ConnectionState,
+        upgraded::TunnelNumber,
     },
     middleware::{connection_close, peer::TrackedPeer},
     phase::Phase,
@@ -102,20 +103,23 @@ impl Owner {
         }
     }
 
-    /// Records that a request asks for an upgrade. Not over HTTP/2, where a tunnel is one stream of many
-    /// and the connection itself is not upgraded.
+    /// Records that a request asks for an upgrade. Over HTTP/2 it asks for a tunnel, which is one stream of many,
+    /// and the connection itself is not upgraded. Returns the number of the tunnel.
     #[cold]
-    pub(super) fn asks_for_upgrade<B>(&self, request: &http::Request<B>) {
-        if request.version() < Version::HTTP_2 {
-            let path = match request.uri().path() {
-                // The target of a `CONNECT` is a host and has no path.
-                "" => &*request.uri().to_string(),
-                path => path,
-            };
-            self.0.flags.set(UPGRADES);
-            let upgraded = &self.0.owner.upgraded;
-            upgraded.asked(self.0.number(), path, self.0.peer());
+    pub(super) fn asks_for_upgrade<B>(&self, request: &http::Request<B>) -> Option<TunnelNumber> {
+        let path = match request.uri().path() {
+            // The target of a `CONNECT` is a host and has no path.
+            "" => &*request.uri().to_string(),
+            path => path,
+        };
+        let upgraded = &self.0.owner.upgraded;
+        if request.version() >= Version::HTTP_2 {
+            return (request.method() == Method::CONNECT)
+                .then(|| upgraded.asked_for_tunnel(path, self.0.peer()));
         }
+        self.0.flags.set(UPGRADES);
+        upgraded.asked(self.0.number(), path, self.0.peer());
+        None
     }
 
     /// Records that the connection speaks another protocol from now on.

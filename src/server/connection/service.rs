@@ -19,9 +19,10 @@ use tower_service::Service;
 use super::{
     body::{Kind, OwnedBody, Upload},
     owner::{OpenUpload, Owner},
+    tunnel,
 };
 use crate::{
-    connection::{flags::WATCHED, outside::Window, stagger::SLOT_REACHED},
+    connection::{flags::WATCHED, outside::Window, stagger::SLOT_REACHED, upgraded::TunnelNumber},
     middleware::connection_close,
     phase::Phase,
 };
@@ -58,15 +59,18 @@ where
                 asks: false,
                 connect: false,
                 is_lost_by_fin: false,
+                tunnel: None,
                 window: None,
                 owner: None,
             };
         }
         // hyper inserts an extension only for a request that may become an upgrade.
         let asks = !request.extensions().is_empty();
-        if asks {
-            self.owner.asks_for_upgrade(&request);
-        }
+        let tunnel = if asks {
+            self.owner.asks_for_upgrade(&request)
+        } else {
+            None
+        };
         self.owner.note_peer(&mut request);
         let watched = self.owner.0.flags.has(WATCHED);
         OwnedFuture {
@@ -81,6 +85,7 @@ where
             is_lost_by_fin: version < Version::HTTP_2
                 && !self.half_close
                 && self.owner.loses_by_fin(&request),
+            tunnel,
             owner: Some(self.owner.clone()),
             inner: Some(
                 self.inner
@@ -116,9 +121,11 @@ pin_project! {
         connect: bool,
         // An HTTP/1 request that arrived while requests were admitted, and that a FIN of its client drops.
         is_lost_by_fin: bool,
+        // The tunnel that an HTTP/2 request asks for.
+        tunnel: Option<TunnelNumber>,
         // Checks whether the layer sees the request.
         window: Option<Window>,
-        // Moves to the body.
+        // Moves to the body. Of a tunnel it is also kept here.
         owner: Option<Owner>,
     }
 
@@ -131,6 +138,9 @@ pin_project! {
                 }
                 if *this.is_lost_by_fin {
                     owner.0.dropped_unanswered();
+                }
+                if let Some(number) = this.tunnel.take() {
+                    tunnel::leave(owner, number);
                 }
             }
         }
@@ -165,6 +175,12 @@ where
                 owner.0.not_upgraded();
             }
         }
+        if let Some(number) = *this.tunnel {
+            // The executor is called next, and not while this future is polled.
+            if response.status().is_success() {
+                tunnel::grant(number);
+            }
+        }
         if let Some(window) = this.window.take() {
             owner.answered(window, &response);
         }
@@ -172,7 +188,11 @@ where
         if phase > Phase::Serving {
             owner.ask_to_leave(&mut response, *this.version, phase);
         }
-        let kind = match this.owner.take() {
+        let owner = match this.tunnel {
+            Some(_) => this.owner.clone(),
+            None => this.owner.take(),
+        };
+        let kind = match owner {
             Some(owner) if *this.version == Version::HTTP_2 => Kind::Http2(owner),
             Some(owner) if is_event_stream(&response) => Kind::Events(owner),
             _ => Kind::Other,
@@ -220,22 +240,27 @@ mod tests {
 
     use futures_util::FutureExt;
 
-    use super::*;
+    use super::{super::tunnel::Tunnel, *};
     use crate::handle::graceful::Graceful;
 
-    fn answered(owner: &Owner, status: StatusCode) {
+    /// A request that asks for an upgrade, and that is answered in its first poll.
+    fn asking(
+        owner: &Owner,
+        request: &http::Request<()>,
+        status: StatusCode,
+    ) -> OwnedFuture<Ready<Result<Response, Infallible>>> {
         let mut response = Response::new(Body::empty());
         *response.status_mut() = status;
-        let future = OwnedFuture::<Ready<_>> {
+        OwnedFuture {
             inner: Some(ready(Ok(response))),
-            version: Version::HTTP_11,
+            version: request.version(),
             asks: true,
-            connect: false,
+            connect: request.method() == Method::CONNECT,
             is_lost_by_fin: false,
+            tunnel: owner.asks_for_upgrade(request),
             window: None,
             owner: Some(owner.clone()),
-        };
-        assert!(future.now_or_never().is_some());
+        }
     }
 
     /// The path of such a request may be long, and its connection may stay open.
@@ -249,11 +274,43 @@ mod tests {
             (StatusCode::OK, 0),
             (StatusCode::SWITCHING_PROTOCOLS, 1),
         ] {
-            owner.asks_for_upgrade(&http::Request::new(()));
+            let future = asking(&owner, &http::Request::new(()), status);
             assert_eq!(shared.upgraded.len(), 1);
-            answered(&owner, status);
+            assert!(future.now_or_never().is_some());
             assert_eq!(shared.upgraded.len(), upgraded, "{status}");
         }
         assert!(shared.upgraded.any());
+    }
+
+    #[test]
+    fn a_tunnel_is_open_from_its_response_until_its_task_ends() {
+        let graceful = Graceful::new();
+        let shared = graceful.shared();
+        let owner = Owner(shared.connections.insert(shared.clone(), None));
+        let mut request = http::Request::connect("/room").body(()).unwrap();
+        *request.version_mut() = Version::HTTP_2;
+        let polled = |status| {
+            let mut future = Box::pin(asking(&owner, &request, status));
+            assert!(future.as_mut().now_or_never().is_some());
+            future
+        };
+        let tunnels = [(); 2].map(|()| {
+            let future = polled(StatusCode::OK);
+            let tunnel = Tunnel::begin(&owner).unwrap();
+            assert!(Tunnel::begin(&owner).is_none());
+            drop(future);
+            assert!(shared.upgraded.any());
+            tunnel
+        });
+        assert_eq!(shared.upgraded.len(), 2);
+        drop(tunnels);
+        assert_eq!(shared.upgraded.len(), 0);
+        // Refused, reset before its response, and granted without a task, as when hyper does not accept the response.
+        drop(polled(StatusCode::FORBIDDEN));
+        assert!(Tunnel::begin(&owner).is_none());
+        drop(asking(&owner, &request, StatusCode::OK));
+        drop(polled(StatusCode::OK));
+        assert!(Tunnel::begin(&owner).is_none());
+        assert_eq!(shared.upgraded.len(), 0);
     }
 }

@@ -20,6 +20,7 @@ use crate::{
         activity::Activity,
         directive::Directive,
         flags::{BODILESS, INSPECTED, RESPONDED, UPGRADED, UPGRADES},
+        upgraded::Upgrade,
         wakers::RegisteredWaker,
     },
     handle::graceful::Graceful,
@@ -106,7 +107,8 @@ impl<I: 'static> Drop for GracefulIo<I> {
             requests::end(entry);
         }
         if is_top && entry.flags.has(UPGRADES) {
-            entry.owner.upgraded.ended(entry.number());
+            let connection = Upgrade::Connection(entry.number());
+            entry.owner.upgraded.ended(connection);
         }
         // `serve` knows its requests.
         if is_top && !entry.is_served() && self.heads.is_asked() {
