@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{Method, StatusCode};
 
 use super::{leave_early::LeaveEarly, rejection::RejectionFn};
 
@@ -15,8 +15,18 @@ pub(crate) fn is_probe_path(path: &str) -> bool {
     path == LIVEZ || path == READYZ
 }
 
+/// Whether a probe answers requests with this method.
+pub(crate) fn is_probe_method(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
+}
+
 /// The default path of the preStop route.
 pub(crate) const PRESTOP: &str = "/prestop";
+
+/// Whether the preStop route answers requests with this method.
+pub(crate) fn is_pre_stop_method(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::POST)
+}
 
 /// The default of `drain_delay` if every listener is shared with the next process, which accepts
 /// new connections. No load balancer has to stop sending traffic then. The delay is for existing

@@ -110,7 +110,7 @@ impl Graceful {
     /// Merge the route outside the layer, as above. Inside the layer, a call counts as in flight
     /// until it is answered, and is never rejected, as with [`probes`](Self::probes). If the caller
     /// disconnects, the stop continues. HEAD and all methods other than GET and POST are answered
-    /// with 405.
+    /// with 405. If the layer wraps a whole router, it counts and rejects them as it does for any path.
     pub fn pre_stop(&self) -> PreStop {
         self.shared().wants_peers.store(true, Ordering::Relaxed);
         PreStop {
@@ -168,7 +168,7 @@ impl PreStop {
 
     fn begin<B>(&self, request: &Request<B>) -> Waiting {
         self.route.graceful.shared().outside.count_probe();
-        if !matches!(*request.method(), Method::GET | Method::POST) {
+        if !policy::is_pre_stop_method(request.method()) {
             return Waiting::Answer(StatusCode::METHOD_NOT_ALLOWED, "use GET or POST\n".into());
         }
         match self.callers.caller(request) {

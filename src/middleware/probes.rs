@@ -16,9 +16,9 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use tower_service::Service;
 
 use super::{connection_close, peer, probe_body::ProbeBody, probe_route::RouteHandle};
-#[cfg(feature = "axum")]
-use crate::config::policy;
-use crate::{handle::graceful::Graceful, phase::Phase, shutdown::leave_early::ProberId};
+use crate::{
+    config::policy, handle::graceful::Graceful, phase::Phase, shutdown::leave_early::ProberId,
+};
 
 impl Graceful {
     /// A router with `GET /livez` and `GET /readyz`, the paths that Kubernetes itself uses.
@@ -32,10 +32,10 @@ impl Graceful {
     ///
     /// If the layer wraps a whole router, as in
     /// `ServiceBuilder::new().layer(graceful.layer()).service(app)`, it cannot see routes. It then
-    /// admits every request for exactly `/livez` or `/readyz`, so merge the probes at the root. The
-    /// routes are not recognized with `nest_service`, as a fallback, or below middleware that does
-    /// not clone the inner service (such as tower's `Buffer`). Pass their paths to
-    /// [`exempt`](crate::GracefulBuilder::exempt) there.
+    /// never rejects a GET, HEAD or OPTIONS for exactly `/livez` or `/readyz`, so merge the probes at the
+    /// root. Other methods are counted and rejected as for any path. The routes are not recognized with
+    /// `nest_service`, as a fallback, or below middleware that does not clone the inner service (such as
+    /// tower's `Buffer`). Pass their paths to [`exempt`](crate::GracefulBuilder::exempt) there.
     ///
     /// ```
     /// # use axum::Router;
@@ -140,7 +140,7 @@ impl Probe {
                 (unready, text)
             }
         };
-        let known = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+        let known = policy::is_probe_method(method);
         if known && matches!(self.question, Question::Ready) {
             let is_ready = status == StatusCode::OK;
             if is_ready {

@@ -69,14 +69,18 @@ pub(super) fn is_exempt<B>(admission: Admission, request: &Request<B>) -> bool {
 }
 
 /// Whether a request is for a probe or the preStop route in a router that the layer wraps as a whole.
-/// There the layer cannot see routes, so the path decides: no router has seen the request, its path is
-/// a default path, and a router with that route exists.
+/// There the layer cannot see routes, so path and method decide: no router has seen the request, its path
+/// is a default path whose route answers this method, and a router with that route exists.
 fn is_for_route_inside<B>(admission: Admission, request: &Request<B>) -> bool {
-    let path = request.uri().path();
-    let is_default = policy::is_probe_path(path) || path == policy::PRESTOP;
+    let (path, method) = (request.uri().path(), request.method());
+    let is_answered = if path == policy::PRESTOP {
+        policy::is_pre_stop_method(method)
+    } else {
+        policy::is_probe_path(path) && policy::is_probe_method(method)
+    };
     // A route keeps the lifecycle alive, so a missing owner means that there are no routes.
     let has_route = || admission.owner().is_some_and(|it| it.has_route(path));
-    is_default && original_path(request).is_none() && has_route()
+    is_answered && original_path(request).is_none() && has_route()
 }
 
 /// The path before axum's `nest` removed its prefix. Every router of axum records it before it

@@ -127,6 +127,7 @@ mod spelled_like_a_probe {
     use futures_util::future::join_all;
     use tokio::sync::Semaphore;
     use tower::ServiceBuilder;
+    use tower_graceful::Snapshot;
     use tower_http::trace::TraceLayer;
 
     use super::*;
@@ -220,6 +221,42 @@ mod spelled_like_a_probe {
                 let response = app.clone().oneshot(get(path)).await.unwrap();
                 let status = response.status().as_u16();
                 assert!([429, 503].contains(&status), "around all: {path}: {status}");
+            }
+        }
+    }
+
+    /// There path and method decide, so a route of the user with the same two would pass too.
+    #[tokio::test]
+    async fn below_a_layer_around_all_only_the_methods_of_a_route_pass() {
+        for (graceful, _busy) in [draining(prompt()), full(prompt())] {
+            let app = tenants()
+                .merge(graceful.probes())
+                .merge(graceful.pre_stop().into_router());
+            let app = ServiceBuilder::new().layer(graceful.layer()).service(app);
+            // Without a peer the preStop route answers 403.
+            for (path, passing, passed) in [
+                ("/readyz", &["GET", "HEAD", "OPTIONS"][..], &[200, 503][..]),
+                ("/livez", &["GET", "HEAD", "OPTIONS"], &[200]),
+                ("/prestop", &["GET", "POST"], &[403]),
+            ] {
+                for method in [
+                    "GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "CONNECT", "BREW",
+                ] {
+                    let refused = |it: Snapshot| it.refused_draining + it.refused_full;
+                    let before = refused(graceful.snapshot());
+                    let mut request = get(path);
+                    *request.method_mut() = method.parse().unwrap();
+                    let response = app.clone().oneshot(request).await.unwrap();
+                    let status = response.status().as_u16();
+                    let refused = refused(graceful.snapshot()) - before;
+                    if passing.contains(&method) {
+                        assert_eq!(refused, 0, "{method} {path}");
+                        assert!(passed.contains(&status), "{method} {path}: {status}");
+                    } else {
+                        assert_eq!(refused, 1, "{method} {path}");
+                        assert!([429, 503].contains(&status), "{method} {path}: {status}");
+                    }
+                }
             }
         }
     }
