@@ -33,6 +33,11 @@ pub(crate) const TESTS: &[Test] = &[
         Form::ALL,
         of_expect_continue,
     ),
+    (
+        "refusal::of_an_expected_continue_is_whole_although_its_client_sends_at_once",
+        Form::CUTTING,
+        of_expect_continue_and_body,
+    ),
     ("refusal::of_a_grpc_call_is_unavailable", Form::ALL, of_grpc),
     (
         "refusal::does_not_prolong_the_drain",
@@ -158,6 +163,29 @@ fn of_expect_continue(form: Form) {
         response => response.unwrap(),
     };
     assert_eq!(response.status, 503, "{response:?}");
+    slow.join().unwrap().assert_ok();
+    server.exit().assert_clean();
+}
+
+/// A client need not wait for the 100, and some send the body after a short time without one.
+fn of_expect_continue_and_body(form: Form) {
+    const SIZE: usize = 8 * 1024 * 1024;
+    let mut server = Server::start(form, &["delay=0"]);
+    let slow = server.get_in_background("/sleep/1500");
+    server.terminate();
+    server.wait_for_draining();
+    let head = format!(
+        "POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: {SIZE}\r\n\
+         expect: 100-continue\r\n\r\n"
+    );
+    let mut connection = server.connect();
+    let sent = connection.try_send(&[head.as_bytes(), &vec![b'x'; SIZE]].concat());
+    sent.expect("the refused client can send to the end");
+    let response = connection.response("POST");
+    assert_eq!(response.status, 503, "{response:?}");
+    assert!(response.says_close(), "{response:?}");
+    assert!(response.text().contains("shutting down"));
+    connection.assert_closed();
     slow.join().unwrap().assert_ok();
     server.exit().assert_clean();
 }
