@@ -42,6 +42,11 @@ pub(crate) const ALONE: &[Test] = &[
         linger_while_stopping,
     ),
     (
+        "many::a_thousand_slow_uploads_above_the_limit_are_refused_at_once",
+        Form::CUTTING,
+        refused_uploads,
+    ),
+    (
         "many::ten_thousand_stuck_connections_are_cut_in_time",
         Form::CUTTING,
         cut,
@@ -229,6 +234,65 @@ fn linger_while_stopping(form: Form) {
     for client in clients.iter_mut().step_by(100) {
         client.response("POST").assert_ok();
     }
+}
+
+/// Each client sends a part of its upload, reads its refusal, and goes on to send single bytes.
+fn refused_uploads(form: Form) {
+    const CLIENTS: usize = 1000;
+    const SIZE: usize = 8 * 1024 * 1024;
+    const PART: usize = 64 * 1024;
+    // In KiB. If the server kept what it has read, it would keep 64 MiB.
+    const MOST: usize = 30_000;
+    assert!(wave() >= CLIENTS);
+    let mut server = Server::start(form, &["delay=0", "limit=1", ALL_FILES]);
+    let mut observer = server.connect();
+    observer.get("/").assert_ok();
+    let mut busy = server.connect();
+    busy.send("GET /never HTTP/1.1\r\nhost: test\r\n\r\n");
+    wait_for("the busy request", || ask(&mut observer, "/count") == 1);
+    let fresh = held(&server);
+    let head = format!("POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: {SIZE}\r\n\r\n");
+    let request = [head.as_bytes(), &vec![b'x'; PART]].concat();
+    let (mut clients, mut most, mut slowest) = (Vec::new(), fresh, Duration::ZERO);
+    let start = Instant::now();
+    for i in 0..CLIENTS {
+        let mut client = server.connect();
+        client.try_send(&request).unwrap();
+        let sent = Instant::now();
+        assert_eq!(client.response("POST").status, 429);
+        slowest = slowest.max(sent.elapsed());
+        // It takes a second. If the server waited for each of these silent clients, it would take a quarter of an hour.
+        assert!(start.elapsed() < MS(60_000), "{i} clients, {slowest:?}");
+        clients.push(client);
+        if i % 50 == 0 || i == CLIENTS - 1 {
+            let now = held(&server);
+            most.files = most.files.max(now.files);
+            most.memory = most.memory.max(now.memory);
+        }
+    }
+    let closed = Instant::now();
+    wait_for("the connections to close", || {
+        for client in &mut clients {
+            // The server may have closed the connection.
+            let _ = client.try_send(b"x");
+        }
+        ask(&mut observer, "/connections") == 2
+    });
+    println!(
+        "slowest {slowest:?}, closed after {:?}, {fresh:?}, at most {most:?}",
+        closed.elapsed()
+    );
+    assert!(slowest < MS(5000), "{slowest:?}");
+    assert!(
+        most.memory < fresh.memory + MOST,
+        "{fresh:?}, then {most:?}"
+    );
+    wait_for("the files to close", || held(&server).files == fresh.files);
+    drop(busy);
+    wait_for("no request", || ask(&mut observer, "/count") == 0);
+    observer.get("/").assert_ok();
+    server.terminate();
+    server.exit().assert_clean();
 }
 
 /// A hundred connections at a time, so that the allocator has little influence.
