@@ -329,10 +329,12 @@ pub(crate) mod frames {
     }
 
     /// A client with prior knowledge. It acknowledges SETTINGS and PING.
-    pub(crate) struct Connection {
-        stream: TcpStream,
+    pub(crate) struct Connection<S = TcpStream> {
+        stream: S,
         next: u32,
     }
+
+    const TIMEOUT: Option<Duration> = Some(Duration::from_secs(10));
 
     #[derive(Debug)]
     pub(crate) struct Frame {
@@ -364,8 +366,31 @@ pub(crate) mod frames {
         }
 
         /// Begins HTTP/2 on this stream, with these settings.
-        pub(crate) fn on(mut stream: TcpStream, settings: &[u8]) -> Self {
+        pub(crate) fn on(stream: TcpStream, settings: &[u8]) -> Self {
             stream.set_nodelay(true).unwrap();
+            stream.set_read_timeout(TIMEOUT).unwrap();
+            Self::over(stream, settings)
+        }
+
+        /// Reads until no frame has arrived for `quiet`. Returns the frames about streams, and GOAWAY.
+        pub(crate) fn until_quiet(&mut self, quiet: Duration) -> Vec<Frame> {
+            let mut frames = Vec::new();
+            loop {
+                self.stream.set_read_timeout(Some(quiet)).unwrap();
+                let is_more = self.stream.peek(&mut [0]).is_ok_and(|bytes| bytes > 0);
+                self.stream.set_read_timeout(TIMEOUT).unwrap();
+                if !is_more {
+                    return frames;
+                }
+                let frame = self.read();
+                frames.extend(frame.filter(|frame| matches!(frame.kind, DATA | HEADERS | GOAWAY)));
+            }
+        }
+    }
+
+    impl<S: Read + Write> Connection<S> {
+        /// Begins HTTP/2 on this stream, whose timeouts are set, with these settings.
+        pub(crate) fn over(mut stream: S, settings: &[u8]) -> Self {
             stream.write_all(PREFACE).unwrap();
             let mut connection = Self { stream, next: 1 };
             connection.send(SETTINGS, 0, 0, settings).unwrap();
@@ -425,9 +450,6 @@ pub(crate) mod frames {
 
         /// The next frame, or `None` when the server has closed.
         pub(crate) fn read(&mut self) -> Option<Frame> {
-            self.stream
-                .set_read_timeout(Some(Duration::from_secs(10)))
-                .unwrap();
             let mut head = [0; 9];
             match self.stream.read_exact(&mut head) {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return None,
@@ -466,19 +488,6 @@ pub(crate) mod frames {
         #[track_caller]
         pub(crate) fn end_of_stream(&mut self) {
             while self.next(DATA).flags & END_STREAM == 0 {}
-        }
-
-        /// Reads until no frame has arrived for `quiet`. Returns the frames about streams, and GOAWAY.
-        pub(crate) fn until_quiet(&mut self, quiet: Duration) -> Vec<Frame> {
-            let mut frames = Vec::new();
-            loop {
-                self.stream.set_read_timeout(Some(quiet)).unwrap();
-                if !self.stream.peek(&mut [0]).is_ok_and(|bytes| bytes > 0) {
-                    return frames;
-                }
-                let frame = self.read();
-                frames.extend(frame.filter(|frame| matches!(frame.kind, DATA | HEADERS | GOAWAY)));
-            }
         }
 
         /// Reads until the server has closed.

@@ -2,13 +2,15 @@
 //! not.
 
 use std::{
-    io::{Read, Write},
+    io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use socket2::{Domain, SockAddr, Socket, Type};
+use tokio_rustls::rustls::{ClientConfig, ClientConnection, StreamOwned};
 
 use crate::{
     Test,
@@ -18,6 +20,7 @@ use crate::{
     },
     process::{BOUND, Server, wait_for},
     server::Form,
+    tls,
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -25,6 +28,11 @@ pub(crate) const TESTS: &[Test] = &[
         "whole::a_response_over_http2_arrives_although_its_client_sends_while_it_reads",
         Form::CUTTING,
         http2,
+    ),
+    (
+        "whole::a_response_over_http2_and_tls_arrives_although_its_client_sends_while_it_reads",
+        Form::CUTTING,
+        http2_over_tls,
     ),
     (
         "whole::a_response_over_http2_arrives_although_its_client_pauses",
@@ -55,6 +63,11 @@ pub(crate) const TESTS: &[Test] = &[
         "whole::a_response_arrives_although_its_client_uploads",
         Form::CUTTING,
         uploading,
+    ),
+    (
+        "whole::a_response_over_tls_arrives_although_its_client_uploads",
+        Form::CUTTING,
+        uploading_over_tls,
     ),
     (
         "whole::a_response_arrives_although_its_client_uploads_slowly",
@@ -131,38 +144,81 @@ fn http2(form: Form) {
         for kib in [256, 3 * 1024] {
             let mut server = Server::start(form, &[delay, "drain=20000"]);
             let mut client = Connection::on(narrow(server.address), WIDE);
-            let window = (8_u32 << 20).to_be_bytes();
-            client.send(WINDOW_UPDATE, 0, 0, &window).unwrap();
-            client.begin(&format!("/bytes/{handler}/{kib}")).unwrap();
+            begin_wide(&mut client, &format!("/bytes/{handler}/{kib}"));
             server.wait_for_in_flight(1);
             server.terminate();
-            let mut got = 0;
-            loop {
-                let Some(frame) = client.read() else {
-                    panic!("{phase}: closed after {got} of {kib} KiB");
-                };
-                if frame.kind != DATA {
-                    continue;
-                }
-                got += frame.payload.len();
-                if frame.flags & END_STREAM != 0 {
-                    break;
-                }
-                let more = u32::try_from(frame.payload.len()).unwrap().to_be_bytes();
-                // Write errors are ignored, because the server may be closing.
-                for (kind, stream, payload) in [
-                    (WINDOW_UPDATE, 0, &more[..]),
-                    (WINDOW_UPDATE, frame.stream, &more),
-                    (PING, 0, b"are you?"),
-                ] {
-                    let _ = client.send(kind, 0, stream, payload);
-                }
-                thread::sleep(MS(1));
-            }
-            assert_eq!(got, kib * 1024, "{phase}");
+            read_and_send(&mut client, phase, kib);
             drop(client);
             server.exit().assert_clean();
         }
+    }
+}
+
+/// Opens the window of the connection too, and sends a request.
+fn begin_wide(client: &mut Connection<impl Read + Write>, path: &str) {
+    let window = (8_u32 << 20).to_be_bytes();
+    client.send(WINDOW_UPDATE, 0, 0, &window).unwrap();
+    client.begin(path).unwrap();
+}
+
+/// Reads a response of `kib` KiB, and sends frames after each of its frames.
+fn read_and_send(client: &mut Connection<impl Read + Write>, phase: &str, kib: usize) {
+    let mut got = 0;
+    loop {
+        let Some(frame) = client.read() else {
+            panic!("{phase}: closed after {got} of {kib} KiB");
+        };
+        if frame.kind != DATA {
+            continue;
+        }
+        got += frame.payload.len();
+        if frame.flags & END_STREAM != 0 {
+            break;
+        }
+        let more = u32::try_from(frame.payload.len()).unwrap().to_be_bytes();
+        // Write errors are ignored, because the server may be closing.
+        for (kind, stream, payload) in [
+            (WINDOW_UPDATE, 0, &more[..]),
+            (WINDOW_UPDATE, frame.stream, &more),
+            (PING, 0, b"are you?"),
+        ] {
+            let _ = client.send(kind, 0, stream, payload);
+        }
+        thread::sleep(MS(1));
+    }
+    assert_eq!(got, kib * 1024, "{phase}");
+}
+
+type Tls = StreamOwned<ClientConnection, TcpStream>;
+
+/// Connects a client with a small receive buffer, and completes the handshake.
+fn narrow_tls(server: &Server, config: &Arc<ClientConfig>) -> Tls {
+    tls::handshake(narrow(server.address), config).unwrap()
+}
+
+fn wait_for_one_in_flight(server: &Server, config: &Arc<ClientConfig>) {
+    wait_for("the request", || {
+        let mut observer = narrow_tls(server, config);
+        let request = b"GET /count HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+        observer.write_all(request).unwrap();
+        let mut response = String::new();
+        observer.read_to_string(&mut response).unwrap();
+        response.ends_with("\r\n\r\n1")
+    });
+}
+
+fn http2_over_tls(form: Form) {
+    const KIB: usize = 3 * 1024;
+    let config = tls::config();
+    for (phase, delay, handler) in PHASES {
+        let mut server = Server::start(form, &[delay, "drain=20000", "tls=0"]);
+        let mut client = Connection::over(narrow_tls(&server, &config), WIDE);
+        begin_wide(&mut client, &format!("/after_stop/{handler}/{KIB}"));
+        wait_for_one_in_flight(&server, &config);
+        server.terminate();
+        read_and_send(&mut client, phase, KIB);
+        drop(client);
+        server.exit().assert_clean();
     }
 }
 
@@ -280,7 +336,7 @@ fn small_uploading(form: Form) {
 }
 
 /// Reads a response of `kib` KiB in small pieces. Returns the number of body bytes.
-fn read_slowly(stream: &mut TcpStream, kib: usize) -> usize {
+fn read_slowly(stream: &mut impl Read, kib: usize) -> usize {
     let mut read = Vec::<u8>::new();
     let mut piece = [0; 16 * 1024];
     loop {
@@ -336,6 +392,37 @@ fn uploading(form: Form) {
         assert_eq!(read_slowly(&mut client, 600), 600 * 1024, "{phase}");
         client.shutdown(Shutdown::Both).unwrap();
         sender.join().unwrap();
+        server.exit().assert_clean();
+    }
+}
+
+/// A client that sends a piece of its upload after each read.
+struct Uploading(Tls);
+
+impl Read for Uploading {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.0.read(buffer)?;
+        // Small enough for the buffers of the sockets, because the server may not read it. Errors are ignored, because
+        // the server may be closing.
+        let _ = self.0.write(&[0; 512]);
+        Ok(read)
+    }
+}
+
+fn uploading_over_tls(form: Form) {
+    const KIB: usize = 3 * 1024;
+    let config = tls::config();
+    for (phase, delay, handler) in PHASES {
+        let mut server = Server::start(form, &[delay, "drain=20000", "tls=0"]);
+        let mut client = Uploading(narrow_tls(&server, &config));
+        let head = format!("POST /after_stop/{handler}/{KIB} HTTP/1.1\r\nhost: test\r\n{UPLOAD}");
+        client.0.write_all(head.as_bytes()).unwrap();
+        wait_for_one_in_flight(&server, &config);
+        server.terminate();
+        assert_eq!(read_slowly(&mut client, KIB), KIB * 1024, "{phase}");
+        // Without the last message of TLS this would be an error.
+        assert_eq!(client.read(&mut [0; 1]).unwrap(), 0, "{phase}");
+        drop(client);
         server.exit().assert_clean();
     }
 }
