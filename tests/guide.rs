@@ -128,6 +128,22 @@ fn the_pages_print_the_queue_worker_of_the_tests() {
     }
 }
 
+/// The black-box tests run the loop that the page prints.
+#[test]
+fn the_loop_of_the_page_is_tested() {
+    let (page, tested) = (
+        include_str!("../docs/other_servers.md"),
+        include_str!("blackbox/server.rs"),
+    );
+    let printed = page
+        .split_once("    let connections = GracefulShutdown::new();\n")
+        .and_then(|(_, printed)| printed.split_once("\n}\n"));
+    let (printed, _) = printed.expect("the page prints the loop");
+    assert!(printed.contains("graceful.track(stream)"), "{printed}");
+    let printed = format!("    let connections = GracefulShutdown::new();\n{printed}\n}}\n");
+    assert!(tested.contains(&printed), "{printed}");
+}
+
 /// A page with another block of this kind needs a test, as this page, `examples/axum_server/tests/guide` and
 /// `examples/grpc/tests/guide` have.
 #[test]

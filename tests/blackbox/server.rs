@@ -22,7 +22,11 @@ use axum::{
 use fork::Fork;
 use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Full};
-use hyper_util::rt::TokioIo;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::{conn::auto, graceful::GracefulShutdown},
+    service::TowerToHyperService,
+};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -43,6 +47,8 @@ pub(crate) enum Form {
     Serve,
     /// axum's server with the tracked listener and the drain future, inside `graceful.run`.
     Run,
+    /// The loop of `docs/other_servers.md`: hyper's connections over `graceful.track`, inside `graceful.run`.
+    Tracked,
     /// axum's server with the drain future, and nothing else.
     Smallest,
     /// axum's server with its own shutdown future, made of `handle_signals` and `subscribe`.
@@ -54,6 +60,8 @@ impl Form {
     /// The forms that cut what has not ended at the deadline. In the smallest form axum alone runs the
     /// server, and axum waits without a limit.
     pub(crate) const CUTTING: &[Self] = &[Self::Serve, Self::Run];
+    /// The forms with each way to track connections.
+    pub(crate) const TRACKING: &[Self] = &[Self::Serve, Self::Run, Self::Tracked];
 }
 
 /// The knobs of a scenario: arguments `name=value` of the child process.
@@ -319,9 +327,45 @@ async fn serve(knobs: &Knobs<'_>, inherited: Option<Graceful>) -> ExitCode {
             starting.await;
             graceful.run(server).await
         }
+        "Tracked" => {
+            starting.await;
+            graceful
+                .run(serve_tracked(graceful.clone(), listener, app))
+                .await
+        }
         form => return serve_without_report(form, graceful, listener, app, starting).await,
     };
     end(knobs, report, record).await
+}
+
+/// Serves in the loop of `docs/other_servers.md`. `tests/guide.rs` compares it with the page.
+async fn serve_tracked(graceful: Graceful, listener: TcpListener, service: Router) {
+    let connections = GracefulShutdown::new();
+    let mut drain = graceful.drain();
+    loop {
+        tokio::select! {
+            () = &mut drain => break,
+            accepted = listener.accept() => {
+                let stream = match accepted {
+                    Ok((stream, _)) => stream,
+                    Err(error) => {
+                        tracing::error!(%error, "no connection was accepted");
+                        // Without a pause this loop would be busy while no file descriptor is left.
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        continue;
+                    }
+                };
+                let io = TokioIo::new(graceful.track(stream)); // counted, and cut at the deadline
+                let service = TowerToHyperService::new(service.clone());
+                let mut http = auto::Builder::new(TokioExecutor::new());
+                http.http1().timer(TokioTimer::new()); // for hyper's limit of 30 s for a request head
+                let connection = http.serve_connection_with_upgrades(io, service).into_owned();
+                tokio::spawn(connections.watch(connection));
+            }
+        }
+    }
+    drop(listener);
+    connections.shutdown().await;
 }
 
 /// Serves in a form that has no report.

@@ -26,7 +26,7 @@ use crate::{
 pub(crate) const TESTS: &[Test] = &[
     (
         "whole::a_response_over_http2_arrives_although_its_client_sends_while_it_reads",
-        Form::CUTTING,
+        Form::TRACKING,
         http2,
     ),
     (
@@ -36,12 +36,12 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     (
         "whole::a_response_over_http2_arrives_although_its_client_pauses",
-        Form::CUTTING,
+        Form::TRACKING,
         http2_pauses,
     ),
     (
         "whole::small_responses_over_http2_arrive_although_their_client_has_no_window",
-        Form::CUTTING,
+        Form::TRACKING,
         http2_small,
     ),
     (
@@ -51,17 +51,17 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     (
         "whole::small_responses_arrive_although_their_clients_upload",
-        Form::CUTTING,
+        Form::TRACKING,
         small_uploading,
     ),
     (
         "whole::a_response_arrives_although_its_client_pipelines",
-        Form::CUTTING,
+        Form::TRACKING,
         pipelined,
     ),
     (
         "whole::a_response_arrives_although_its_client_uploads",
-        Form::CUTTING,
+        Form::TRACKING,
         uploading,
     ),
     (
@@ -71,37 +71,37 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     (
         "whole::a_response_arrives_although_its_client_uploads_slowly",
-        Form::CUTTING,
+        Form::TRACKING,
         uploading_slowly,
     ),
     (
         "whole::a_response_arrives_on_a_connection_that_serving_closes",
-        Form::CUTTING,
+        Form::TRACKING,
         while_serving,
     ),
     (
         "whole::a_client_that_never_stops_sending_does_not_hold_the_stop",
-        Form::CUTTING,
+        Form::TRACKING,
         endless,
     ),
     (
         "whole::a_client_that_never_closes_does_not_hold_the_stop",
-        Form::CUTTING,
+        Form::TRACKING,
         never_closes,
     ),
     (
         "whole::an_idle_peer_that_sends_nothing_holds_the_stop_for_a_second",
-        Form::CUTTING,
+        Form::TRACKING,
         mute,
     ),
     (
         "whole::what_a_client_has_not_received_is_reported_as_cut",
-        Form::CUTTING,
+        Form::TRACKING,
         undelivered,
     ),
     (
         "whole::what_is_left_of_a_response_that_fails_is_not_reported_as_cut_too",
-        Form::CUTTING,
+        Form::TRACKING,
         fails_undelivered,
     ),
     (
@@ -111,7 +111,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     (
         "whole::a_client_that_resets_a_connection_being_closed_leaves_nothing_behind",
-        Form::CUTTING,
+        Form::TRACKING,
         reset,
     ),
 ];
