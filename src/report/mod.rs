@@ -216,8 +216,9 @@ impl Report {
     ///   [`serve`](crate::Graceful::serve) in any protocol, with a
     ///   [`listener`](crate::Graceful::listener) or [`track`](crate::Graceful::track) in HTTP/1
     ///   without TLS. Only some of the requests are checked;
-    /// - upgraded HTTP/1 connections, such as WebSockets, that are open while draining although
-    ///   there is no [`Hold`](crate::Hold) ([`Warning::UpgradesNotHeld`]).
+    /// - upgraded connections, such as WebSockets, that are open while draining although there is no
+    ///   [`Hold`](crate::Hold) ([`Warning::UpgradesNotHeld`]): with `serve` in any protocol, with other
+    ///   servers in HTTP/1.
     #[must_use]
     pub fn warnings(&self) -> &[Warning] {
         &self.warnings

@@ -176,7 +176,7 @@ where
             }
         }
         if let Some(number) = *this.tunnel {
-            // The executor is called next, and not while this future is polled.
+            // The executor is called next, by the task that polls this future.
             if response.status().is_success() {
                 tunnel::grant(number);
             }
