@@ -37,6 +37,8 @@ const LEAST_SLOT: Duration = Duration::from_millis(1);
 enum Step {
     /// Enter this phase.
     To(Phase, Reason),
+    /// Enter the closing phase, and cut what is in flight at that moment.
+    Cut(Reason),
     /// Wait until then, or until something changes.
     Until(Instant),
 }
@@ -94,7 +96,8 @@ impl Lifecycle {
                 Step::Until(instant) => return Some(self.next_slot(state, now).min(instant)),
                 Step::To(Phase::Stopped, reason)
                     if shutdown.begins_cleanup(reason, now, &self.work) => {}
-                Step::To(phase, reason) => self.enter(state, phase, reason, now),
+                Step::To(phase, reason) => self.enter(state, phase, reason, false, now),
+                Step::Cut(reason) => self.enter(state, Phase::Closing, reason, true, now),
             }
         }
     }
@@ -185,11 +188,9 @@ impl Lifecycle {
             shutdown.skip_phase = false;
             Step::To(Phase::Closing, Reason::Idle)
         } else if std::mem::take(&mut shutdown.skip_phase) {
-            self.cut(shutdown, now);
-            Step::To(Phase::Closing, Reason::Signal)
+            Step::Cut(Reason::Signal)
         } else if now >= shutdown.drain_until {
-            self.cut(shutdown, now);
-            Step::To(Phase::Closing, Reason::Deadline)
+            Step::Cut(Reason::Deadline)
         } else if now < shutdown.close_idle_at {
             Step::Until(shutdown.close_idle_at)
         } else if !self.connections.has_any() {
@@ -243,7 +244,7 @@ impl Lifecycle {
             };
         }
         if skipped || now >= until {
-            self.cut(shutdown, now);
+            self.cut(shutdown, self.settled_word().count(), now);
             return self.settle_closing(shutdown, servers, now);
         }
         let next = next_check.or_else(|| shutdown.expire(until, now));
@@ -266,7 +267,7 @@ impl Lifecycle {
         end.min(instant_after(now, LEAST_SLOT.max(spread / SLOTS)))
     }
 
-    fn enter(&self, state: &mut State, to: Phase, reason: Reason, now: Instant) {
+    fn enter(&self, state: &mut State, to: Phase, reason: Reason, cuts: bool, now: Instant) {
         let Some(shutdown) = &mut state.shutdown else {
             return;
         };
@@ -298,6 +299,10 @@ impl Lifecycle {
             // Activity before the stop does not count.
             self.connections.take_activity();
         }
+        if cuts {
+            let word = before.unwrap_or_else(|| self.settled_word());
+            self.cut(shutdown, word.count(), now);
+        }
         let until = shutdown.ends(to).unwrap_or(now);
         if to == Phase::LameDuck || to == Phase::Draining {
             let servers = self.servers(state);
@@ -320,13 +325,11 @@ impl Lifecycle {
         }
     }
 
-    /// Cuts everything that is left, and records it for the report.
-    fn cut(&self, shutdown: &mut Shutdown, now: Instant) {
-        // Counted before `list` reads which responses are unsent: a response that ends in between counts twice
-        // and not never.
-        let requests = self.settled_word().count();
-        // Read right after that count: a request that is no longer counted there is included here, and as few
-        // as possible are in both.
+    /// Cuts everything that is left, and records it for the report. `requests` are in flight.
+    fn cut(&self, shutdown: &mut Shutdown, requests: usize, now: Instant) {
+        // They are counted before `list` reads which responses are unsent: a response that ends in between counts
+        // twice and not never. `dropped` is read right after that count: a request that is no longer counted there
+        // is included here, and as few as possible are in both.
         let dropped = self.since_serving().dropped;
         let given_up = GivenUp {
             // Listed after the count, so that no request that has ended since is named.

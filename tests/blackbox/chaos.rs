@@ -675,7 +675,7 @@ impl Stop {
         let mut known = HashSet::new();
         // What clients miss of admitted requests: those in flight at the cut, and the others by connection.
         let mut missed = 0;
-        let mut missed_after: BTreeMap<Option<SocketAddr>, usize> = BTreeMap::new();
+        let mut missed_after: BTreeMap<Option<SocketAddr>, Vec<&Seen>> = BTreeMap::new();
         let mut may_be_missed = 0;
         for seen in &self.seen {
             known.insert(seen.id);
@@ -722,7 +722,7 @@ impl Stop {
                 } else if is_admitted && in_flight_at_cut {
                     missed += 1;
                 } else {
-                    *missed_after.entry(seen.address).or_default() += 1;
+                    missed_after.entry(seen.address).or_default().push(seen);
                 }
             } else if matches!(seen.sight, Sight::Truncated(_)) {
                 wrong.push(format!("a response without a note: {}", self.about(seen)));
@@ -744,7 +744,7 @@ impl Stop {
         // A connection whose response is not delivered counts once, whatever is left on it.
         let behind: usize = missed_after
             .iter()
-            .map(|(address, count)| if address.is_some() { 1 } else { *count })
+            .map(|(address, seen)| if address.is_some() { 1 } else { seen.len() })
             .sum();
         let least = missed;
         let most = tally.requests.max(missed + behind + may_be_missed) + tally.connections;
@@ -754,13 +754,15 @@ impl Stop {
                 tally.cut
             ));
         }
-        for (address, count) in &missed_after {
-            if let Some(address) = address {
-                if !self.cut_connections.contains_key(address) && tally.queued == 0 {
-                    wrong.push(format!(
-                        "{count} responses for {address} are not whole, and it was not cut"
-                    ));
-                }
+        for (address, seen) in &missed_after {
+            let is_cut = |address| self.cut_connections.contains_key(address);
+            if address.as_ref().is_some_and(|it| !is_cut(it)) && tally.queued == 0 {
+                wrong.extend(seen.iter().map(|seen| {
+                    format!(
+                        "not whole, and its connection was not cut: {}",
+                        self.about(seen)
+                    )
+                }));
             }
         }
         sums
