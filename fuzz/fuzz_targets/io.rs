@@ -254,11 +254,10 @@ fuzz_target!(|input: Input| {
                     "{became:?}, {as_plain:?}: {operation:?}"
                 );
                 match (operation, &as_plain) {
-                    (Operation::Read(_), _) => {}
                     (Operation::Shutdown, Became::Done(_)) => {
                         (blocked, shut) = (false, true);
                     }
-                    (Operation::Shutdown, _) => {}
+                    (Operation::Read(_) | Operation::Shutdown, _) => {}
                     (Operation::Flush, _) if shut => {}
                     (_, result) => {
                         blocked = *result == Became::Pending;
