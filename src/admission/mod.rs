@@ -143,4 +143,5 @@ pub(crate) use self::{
     permit::{Permit, Reading, Unanswered},
     shard::Refused,
     thread_index::thread_index,
+    word::Word,
 };

@@ -160,6 +160,7 @@ mod tests {
                     age,
                     streaming: false,
                 }],
+                unnamed: false,
                 holds: vec![CutHold {
                     name: "job".to_owned(),
                     age,

@@ -91,6 +91,8 @@ pub struct Report {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct GivenUp {
     pub(crate) requests: Vec<CutRequest>,
+    /// Requests were in flight and are not listed, because `name_requests` is off.
+    pub(crate) unnamed: bool,
     pub(crate) holds: Vec<CutHold>,
     pub(crate) connections: Vec<CutConnection>,
 }

@@ -106,6 +106,9 @@ impl Report {
         let remaining = remaining.split(", ").map(Cow::Borrowed);
         wrapped(f, "given up: ", ", ", remaining)?;
         named(f, &self.given_up.requests)?;
+        if self.given_up.unnamed {
+            line(f, 4, "requests are named with `name_requests(true)`")?;
+        }
         named(f, &self.given_up.holds)?;
         named(f, &self.given_up.connections)?;
         if self.remaining.half_closed > 0 {
@@ -319,6 +322,7 @@ mod tests {
                 age: ms(28_440),
                 streaming: true,
             }],
+            unnamed: false,
             holds: vec![CutHold {
                 name: "order mail".into(),
                 age: ms(3100),
@@ -361,6 +365,31 @@ mod tests {
              \n    and 2 more\
              \n    half-closed: dropped when the client sent FIN; see `half_close`\
              \n  server error: broken"
+        );
+    }
+
+    #[test]
+    fn a_report_without_names_says_how_to_get_them() {
+        let mut report = clean();
+        report.remaining.requests = 1;
+        report.remaining.connections = 1;
+        report.given_up = Arc::new(GivenUp {
+            unnamed: true,
+            connections: vec![CutConnection {
+                peer: Some(([127, 0, 0, 1], 46164).into()),
+                age: ms(28_440),
+                undelivered: 0,
+            }],
+            ..GivenUp::default()
+        });
+        let text = report.to_string();
+        assert!(
+            text.ends_with(
+                "\n  given up: 1 request, 1 connection\
+                 \n    requests are named with `name_requests(true)`\
+                 \n    connection from 127.0.0.1:46164 28.4 s"
+            ),
+            "{text}"
         );
     }
 

@@ -12,6 +12,7 @@ use super::{
     state::{ASK_ALL_BEFORE, ClosingStage, Cut, Shutdown, State},
 };
 use crate::{
+    admission::Word,
     config::plan::instant_after,
     events::{Event, Reason, Transition},
     phase::Phase,
@@ -244,7 +245,7 @@ impl Lifecycle {
             };
         }
         if skipped || now >= until {
-            self.cut(shutdown, self.settled_word().count(), now);
+            self.cut(shutdown, self.settled_word(), now);
             return self.settle_closing(shutdown, servers, now);
         }
         let next = next_check.or_else(|| shutdown.expire(until, now));
@@ -301,7 +302,7 @@ impl Lifecycle {
         }
         if cuts {
             let word = before.unwrap_or_else(|| self.settled_word());
-            self.cut(shutdown, word.count(), now);
+            self.cut(shutdown, word, now);
         }
         let until = shutdown.ends(to).unwrap_or(now);
         if to == Phase::LameDuck || to == Phase::Draining {
@@ -325,15 +326,17 @@ impl Lifecycle {
         }
     }
 
-    /// Cuts everything that is left, and records it for the report. `requests` are in flight.
-    fn cut(&self, shutdown: &mut Shutdown, requests: usize, now: Instant) {
+    /// Cuts everything that is left, and records it for the report. `word` has the requests in flight.
+    fn cut(&self, shutdown: &mut Shutdown, word: Word, now: Instant) {
         // They are counted before `list` reads which responses are unsent: a response that ends in between counts
         // twice and not never. `dropped` is read right after that count: a request that is no longer counted there
         // is included here, and as few as possible are in both.
+        let requests = word.count();
         let dropped = self.since_serving().dropped;
         let given_up = GivenUp {
             // Listed after the count, so that no request that has ended since is named.
             requests: self.request_table.list(now),
+            unnamed: requests > 0 && !word.is_named(),
             holds: self.work.list_holds(now),
             connections: Vec::new(),
         };

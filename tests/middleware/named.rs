@@ -237,7 +237,9 @@ async fn without_name_requests_no_request_is_named() {
         assert_eq!(report.outcome(), Outcome::Forced);
         assert_eq!(report.remaining().requests, 1);
         assert!(report.requests_cut().is_empty());
-        assert!(!report.to_string().contains("secret"));
+        let text = report.to_string();
+        assert!(!text.contains("secret"), "{text}");
+        assert!(text.contains("`name_requests(true)`"), "{text}");
     }
 }
 
