@@ -55,8 +55,8 @@ fn steering(graceful: &Graceful) -> Router {
 
 /// Runs the backend that `args` name: `graceful PORT`, `plain PORT` or `deaf PORT`. Options of the first
 /// are `--delay SECONDS`, `--grace SECONDS`, `--keep-listening no`, `--unready STATUS`, `--slow SECONDS` for the
-/// duration of `GET /slow`, `--start SECONDS` for the time until it listens, `--pre-stop yes` for the route
-/// `/prestop`, and `--steer yes` for the routes that change its state.
+/// duration of `GET /slow`, `--start SECONDS` for the time until it listens, `--layer no` for a service that
+/// forgot the layer, `--pre-stop yes` for the route `/prestop`, and `--steer yes` for the routes that change its state.
 pub(crate) async fn run(args: &[String]) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let [kind, port, options @ ..] = args else {
         return Err("--backend wants graceful, plain or deaf, and a port".into());
@@ -80,7 +80,7 @@ async fn graceful(port: u16, options: &[String]) -> Result<ExitCode, Box<dyn std
         .grace_period(Duration::from_secs(10))
         .drain_delay(Duration::from_millis(1500));
     let (mut slow, mut start) = (SLOW, Duration::ZERO);
-    let (mut pre_stop, mut steer) = (false, false);
+    let (mut layer, mut pre_stop, mut steer) = (true, false, false);
     for option in options.chunks(2) {
         let [name, value] = option else {
             return Err(format!("{} wants a value", option[0]).into());
@@ -91,6 +91,10 @@ async fn graceful(port: u16, options: &[String]) -> Result<ExitCode, Box<dyn std
             "--keep-listening" => builder.keep_listening(value != "no"),
             "--slow" => {
                 slow = Duration::try_from_secs_f64(value.parse()?)?;
+                builder
+            }
+            "--layer" => {
+                layer = value != "no";
                 builder
             }
             "--start" => {
@@ -112,15 +116,18 @@ async fn graceful(port: u16, options: &[String]) -> Result<ExitCode, Box<dyn std
     let graceful = builder.build()?;
     graceful.handle_signals()?;
     sleep(start).await;
-    let mut app = routes(slow)
-        .layer(graceful.layer())
-        .merge(graceful.probes());
+    let mut app = graceful.probes();
     if pre_stop {
         app = app.merge(graceful.pre_stop().into_router());
     }
     if steer {
         app = app.merge(steering(&graceful));
     }
+    let mut routes = routes(slow);
+    if layer {
+        routes = routes.layer(graceful.layer());
+    }
+    let app = app.merge(routes);
     let listener = TcpListener::bind(("127.0.0.1", port)).await?;
     let report = graceful.serve(listener, app).await;
     println!("{report}");

@@ -124,12 +124,41 @@ pub(crate) fn print(plan: &Plan, run: &Run) {
         }
     }
     println!();
+    let mut warned = false;
     for (number, stop) in (1..).zip(&run.stops) {
         println!("stop {number}: {}", describe(stop, plan));
+        for warning in warnings(&stop.ended.output) {
+            println!("    {warning}");
+            warned = true;
+        }
     }
-    if passes(run) {
-        println!("\nNothing was lost.");
+    match (passes(run), warned) {
+        (true, false) => println!("\nNothing was lost."),
+        (true, true) => println!("\nNothing was lost, but the service warns: see above."),
+        (false, _) => {}
     }
+}
+
+/// The warnings of the report in what an instance printed. A long one is continued on lines that are indented
+/// further.
+fn warnings(output: &str) -> Vec<String> {
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    let mut lines = output.lines().peekable();
+    let mut warnings = Vec::new();
+    while let Some(line) = lines.next() {
+        if !line.trim_start().starts_with("warning: ") {
+            continue;
+        }
+        let mut warning = line.trim().to_owned();
+        while let Some(more) = lines.next_if(|more| indent(more) > indent(line)) {
+            warning = warning + " " + more.trim();
+        }
+        // A service may print the report and log it.
+        if !warnings.contains(&warning) {
+            warnings.push(warning);
+        }
+    }
+    warnings
 }
 
 fn describe(stop: &Stop, plan: &Plan) -> String {

@@ -123,6 +123,25 @@ fn the_checker_finds_nothing_lost_with_this_crate() {
 }
 
 #[test]
+fn the_warnings_of_the_service_are_printed() {
+    let service = ["{self}", "--backend", "graceful", "{port}", "--layer", "no"];
+    let options = ["--interval", "0.25", "--rounds", "1"];
+    let (code, text) = run(&[&options[..], &service].concat());
+    let warning = "    warning: no request has reached the layer, although GET ";
+    assert!(text.contains(warning), "{text}");
+    // The end of the warning, which the report continues on lines of their own.
+    assert!(
+        text.contains("serves or tracks the connections\n"),
+        "{text}"
+    );
+    assert!(
+        text.contains("\nNothing was lost, but the service warns: see above.\n"),
+        "{text}"
+    );
+    assert_eq!(code, Some(0), "{text}");
+}
+
+#[test]
 fn a_slow_path_that_is_answered_at_once_is_named() {
     let service = ["{self}", "--backend", "graceful", "{port}"];
     let options = ["--interval", "0.25", "--rounds", "1", "--slow", "/"];
