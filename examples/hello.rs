@@ -10,22 +10,22 @@
 //! wait                                 # /slow is answered, then the process ends
 //! ```
 
-use std::{process::ExitCode, time::Duration};
+use std::{error::Error, process::ExitCode, time::Duration};
 
 use axum::{Router, routing::get};
 use tower_graceful::GracefulLayer;
 
 #[tokio::main]
-async fn main() -> std::io::Result<ExitCode> {
+async fn main() -> Result<ExitCode, Box<dyn Error>> {
     tracing_subscriber::fmt().init();
 
-    let layer = GracefulLayer::new();
+    let layer = GracefulLayer::new(); // the same as Graceful::new().layer()
     let graceful = layer.handle();
     let app = Router::new()
         .route("/", get(|| async { "hello\n" }))
         .route("/slow", get(slow))
-        .layer(layer)
-        .merge(graceful.probes()); // GET /livez and /readyz
+        .layer(layer);
+    let app = graceful.probes().merge(app); // adds GET /livez and /readyz
 
     let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
     tracing::info!("listening on http://{}", listener.local_addr()?);

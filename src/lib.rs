@@ -11,13 +11,13 @@
 //! use tower_graceful::GracefulLayer;
 //!
 //! #[tokio::main]
-//! async fn main() -> std::io::Result<std::process::ExitCode> {
-//!     let layer = GracefulLayer::new();
+//! async fn main() -> Result<std::process::ExitCode, Box<dyn std::error::Error>> {
+//!     let layer = GracefulLayer::new(); // the same as Graceful::new().layer()
 //!     let graceful = layer.handle();
 //!     let app = Router::new()
 //!         .route("/", get(|| async { "hello" }))
-//!         .layer(layer)
-//!         .merge(graceful.probes()); // GET /livez and /readyz
+//!         .layer(layer);
+//!     let app = graceful.probes().merge(app); // adds GET /livez and /readyz
 //!     let listener = tokio::net::TcpListener::bind("0.0.0.0:3000").await?;
 //!     Ok(graceful.serve(listener, app).await.into()) // the report becomes the exit code
 //! }

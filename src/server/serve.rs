@@ -44,13 +44,13 @@ impl Graceful {
     /// use tower_graceful::GracefulLayer;
     ///
     /// #[tokio::main]
-    /// async fn main() -> std::io::Result<std::process::ExitCode> {
+    /// async fn main() -> Result<std::process::ExitCode, Box<dyn std::error::Error>> {
     ///     let layer = GracefulLayer::new();
     ///     let graceful = layer.handle();
     ///     let app = Router::new()
     ///         .route("/", get(|| async { "hello" }))
-    ///         .layer(layer)
-    ///         .merge(graceful.probes());
+    ///         .layer(layer);
+    ///     let app = graceful.probes().merge(app);
     ///     let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
     ///     Ok(graceful.serve(listener, app).await.into())
     /// }
