@@ -24,8 +24,8 @@ async fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
     let app = Router::new()
         .route("/orders", post(order))
         .layer(graceful.layer())
-        .merge(graceful.probes())
         .with_state(graceful.clone());
+    let app = graceful.probes().merge(app);
 
     let address = env::args().nth(1).unwrap_or("127.0.0.1:3000".into());
     let listener = tokio::net::TcpListener::bind(address).await?;

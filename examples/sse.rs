@@ -29,8 +29,8 @@ async fn main() -> std::io::Result<ExitCode> {
         .route("/", get(|| async { Html(PAGE) }))
         .route("/events", get(events))
         .layer(graceful.layer())
-        .merge(graceful.probes())
         .with_state(graceful.clone());
+    let app = graceful.probes().merge(app);
 
     let address = env::args().nth(1).unwrap_or("127.0.0.1:3000".into());
     let listener = tokio::net::TcpListener::bind(address).await?;

@@ -42,9 +42,9 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         .route("/slow/{seconds}", get(slow))
         .layer(from_fn_with_state(graceful.clone(), ask_to_leave))
         .layer(graceful.layer())
-        .route("/status", get(async move || format!("{status:?}\n")))
-        .merge(graceful.probes())
-        .into_make_service_with_connect_info::<Peer>();
+        .route("/status", get(async move || format!("{status:?}\n")));
+    let app = graceful.probes().merge(app);
+    let app = app.into_make_service_with_connect_info::<Peer>();
 
     let handle = Handle::new();
     let mut server =

@@ -36,8 +36,8 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
             post(|body: String| async move { body.len().to_string() }),
         )
         .layer(DefaultBodyLimit::max(plan::BODY))
-        .layer(graceful.layer())
-        .merge(graceful.probes()); // GET /livez and /readyz, outside the layer
+        .layer(graceful.layer());
+    let app = graceful.probes().merge(app); // GET /livez and /readyz, outside the layer
     graceful.cleanup("database", Duration::from_secs(4), async move {
         database.close().await;
     })?;

@@ -80,8 +80,8 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let app = Router::new()
         .route("/jobs", post(accept))
         .with_state(jobs)
-        .layer(graceful.layer())
-        .merge(graceful.probes());
+        .layer(graceful.layer());
+    let app = graceful.probes().merge(app);
     let listener = tokio::net::TcpListener::bind(address).await?;
     println!("listening on {}", listener.local_addr()?);
     let report = graceful.serve(listener, app).await;

@@ -86,8 +86,8 @@ mod unix {
             )
             .route("/echo", any(echo))
             .layer(graceful.layer())
-            .merge(graceful.probes())
             .with_state(graceful.clone());
+        let app = graceful.probes().merge(app);
         let served = graceful.serve(listener, app);
 
         // Tells the old process, if there is one, that this process is ready.

@@ -63,8 +63,8 @@ mod linux {
                 "/",
                 get(async || format!("hello from process {}\n", process::id())),
             )
-            .layer(graceful.layer())
-            .merge(graceful.probes());
+            .layer(graceful.layer());
+        let app = graceful.probes().merge(app);
         let served = graceful.serve(listener, app);
         // Signals are handled from here on. New connections wait in the socket's queue until `serve`
         // accepts them.

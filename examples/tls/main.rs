@@ -92,9 +92,9 @@ async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
         .route("/", get(|| async { "hello\n" }))
         .route("/whoami", get(whoami))
         .route("/slow", get(slow))
-        .layer(graceful.layer())
-        .merge(graceful.probes())
-        .into_make_service_with_connect_info::<Peer>();
+        .layer(graceful.layer());
+    let app = graceful.probes().merge(app);
+    let app = app.into_make_service_with_connect_info::<Peer>();
 
     let tcp = TcpListener::bind(address).await?;
     println!("listening on {}", tcp.local_addr()?);

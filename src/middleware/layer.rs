@@ -57,7 +57,7 @@ use crate::handle::graceful::Graceful;
 ///     let timeout = Duration::from_secs(10);
 ///     let cors = CorsLayer::new().allow_origin(Any).expose_headers([header::RETRY_AFTER]);
 ///     let id = HeaderName::from_static("x-request-id");
-///     Router::new()
+///     let app = Router::new()
 ///         .route("/", get(|| async { "hello" }))
 ///         // Inside: timeouts, authentication, compression, body limits, buffers, load shedding.
 ///         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, timeout))
@@ -66,9 +66,9 @@ use crate::handle::graceful::Graceful;
 ///         .layer(PropagateRequestIdLayer::new(id.clone()))
 ///         .layer(TraceLayer::new_for_http())
 ///         .layer(SetRequestIdLayer::new(id, MakeRequestUuid))
-///         .layer(cors)
-///         // After all layers: the probes.
-///         .merge(graceful.probes())
+///         .layer(cors);
+///     // After all layers: the probes.
+///     graceful.probes().merge(app)
 /// }
 /// ```
 ///

@@ -42,9 +42,9 @@ impl Graceful {
     /// let node = std::env::var("NODE_IP").ok().and_then(|ip| ip.parse().ok());
     /// let app: Router = Router::new()
     ///     // your routes
-    ///     .layer(graceful.layer())
-    ///     .merge(graceful.probes())
-    ///     .merge(graceful.pre_stop().allow(node).into_router()); // /prestop
+    ///     .layer(graceful.layer());
+    /// let pre_stop = graceful.pre_stop().allow(node).into_router(); // /prestop
+    /// let app = graceful.probes().merge(pre_stop).merge(app);
     /// ```
     ///
     /// ```yaml

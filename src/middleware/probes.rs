@@ -23,12 +23,12 @@ use crate::{
 impl Graceful {
     /// A router with `GET /livez` and `GET /readyz`, the paths that Kubernetes itself uses.
     ///
-    /// Merge it, or nest it under any prefix, inside or outside the [layer](Self::layer). The layer
-    /// never rejects requests to these two routes, and recognizes no other route as a probe,
-    /// whatever its path. Outside the layer (merged after `.layer(…)`) the requests are not counted
-    /// either. Then axum's default 404 for unknown paths is outside of all layers too, unless you merge
-    /// the other way round, as in `graceful.probes().merge(app)`. A fallback of your own is inside or
-    /// outside, depending on where you add it.
+    /// Merge your app into it, or merge or nest it in your app under any prefix, inside or outside the
+    /// [layer](Self::layer). The layer never rejects requests to these two routes, and recognizes no
+    /// other route as a probe, whatever its path. Outside the layer (merged after `.layer(…)`) the
+    /// requests are not counted either. With `graceful.probes().merge(app)` axum's default 404 for
+    /// unknown paths stays inside all layers of `app`; with `app.merge(graceful.probes())` it is outside
+    /// of them. A fallback of your own is inside or outside, depending on where you add it.
     ///
     /// If the layer wraps a whole router, as in
     /// `ServiceBuilder::new().layer(graceful.layer()).service(app)`, it cannot see routes. It then
@@ -43,8 +43,8 @@ impl Graceful {
     /// let graceful = Graceful::new();
     /// let app: Router = Router::new()
     ///     // your routes
-    ///     .layer(graceful.layer())
-    ///     .merge(graceful.probes());
+    ///     .layer(graceful.layer());
+    /// let app = graceful.probes().merge(app);
     /// ```
     #[cfg(feature = "axum")]
     pub fn probes<S>(&self) -> axum::Router<S>
