@@ -312,7 +312,9 @@ impl GracefulBuilder {
     /// refuses new connections. Most load balancers retry a refused connection on another server,
     /// while few retry a 503. Draining, which rejects requests, starts only after the listener has
     /// closed, usually less than 200 ms later and at most two seconds later. So requests that arrive
-    /// while the listener closes are still served.
+    /// while the listener closes are still served. This needs [`serve`](crate::Graceful::serve) or a
+    /// [tracked listener](crate::Graceful::listener): it is not known when another listener closes, so with
+    /// [`drain`](crate::Graceful::drain) alone a request that arrives at that moment is refused.
     pub fn keep_listening(mut self, keep: bool) -> Self {
         self.policy.keep_listening = keep;
         self

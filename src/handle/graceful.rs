@@ -238,7 +238,8 @@ impl Graceful {
     /// Returns the effective plan: the durations that were set, and those derived for the rest.
     ///
     /// It is also logged once, at debug level, by the first call that runs a server, listens for
-    /// signals or triggers a stop.
+    /// signals or triggers a stop. The socket of a listener is known from its first accept on: if it was passed by
+    /// socket activation, the default delay is shorter from then on, also if the log said otherwise before.
     ///
     /// ```
     /// # use std::time::Duration;

@@ -94,7 +94,8 @@ pub struct Requests {
     /// Requests admitted after the trigger, in the lame-duck phase.
     pub admitted: usize,
     /// Requests out of `in_flight` and `admitted` that were completed: the server has taken the
-    /// whole response, or the client has left after the response had begun.
+    /// whole response, or the client has left after the response had begun. A service that returns an error
+    /// has completed its request too: middleware outside the layer makes a response of the error.
     pub finished: usize,
     /// Requests rejected after the trigger, because of draining or because of the limit.
     pub refused: usize,
