@@ -17,7 +17,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     time,
 };
-use tower_graceful::{Graceful, Outcome, Trigger};
+use tower_graceful::{Graceful, Outcome, Phase, Trigger};
 
 const BOUND: Duration = Duration::from_secs(60);
 
@@ -58,6 +58,11 @@ async fn a_signal_with_a_handler_of_the_program_goes_to_that_handler_again() {
     kill(Pid::this(), Signal::SIGTERM).unwrap();
     let received = time::timeout(BOUND, stream.recv()).await;
     assert_eq!(received, Ok(Some(())));
+    // It was meant for the program, and not for a service that is made later.
+    let graceful = Graceful::new();
+    let _drain = graceful.drain();
+    time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(graceful.phase(), Phase::Serving);
 }
 
 /// As of a program that a shell has started with `&`.
@@ -67,6 +72,8 @@ async fn a_signal_that_was_ignored_is_ignored_again() {
     if env::var_os(CHILD).is_some() {
         stop_by(Signal::SIGINT, Trigger::Interrupt).await;
         kill(Pid::this(), Signal::SIGINT).unwrap();
+        // Another thread may receive it.
+        time::sleep(Duration::from_millis(200)).await;
         return;
     }
     let mut child = Command::new("sh");

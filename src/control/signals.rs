@@ -37,7 +37,7 @@ impl Arrived {
     const TERMINATE: usize = 1;
     const INTERRUPT: usize = 2;
 
-    #[cfg(any(windows, test))]
+    #[cfg(any(windows, all(test, not(tower_graceful_loom))))]
     fn add(&self, signal: Trigger) {
         let (number, arrived) = match signal {
             Trigger::Interrupt => (Self::INTERRUPT, &self.interrupt),
@@ -48,8 +48,10 @@ impl Arrived {
     }
 
     /// Takes the signals. The one that arrived last comes last: SIGINT ends the delay that a SIGTERM before it
-    /// has begun, and SIGTERM changes nothing after a SIGINT.
+    /// has begun, and SIGTERM changes nothing after a SIGINT. Of three signals the order may be another one.
     fn take(&self) -> Vec<Trigger> {
+        let terminate_is_last = || self.last.load(SeqCst) == Self::TERMINATE;
+        let was_last = terminate_is_last();
         let mut taken: Vec<_> = [
             (&self.terminate, Trigger::Terminate),
             (&self.interrupt, Trigger::Interrupt),
@@ -58,7 +60,8 @@ impl Arrived {
         .filter(|(arrived, _)| arrived.swap(false, SeqCst))
         .map(|(_, trigger)| trigger)
         .collect();
-        if self.last.load(SeqCst) == Self::TERMINATE {
+        // One may arrive in between.
+        if was_last && terminate_is_last() {
             taken.reverse();
         }
         taken
@@ -124,6 +127,11 @@ mod os {
         let _ = emulate_default_handler(signal);
     }
 
+    /// The bit of a signal in the sets of the kernel.
+    fn bit(signal: i32) -> u64 {
+        1 << (signal - 1)
+    }
+
     fn is_init() -> bool {
         process::id() == 1
     }
@@ -150,6 +158,8 @@ mod os {
     pub(crate) struct Signals {
         /// Set while signals are given back.
         given_back: Arc<AtomicBool>,
+        /// The signals that the program handles or ignores while they are given back, one bit for each.
+        without_default: u64,
         arrived: Arrived,
         socket: Socket,
         /// The actions of the handlers that write to the socket.
@@ -184,7 +194,7 @@ mod os {
             for (((signal, _), (number, flag)), clone) in SIGNALS.into_iter().zip(flags).zip(clones)
             {
                 let context = |error| explain(&format!("no handler for signal {signal}"), &error);
-                if without_default & (1 << (signal - 1)) == 0 {
+                if without_default & bit(signal) == 0 {
                     let given_back = Arc::clone(&given_back);
                     if is_init() {
                         flag::register_conditional_shutdown(signal, 128 + signal, given_back)
@@ -200,6 +210,7 @@ mod os {
             }
             Ok(Self {
                 given_back,
+                without_default,
                 arrived,
                 socket,
                 writing,
@@ -225,9 +236,12 @@ mod os {
             Ok(())
         }
 
-        /// From now on signals do not have their default action.
+        /// From now on signals do not have their default action. One that came while they were given back was
+        /// the program's.
         pub(crate) fn keep(&self) {
-            self.given_back.store(false, SeqCst);
+            if self.given_back.swap(false, SeqCst) {
+                self.arrived.take();
+            }
         }
 
         /// From now on signals have their default action, if they had it before.
@@ -235,9 +249,16 @@ mod os {
             self.given_back.store(true, SeqCst);
         }
 
-        /// Takes the signals that have arrived.
+        /// Takes the signals that have arrived, except those that the program handles itself.
         pub(crate) fn take(&self) -> Vec<Trigger> {
-            self.arrived.take()
+            let mut taken = self.arrived.take();
+            if self.given_back.load(SeqCst) {
+                taken.retain(|trigger| {
+                    let mut signals = SIGNALS.iter().filter(|(_, it)| it == trigger);
+                    signals.any(|(signal, _)| self.without_default & bit(*signal) == 0)
+                });
+            }
+            taken
         }
 
         /// Wakes the thread without a signal.
