@@ -22,6 +22,8 @@ pub(crate) mod closing;
 mod driver;
 pub(crate) mod leave_early;
 mod progress;
+#[cfg(all(test, feature = "signal", not(tower_graceful_loom)))]
+mod random_signals;
 mod report;
 pub(crate) mod state;
 pub(crate) mod step;
