@@ -213,6 +213,8 @@ where
                 return Poll::Ready(());
             }
             self.received = true;
+            // It sends although its last request had no body.
+            self.last.request = false;
         }
         // Yields to other tasks, because the peer may never stop sending.
         cx.waker().wake_by_ref();
@@ -404,14 +406,53 @@ mod tests {
         client.write_all(request).await.unwrap();
         io.read_exact(&mut vec![0; request.len()]).await.unwrap();
         graceful.shutdown();
+        // The kernel of the client acknowledges what it has room for within 40 ms.
+        let acknowledges = Duration::from_millis(60);
         while unacknowledged(io.get_ref()) == Some(0) {
             io.write_all(&[b'x'; 100]).await.unwrap();
+            if unacknowledged(io.get_ref()) != Some(0) {
+                time::sleep(acknowledges).await;
+            }
         }
         let left = unacknowledged(io.get_ref()).unwrap();
         assert!(left <= 100, "{left}");
         drop(io);
         assert_eq!(graceful.connections(), 1);
         client.read_to_end(&mut Vec::new()).await.unwrap();
+        let closed = async {
+            while graceful.connections() > 0 {
+                time::sleep(FIRST_QUERY_INTERVAL).await;
+            }
+        };
+        time::timeout(Duration::from_secs(20), closed)
+            .await
+            .unwrap();
+    }
+
+    /// Its request looked like one without a body. The client would lose the response by a reset.
+    #[tokio::test]
+    async fn a_client_that_sends_on_after_its_request_is_read_from() {
+        let graceful = Graceful::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
+        let mut io = graceful.track(listener.accept().await.unwrap().0);
+        let request = b"GET / HTTP/1.1\r\ncontent-length: 9\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        io.read_exact(&mut vec![0; request.len()]).await.unwrap();
+        graceful.shutdown();
+        io.write_all(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
+            .await
+            .unwrap();
+        client.write_all(b"x").await.unwrap();
+        drop(io);
+        for _ in 0..3 {
+            assert_eq!(graceful.connections(), 1);
+            time::sleep(SILENT_PEER_TIMEOUT).await;
+            client.write_all(b"x").await.unwrap();
+        }
+        drop(client);
         let closed = async {
             while graceful.connections() > 0 {
                 time::sleep(FIRST_QUERY_INTERVAL).await;

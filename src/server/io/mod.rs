@@ -46,9 +46,10 @@ use crate::{
 ///
 /// - at once, if the connection is idle, if nothing was written on it, or if a read or write has failed;
 ///   while serving, also if the peer closed first;
-/// - if the peer has received everything: when it has then been silent for 250 ms, or for 1 s if it has sent
-///   something since it received everything. After 2 s the socket is closed in any case. Only Linux
-///   tells what the peer has received; on other systems all written bytes count as received;
+/// - if the peer has received everything: at once if its last request had no body and it has sent nothing since;
+///   otherwise when it has then been silent for 250 ms, or for 1 s if it has sent something since it received
+///   everything. After 2 s the socket is closed in any case. Only Linux tells what the peer has received; on
+///   other systems all written bytes count as received, and no connection is closed at once for that;
 /// - if the peer has not received everything: after 30 s in which it has acknowledged nothing, and after
 ///   5 min in any case. While the service stops, the task waits until the drain deadline instead, and the
 ///   number of bytes that the peer has not received is in the [report](crate::CutConnection::undelivered);

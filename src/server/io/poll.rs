@@ -14,7 +14,7 @@ use super::{GracefulIo, Peer, Writing, present};
 use crate::{
     connection::{
         directive::Directive,
-        flags::{BUSY, HANDSHAKE, INSPECTED, RESPONDED, STREAMLESS, UPGRADED},
+        flags::{BUSY, HANDSHAKE, INSPECTED, RESPONDED, STREAMLESS, UPGRADED, UPGRADES},
         wakers::WakerSlot,
     },
     phase::Phase,
@@ -177,10 +177,12 @@ impl<I: 'static> GracefulIo<I> {
             requests::wrote(&this.guard.entry, head);
         }
         let result = write(Pin::new(this.get_mut()), cx);
-        // Only the first write after a read begins with a head. `serve` sees its responses.
-        let upgrades = this.heads.is_asking()
-            && head.starts_with(SWITCHING_PROTOCOLS)
-            && !this.guard.entry.is_served();
+        // Only the first write after a read begins with a head, except if requests were pipelined: then a write
+        // may begin with the response to an upgrade that was asked for. `serve` sees its responses.
+        let entry = &this.guard.entry;
+        let upgrades = head.starts_with(SWITCHING_PROTOCOLS)
+            && (this.heads.is_asking() || entry.flags.has(UPGRADES))
+            && !entry.is_served();
         this.activity.wrote(upgrades, result.is_ready());
         this.note_writing(result.is_pending());
         match &result {
@@ -259,7 +261,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             if entry.flags.has(INSPECTED) {
                 requests::read(entry, read);
             }
-            let is_probe = || directive > Directive::Stay && entry.owner.is_probe(path(read));
+            // The connection may not have its directive yet.
+            let is_probe =
+                || entry.owner.phase() > Phase::Serving && entry.owner.is_probe(path(read));
             let admits = || directive == Directive::Stay || entry.owner.phase() < Phase::Draining;
             this.heads.note_last(read, is_probe, admits);
             if this.written == Written::Nothing {
