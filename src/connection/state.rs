@@ -62,7 +62,8 @@ pub(crate) struct ConnectionState {
     /// The bits [`WROTE`] and [`BLOCKED`]. Only the task that writes changes them.
     writes: AtomicU8,
     /// The slots whose stored waker is the one in their poller's [`RegisteredWaker`], and the bit
-    /// [`READ`]. Changes under the lock of the wakers. Each poller reads only its own bits.
+    /// [`READ`]. Changes under the lock of the wakers. Each poller reads only its own bits; the timeline reads
+    /// [`READ`].
     waits: AtomicU8,
     /// The number of streams: tasks that run beside the connection's own task, and HTTP/2 responses of
     /// which the server holds bytes. In the high half, the number of those responses whose bodies have
@@ -198,6 +199,7 @@ impl ConnectionState {
     #[cfg(feature = "axum")]
     pub(crate) fn forget_all(&self) {
         let forgotten = self.take(|wakers| {
+            // With the bit `READ`.
             self.waits.store(0, Ordering::Relaxed);
             mem::take(wakers)
         });

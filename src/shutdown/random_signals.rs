@@ -61,14 +61,14 @@ fn play(schedule: &Schedule, keeps: impl Fn(usize, Trigger) -> bool) -> Seen {
         graceful.shared().mark_served();
         let step = sleep(ms(schedule.cleanup));
         graceful.cleanup("step", ms(GRACE_PERIOD), step).unwrap();
-        let hold = graceful.hold("hold");
-        let held = schedule.held;
+        let work = graceful.hold("hold");
+        let dropped = schedule.held;
         tokio::spawn(async move {
-            if let Some(held) = held {
-                sleep(ms(held)).await;
-                drop(hold);
+            if let Some(dropped) = dropped {
+                sleep(ms(dropped)).await;
+                drop(work);
             } else {
-                let _hold = hold;
+                let _work = work;
                 std::future::pending::<()>().await;
             }
         });
