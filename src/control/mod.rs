@@ -435,6 +435,18 @@ mod tests {
         (stop, checks)
     }
 
+    /// Begins a notification that blocks until the sender is dropped.
+    fn block_notification(control: &'static Control<Stop>) -> mpsc::Sender<()> {
+        let (release, blocked) = mpsc::channel();
+        let (begins, begun) = mpsc::channel();
+        control.run_elsewhere(Box::new(move || {
+            begins.send(()).unwrap();
+            let _ = blocked.recv();
+        }));
+        begun.recv().unwrap();
+        release
+    }
+
     fn assert_unchecked(checks: &mpsc::Receiver<()>) {
         assert!(checks.recv_timeout(Duration::from_millis(50)).is_err());
     }
@@ -442,13 +454,7 @@ mod tests {
     #[test]
     fn a_notification_that_blocks_does_not_keep_the_last_one_from_being_sent() {
         static CONTROL: LazyLock<Control<Stop>> = LazyLock::new(Control::new);
-        let (release, blocked) = mpsc::channel::<()>();
-        let (begins, begun) = mpsc::channel();
-        CONTROL.run_elsewhere(Box::new(move || {
-            begins.send(()).unwrap();
-            let _ = blocked.recv();
-        }));
-        begun.recv().unwrap();
+        let release = block_notification(&CONTROL);
         scheduled(&CONTROL, Instant::now(), true);
         drop(release);
     }
@@ -456,13 +462,7 @@ mod tests {
     #[test]
     fn a_notification_after_the_thread_has_left_is_not_kept_by_one_that_blocks() {
         static CONTROL: LazyLock<Control<Stop>> = LazyLock::new(Control::new);
-        let (release, blocked) = mpsc::channel::<()>();
-        let (begins, begun) = mpsc::channel();
-        CONTROL.run_elsewhere(Box::new(move || {
-            begins.send(()).unwrap();
-            let _ = blocked.recv();
-        }));
-        begun.recv().unwrap();
+        let release = block_notification(&CONTROL);
         let (ends, ended) = mpsc::channel();
         CONTROL.run_elsewhere(Box::new(move || ends.send(()).unwrap()));
         assert_eq!(ended.recv_timeout(BOUND), Ok(()));

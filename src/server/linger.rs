@@ -390,6 +390,17 @@ mod tests {
         assert!(!connections.has_torn_by_close());
     }
 
+    async fn wait_until_closed(graceful: &Graceful) {
+        let closed = async {
+            while graceful.connections() > 0 {
+                time::sleep(FIRST_QUERY_INTERVAL).await;
+            }
+        };
+        time::timeout(Duration::from_secs(20), closed)
+            .await
+            .unwrap();
+    }
+
     /// As few bytes as a server writes to close a connection.
     #[tokio::test]
     async fn a_short_response_that_the_client_has_not_received_is_waited_for_while_stopping() {
@@ -419,14 +430,7 @@ mod tests {
         drop(io);
         assert_eq!(graceful.connections(), 1);
         client.read_to_end(&mut Vec::new()).await.unwrap();
-        let closed = async {
-            while graceful.connections() > 0 {
-                time::sleep(FIRST_QUERY_INTERVAL).await;
-            }
-        };
-        time::timeout(Duration::from_secs(20), closed)
-            .await
-            .unwrap();
+        wait_until_closed(&graceful).await;
     }
 
     /// Its request looked like one without a body. The client would lose the response by a reset.
@@ -453,14 +457,7 @@ mod tests {
             client.write_all(b"x").await.unwrap();
         }
         drop(client);
-        let closed = async {
-            while graceful.connections() > 0 {
-                time::sleep(FIRST_QUERY_INTERVAL).await;
-            }
-        };
-        time::timeout(Duration::from_secs(20), closed)
-            .await
-            .unwrap();
+        wait_until_closed(&graceful).await;
     }
 
     /// How long the connection stays open if its client does this again and again.
