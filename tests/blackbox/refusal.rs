@@ -48,7 +48,7 @@ pub(crate) const TESTS: &[Test] = &[
 
 fn is_503(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);
-    let slow = server.get_in_background("/sleep/800");
+    let slow = server.get_in_background("/sleep/3000");
     let mut old = server.connect();
     old.get("/").assert_ok();
     server.terminate();
@@ -90,7 +90,7 @@ fn on_http2(form: Form) {
 fn of_an_upload(form: Form) {
     const SIZE: usize = 8 * 1024 * 1024;
     let mut server = Server::start(form, &["delay=0"]);
-    let slow = server.get_in_background("/sleep/1500");
+    let slow = server.get_in_background("/sleep/3000");
     server.terminate();
     server.wait_for_draining();
     let head = format!("POST /upload HTTP/1.1\r\nhost: test\r\ncontent-length: {SIZE}\r\n\r\n");
@@ -146,7 +146,7 @@ fn of_a_slow_upload(form: Form) {
 
 fn of_expect_continue(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);
-    let slow = server.get_in_background("/sleep/800");
+    let slow = server.get_in_background("/sleep/3000");
     server.terminate();
     server.wait_for_draining();
     let mut connection = server.connect();
@@ -171,7 +171,7 @@ fn of_expect_continue(form: Form) {
 fn of_expect_continue_and_body(form: Form) {
     const SIZE: usize = 8 * 1024 * 1024;
     let mut server = Server::start(form, &["delay=0"]);
-    let slow = server.get_in_background("/sleep/1500");
+    let slow = server.get_in_background("/sleep/3000");
     server.terminate();
     server.wait_for_draining();
     let head = format!(
@@ -192,7 +192,7 @@ fn of_expect_continue_and_body(form: Form) {
 
 fn of_grpc(form: Form) {
     let mut server = Server::start(form, &["delay=0"]);
-    let slow = server.get_in_background("/sleep/800");
+    let slow = server.get_in_background("/sleep/3000");
     server.terminate();
     server.wait_for_draining();
     let connection = http2::Connection::open(server.address);
