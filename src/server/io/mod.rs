@@ -83,8 +83,6 @@ enum Writing {
     Open,
     /// The last write or flush returned `Pending`.
     Blocked,
-    /// As `Blocked`, and the server is not told yet that the peer has closed its writing side.
-    BlockedAtEnd,
     /// The server has closed it.
     Shut,
 }
@@ -93,6 +91,9 @@ enum Writing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Peer {
     Open,
+    /// The peer has closed its writing side, and the server is not told yet. The wrapped IO need not report
+    /// it again.
+    Withheld,
     /// The peer has closed its writing side.
     Finished,
     /// A read or a write has failed, so the drop does not wait for the peer.
@@ -117,7 +118,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
         }
         let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
         // A layer below the top follows the top, which has cleared the state if nothing was torn.
-        let may_be_torn = !is_top || self.peer == Peer::Open;
+        let may_be_torn = !is_top || self.peer <= Peer::Withheld;
         if stops && may_be_torn && entry.is_torn_by_close() {
             if is_top {
                 entry.owner.connections.torn(entry);
@@ -164,7 +165,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
         }
         // While serving, a peer that has closed first waits for nothing more.
         let leaves = match self.peer {
-            Peer::Open => false,
+            Peer::Open | Peer::Withheld => false,
             Peer::Finished => directive == Directive::Stay,
             Peer::Gone => true,
         };

@@ -106,7 +106,7 @@ impl<I: 'static> GracefulIo<I> {
     }
 
     fn is_blocked(&self) -> bool {
-        matches!(self.writing, Writing::Blocked | Writing::BlockedAtEnd)
+        self.writing == Writing::Blocked
     }
 
     /// The last bytes read or written belong to HTTP/1, as far as this can be told.
@@ -117,6 +117,25 @@ impl<I: 'static> GracefulIo<I> {
         } else {
             self.activity.is_http1()
         }
+    }
+
+    /// Reports the end that the peer has sent, as soon as no write is blocked.
+    #[cold]
+    fn poll_withheld(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
+        let entry = &self.guard.entry;
+        if self.is_blocked() {
+            // The IO in between is not polled any more, so it does not poll the layer that has the wakers.
+            let directive = entry.state.enter(&mut self.waker, WakerSlot::Read, cx);
+            if directive < Directive::Cut {
+                return Poll::Pending;
+            }
+            self.peer = Peer::Gone;
+            return Poll::Ready(Err(cut()));
+        }
+        entry.was_read_once_more();
+        entry.sniffer.note_end();
+        self.peer = Peer::Finished;
+        Poll::Ready(Ok(()))
     }
 
     /// Records whether a write or a flush was blocked.
@@ -139,7 +158,7 @@ impl<I: 'static> GracefulIo<I> {
         if self.is_top() {
             state.set_blocked(self.is_blocked());
         }
-        if before == Writing::BlockedAtEnd {
+        if before == Writing::Blocked && self.peer == Peer::Withheld {
             // The server reads the end now.
             state.wake_reader();
         }
@@ -232,6 +251,9 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         let before = buf.filled().len();
         let room = buf.remaining() > 0;
         let is_top = this.is_top();
+        if this.peer == Peer::Withheld && room {
+            return this.poll_withheld(cx);
+        }
         let entry = &this.guard.entry;
         if is_top && entry.sniffer.has_held_back() {
             entry.sniffer.release_held_back(buf);
@@ -301,8 +323,8 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 if is_top && this.is_blocked() && this.speaks_http1() {
                     // The client may still read. If hyper read the end now, it would drop the rest of the
                     // response, whose request may have finished.
-                    this.writing = Writing::BlockedAtEnd;
-                    return Poll::Pending;
+                    this.peer = Peer::Withheld;
+                    return this.poll_withheld(cx);
                 }
                 this.peer = Peer::Finished;
                 if is_top {
@@ -361,15 +383,17 @@ impl<I: AsyncWrite + Unpin + 'static> AsyncWrite for GracefulIo<I> {
 #[cfg(all(test, unix, not(tower_graceful_loom)))]
 mod tests {
     use std::{
-        io::Write,
+        io::{self, Write},
         net::{self, Ipv4Addr},
+        pin::Pin,
         sync::Arc,
+        task::{Context, Poll},
         time::Duration,
     };
 
     use futures_util::FutureExt;
     use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt, duplex},
+        io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
         net::TcpListener,
         task::{consume_budget, coop},
         time,
@@ -380,6 +404,58 @@ mod tests {
         Graceful,
         connection::descriptors::{Socket, SocketKind},
     };
+
+    /// An IO that reports the end once, which the contract of `AsyncRead` allows.
+    struct EndsOnce(DuplexStream, bool);
+
+    impl AsyncRead for EndsOnce {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            if self.1 {
+                return Poll::Pending;
+            }
+            let before = buf.filled().len();
+            let read = Pin::new(&mut self.0).poll_read(cx, buf);
+            self.1 = read.is_ready() && buf.filled().len() == before;
+            read
+        }
+    }
+
+    impl AsyncWrite for EndsOnce {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.0).poll_write(cx, buf)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+
+    #[tokio::test]
+    async fn an_end_that_was_withheld_is_reported_once_the_writes_go_on() {
+        let (mut client, server) = duplex(64);
+        let mut io = Graceful::new().track(EndsOnce(server, false));
+        client.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        client.shutdown().await.unwrap();
+        io.read_exact(&mut [0; 18]).await.unwrap();
+        io.write_all(&[b'x'; 64]).await.unwrap();
+        assert!(io.write(b"x").now_or_never().is_none());
+        assert!(io.read(&mut [0]).now_or_never().is_none());
+        client.read_exact(&mut [0; 64]).await.unwrap();
+        io.write_all(b"x").await.unwrap();
+        assert_eq!(io.read(&mut [0]).now_or_never().unwrap().unwrap(), 0);
+    }
 
     /// A body may contain anything.
     #[tokio::test]
