@@ -218,6 +218,8 @@ fuzz_target!(|input: Input| {
         let (mut read, mut expected_read) = (Vec::new(), Vec::new());
         let mut cut = false;
         let (mut blocked, mut shut) = (false, false);
+        // An end that the server is not told while a write is blocked. The IO is not asked for it again.
+        let mut withheld = false;
         for operation in &input.operations {
             if matches!(operation, Operation::Cut) && !cut {
                 cut = true;
@@ -244,6 +246,17 @@ fuzz_target!(|input: Input| {
                     calls,
                     "the IO was polled after the cut"
                 );
+            } else if withheld && matches!(operation, Operation::Read(1..)) {
+                let calls = script.lock().unwrap().calls;
+                let became = operate(&mut io, operation, &mut read);
+                let expected = if blocked {
+                    Became::Pending
+                } else {
+                    Became::Done(0)
+                };
+                assert_eq!(became, expected);
+                assert_eq!(script.lock().unwrap().calls, calls);
+                withheld = blocked;
             } else {
                 let became = operate(&mut io, operation, &mut read);
                 let as_plain = operate(&mut plain, operation, &mut expected_read);
@@ -253,6 +266,10 @@ fuzz_target!(|input: Input| {
                     waits || became == as_plain,
                     "{became:?}, {as_plain:?}: {operation:?}"
                 );
+                withheld |= waits;
+                let closes = matches!(operation, Operation::Flush | Operation::Shutdown);
+                // After an error of a read or write the IO is asked again.
+                withheld &= closes || !matches!(as_plain, Became::Failed(_));
                 match (operation, &as_plain) {
                     (Operation::Shutdown, Became::Done(_)) => {
                         (blocked, shut) = (false, true);
