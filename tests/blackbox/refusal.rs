@@ -47,7 +47,7 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 fn is_503(form: Form) {
-    let mut server = Server::start(form, &["delay=0"]);
+    let mut server = Server::start(form, &["delay=0", "drain=10000"]);
     let slow = server.get_in_background("/sleep/3000");
     let mut old = server.connect();
     old.get("/").assert_ok();
@@ -89,7 +89,7 @@ fn on_http2(form: Form) {
 
 fn of_an_upload(form: Form) {
     const SIZE: usize = 8 * 1024 * 1024;
-    let mut server = Server::start(form, &["delay=0"]);
+    let mut server = Server::start(form, &["delay=0", "drain=10000"]);
     let slow = server.get_in_background("/sleep/3000");
     server.terminate();
     server.wait_for_draining();
@@ -145,7 +145,7 @@ fn of_a_slow_upload(form: Form) {
 }
 
 fn of_expect_continue(form: Form) {
-    let mut server = Server::start(form, &["delay=0"]);
+    let mut server = Server::start(form, &["delay=0", "drain=10000"]);
     let slow = server.get_in_background("/sleep/3000");
     server.terminate();
     server.wait_for_draining();
@@ -170,7 +170,7 @@ fn of_expect_continue(form: Form) {
 /// A client need not wait for the 100, and some send the body after a short time without one.
 fn of_expect_continue_and_body(form: Form) {
     const SIZE: usize = 8 * 1024 * 1024;
-    let mut server = Server::start(form, &["delay=0"]);
+    let mut server = Server::start(form, &["delay=0", "drain=10000"]);
     let slow = server.get_in_background("/sleep/3000");
     server.terminate();
     server.wait_for_draining();
@@ -191,7 +191,7 @@ fn of_expect_continue_and_body(form: Form) {
 }
 
 fn of_grpc(form: Form) {
-    let mut server = Server::start(form, &["delay=0"]);
+    let mut server = Server::start(form, &["delay=0", "drain=10000"]);
     let slow = server.get_in_background("/sleep/3000");
     server.terminate();
     server.wait_for_draining();
