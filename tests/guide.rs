@@ -119,11 +119,12 @@ fn queue_worker(text: &str) -> String {
     worker[..end].to_owned()
 }
 
-/// The worker that `tests/blackbox/work.rs` stops under load is the one that both pages print.
+/// The worker that `tests/blackbox/work.rs` stops under load is the one that the pages print.
 #[test]
 fn the_pages_print_the_queue_worker_of_the_tests() {
     let tested = queue_worker(include_str!("blackbox/server.rs"));
     let pages = [
+        include_str!("../README.md"),
         include_str!("../docs/workers.md"),
         include_str!("../src/handle/work.rs"),
     ];

@@ -58,6 +58,8 @@ async fn a_signal_with_a_handler_of_the_program_goes_to_that_handler_again() {
     kill(Pid::this(), Signal::SIGTERM).unwrap();
     let received = time::timeout(BOUND, stream.recv()).await;
     assert_eq!(received, Ok(Some(())));
+    // Its handler has ended on every thread by then.
+    time::sleep(Duration::from_millis(100)).await;
     // It was meant for the program, and not for a service that is made later.
     let graceful = Graceful::new();
     let _drain = graceful.drain();
