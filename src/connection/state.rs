@@ -71,7 +71,7 @@ pub(crate) struct ConnectionState {
     /// responses the word is 0 only if there are no streams, even if the low half overflows.
     #[cfg(all(feature = "axum", feature = "signal"))]
     streams: AtomicU32,
-    /// The number of HTTP/2 request bodies that have not ended and that somebody can still read. From 255 on it
+    /// The number of HTTP/2 request bodies that have not ended and that a task can still read. From 255 on it
     /// stays at 255. One byte, because there may be very many connections.
     #[cfg(all(feature = "axum", feature = "signal"))]
     uploads: AtomicU8,

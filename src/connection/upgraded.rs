@@ -106,18 +106,13 @@ impl Upgraded {
         drop(ended);
     }
 
-    /// Forgets an upgrade that was not granted.
-    #[cfg(all(feature = "axum", feature = "signal"))]
+    /// Forgets an upgrade, unless it was granted.
     #[cold]
     pub(crate) fn not_begun(&self, upgrade: Upgrade) {
         let refused = |entry: &Entry| !entry.upgraded;
         let mut upgrades = lock!(self.0);
         let is_refused = upgrades.entries.get(&upgrade).is_some_and(refused);
-        let forgotten = if is_refused {
-            upgrades.entries.remove(&upgrade)
-        } else {
-            None
-        };
+        let forgotten = is_refused.then(|| upgrades.entries.remove(&upgrade));
         drop(upgrades);
         drop(forgotten);
     }

@@ -56,6 +56,7 @@ impl RegisteredWaker {
 #[derive(Debug)]
 pub(super) struct WaitingTask {
     waker: Waker,
+    /// Not bits: the values that a `bool` does not have keep [`Wakers`] small.
     slots: Each<bool>,
 }
 

@@ -100,10 +100,8 @@ impl ConnectionEntry {
     /// hyper keeps in mind that the connection has asked.
     #[cold]
     fn not_upgraded(&self) {
-        if !self.flags.has(UPGRADED) {
-            let connection = Upgrade::Connection(self.number());
-            self.owner.upgraded.ended(connection);
-        }
+        let connection = Upgrade::Connection(self.number());
+        self.owner.upgraded.not_begun(connection);
     }
 
     /// Records that the connection no longer speaks HTTP.

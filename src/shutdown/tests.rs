@@ -1502,7 +1502,7 @@ async fn notifications_without_end_delay_neither_the_cleanup_nor_other_tasks() {
     use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
     /// Sends a signal whenever an event is logged, as long as there are some left.
-    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+    use crate::sync::{AtomicUsize, Ordering::Relaxed};
 
     struct Signals(Shared, Arc<AtomicUsize>);
 

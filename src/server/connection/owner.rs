@@ -107,15 +107,18 @@ impl Owner {
     /// and the connection itself is not upgraded. Returns the number of the tunnel.
     #[cold]
     pub(super) fn asks_for_upgrade<B>(&self, request: &http::Request<B>) -> Option<TunnelNumber> {
+        let http2 = request.version() >= Version::HTTP_2;
+        if http2 && request.method() != Method::CONNECT {
+            return None;
+        }
         let path = match request.uri().path() {
             // The target of a `CONNECT` is a host and has no path.
             "" => &*request.uri().to_string(),
             path => path,
         };
         let upgraded = &self.0.owner.upgraded;
-        if request.version() >= Version::HTTP_2 {
-            return (request.method() == Method::CONNECT)
-                .then(|| upgraded.asked_for_tunnel(path, self.0.peer()));
+        if http2 {
+            return Some(upgraded.asked_for_tunnel(path, self.0.peer()));
         }
         self.0.flags.set(UPGRADES);
         upgraded.asked(self.0.number(), path, self.0.peer());
@@ -182,7 +185,7 @@ impl Drop for OpenStream {
     }
 }
 
-/// Counts an upload until it has ended, or until nobody can read it any more.
+/// Counts an upload until it has ended, or until no task can read it any more.
 pub(super) struct OpenUpload(Owner);
 
 impl OpenUpload {

@@ -393,7 +393,10 @@ mod tests {
 
     use futures_util::FutureExt;
     use tokio::{
-        io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
+        io::{
+            AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream, ReadBuf, ReadHalf, duplex, join,
+            split,
+        },
         net::TcpListener,
         task::{consume_budget, coop},
         time,
@@ -405,8 +408,8 @@ mod tests {
         connection::descriptors::{Socket, SocketKind},
     };
 
-    /// An IO that reports the end once, which the contract of `AsyncRead` allows.
-    struct EndsOnce(DuplexStream, bool);
+    /// Reports the end once, which the contract of `AsyncRead` allows.
+    struct EndsOnce(ReadHalf<DuplexStream>, bool);
 
     impl AsyncRead for EndsOnce {
         fn poll_read(
@@ -424,28 +427,11 @@ mod tests {
         }
     }
 
-    impl AsyncWrite for EndsOnce {
-        fn poll_write(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            buf: &[u8],
-        ) -> Poll<io::Result<usize>> {
-            Pin::new(&mut self.0).poll_write(cx, buf)
-        }
-
-        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_flush(cx)
-        }
-
-        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_shutdown(cx)
-        }
-    }
-
     #[tokio::test]
     async fn an_end_that_was_withheld_is_reported_once_the_writes_go_on() {
         let (mut client, server) = duplex(64);
-        let mut io = Graceful::new().track(EndsOnce(server, false));
+        let (read, write) = split(server);
+        let mut io = Graceful::new().track(join(EndsOnce(read, false), write));
         client.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
         client.shutdown().await.unwrap();
         io.read_exact(&mut [0; 18]).await.unwrap();
