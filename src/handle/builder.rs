@@ -332,10 +332,13 @@ impl GracefulBuilder {
     /// [`keep_listening(false)`](Self::keep_listening).
     ///
     /// False: listeners accept until the drain ends, or, with
-    /// [`keep_listening(false)`](Self::keep_listening), until draining starts.
+    /// [`keep_listening(false)`](Self::keep_listening), until draining starts. No other process may have
+    /// the socket: its [socket filter](Graceful::listener) stays until the close, and a process
+    /// that has the socket all the same gets no new connection any more.
     ///
     /// Default: true for a `TcpListener` or `UnixListener` that was passed to the process by socket
-    /// activation, and false for any other (see below).
+    /// activation. Any other listener accepts as with false, but its filter is detached a few microseconds
+    /// before the close, and a connection that arrives in between is reset.
     ///
     /// ```
     /// use tower_graceful::{ConfigError, Graceful};
@@ -352,7 +355,7 @@ impl GracefulBuilder {
     /// | circus, or another supervisor that names the descriptor in its own way | `true` | is accepted by another worker, or waits as with systemd |
     /// | a restart in place by `ecdysis` or the like | `true` | is accepted by the new process, which runs already |
     /// | prefork: a parent binds, its children accept | `true` | is accepted by another child |
-    /// | nothing: the process binds the port itself | do not set it | is accepted by this process, or refused |
+    /// | nothing: the process binds the port itself | do not set it, or `false` | is accepted by this process, or refused |
     ///
     /// With `true` where no other process has the socket, clients are refused as soon as the stop
     /// begins.

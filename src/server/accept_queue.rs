@@ -170,7 +170,8 @@ pub(super) fn detach_syn_filter(listener: &dyn Any) {
 
 /// Detaches the filter and closes the socket, of which this is the last reference. Nothing may come in between:
 /// a connection that arrives there is reset. Without the detaching none would be, but if another process
-/// has the socket too, it would never get a connection again.
+/// has the socket too, it would never get a connection again. The kernel tells no process whether another
+/// one has its socket.
 pub(super) fn close_filtered(socket: Arc<Socket>) {
     debug_assert_eq!(Arc::strong_count(&socket), 1);
     detach_syn_filter(&*socket);

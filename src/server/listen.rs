@@ -63,9 +63,9 @@ impl Graceful {
     /// Pass the `TcpListener` itself, and put `tap_io` and TLS after it: `graceful.listener(tcp).tap_io(…)`,
     /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes). Connections in the
     /// accept queue of a `TcpListener` or `UnixListener` are accepted before it closes. For a
-    /// `TcpListener` on Linux that includes every connection, except on an overloaded machine. For a
-    /// `UnixListener`, and on other systems, a connection that arrives between the last `accept` and the
-    /// close is reset. A wrapped listener keeps accepting for 60 ms; a connection that arrives later may be
+    /// `TcpListener` on Linux that includes connections that arrive during the close, except within a few
+    /// microseconds (see below). For a `UnixListener`, and on other systems, a connection that arrives
+    /// between the last `accept` and the close is reset. A wrapped listener keeps accepting for 60 ms; a connection that arrives later may be
     /// reset.
     ///
     /// # Shared sockets
@@ -82,6 +82,11 @@ impl Graceful {
     /// may have been passed by socket activation, because the next process accepts from it. The first
     /// `accept` detaches any filter from the socket, because a killed process may have left one. To
     /// keep a filter of your own, lock it (`SO_LOCK_FILTER`).
+    ///
+    /// The filter is detached just before the close, in case another process has the socket without your
+    /// saying so. A connection that arrives in the few microseconds between the two is reset. With
+    /// [`shared_listener(false)`](crate::GracefulBuilder::shared_listener) the filter stays until the
+    /// close, and no connection is reset.
     ///
     /// # File descriptors
     ///

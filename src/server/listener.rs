@@ -57,6 +57,8 @@ pub struct GracefulListener<L: Listener> {
     /// The socket is shared, or may have been passed by socket activation, so that other processes may
     /// accept from it.
     pub(super) is_passed: bool,
+    /// The user has said that no other process has the socket, so the filter stays until the close.
+    is_sole: bool,
     /// For a shared socket: the phase. The listener closes when it is no longer `Serving`.
     pub(super) shared_phases: Option<watch::Receiver<Phase>>,
     pub(super) graceful: Graceful,
@@ -110,10 +112,11 @@ impl<L: Listener> GracefulListener<L> {
     /// connections of this listener itself.
     pub(super) fn within(graceful: Graceful, listener: L) -> Self {
         let passed = passed(&listener);
-        let is_shared = graceful.shared().policy().shared_listener;
-        let is_shared = is_shared.unwrap_or(passed == Passed::Yes);
+        let set = graceful.shared().policy().shared_listener;
+        let is_shared = set.unwrap_or(passed == Passed::Yes);
         Self {
             is_passed: is_shared || passed != Passed::No,
+            is_sole: set == Some(false) && passed == Passed::No,
             shared_phases: is_shared.then(|| graceful.shared().phases()),
             listener: Some(listener),
             socket: None,
@@ -185,7 +188,7 @@ impl<L: Listener> GracefulListener<L> {
         } else {
             starved.remove_waiting(&socket, true);
             self.socket = None;
-            if filtered {
+            if filtered && !self.is_sole {
                 close_filtered(socket);
             }
             if self.last.is_empty() {
@@ -246,7 +249,9 @@ impl<L: Listener> GracefulListener<L> {
         if matches!(self.closing, Closing::At(_)) {
             // With the filter on, no connection comes after the count.
             starved.close_unserved(Arc::clone(&socket));
-            detach_syn_filter(&*socket);
+            if !self.is_sole {
+                detach_syn_filter(&*socket);
+            }
             drop(socket);
         } else {
             starved.remove_waiting(&socket, false);
@@ -283,7 +288,9 @@ impl<L: Listener> GracefulListener<L> {
 
 impl<L: Listener> Drop for GracefulListener<L> {
     fn drop(&mut self) {
-        if let (Some(listener), Closing::At(_)) = (&self.listener, &self.closing) {
+        if let (Some(listener), Closing::At(_), false) =
+            (&self.listener, &self.closing, self.is_sole)
+        {
             detach_syn_filter(listener);
         }
         self.graceful.shared().starved.count_reset(self.last.len());

@@ -195,6 +195,8 @@ impl Plan {
         let drain = MS(chance.within(150..1500));
         let mut knobs = vec![
             "chaos=true".to_owned(),
+            // Otherwise a connection that arrives in the last microseconds before the close is reset.
+            "shared=false".to_owned(),
             format!("delay={}", delay.as_millis()),
             format!("drain={}", drain.as_millis()),
             format!("threads={}", [0, 1, 2, 4][index(chance, 4)]),
