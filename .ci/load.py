@@ -122,10 +122,12 @@ class Load:
 
     def end(self, name, most=0.9):
         self.over = True
+        rate = len(self.connects) / (time.monotonic() - self.begun)
         for thread in self.threads:
             thread.join(30)
         print(f"{name}: {len(self.requests)} requests, {len(self.messages)} messages, "
-              f"{self.moved} connections have moved, {len(self.failed)} failed")
+              f"{self.moved} connections have moved, {len(self.failed)} failed, "
+              f"{rate:.0f} new connections a second")
         for what in ("connects", "requests", "messages"):
             times = sorted(took for _, took in getattr(self, what))
             if times:
