@@ -86,6 +86,7 @@ fn main() -> ExitCode {
         return server::run(&args.collect::<Vec<_>>());
     }
     let mut arguments = Arguments::from_args();
+    handle_ignored_interrupts();
     // Tests wait most of the time, so that more of them than cores can run at once.
     arguments.test_threads.get_or_insert(8);
     let shared = [
@@ -142,4 +143,25 @@ fn main() -> ExitCode {
         }
     }
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Makes SIGINT have its default action in the servers that the tests start. A shell script that runs the tests in
+/// the background has it ignored, and the programs that they start would inherit that. A signal that is handled
+/// has its default action in a new program.
+#[cfg(unix)]
+fn handle_ignored_interrupts() {
+    use tokio::{
+        runtime::Builder,
+        signal::unix::{SignalKind, signal},
+    };
+
+    let kind = SignalKind::interrupt();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|it| it.strip_prefix("SigIgn:"));
+    let ignored = ignored.map_or(0, |it| u64::from_str_radix(it.trim(), 16).unwrap());
+    if ignored >> (kind.as_raw_value() - 1) & 1 == 1 {
+        // The handler stays when the runtime has ended.
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async { drop(signal(kind).unwrap()) });
+    }
 }
