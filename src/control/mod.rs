@@ -62,6 +62,8 @@ use std::{
 use tokio::time::Instant;
 
 pub(crate) use self::driver_waker::DriverWaker;
+#[cfg(all(unix, feature = "signal"))]
+use self::needs::Watched;
 use self::needs::{DueWork, Needs};
 #[cfg(feature = "signal")]
 use self::signals::Signals;
@@ -194,13 +196,17 @@ impl<S: Subject> Control<S> {
     /// Records that a service has stopped. Signals go to the other services from now on; if there
     /// are none, a moment later to the operating system. If the service has given up work that has
     /// not ended (`has_ended` is false), that work may block the process, and the watchdog stays
-    /// active.
+    /// active, also if the lifecycle is dropped.
     #[cfg(feature = "signal")]
     pub(crate) fn stopped(&'static self, id: Id, has_ended: bool) {
         let mut inner = lock!(self.inner);
         #[cfg(unix)]
         if has_ended {
             inner.watched.remove(&id);
+        } else if let Some(watched) = inner.watched.get_mut(&id) {
+            if watched.until.is_some() {
+                watched.kept = watched.subject.upgrade();
+            }
         }
         #[cfg(not(unix))]
         let _ = has_ended;
@@ -228,16 +234,23 @@ impl<S: Subject> Control<S> {
     pub(crate) fn watch(&'static self, id: Id, weak: Weak<S>) -> io::Result<()> {
         let mut inner = lock!(self.inner);
         self.need(&mut inner, true)?;
-        inner.watched.insert(id, (None, weak));
+        let watched = Watched {
+            until: None,
+            subject: weak,
+            kept: None,
+        };
+        inner.watched.insert(id, watched);
         Ok(())
     }
 
     #[cfg(all(unix, feature = "signal"))]
     pub(crate) fn watch_until(&'static self, id: Id, until: Instant) {
         let mut inner = lock!(self.inner);
-        if let Some((at @ None, _)) = inner.watched.get_mut(&id) {
-            *at = Some(until);
-            self.wake(&mut inner);
+        if let Some(watched) = inner.watched.get_mut(&id) {
+            if watched.until.is_none() {
+                watched.until = Some(until);
+                self.wake(&mut inner);
+            }
         }
     }
 
@@ -374,7 +387,7 @@ impl<S: Subject> Control<S> {
         }
         #[cfg(all(unix, feature = "signal"))]
         for overdue in due.overdue {
-            crate::control::exit::end(move || overdue.upgrade()?.describe());
+            exit::end(move || overdue.describe());
         }
         // The last reference to a lifecycle drops values that its user has put into it.
         for last in held.into_iter().filter_map(Arc::into_inner) {
@@ -385,6 +398,8 @@ impl<S: Subject> Control<S> {
 
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
+    #[cfg(all(unix, feature = "signal"))]
+    use std::sync::mpsc::RecvTimeoutError::Disconnected;
     use std::sync::{LazyLock, mpsc};
 
     use super::*;
@@ -414,6 +429,7 @@ mod tests {
 
         #[cfg(all(unix, feature = "signal"))]
         fn describe(&self) -> Option<String> {
+            self.checked.send(()).unwrap();
             None
         }
     }
@@ -489,6 +505,21 @@ mod tests {
         assert_unchecked(&checks);
         CONTROL.notify(1);
         assert_eq!(checks.recv_timeout(BOUND), Ok(()));
+    }
+
+    #[cfg(all(unix, feature = "signal"))]
+    #[test]
+    fn the_watchdog_watches_work_that_was_given_up_although_its_lifecycle_is_dropped() {
+        static CONTROL: LazyLock<Control<Stop>> = LazyLock::new(Control::new);
+        for (has_ended, watched) in [(false, Ok(())), (true, Err(Disconnected))] {
+            let (stop, checks) = scheduled(&CONTROL, Instant::now() + LONGEST, true);
+            CONTROL.watch(1, Arc::downgrade(&stop)).unwrap();
+            CONTROL.watch_until(1, Instant::now() + Duration::from_millis(200));
+            CONTROL.stopped(1, has_ended);
+            drop(stop);
+            assert_eq!(checks.recv_timeout(BOUND), watched, "{has_ended}");
+            assert_eq!(checks.recv_timeout(BOUND), Err(Disconnected));
+        }
     }
 
     #[test]

@@ -21,9 +21,20 @@ pub(super) struct Needs<S: Subject> {
     pub(super) deadlines: Deadlines<Arc<S>>,
     #[cfg(feature = "signal")]
     pub(super) listening: SignalListeners<S>,
-    /// The lifecycles with a watchdog, and when the process must have ended, once a stop has begun.
+    /// The lifecycles with a watchdog.
     #[cfg(all(unix, feature = "signal"))]
-    pub(super) watched: HashMap<Id, (Option<Instant>, Weak<S>)>,
+    pub(super) watched: HashMap<Id, Watched<S>>,
+}
+
+/// A lifecycle with a watchdog.
+#[cfg(all(unix, feature = "signal"))]
+pub(super) struct Watched<S> {
+    /// When the process must have ended, once a stop has begun.
+    pub(super) until: Option<Instant>,
+    pub(super) subject: Weak<S>,
+    /// Set when the service has stopped and has given up work. That work may block the process although the
+    /// program has dropped the lifecycle.
+    pub(super) kept: Option<Arc<S>>,
 }
 
 /// The lifecycles that listen for signals.
@@ -46,7 +57,7 @@ pub(super) struct DueWork<S: Subject> {
     #[cfg(feature = "signal")]
     pub(super) is_late: bool,
     #[cfg(all(unix, feature = "signal"))]
-    pub(super) overdue: Vec<Weak<S>>,
+    pub(super) overdue: Vec<Arc<S>>,
 }
 
 impl<S: Subject> Needs<S> {
@@ -89,11 +100,13 @@ impl<S: Subject> Needs<S> {
     }
 
     #[cfg(all(unix, feature = "signal"))]
-    fn take_overdue(&mut self, now: Instant) -> Vec<Weak<S>> {
+    fn take_overdue(&mut self, now: Instant) -> Vec<Arc<S>> {
         let mut overdue = Vec::new();
-        self.watched.retain(|_, (until, weak)| {
-            let is_over = until.is_some_and(|until| until <= now);
-            overdue.extend(is_over.then(|| weak.clone()));
+        self.watched.retain(|_, watched| {
+            let is_over = watched.until.is_some_and(|until| until <= now);
+            if is_over {
+                overdue.extend(watched.subject.upgrade());
+            }
             !is_over
         });
         overdue
@@ -116,7 +129,7 @@ impl<S: Subject> Needs<S> {
         #[cfg(feature = "signal")]
         let next = next.chain(self.listening.late_until);
         #[cfg(all(unix, feature = "signal"))]
-        let next = next.chain(self.watched.values().filter_map(|(until, _)| *until));
+        let next = next.chain(self.watched.values().filter_map(|it| it.until));
         next.min()
     }
 }

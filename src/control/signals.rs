@@ -52,19 +52,33 @@ impl Arrived {
     fn take(&self) -> Vec<Trigger> {
         let terminate_is_last = || self.last.load(SeqCst) == Self::TERMINATE;
         let was_last = terminate_is_last();
-        let mut taken: Vec<_> = [
-            (&self.terminate, Trigger::Terminate),
-            (&self.interrupt, Trigger::Interrupt),
-        ]
-        .into_iter()
-        .filter(|(arrived, _)| arrived.swap(false, SeqCst))
-        .map(|(_, trigger)| trigger)
-        .collect();
+        let arrived = self.flags().into_iter();
+        let mut taken: Vec<_> = arrived
+            .filter(|(arrived, _)| arrived.swap(false, SeqCst))
+            .map(|(_, signal)| signal)
+            .collect();
         // One may arrive in between.
         if was_last && terminate_is_last() {
             taken.reverse();
         }
         taken
+    }
+
+    /// Forgets the signals for which `keeps` is false.
+    #[cfg(unix)]
+    fn retain(&self, keeps: impl Fn(Trigger) -> bool) {
+        for (arrived, signal) in self.flags() {
+            if !keeps(signal) {
+                arrived.store(false, SeqCst);
+            }
+        }
+    }
+
+    fn flags(&self) -> [(&AtomicBool, Trigger); 2] {
+        [
+            (&self.terminate, Trigger::Terminate),
+            (&self.interrupt, Trigger::Interrupt),
+        ]
     }
 }
 
@@ -237,10 +251,11 @@ mod os {
         }
 
         /// From now on signals do not have their default action. One that came while they were given back was
-        /// the program's.
+        /// the program's, if the program handles or ignores it. Otherwise it would have ended the process, so one
+        /// that is recorded came earlier or later, and counts.
         pub(crate) fn keep(&self) {
             if self.given_back.swap(false, SeqCst) {
-                self.arrived.take();
+                self.arrived.retain(|signal| !self.is_of_program(signal));
             }
         }
 
@@ -253,12 +268,15 @@ mod os {
         pub(crate) fn take(&self) -> Vec<Trigger> {
             let mut taken = self.arrived.take();
             if self.given_back.load(SeqCst) {
-                taken.retain(|trigger| {
-                    let mut signals = SIGNALS.iter().filter(|(_, it)| it == trigger);
-                    signals.any(|(signal, _)| self.without_default & bit(*signal) == 0)
-                });
+                taken.retain(|signal| !self.is_of_program(*signal));
             }
             taken
+        }
+
+        /// Whether the program handled or ignored this signal before this crate did.
+        fn is_of_program(&self, signal: Trigger) -> bool {
+            let mut signals = SIGNALS.iter().filter(|(_, it)| *it == signal);
+            signals.any(|(number, _)| self.without_default & bit(*number) != 0)
         }
 
         /// Wakes the thread without a signal.
@@ -304,6 +322,33 @@ mod os {
 
     fn explain(what: &str, error: &io::Error) -> io::Error {
         io::Error::new(error.kind(), format!("{what}: {error}"))
+    }
+
+    #[cfg(all(test, not(tower_graceful_loom)))]
+    mod tests {
+        use super::*;
+
+        /// The handler records a signal in any moment, also between the two steps of `keep`.
+        #[test]
+        fn only_a_signal_of_the_program_is_forgotten_when_a_service_begins_to_listen() {
+            for (without_default, taken) in [
+                (0, &[Trigger::Terminate][..]),
+                (bit(SIGINT), &[Trigger::Terminate]),
+                (bit(SIGTERM), &[]),
+            ] {
+                let signals = Signals {
+                    given_back: Arc::new(AtomicBool::new(true)),
+                    without_default,
+                    arrived: Arrived::default(),
+                    socket: Socket::open().unwrap().0,
+                    writing: Vec::new(),
+                    process: process::id(),
+                };
+                signals.arrived.add(Trigger::Terminate);
+                signals.keep();
+                assert_eq!(signals.take(), taken);
+            }
+        }
     }
 }
 

@@ -16,7 +16,6 @@ use tokio::{
 use super::activation;
 use super::socket::take;
 use crate::connection::descriptors::{MOST, Passed, Socket, SocketKind, is_out_of_descriptors};
-use crate::events;
 
 /// Whether the accept queue of this listener can be emptied: it is a `TcpListener` or `UnixListener`
 /// of tokio.
@@ -84,6 +83,10 @@ pub(super) struct Queued<A> {
     pub(super) reset: usize,
     /// The process had no file descriptors left for the rest of the queue.
     pub(super) is_starved: bool,
+    /// As many were accepted as at one time may be, so there may be more.
+    pub(super) is_full: bool,
+    /// Another error, after which the rest of the queue is not accepted.
+    pub(super) error: Option<io::Error>,
 }
 
 /// Accepts all connections that are queued.
@@ -112,8 +115,14 @@ fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> Queued<A> {
         accepted: Vec::new(),
         reset: 0,
         is_starved: false,
+        is_full: false,
+        error: None,
     };
-    while queued.accepted.len() + queued.reset < MOST {
+    loop {
+        queued.is_full = queued.accepted.len() + queued.reset >= MOST;
+        if queued.is_full {
+            break;
+        }
         match accept() {
             Ok(Some(connection)) => queued.accepted.push(connection),
             Ok(None) => queued.reset += 1,
@@ -124,7 +133,7 @@ fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> Queued<A> {
                 break;
             }
             Err(error) => {
-                events::queue_lost(&error);
+                queued.error = Some(error);
                 break;
             }
         }
@@ -253,7 +262,14 @@ mod tests {
         let queued = queue(|| results.borrow_mut().next().unwrap());
         assert_eq!(queued.accepted, ['b', 'a']);
         assert_eq!(queued.reset, 1);
-        assert!(!queued.is_starved);
+        assert!(!queued.is_starved && !queued.is_full);
+    }
+
+    #[test]
+    fn a_long_queue_is_accepted_in_parts() {
+        let queued = queue(|| Ok(Some(())));
+        assert_eq!(queued.accepted.len(), MOST);
+        assert!(queued.is_full);
     }
 
     #[cfg(unix)]

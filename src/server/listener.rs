@@ -3,7 +3,7 @@
 //!
 //! This file is long because all ways in which a listener closes are in it.
 
-use std::{any::Any, fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{any::Any, fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::serve::Listener;
 use tokio::{
@@ -57,8 +57,6 @@ pub struct GracefulListener<L: Listener> {
     /// The socket is shared, or may have been passed by socket activation, so that other processes may
     /// accept from it.
     pub(super) is_passed: bool,
-    /// The user has said that no other process has the socket, so the filter stays until the close.
-    is_sole: bool,
     /// For a shared socket: the phase. The listener closes when it is no longer `Serving`.
     pub(super) shared_phases: Option<watch::Receiver<Phase>>,
     pub(super) graceful: Graceful,
@@ -112,11 +110,10 @@ impl<L: Listener> GracefulListener<L> {
     /// connections of this listener itself.
     pub(super) fn within(graceful: Graceful, listener: L) -> Self {
         let passed = passed(&listener);
-        let set = graceful.shared().policy().shared_listener;
-        let is_shared = set.unwrap_or(passed == Passed::Yes);
+        let is_shared = graceful.shared().policy().shared_listener;
+        let is_shared = is_shared.unwrap_or(passed == Passed::Yes);
         Self {
             is_passed: is_shared || passed != Passed::No,
-            is_sole: set == Some(false) && passed == Passed::No,
             shared_phases: is_shared.then(|| graceful.shared().phases()),
             listener: Some(listener),
             socket: None,
@@ -137,34 +134,43 @@ impl<L: Listener> GracefulListener<L> {
         io
     }
 
+    /// Whether the user has said that no other process has the socket. Then its filter stays until the close.
+    fn is_sole(&self) -> bool {
+        !self.is_passed && self.graceful.shared().policy().shared_listener == Some(false)
+    }
+
     /// Closes a shared listener without emptying the queue, which the next process accepts from.
     pub(super) fn leave(&mut self) {
         self.listener = None;
-        events::listener_left();
         self.closed();
+        events::listener_left();
     }
 
     /// Removes the listener from the runtime, and accepts what is queued. Closes it if that was all.
     pub(super) fn close(&mut self) {
         match self.take_socket() {
-            Some(socket) => self.accept_rest(Arc::new(socket)),
-            None => self.closed(),
+            Ok(Some(socket)) => self.accept_rest(Arc::new(socket)),
+            Ok(None) => self.closed(),
+            Err(error) => {
+                self.closed();
+                events::queue_lost(&error);
+            }
         }
     }
 
     /// The socket of the listener, if it is a listener of tokio. Any other listener is closed.
-    fn take_socket(&mut self) -> Option<Socket> {
-        match into_socket(self.listener.take()?, self.is_passed) {
-            Ok(socket) => socket,
-            Err(error) => {
-                events::queue_lost(&error);
-                // How many connections were in the queue is unknown. Those of a passed socket are left to
-                // the next process.
-                let reset = usize::from(!self.is_passed);
-                self.graceful.shared().starved.count_reset(reset);
-                None
-            }
+    fn take_socket(&mut self) -> io::Result<Option<Socket>> {
+        let Some(listener) = self.listener.take() else {
+            return Ok(None);
+        };
+        let socket = into_socket(listener, self.is_passed);
+        if socket.is_err() {
+            // How many connections were in the queue is unknown. Those of a passed socket are left to
+            // the next process.
+            let reset = usize::from(!self.is_passed);
+            self.graceful.shared().starved.count_reset(reset);
         }
+        socket
     }
 
     /// Accepts what is queued. Then drops the socket, unless there are no file descriptors for the rest
@@ -185,15 +191,24 @@ impl<L: Listener> GracefulListener<L> {
         } else if !filtered && !self.is_passed && attach_syn_filter(&*socket) {
             self.closing = Closing::At(Instant::now() + HANDSHAKE);
             self.socket = Some(socket);
+        } else if queued.is_full {
+            self.closing = Closing::At(Instant::now());
+            self.socket = Some(socket);
         } else {
             starved.remove_waiting(&socket, true);
             self.socket = None;
-            if filtered && !self.is_sole {
+            if filtered && !self.is_sole() {
                 close_filtered(socket);
+            } else {
+                drop(socket);
             }
             if self.last.is_empty() {
                 self.closed();
             }
+        }
+        // Last, because a subscriber may block.
+        if let Some(error) = queued.error {
+            events::queue_lost(&error);
         }
     }
 
@@ -249,7 +264,7 @@ impl<L: Listener> GracefulListener<L> {
         if matches!(self.closing, Closing::At(_)) {
             // With the filter on, no connection comes after the count.
             starved.close_unserved(Arc::clone(&socket));
-            if !self.is_sole {
+            if !self.is_sole() {
                 detach_syn_filter(&*socket);
             }
             drop(socket);
@@ -267,11 +282,14 @@ impl<L: Listener> GracefulListener<L> {
         if !closes || matches!(self.closing, Closing::Unused | Closing::Done) {
             return;
         }
-        if let Some(socket) = self.take_socket() {
-            self.graceful
+        match self.take_socket() {
+            Ok(Some(socket)) => self
+                .graceful
                 .shared()
                 .starved
-                .close_unserved(Arc::new(socket));
+                .close_unserved(Arc::new(socket)),
+            Ok(None) => {}
+            Err(error) => events::queue_lost(&error),
         }
     }
 
@@ -289,7 +307,7 @@ impl<L: Listener> GracefulListener<L> {
 impl<L: Listener> Drop for GracefulListener<L> {
     fn drop(&mut self) {
         if let (Some(listener), Closing::At(_), false) =
-            (&self.listener, &self.closing, self.is_sole)
+            (&self.listener, &self.closing, self.is_sole())
         {
             detach_syn_filter(listener);
         }
