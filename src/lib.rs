@@ -54,7 +54,7 @@
 //! | phase | readiness | a new request | HTTP/1 responses | ends when |
 //! |---|---|---|---|---|
 //! | [`Serving`](Phase::Serving) | 200 | served | unchanged | a [trigger](Graceful#triggers): the first signal, `shutdown()` and others |
-//! | [`LameDuck`](Phase::LameDuck) | 503 | served | `Connection: close` | the delay is over, a rule for leaving early holds, or a further SIGINT |
+//! | [`LameDuck`](Phase::LameDuck) | 503 | served | `Connection: close` | the delay is over, a rule for leaving early holds, a further SIGINT, or every server has ended |
 //! | [`Draining`](Phase::Draining) | 503 | 503 | `Connection: close` | nothing is in flight, or the deadline, or a further SIGINT |
 //! | [`Closing`](Phase::Closing) | – | – | – | every connection is closed or cut, workers have ended, cleanup steps are done |
 //! | [`Stopped`](Phase::Stopped) | | | | |

@@ -9,7 +9,7 @@ use tower_graceful::{ConfigError, Graceful};
 pub(crate) const PORT: u16 = 3000;
 /// The longest request body, in bytes. A longer one is refused with 413.
 pub(crate) const BODY: usize = 256 * 1024;
-/// Further requests are refused with 429. With the longest bodies they take half of the pod's memory limit.
+/// Further requests are refused with 429. 250 of the longest bodies take less than half of the pod's memory limit.
 pub(crate) const IN_FLIGHT: usize = 250;
 
 pub(crate) fn graceful() -> Result<Graceful, ConfigError> {

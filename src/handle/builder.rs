@@ -49,9 +49,9 @@ impl Graceful {
 /// | margin | a thirtieth, at most 1 s | 1 s |
 ///
 /// Nothing is planned into the margin, so that the process can report and exit before it is killed.
-/// Shares that fill the grace period completely are accepted. Their last deadline is the start of the margin,
-/// so the margin is taken from `cleanup_timeout`. Leave room for it: a cleanup of 1 s in a plan of 30 s that is
-/// full has no time. Shares that do not fit are an error:
+/// The shares may fill the whole grace period. Their last deadline is then still the start of the margin,
+/// so the cleanup loses the time of the margin. For example, if 30 s are full and `cleanup_timeout` is 1 s,
+/// the cleanup has no time. So leave room for the margin. Shares that do not fit are an error:
 ///
 /// ```
 /// use std::time::Duration;
@@ -95,8 +95,8 @@ impl GracefulBuilder {
     /// load balancers see the failing readiness probe and stop sending traffic. Zero starts
     /// draining at once.
     ///
-    /// Default: 5 s, or a sixth of a grace period below 30 s. Where the next process has the listening
-    /// socket, [`shared_listener`](Self::shared_listener) says the default. Set the delay to the time that
+    /// Default: 5 s, or a sixth of a grace period below 30 s. If the next process has the listening
+    /// socket too, the default is shorter: see [`shared_listener`](Self::shared_listener). Set the delay to the time that
     /// your load balancer needs: the interval of its probe times its failure threshold, or, in Kubernetes,
     /// the time until the removal of an endpoint has reached every node.
     pub fn drain_delay(mut self, duration: Duration) -> Self {
@@ -208,8 +208,8 @@ impl GracefulBuilder {
     /// - The kubelet is a prober like others. If its readiness probe needs longer than the delay, the
     ///   whole delay passes; have it ask for another route.
     /// - 64 probers are remembered. If there are more, the whole delay passes.
-    /// - A prober that is set to need more failures than `failures` has not noticed. The requests it
-    ///   still sends put off the end, at the latest to the end of the delay.
+    /// - A prober that needs more failures than `failures` still sends requests when this rule counts it as
+    ///   done. These requests put off the end of the phase, at most to the end of the delay.
     /// - With a [shared listener](Self::shared_listener), a prober that opens a connection for each
     ///   check reaches the next process, and so the whole delay passes. The default of the delay is 500 ms there.
     ///
@@ -254,8 +254,8 @@ impl GracefulBuilder {
     /// Records method, path and start of every request in flight, so that the progress line names
     /// the oldest ones and the report lists those that were cut. Default: false.
     ///
-    /// The path is recorded without its query. The cost for each request is three acquisitions of a
-    /// shared lock and three allocations. Without this setting there is no cost.
+    /// The path is recorded without its query. The cost for each request is four acquisitions of
+    /// shared locks and four allocations. Without this setting there is no cost.
     pub fn name_requests(mut self, name: bool) -> Self {
         self.name_requests = name;
         self
@@ -332,9 +332,10 @@ impl GracefulBuilder {
     /// [`keep_listening(false)`](Self::keep_listening).
     ///
     /// False: listeners accept until the drain ends, or, with
-    /// [`keep_listening(false)`](Self::keep_listening), until draining starts. No other process may have
-    /// the socket: its [socket filter](Graceful::listener) stays until the close, and a process
-    /// that has the socket all the same gets no new connection any more.
+    /// [`keep_listening(false)`](Self::keep_listening), until draining starts. Set it only if no other
+    /// process has the socket: the [socket filter](Graceful::listener) stays on it until the close, so
+    /// another process with this socket would get no new connections. A socket that was passed by socket
+    /// activation gets no filter, also with false.
     ///
     /// Default: true for a `TcpListener` or `UnixListener` that was passed to the process by socket
     /// activation. Any other listener accepts as with false, but its filter is detached a few microseconds
@@ -375,14 +376,14 @@ impl GracefulBuilder {
     ///
     /// # Socket activation
     ///
-    /// On Linux a listener is recognised if its socket is one of those that `LISTEN_FDS` and
+    /// On Linux a listener is recognized if its socket is one of those that `LISTEN_FDS` and
     /// `LISTEN_PID` name
     /// ([`sd_listen_fds(3)`](https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html)),
-    /// also where a library has removed the variables or duplicated the descriptor. Set the option
+    /// also if a library has removed the variables or duplicated the descriptor. Set the option
     /// where the passed descriptor was closed before the listener is given to this crate, where a
-    /// listener of another type wraps the passed one, and on other systems. If the variables name
-    /// another process, too many descriptors, or files that are not sockets, no listener counts as
-    /// shared. If some listeners of a lifecycle are shared and others are not, each closes at its own
+    /// listener of another type wraps the passed one, and on other systems. If `LISTEN_PID` is
+    /// missing or names another process, no listener counts as shared. If one of the named descriptors is
+    /// closed or is not a socket, only the sockets before that descriptor count. If some listeners of a lifecycle are shared and others are not, each closes at its own
     /// time, and the delay is that of a lifecycle without shared listeners.
     ///
     /// # Limits

@@ -44,9 +44,9 @@ impl Graceful {
     /// succeeded.
     ///
     /// The future may be polled again after it is ready, and stays ready. Dropping it has no
-    /// effect; the handlers stay installed. axum keeps it in a task of its own: if you drop or abort axum's
-    /// server before a stop, that task keeps the future and the service's handlers until the runtime ends or
-    /// the service is stopped. [`shutdown`](Self::shutdown) ends both.
+    /// effect; the handlers stay installed. axum keeps it in a task of its own. If you drop or abort axum's
+    /// server before a stop, that task keeps the future, and signals still go to this service, until the runtime
+    /// ends or the service is stopped. To stop the service, call [`shutdown`](Self::shutdown).
     ///
     /// If signal handlers cannot be installed, an error is logged, and signals end the process as
     /// before. [`handle_signals`](Self::handle_signals) returns that error.
@@ -96,9 +96,9 @@ impl Graceful {
     /// every thread of the runtime. If several lifecycles listen, a signal goes to all of them that
     /// have not stopped. One second after the last of them has stopped, or as soon as it is
     /// dropped, signals on Unix have their default action again: they end the process. During that
-    /// second a signal counts as one that was meant for the shutdown. On Linux, a signal that the program
-    /// handled or ignored before the first call of this method in the process is handled or ignored again
-    /// instead. A handler that the program installs later does not keep the default action away.
+    /// second a signal counts as one that was meant for the shutdown. Exception on Linux: if the program
+    /// handled or ignored a signal before the first call of this method in the process, the program does so
+    /// again. If the program installs a handler later, the signal still ends the process.
     ///
     /// # Errors
     ///

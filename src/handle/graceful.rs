@@ -82,8 +82,9 @@ pub(crate) type Reading = admission::Reading<Lifecycle>;
 ///
 /// The services made by the layer do not keep the lifecycle alive, and neither do the requests in
 /// them, except for requests that are recorded [by name](crate::GracefulBuilder::name_requests) or
-/// being rejected. If nothing else is left, nothing can stop these services any more, and they go
-/// on as they are. The futures of cleanup steps are dropped at that moment.
+/// being rejected. When all handles, layers, probes, tracked connections and futures have been dropped,
+/// nothing can stop these services any more, and they continue to serve. The futures of the cleanup
+/// steps are dropped then.
 ///
 /// # Runtime
 ///
@@ -94,8 +95,8 @@ pub(crate) type Reading = admission::Reading<Lifecycle>;
 ///
 /// Workers run on the tokio runtime in which they are registered. Hooks and cleanup steps run on
 /// the runtime in which the lifecycle is made. If the lifecycle is made outside a runtime, they run on
-/// the runtime of a later call: the first one, made inside a runtime, to register a task, listen for signals,
-/// run a server, trigger a stop or wait for a phase. If that runtime ends before they have run, they run
+/// the runtime of a later call: the first call inside a runtime that registers a task, listens for signals,
+/// runs a server, triggers a stop or waits for a phase. If that runtime ends before they have run, they run
 /// on the runtime of a task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or
 /// [`draining`](Self::draining). Tasks that can no longer be run are
 /// [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
@@ -239,7 +240,7 @@ impl Graceful {
     ///
     /// It is also logged once, at debug level, by the first call that runs a server, listens for
     /// signals or triggers a stop. The socket of a listener is known from its first accept on: if it was passed by
-    /// socket activation, the default delay is shorter from then on, also if the log said otherwise before.
+    /// socket activation, the default delay is shorter from then on. An earlier log event may have the longer delay.
     ///
     /// ```
     /// # use std::time::Duration;

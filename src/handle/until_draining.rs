@@ -40,7 +40,7 @@ impl Graceful {
     /// ```
     ///
     /// An `EventSource` does not reconnect after a 503, as it would after a connection that was
-    /// refused or closed. So one that reconnects while the service is still draining is lost. If no
+    /// refused or closed. So an `EventSource` that reconnects to a draining service stays closed for good. If no
     /// load balancer sends it to another server, set `retry` longer than the longest possible
     /// drain, or close the listener with
     /// [`keep_listening(false)`](crate::GracefulBuilder::keep_listening).

@@ -26,12 +26,13 @@ use crate::{
 impl Graceful {
     /// Spawns a worker: a task that runs as long as the service.
     ///
-    /// The closure gets a [`Stop`], which resolves at two moments. When draining starts, the `Stop`
-    /// itself resolves: stop taking work from outside. When nothing is in flight any more,
+    /// The closure gets a [`Stop`], which tells the worker of two moments. When draining starts, the
+    /// `Stop` itself resolves: stop taking work from outside. When nothing is in flight any more,
     /// [`stop.idle()`](Stop::idle) resolves: no request can add work any more, so finish the queued
     /// work and end.
     ///
-    /// A queue that requests fill is processed until the second moment, and then emptied. Every job
+    /// A worker whose queue is filled by requests processes jobs until the second moment, and then empties
+    /// the queue. Every job
     /// that was answered with 202 is done, if the backlog takes no longer than
     /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout); so make the channel no longer than
     /// what the worker can finish in that time:

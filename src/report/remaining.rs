@@ -170,8 +170,8 @@ impl fmt::Display for CutHold {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct CutConnection {
-    /// The address of the peer, if it is known. It is the address that was set with
-    /// [`set_peer`](crate::GracefulIo::set_peer). Otherwise it is the remote address of a `TcpStream`
+    /// The address of the peer, if it is known: the address that was set with
+    /// [`set_peer`](crate::GracefulIo::set_peer), if any. Otherwise it is the remote address of a `TcpStream`
     /// that was passed to [`Graceful::track`](crate::Graceful::track), or the address that a listener
     /// returned, if that is a `SocketAddr`.
     pub peer: Option<SocketAddr>,

@@ -80,8 +80,8 @@ where
     /// - Each handshake runs in its own task, so a slow or silent peer does not delay other peers. Only the
     ///   number of file descriptors limits how many handshakes run at once. A silent peer holds its
     ///   descriptor and a few kilobytes until the timeout.
-    /// - A connection counts once in [`connections`](crate::Graceful::connections), from its accept. The
-    ///   cut resets the socket below the handshake, and the socket is closed as [`GracefulIo`] describes.
+    /// - A connection counts once in [`connections`](crate::Graceful::connections), from its accept. At the
+    ///   drain deadline the accepted socket, below any TLS, is reset. Otherwise it is closed as [`GracefulIo`] describes.
     /// - A handshake that fails or times out closes its connection. It is logged at `DEBUG`. It is not in
     ///   the report, because no request has been made. A panic is logged at `WARN` and ends only that
     ///   handshake.

@@ -83,8 +83,8 @@ impl Graceful {
     /// `accept` detaches any filter from the socket, because a killed process may have left one. To
     /// keep a filter of your own, lock it (`SO_LOCK_FILTER`).
     ///
-    /// The filter is detached just before the close, in case another process has the socket without your
-    /// saying so. A connection that arrives in the few microseconds between the two is reset. With
+    /// The filter is detached just before the close, because another process may have the socket too. A
+    /// connection that arrives in the few microseconds between detaching and closing is reset. With
     /// [`shared_listener(false)`](crate::GracefulBuilder::shared_listener) the filter stays until the
     /// close, and no connection is reset.
     ///

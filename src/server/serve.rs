@@ -28,7 +28,7 @@ impl Graceful {
     ///
     /// `app` may be anything that axum's `serve` takes: a `Router`, a `MethodRouter`, a handler, or a
     /// make-service, with or without connect info. A make-service is called for one connection after another;
-    /// while it waits, nothing is accepted, and the listener does not close. Connect info of your own is made from an
+    /// while one call waits, the server accepts nothing, and the listener does not close. Connect info of your own is made from an
     /// [`Accepted`]. `listener` may be any listener of axum, see [`listener`](Self::listener). For TLS,
     /// or anything else that comes before HTTP, pass
     /// [`graceful.listener(tcp).handshakes(…)`](crate::HandshakeExt::handshakes). Connections of these
@@ -172,9 +172,12 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// - False: the FIN drops the handler at once, and the client gets no response. During a
     ///   shutdown the dropped request is reported in
     ///   [`Remaining::half_closed`](crate::Remaining::half_closed), and the outcome is
-    ///   [`Forced`](crate::Outcome::Forced), because the client may have waited. While bytes of a
-    ///   response wait for the client to take them, the FIN is not seen. The same holds on axum's server with
-    ///   a tracked listener. So a response that is finished is received whole.
+    ///   [`Forced`](crate::Outcome::Forced), because the client may have waited. If the response has begun, its
+    ///   body is dropped, and the request counts as finished: a client that leaves an event stream or stops a
+    ///   download sends the same FIN. While bytes of a
+    ///   response wait for the client to take them, the server does not see the FIN. So a client that has sent
+    ///   FIN still receives the whole of a finished response. The same holds on axum's server with a tracked
+    ///   listener.
     ///
     /// HTTP/2 has no such ambiguity, and the setting does not apply to it. axum's own server has no
     /// such setting and drops the handler.
@@ -192,8 +195,8 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// handlers are dropped. Use it if peers may disappear without closing their connections:
     /// machines that are switched off, mobile clients, NAT and firewalls that drop the state of a
     /// connection. Without it, such a connection stays open until TCP times out, which never happens on
-    /// an idle connection. A connection on which the server waits to send is not closed by this: the PING
-    /// cannot be sent either, so its handlers are dropped, and TCP times out.
+    /// an idle connection. If the server waits to send on a connection, the PING cannot be sent either: the
+    /// handlers are dropped, but the connection stays open until TCP times out.
     ///
     /// Each idle connection costs a PING and its acknowledgement in each interval. If the
     /// interval is zero, or 30 years or more, no PING is sent. HTTP/1 has no PING.
@@ -218,7 +221,9 @@ impl<L: Listener, M, S> Serve<L, M, S> {
     /// hyper. Further requests wait in the client, or are refused with `REFUSED_STREAM`.
     ///
     /// The limit holds for each connection.
-    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) is the limit for the whole service.
+    /// [`max_in_flight`](crate::GracefulBuilder::max_in_flight) is the limit for the whole service. With a
+    /// limit above 254: a connection that has had more than 254 request bodies open at once does not expire
+    /// during a stop. If its peer has vanished, it is cut at the drain deadline.
     /// Zero counts as 1, because a client that may not open a stream would wait forever.
     pub fn http2_max_concurrent_streams(mut self, streams: u32) -> Self {
         self.settings.max_concurrent_streams = Some(streams.max(1));

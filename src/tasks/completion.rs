@@ -12,7 +12,7 @@ use std::{
 
 use crate::{background::drop_payload, report::TaskOutcome};
 
-/// The output of a future that is a server, a worker or a cleanup step: `()`, or a `Result<(), E>`
+/// The output of a future that is a server, a worker, a hook or a cleanup step: `()`, or a `Result<(), E>`
 /// whose error appears in the report.
 ///
 /// The report contains the text of the error and of its [sources](Error::source), joined by `": "`.

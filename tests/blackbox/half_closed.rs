@@ -46,7 +46,7 @@ pub(crate) const TESTS: &[Test] = &[
         reported_with_a_body,
     ),
     (
-        "half_closed::clients_that_lose_nothing_are_not_in_the_report",
+        "half_closed::clients_that_have_left_or_lose_nothing_are_not_in_the_report",
         Form::CUTTING,
         not_reported,
     ),
