@@ -71,8 +71,8 @@ pub(crate) struct Sniffer {
     /// How much of the HTTP/2 preface has been read, or that the connection began with something
     /// else.
     preface: AtomicU8,
-    /// The flags below. Above them the number of [line breaks](Self::line_breaks), and the end of the last read
-    /// that is held back, as an index into [`HELD_BACK`].
+    /// The flags below, and between them the number of [line breaks](Self::line_breaks) and the end of the last
+    /// read that is held back, as an index into [`HELD_BACK`].
     flags: AtomicU16,
     /// The number of the layer that records.
     layer: AtomicU8,
@@ -265,8 +265,8 @@ impl Sniffer {
     }
 
     /// Whether a read would find nothing, because one in the same poll of the connection has found nothing. If
-    /// bytes have come since, they wake the task. Not while a request is running: after an upgrade other tasks
-    /// read.
+    /// bytes have come since, they wake the task. Over HTTP/1 not while a request is running: after an upgrade
+    /// other tasks read.
     #[inline]
     pub(crate) fn would_find_nothing(&self) -> bool {
         let both = AWAITING | FOUND_NOTHING;

@@ -258,7 +258,7 @@ impl<S: Subject> Control<S> {
     pub(crate) fn run_elsewhere(&'static self, job: Box<dyn FnOnce() + Send>) {
         self.notifiers.queue(job);
         self.notifiers.work();
-        // If the job before blocks, this thread starts another one for the queue.
+        // If the job before blocks, the control thread starts another one for the queue.
         let _ = self.need(&mut lock!(self.inner), true);
     }
 
