@@ -11,6 +11,7 @@ use std::{
             AtomicBool, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
+        mpsc,
     },
     thread,
     time::{Duration, Instant},
@@ -21,7 +22,7 @@ use tokio::{
     sync::oneshot,
     time,
 };
-use tower_graceful::{Graceful, Outcome, Phase, Report, TaskOutcome};
+use tower_graceful::{Graceful, Outcome, Phase, Report, Stop, TaskOutcome};
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
@@ -113,6 +114,15 @@ fn ends_at_random(seed: u64) {
         }
     };
     first.block_on(register);
+    let other = runtime(1);
+    {
+        let _there = other.enter();
+        let work = |stop: Stop| async move {
+            stop.idle().await;
+            time::sleep(MS(20)).await;
+        };
+        graceful.worker("on another runtime", work).unwrap();
+    }
     let driven = threads == 0 && random.below(2) == 0;
     let stops_first = random.below(2) == 0;
     if stops_first {
@@ -138,10 +148,13 @@ fn ends_at_random(seed: u64) {
     assert_eq!(graceful.phase(), Phase::Stopped, "{what}");
     assert!(draining <= stopped, "{what}");
     assert!(begun.elapsed() < 2 * END + MS(2_000), "{what}");
+    let outcome = |name| {
+        let task = report.tasks().iter().find(|task| task.name == name);
+        &task.unwrap().outcome
+    };
+    assert_eq!(*outcome("on another runtime"), TaskOutcome::Done, "{what}");
     // The report tells the truth about the step.
-    let step = report.tasks().iter().find(|task| task.name == "step");
-    let outcome = &step.unwrap().outcome;
-    match outcome {
+    match outcome("step") {
         TaskOutcome::Done => assert!(ran.load(Relaxed), "{what}"),
         TaskOutcome::Cut | TaskOutcome::NotRun => {
             assert_ne!(report.outcome(), Outcome::Clean, "{what}");
@@ -196,6 +209,152 @@ fn long() -> Graceful {
 fn outcomes(report: &Report) -> Vec<TaskOutcome> {
     let tasks = report.tasks().iter();
     tasks.map(|task| task.outcome.clone()).collect()
+}
+
+/// The worker is told that it is idle while the first driver waits for it, and the runtime of that driver ends then.
+#[test]
+fn a_worker_of_another_runtime_ends_by_itself_when_the_runtime_of_the_driver_ends() {
+    for waits in [true, false] {
+        let [first, other] = [1, 1].map(runtime);
+        let graceful = first.block_on(async { long() });
+        let (begins, begun) = mpsc::channel();
+        let (goes_on, may_go_on) = oneshot::channel::<()>();
+        {
+            let _there = other.enter();
+            let work = |stop: Stop| async move {
+                stop.idle().await;
+                begins.send(()).unwrap();
+                may_go_on.await.unwrap();
+            };
+            graceful.worker("jobs", work).unwrap();
+        }
+        if waits {
+            graceful.cleanup("step", SOON, async {}).unwrap();
+        }
+        let run = waits.then(|| other.spawn(graceful.run(graceful.drain_on(pending()))));
+        graceful.shutdown();
+        begun.recv_timeout(BOUND).unwrap();
+        // The first driver has begun to wait for the worker, unless the machine is very busy.
+        thread::sleep(MS(20));
+        drop(first);
+        // Longer than another runtime has to take over.
+        thread::sleep(MS(400));
+        assert_eq!(graceful.phase(), Phase::Closing);
+        assert!(goes_on.send(()).is_ok(), "the worker is gone");
+        let run = run.unwrap_or_else(|| other.spawn(graceful.run(pending::<()>())));
+        let report = other.block_on(run).unwrap();
+        let done = vec![TaskOutcome::Done; report.tasks().len()];
+        assert_eq!(outcomes(&report), done, "{report}");
+        assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+        assert!(report.duration() < SOON, "{report}");
+    }
+}
+
+/// They have been spawned there, and the runtime ends before it polls them.
+#[test]
+fn a_hook_or_step_that_has_not_begun_runs_in_the_next_runtime() {
+    for is_hook in [true, false] {
+        // It polls one task in each round: the driver, which spawns the hook or step.
+        let mut builder = Builder::new_current_thread();
+        let first = builder.event_interval(1).enable_all().build().unwrap();
+        let delay = if is_hook { MS(400) } else { MS(0) };
+        let builder = Graceful::builder()
+            .grace_period(3 * SOON)
+            .drain_delay(delay);
+        let tasks = || first.metrics().num_alive_tasks();
+        let graceful = first.block_on(async {
+            let graceful = builder.build().unwrap();
+            while tasks() > 1 {
+                tokio::task::yield_now().await;
+            }
+            graceful
+        });
+        let polled = Arc::new(AtomicBool::new(false));
+        let polls = Arc::clone(&polled);
+        let job = async move { polls.store(true, Relaxed) };
+        if is_hook {
+            graceful.on_lame_duck("job", SOON, job).unwrap();
+        } else {
+            graceful.cleanup("job", SOON, job).unwrap();
+        }
+        first.block_on(async {
+            graceful.shutdown();
+            while tasks() < 2 {
+                tokio::task::yield_now().await;
+            }
+        });
+        drop(first);
+        assert!(!polled.load(Relaxed), "the runtime ended too late");
+        let report = runtime(0).block_on(async {
+            graceful.stopped().await;
+            graceful.run(pending::<()>()).await
+        });
+        assert_eq!(outcomes(&report), [TaskOutcome::Done], "{report}");
+        assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+    }
+}
+
+/// The first step blocks a thread of a runtime that has been shut down.
+#[test]
+fn steps_of_two_runtimes_run_one_at_a_time() {
+    let (first, other) = (runtime(2), runtime(1));
+    let graceful = first.block_on(async { long() });
+    let (begins, begun) = mpsc::channel();
+    let (release, blocked) = mpsc::channel::<()>();
+    let next_begins = begins.clone();
+    let blocks = async move {
+        begins.send("first").unwrap();
+        blocked.recv().unwrap();
+    };
+    graceful.cleanup("first", 2 * SOON, blocks).unwrap();
+    let next = async move { next_begins.send("next").unwrap() };
+    graceful.cleanup("next", SOON, next).unwrap();
+    let run = other.spawn(graceful.run(graceful.drain_on(pending())));
+    graceful.shutdown();
+    assert_eq!(begun.recv_timeout(BOUND), Ok("first"));
+    first.shutdown_background();
+    assert!(begun.recv_timeout(MS(400)).is_err());
+    release.send(()).unwrap();
+    assert_eq!(begun.recv_timeout(BOUND), Ok("next"));
+    let report = other.block_on(run).unwrap();
+    assert_eq!(outcomes(&report), [TaskOutcome::Done, TaskOutcome::Done]);
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+}
+
+/// The driver on the first runtime never runs, and has nothing to do either.
+#[test]
+fn a_stop_ends_with_its_last_worker_where_the_runtime_of_the_driver_is_not_driven() {
+    for ends in [true, false] {
+        let (first, other) = (runtime(0), runtime(1));
+        let graceful = first.block_on(async { long() });
+        let (begins, begun) = mpsc::channel();
+        {
+            let _there = other.enter();
+            let work = move |stop: Stop| async move {
+                stop.idle().await;
+                begins.send(()).unwrap();
+                time::sleep(if ends { MS(200) } else { 6 * SOON }).await;
+            };
+            graceful.worker("jobs", work).unwrap();
+        }
+        let elsewhere = waits_elsewhere(&graceful);
+        graceful.shutdown();
+        begun.recv_timeout(BOUND).unwrap();
+        if !ends {
+            // The worker is dropped with its runtime.
+            other.shutdown_background();
+        }
+        let (report, [_, stopped]) = elsewhere.join().unwrap();
+        assert!(stopped < SOON, "{report}");
+        let (outcome, worker) = if ends {
+            (Outcome::Clean, TaskOutcome::Done)
+        } else {
+            (Outcome::Forced, TaskOutcome::Cut)
+        };
+        assert_eq!(outcomes(&report), [worker], "{report}");
+        assert_eq!(report.outcome(), outcome, "{report}");
+        drop(first);
+    }
 }
 
 /// A handle of a runtime still polls futures after the runtime has ended, but tasks cannot be spawned there any more.

@@ -96,10 +96,10 @@ pub(crate) type Reading = admission::Reading<Lifecycle>;
 /// Workers run on the tokio runtime in which they are registered. Hooks and cleanup steps run on
 /// the runtime in which the lifecycle is made. If the lifecycle is made outside a runtime, they run on
 /// the runtime of a later call: the first call inside a runtime that registers a task, listens for signals,
-/// runs a server, triggers a stop or waits for a phase. If that runtime ends before they have run, they run
+/// runs a server, triggers a stop or waits for a phase. If that runtime ends first, those that have not begun run
 /// on the runtime of a task that waits for [`run`](Self::run), [`stopped`](Self::stopped) or
-/// [`draining`](Self::draining). Tasks that can no longer be run are
-/// [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
+/// [`draining`](Self::draining). The service still waits for workers of other runtimes. Tasks that can no longer
+/// be run are [reported](crate::Report::tasks) as not run, or as cut. The runtime must have timers
 /// (`enable_time` or `enable_all`). In a runtime without timers, the first call that needs timers panics.
 /// Making the lifecycle inside a runtime is such a call.
 ///

@@ -11,12 +11,13 @@ use std::{
     time::Duration,
 };
 
-use tokio::{runtime, sync::oneshot};
+use tokio::runtime;
 
 use super::graceful::{Graceful, PhaseReached};
 use crate::{
     phase::Phase,
     report::{TaskKind, Trigger},
+    shutdown::Spawned,
     tasks::{
         completion::{self, Completion},
         list::Name,
@@ -195,27 +196,29 @@ impl Graceful {
         let Ok(runtime) = runtime::Handle::try_current() else {
             return Err(RegisterError::NoRuntime { name });
         };
-        self.shared().drive();
-        let shared = self.shared().clone();
+        let shared = self.shared();
+        shared.drive();
+        let in_time = self.phase() < Phase::Draining;
+        let Some(key) = in_time
+            .then(|| shared.work.add_worker(name.clone()))
+            .flatten()
+        else {
+            return Err(self.too_late(name));
+        };
         let draining = PhaseReached::at_once(self, Phase::Draining);
         let stop = Stop { draining };
-        let spawn = move |key: oneshot::Receiver<usize>| {
-            runtime.spawn(async move {
-                let Ok(key) = key.await else { return };
-                let outcome = completion::outcome(async move { work(stop).await }).await;
-                shared.task_ended(key, outcome);
-                if critical {
-                    // Has no effect if a stop is under way.
-                    shared.trigger(Trigger::WorkerEnded);
-                }
-            })
-        };
-        let in_time = self.phase() < Phase::Draining;
-        if in_time && self.shared().work.add_worker(name.clone(), spawn) {
-            Ok(())
-        } else {
-            Err(self.too_late(name))
-        }
+        let spawned = Spawned::worker(shared.clone(), key);
+        // A runtime that shuts down drops the worker here.
+        let handle = runtime.spawn(async move {
+            let outcome = completion::outcome(async move { work(stop).await }).await;
+            spawned.end(outcome);
+            if critical {
+                // Has no effect if a stop is under way.
+                spawned.shared.trigger(Trigger::WorkerEnded);
+            }
+        });
+        shared.work.spawned(key, handle.abort_handle());
+        Ok(())
     }
 
     /// Registers a hook that runs when the lame-duck phase begins. To deregister from service

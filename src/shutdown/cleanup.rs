@@ -1,16 +1,18 @@
 //! Runs the tasks of a stop: hooks in the lame-duck phase, and after nothing is in flight any more,
 //! the joining of the workers and the cleanup steps.
 
-use std::{sync::Arc, time::Duration};
-
-use tokio::{
-    task::{JoinError, JoinHandle},
-    time::{self, Instant},
+use std::{
+    future::{pending, poll_fn},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
 };
 
+use tokio::time::{self, Instant};
+
 use super::{
-    Lifecycle,
-    state::{ABORT_TIME, ClosingStage, LEAST_TIMEOUT},
+    Lifecycle, Shared,
+    state::{ClosingStage, LEAST_TIMEOUT},
 };
 use crate::{
     background::shielded,
@@ -18,66 +20,87 @@ use crate::{
     events::Event,
     phase::Phase,
     report::{TaskKind, TaskOutcome},
+    tasks::list::{ABORT_TIME, Job, Registration},
 };
 
-/// A task that is aborted when this handle is dropped.
-struct Job(JoinHandle<()>);
+/// Belongs to a task that runs a worker, a hook or a step. When the task is dropped before it has come to its end, as
+/// the end of a runtime drops it, this records it, and a hook or step that has not begun is registered again.
+///
+/// It must be dropped after the future of the worker, hook or step.
+pub(crate) struct Spawned {
+    pub(crate) shared: Shared,
+    key: usize,
+    /// What has not begun.
+    waiting: Option<Registration>,
+}
 
-impl Job {
-    /// Waits for the task until the deadline, and aborts it then. Returns whether it has ended.
-    async fn ends_by(&mut self, deadline: Instant) -> bool {
-        let ended = time::timeout_at(deadline, &mut self.0).await.is_ok();
-        if !ended {
-            self.0.abort();
+impl Spawned {
+    /// For a worker, which has begun.
+    pub(crate) fn worker(shared: Shared, key: usize) -> Self {
+        let waiting = None;
+        Self {
+            shared,
+            key,
+            waiting,
         }
-        ended
     }
 
-    /// Waits until the aborted task has ended. A task that blocks its thread does not end, so the
-    /// wait has a deadline.
-    async fn has_aborted_by(&mut self, deadline: Instant) {
-        let _: Result<Result<(), JoinError>, _> = time::timeout_at(deadline, &mut self.0).await;
+    fn new(shared: Shared, registration: Registration) -> Self {
+        Self {
+            shared,
+            key: registration.key,
+            waiting: Some(registration),
+        }
+    }
+
+    /// Records that the hook or step begins, and returns it.
+    fn begin(&mut self) -> Option<Job> {
+        let registration = self.waiting.take()?;
+        self.shared.work.began(self.key);
+        Some(registration.job)
+    }
+
+    /// Records how the task ended.
+    pub(crate) fn end(&self, outcome: TaskOutcome) {
+        self.shared.task_ended(self.key, outcome);
     }
 }
 
-impl Drop for Job {
+impl Drop for Spawned {
     fn drop(&mut self) {
-        self.0.abort();
+        let recorded = match self.waiting.take() {
+            Some(registration) => self.shared.work.put_back(registration),
+            None => self.shared.work.dropped(self.key),
+        };
+        if recorded {
+            // A driver may have to run it, or waits for it.
+            self.shared.notify();
+        }
     }
 }
 
 impl Lifecycle {
     /// Starts the hooks of the lame-duck phase. They run during the phase and are cut at its end.
     pub(super) fn start_hooks(self: &Arc<Self>) {
-        for hook in self.work.take(TaskKind::LameDuck) {
-            let shared = self.clone();
+        for hook in self.work.take_hooks() {
             let mut phases = self.phases();
-            let key = hook.key;
+            let (key, timeout) = (hook.key, hook.timeout);
+            let mut spawned = Spawned::new(self.clone(), hook);
             let handle = tokio::spawn(async move {
-                shared.work.began(hook.key);
-                let mut job = hook.job;
+                let Some(mut job) = spawned.begin() else {
+                    return;
+                };
                 let outcome = tokio::select! {
                     biased;
                     outcome = &mut job => outcome,
-                    () = time::sleep(hook.timeout) => TaskOutcome::Cut,
+                    () = time::sleep(timeout) => TaskOutcome::Cut,
                     _ = phases.wait_for(|phase| *phase >= Phase::Draining) => TaskOutcome::Cut,
                 };
                 // A destructor of the hook may panic.
                 shielded(|| drop(job));
-                shared.task_ended(hook.key, outcome);
+                spawned.end(outcome);
             });
-            self.work.add_running_hook(key, handle);
-        }
-    }
-
-    /// Waits for hooks that have not yet noticed the end of the delay. A hook that has never been
-    /// polled gets its first poll here.
-    async fn join_hooks(&self) {
-        let abort_deadline = abort_deadline();
-        for (key, handle) in self.work.take_running_hooks() {
-            if !Job(handle).ends_by(abort_deadline).await {
-                self.task_ended(key, TaskOutcome::Cut);
-            }
+            self.work.spawned(key, handle.abort_handle());
         }
     }
 
@@ -91,69 +114,89 @@ impl Lifecycle {
         shutdown.cleanup.as_ref().map(|_| shutdown.end)
     }
 
-    /// Joins the workers, and then runs the steps one after another. If this future is dropped, the
-    /// running task is aborted and the remaining ones do not run.
+    /// Joins the workers, and then runs the steps one after another. If this future is dropped because its runtime
+    /// ends, the next driver goes on from there.
+    ///
+    /// Only the driver may poll it: the end of a task notifies the driver and wakes nothing else.
     pub(super) async fn clean_up(self: Arc<Self>, deadline: Instant) {
         self.join_hooks().await;
         self.join_workers(deadline).await;
-        let mut steps = self.work.take(TaskKind::Cleanup);
         // No timeout is longer than the time that is left, so that a step with an infinite timeout
         // leaves the other steps their shares.
         let most = deadline.saturating_duration_since(Instant::now());
-        for step in &mut steps {
-            step.timeout = step.timeout.min(most);
-        }
-        let mut steps = steps.into_iter();
-        while let Some(step) = steps.next() {
-            let rest = steps.as_slice().iter().map(|step| step.timeout);
-            let timeout = share(deadline, step.timeout, rest);
-            self.work.began(step.key);
-            let shared = self.clone();
-            let mut job = Job(tokio::spawn(async move {
-                let outcome = step.job.await;
-                shared.task_ended(step.key, outcome);
-            }));
-            self.work.started(step.key, &job.0);
+        loop {
+            // After a change of the runtime this may be the step of the former one. It may block its thread there.
+            self.join(TaskKind::Cleanup).await;
+            let Some((step, rest)) = self.work.take_step() else {
+                return;
+            };
+            let rest = rest.into_iter().map(|timeout| timeout.min(most));
+            let timeout = share(deadline, step.timeout.min(most), rest);
+            let key = step.key;
             let until = instant_after(Instant::now(), timeout);
-            if !job.ends_by(until).await {
-                job.has_aborted_by(abort_deadline()).await;
-                self.task_ended(step.key, TaskOutcome::Cut);
+            self.work.await_step(key, until);
+            let mut spawned = Spawned::new(self.clone(), step);
+            let handle = tokio::spawn(async move {
+                if let Some(job) = spawned.begin() {
+                    let outcome = job.await;
+                    spawned.end(outcome);
+                }
+            });
+            self.work.spawned(key, handle.abort_handle());
+            if self.work.is_put_back(key) {
+                // The runtime takes no more tasks, and is about to drop this one.
+                pending::<()>().await;
             }
-            self.record_if_late(step.key, until);
+        }
+    }
+
+    /// Waits for hooks that have not yet noticed the end of the delay. A hook that has never been
+    /// polled gets its first poll here.
+    async fn join_hooks(&self) {
+        if !self.ends_by(TaskKind::LameDuck, abort_deadline()).await {
+            self.cut_tasks(TaskKind::LameDuck);
         }
     }
 
     async fn join_workers(&self, deadline: Instant) {
-        let workers = self.work.take_workers();
-        if workers.is_empty() {
+        let until = instant_after(Instant::now(), self.workers_share(deadline));
+        self.work.await_workers(until);
+        self.join(TaskKind::Worker).await;
+    }
+
+    /// Waits for the tasks of this kind until their time is over, and then cuts them.
+    async fn join(&self, kind: TaskKind) {
+        let Some(until) = self.work.waits_until(kind) else {
+            return;
+        };
+        if self.ends_by(kind, until).await {
             return;
         }
-        let until = instant_after(Instant::now(), self.workers_share(deadline));
-        // All handles are wrapped before the first wait, so that every worker is aborted if this
-        // future is dropped.
-        let workers: Vec<_> = workers
-            .into_iter()
-            .map(|(key, handle)| (key, Job(handle)))
-            .collect();
-        let mut cut = Vec::new();
-        for (key, mut job) in workers {
-            if job.ends_by(until).await {
-                self.record_if_late(key, until);
-            } else {
-                cut.push((key, job));
-            }
-        }
-        let abort_deadline = abort_deadline();
-        for (key, mut job) in cut {
-            job.has_aborted_by(abort_deadline).await;
-            self.task_ended(key, TaskOutcome::Cut);
+        self.work.abort(kind);
+        // A task that blocks its thread does not end.
+        if !self.ends_by(kind, abort_deadline()).await {
+            self.cut_tasks(kind);
         }
     }
 
-    /// A task that blocks its thread cannot be aborted, and may complete long after its timeout.
-    /// Such a task is recorded as cut.
-    fn record_if_late(&self, key: usize, until: Instant) {
-        self.work.cut_if_late(key, instant_after(until, ABORT_TIME));
+    /// Waits until the tasks of this kind have ended, until the deadline. Returns whether they have.
+    async fn ends_by(&self, kind: TaskKind, deadline: Instant) -> bool {
+        let ended = poll_fn(|_| {
+            if self.work.awaits(kind) {
+                Poll::Pending
+            } else {
+                Poll::Ready(())
+            }
+        });
+        time::timeout_at(deadline, ended).await.is_ok()
+    }
+
+    /// Aborts the tasks of this kind, and records them as cut.
+    fn cut_tasks(&self, kind: TaskKind) {
+        self.work.abort(kind);
+        for key in self.work.keys_awaited(kind) {
+            self.task_ended(key, TaskOutcome::Cut);
+        }
     }
 
     /// How long the cleanup waits for workers. The steps keep the time that they have asked for,
@@ -164,39 +207,27 @@ impl Lifecycle {
         self.policy().worker_timeout.unwrap_or(most).min(most)
     }
 
-    /// Aborts or drops what is left when the service has stopped without a cleanup. Its futures may keep the
+    /// Aborts or drops what is left when the service has stopped. Its futures may keep the
     /// lifecycle alive.
     pub(super) fn give_up_work(&self) {
-        for (_, worker) in self.work.take_workers() {
-            worker.abort();
-        }
-        for kind in [TaskKind::LameDuck, TaskKind::Cleanup] {
-            let jobs = self.work.take(kind);
-            shielded(|| drop(jobs));
+        let jobs = self.work.give_up();
+        shielded(|| drop(jobs));
+        for kind in [TaskKind::LameDuck, TaskKind::Worker, TaskKind::Cleanup] {
+            self.work.abort(kind);
         }
     }
 
     /// Records how a task ended, and logs it.
-    pub(crate) fn task_ended(&self, key: usize, outcome: TaskOutcome) {
+    fn task_ended(&self, key: usize, outcome: TaskOutcome) {
         let before_stop = self.phase() < Phase::Draining;
         if let Some(task) = self.work.ended(key, outcome, before_stop) {
             self.log_event(Event::Task(Box::new(task)));
         }
-        if self.policy().leave_early.is_on() {
-            // The lame-duck phase does not end early before its last hook has ended. This may be
-            // that hook.
+        // The cleanup may have waited for it. The lame-duck phase does not end early before its last hook has ended,
+        // and this may be that hook. The phase is read after the end was recorded, as in `Work::release`.
+        if self.phase() >= Phase::Closing || self.policy().leave_early.is_on() {
             self.notify();
         }
-    }
-
-    /// Records that the cleanup is done.
-    pub(super) fn cleaned_up(self: &Arc<Self>) {
-        self.change(|state, _| {
-            let cleanup = state.shutdown.as_mut().and_then(|it| it.cleanup.as_mut());
-            if let Some(cleanup) = cleanup {
-                cleanup.done = true;
-            }
-        });
     }
 }
 
@@ -421,6 +452,29 @@ mod tests {
         assert!(lifecycle.upgrade().is_some(), "the step keeps it");
         drop(runtime);
         assert!(lifecycle.upgrade().is_none());
+    }
+
+    /// If it tried again, the step would be dropped and put back again and again.
+    #[test]
+    fn a_driver_whose_runtime_takes_no_more_tasks_leaves_the_step_to_the_next() {
+        let graceful = Graceful::new();
+        graceful.cleanup("step", SECOND, async {}).unwrap();
+        let shared = Arc::clone(graceful.shared());
+        let (ends, ended) = std::sync::mpsc::channel();
+        let driver = std::thread::spawn(move || {
+            let mut builder = tokio::runtime::Builder::new_current_thread();
+            let runtime = builder.enable_time().build().unwrap();
+            let handle = runtime.handle().clone();
+            drop(runtime);
+            let _there = handle.enter();
+            let deadline = Instant::now() + SECOND;
+            let mut cleaning = tokio_test::task::spawn(shared.clone().clean_up(deadline));
+            tokio_test::assert_pending!(cleaning.poll());
+            assert_eq!(shared.work.steps(), 1);
+            ends.send(()).unwrap();
+        });
+        ended.recv_timeout(SECOND * 20).expect("it hangs");
+        driver.join().unwrap();
     }
 
     #[tokio::test(start_paused = true)]

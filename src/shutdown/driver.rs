@@ -14,8 +14,8 @@
 //!
 //! If the driver's runtime shuts down first, the control thread goes on with the timeline. The
 //! tasks that wait for a phase are woken then, and the first of them that is polled in another
-//! runtime spawns a new driver there. Tasks that can no longer be run are reported as not run or
-//! cut.
+//! runtime spawns a new driver there. It goes on with what has not ended, which `tasks::list` knows: a
+//! driver owns no work. Tasks that can no longer be run are reported as not run or cut.
 //!
 //! 1. *A task that waits for a phase notices the end of a driver.* The end is recorded before the
 //!    registered tasks are woken, and a task looks for a driver after it has registered. If the
@@ -69,7 +69,7 @@ impl Driver {
         let mut cleans = false;
         let mut cleaning: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(pending());
         while let Some(next) = shared.tick() {
-            // Only the first call finds hooks.
+            // A later call finds only hooks that had not begun when their runtime ended.
             shared.start_hooks();
             if let (false, Some(deadline)) = (cleans, shared.cleanup_deadline()) {
                 cleans = true;
@@ -78,10 +78,7 @@ impl Driver {
             tokio::select! {
                 biased;
                 // First, because the driver may be notified again and again.
-                () = &mut cleaning => {
-                    cleaning = Box::pin(pending());
-                    shared.cleaned_up();
-                }
+                () = &mut cleaning => cleaning = Box::pin(pending()),
                 () = self.waker.notified() => {}
                 () = time::sleep_until(next) => {}
             }

@@ -45,6 +45,7 @@ use std::{
 
 use tokio::{sync::watch, time::Instant};
 
+pub(crate) use self::cleanup::Spawned;
 use self::{
     leave_early::Evidence,
     state::{Clock, ClosingStage, State},

@@ -13,7 +13,7 @@ use crate::{
     events::{Event, Origin, Reason},
     phase::Phase,
     report::{GivenUp, Remaining, Report, Trigger},
-    tasks::table::Work,
+    tasks::{list::ABORT_TIME, table::Work},
 };
 
 /// How long connections have to close: after the last request has ended, even past the drain
@@ -31,9 +31,6 @@ const EXPIRY: Duration = Duration::from_secs(1);
 
 /// Such a connection is closed at the latest this long before the cut.
 const BEFORE_CUT: Duration = Duration::from_millis(50);
-
-/// How long an aborted task has to end before the next one begins.
-pub(super) const ABORT_TIME: Duration = Duration::from_millis(50);
 
 /// The shortest timeout of a step. Every step runs, even if no time is left.
 pub(super) const LEAST_TIMEOUT: Duration = Duration::from_millis(10);
@@ -210,7 +207,6 @@ pub(crate) struct Cleanup {
     pub(crate) begun: Instant,
     /// How the closing of the connections ended.
     pub(crate) after: Reason,
-    pub(crate) done: bool,
     /// When the service stops waiting for the cleanup. A driver whose runtime is not blocked is
     /// done before.
     pub(crate) until: Instant,
@@ -335,7 +331,6 @@ impl Shutdown {
             self.cleanup = Some(Cleanup {
                 begun: now,
                 after,
-                done: false,
                 until: instant_after(self.end.max(now), most_overtime(work.steps())),
             });
         }

@@ -16,8 +16,9 @@ use crate::{
     config::plan::instant_after,
     events::{Event, Reason, Transition},
     phase::Phase,
-    report::{GivenUp, LeftEarly, Remaining},
+    report::{GivenUp, LeftEarly, Remaining, TaskKind},
     sync::lock,
+    tasks::table::Work,
 };
 
 /// How much the delay may be extended for a listener that waits for file descriptors. Work that is
@@ -48,15 +49,31 @@ enum Step {
 /// cleanup.
 const TAKE_OVER: Duration = Duration::from_millis(250);
 
-/// The step during the cleanup. The driver runs the cleanup and reports its end, but its runtime
-/// may be blocked or may have shut down.
-fn settle_cleanup(shutdown: &mut Shutdown, driver_gone: Option<Instant>, now: Instant) -> Step {
+/// The step during the cleanup. The driver runs the cleanup, but its runtime may be blocked or may have shut down.
+fn settle_cleanup(
+    shutdown: &mut Shutdown,
+    events: &mut Vec<Event>,
+    work: &Work,
+    driver_gone: Option<Instant>,
+    now: Instant,
+) -> Step {
+    let dropped = work.end_dropped().into_iter();
+    events.extend(dropped.map(|task| Event::Task(Box::new(task))));
     let skip_phase = std::mem::take(&mut shutdown.skip_phase);
     let Some(cleanup) = &shutdown.cleanup else {
         return Step::Until(now);
     };
-    let lost = driver_gone.map(|gone| instant_after(gone.max(cleanup.begun), TAKE_OVER));
-    if cleanup.done {
+    let lost = driver_gone.map(|gone| {
+        let taken_over = instant_after(gone.max(cleanup.begun), TAKE_OVER);
+        if work.awaits(TaskKind::Worker) {
+            // It may have a runtime of its own, and needs no driver to end.
+            let until = work.waits_until(TaskKind::Worker);
+            taken_over.max(until.unwrap_or(cleanup.until))
+        } else {
+            taken_over
+        }
+    });
+    if !work.has_cleanup_or_closes() {
         Step::To(Phase::Stopped, cleanup.after)
     } else if skip_phase {
         Step::To(Phase::Stopped, Reason::Signal)
@@ -83,7 +100,7 @@ impl Lifecycle {
                 Phase::LameDuck => self.settle_lame_duck(shutdown, nothing_serves, now),
                 Phase::Draining => self.settle_draining(shutdown, now),
                 Phase::Closing if shutdown.cleanup.is_some() => {
-                    settle_cleanup(shutdown, driver_gone, now)
+                    settle_cleanup(shutdown, &mut state.events, &self.work, driver_gone, now)
                 }
                 Phase::Closing => self.settle_closing(shutdown, servers, now),
                 Phase::Stopped => return None,

@@ -1,4 +1,7 @@
 //! The list of workers, hooks and steps: their states, and what has not been started yet.
+//!
+//! The list owns all of them. A driver takes a hook or step only to spawn it, so whatever moment its runtime ends at,
+//! the next driver finds here what is left to run and to wait for.
 
 use std::{
     borrow::Cow,
@@ -7,26 +10,26 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    task::{AbortHandle, JoinHandle},
-    time::Instant,
-};
+use tokio::{task::AbortHandle, time::Instant};
 
 use crate::report::{TaskKind, TaskOutcome, UnlistedWorkers};
+
+/// How long an aborted task has to end before the next one begins.
+pub(crate) const ABORT_TIME: Duration = Duration::from_millis(50);
 
 /// The name of a hold, worker, hook or cleanup step.
 pub(crate) type Name = Cow<'static, str>;
 
-pub(super) type Job = Pin<Box<dyn Future<Output = TaskOutcome> + Send>>;
+/// The future of a hook or step.
+pub(crate) type Job = Pin<Box<dyn Future<Output = TaskOutcome> + Send>>;
 
 #[derive(Default)]
 pub(super) struct List {
     pub(super) hooks: Registered,
-    pub(super) running_hooks: Vec<(usize, JoinHandle<()>)>,
-    /// The workers that have not ended.
-    pub(super) workers: BTreeMap<usize, JoinHandle<()>>,
     pub(super) workers_closed: bool,
     pub(super) steps: Registered,
+    /// The service has stopped: nothing is run any more.
+    pub(super) given_up: bool,
     /// In the order in which they were registered.
     pub(super) tasks: BTreeMap<usize, Task>,
     next_key: usize,
@@ -43,16 +46,17 @@ pub(super) struct List {
 /// workers without limit.
 const MOST_ENDED: usize = 32;
 
-/// Hooks or steps in the order of their registration, until they are taken.
+/// Hooks or steps in the order of their registration, until they are spawned.
 #[derive(Default)]
 pub(super) struct Registered {
-    pub(super) jobs: Vec<Registration>,
-    pub(super) taken: bool,
+    pub(super) jobs: VecDeque<Registration>,
+    /// No more are accepted.
+    pub(super) closed: bool,
 }
 
 /// A registered future that has not been started.
 pub(crate) struct Registration {
-    /// The key of the task, for `Work::began` and `Work::ended`.
+    /// The key of the task in the list.
     pub(crate) key: usize,
     pub(crate) timeout: Duration,
     pub(crate) job: Job,
@@ -63,18 +67,49 @@ pub(crate) struct Registration {
 pub(crate) struct Task {
     pub(crate) name: Name,
     pub(crate) kind: TaskKind,
+    pub(super) stage: Stage,
     pub(crate) began: Option<Instant>,
+    /// When the driver stops waiting for it, once that is known.
+    pub(super) until: Option<Instant>,
     pub(crate) ended: Option<(Instant, TaskOutcome)>,
-    /// Set when the task is started, and removed when it ends by itself.
-    handle: Option<AbortHandle>,
+    /// Set when the task is spawned, and removed when it ends by itself.
+    pub(super) handle: Option<AbortHandle>,
+}
+
+/// Where the future of a task is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// In [`Registered`].
+    Registered,
+    /// In a task of a runtime.
+    Spawned,
+    /// Dropped before it came to its end: the task was aborted, or its runtime has ended.
+    Dropped,
 }
 
 impl Task {
     /// Records how the task ended. The caller drops the returned handle after the lock is released.
     pub(super) fn end(&mut self, outcome: TaskOutcome) -> Option<AbortHandle> {
-        let was_cut = outcome == TaskOutcome::Cut;
-        self.ended = Some((Instant::now(), outcome));
-        if was_cut { None } else { self.handle.take() }
+        let now = Instant::now();
+        let by_itself = !matches!(outcome, TaskOutcome::Cut | TaskOutcome::NotRun);
+        let late = |until| now.saturating_duration_since(until) > ABORT_TIME;
+        let outcome = match outcome {
+            // A task that blocks its thread cannot be aborted, and may complete long after its timeout.
+            TaskOutcome::Done if self.until.is_some_and(late) => TaskOutcome::Cut,
+            outcome => outcome,
+        };
+        self.ended = Some((now, outcome));
+        if by_itself { self.handle.take() } else { None }
+    }
+
+    /// Whether nothing is left to run or to wait for.
+    pub(super) fn is_over(&self) -> bool {
+        self.ended.is_some() || self.stage == Stage::Dropped
+    }
+
+    /// Whether the driver has to wait for the task. If it was aborted, it may still block its thread.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.stage == Stage::Spawned && self.ended.is_none()
     }
 
     /// Whether the task has been started and has not ended. A task that was aborted runs on while it blocks
@@ -93,22 +128,27 @@ impl List {
         }
     }
 
-    /// Whether there is a hook that has not ended.
-    pub(super) fn has_hook(&self) -> bool {
-        let mut hooks = self
-            .tasks
-            .values()
-            .filter(|it| it.kind == TaskKind::LameDuck);
-        hooks.any(|hook| hook.ended.is_none())
+    /// The tasks of this kind that are in a runtime.
+    pub(super) fn awaited(&self, kind: TaskKind) -> impl Iterator<Item = (&usize, &Task)> {
+        let tasks = self.tasks.iter();
+        tasks.filter(move |(_, task)| task.kind == kind && task.is_awaited())
     }
 
-    pub(super) fn enter(&mut self, name: Name, kind: TaskKind, began: Option<Instant>) -> usize {
+    pub(super) fn enter(&mut self, name: Name, kind: TaskKind) -> usize {
         let key = self.next_key;
         self.next_key += 1;
+        // A worker is spawned at once.
+        let is_worker = kind == TaskKind::Worker;
         let task = Task {
             name,
             kind,
-            began,
+            stage: if is_worker {
+                Stage::Spawned
+            } else {
+                Stage::Registered
+            },
+            began: is_worker.then(Instant::now),
+            until: None,
             ended: None,
             handle: None,
         };
@@ -116,12 +156,18 @@ impl List {
         key
     }
 
-    pub(super) fn started(&mut self, key: usize, handle: &JoinHandle<()>) {
-        let task = self.tasks.get_mut(&key);
-        // A hook or step may have ended before its handle is passed on.
-        if let Some(task) = task.filter(|task| task.ended.is_none()) {
-            task.handle = Some(handle.abort_handle());
+    /// Records that a hook or step has been taken from [`Registered`] to be spawned.
+    pub(super) fn spawns(&mut self, key: usize) {
+        if let Some(task) = self.tasks.get_mut(&key) {
+            task.stage = Stage::Spawned;
         }
+    }
+
+    /// Accepts nothing from now on.
+    pub(super) fn close(&mut self) {
+        self.workers_closed = true;
+        self.hooks.closed = true;
+        self.steps.closed = true;
     }
 
     /// Records that a worker has ended before the stop. If there are too many such workers, the

@@ -16,14 +16,14 @@
 //! The models fail if the phase is read before the removal, and if the holds are counted before the
 //! requests are checked.
 
-use std::{cmp::Reverse, iter, time::Duration};
+use std::{cmp::Reverse, collections::VecDeque, iter, time::Duration};
 
 use slab::Slab;
-use tokio::{sync::oneshot, task::JoinHandle, time::Instant};
+use tokio::{task::AbortHandle, time::Instant};
 
 use super::{
     awaited::Awaited,
-    list::{Job, List, Name, Registration, Task},
+    list::{Job, List, Name, Registration, Stage, Task},
 };
 use crate::{
     phase::Phase,
@@ -93,74 +93,110 @@ impl Work {
         awaited
     }
 
-    /// Registers a hook or a step. Returns false if the hooks or steps have already been taken.
+    /// Registers a hook or a step. Returns false if hooks or steps are no longer accepted.
     pub(crate) fn register(&self, kind: TaskKind, name: Name, timeout: Duration, job: Job) -> bool {
         let mut list = lock!(self.list);
-        if list.registered(kind).taken {
+        if list.registered(kind).closed {
             return false;
         }
-        let key = list.enter(name, kind, None);
+        let key = list.enter(name, kind);
         let registration = Registration { key, timeout, job };
-        list.registered(kind).jobs.push(registration);
+        list.registered(kind).jobs.push_back(registration);
         true
     }
 
-    /// Takes the hooks or the steps, once.
-    pub(crate) fn take(&self, kind: TaskKind) -> Vec<Registration> {
+    /// Takes the hooks that have not been spawned, for the caller to spawn. From now on no hook is accepted.
+    pub(crate) fn take_hooks(&self) -> Vec<Registration> {
         let mut list = lock!(self.list);
-        let registered = list.registered(kind);
-        registered.taken = true;
-        std::mem::take(&mut registered.jobs)
-    }
-
-    /// Registers a worker that `spawn` starts. Returns false if workers are no longer accepted. The
-    /// worker must wait for its key, and must not begin without it.
-    pub(crate) fn add_worker(
-        &self,
-        name: Name,
-        spawn: impl FnOnce(oneshot::Receiver<usize>) -> JoinHandle<()>,
-    ) -> bool {
-        let (send_key, receive_key) = oneshot::channel();
-        // Called without the lock: a runtime that shuts down drops the worker inside this call.
-        let handle = spawn(receive_key);
-        let mut list = lock!(self.list);
-        if list.workers_closed {
-            return false;
+        list.hooks.closed = true;
+        let hooks: Vec<_> = std::mem::take(&mut list.hooks.jobs).into();
+        for hook in &hooks {
+            list.spawns(hook.key);
         }
-        let key = list.enter(name, TaskKind::Worker, Some(Instant::now()));
-        list.started(key, &handle);
-        list.workers.insert(key, handle);
+        hooks
+    }
+
+    /// Takes the next step, for the caller to spawn, with the timeouts of those that follow it. If there is none, no
+    /// step is accepted from now on.
+    pub(crate) fn take_step(&self) -> Option<(Registration, Vec<Duration>)> {
+        let mut list = lock!(self.list);
+        let Some(step) = list.steps.jobs.pop_front() else {
+            list.steps.closed = true;
+            return None;
+        };
+        list.spawns(step.key);
+        let rest = list.steps.jobs.iter().map(|step| step.timeout).collect();
+        Some((step, rest))
+    }
+
+    /// Registers a hook or step again, because its runtime has ended before it began. It is dropped instead if its
+    /// time is over, or if the service has stopped. Returns false if it was recorded already how it ended.
+    pub(crate) fn put_back(&self, registration: Registration) -> bool {
+        let mut list = lock!(self.list);
+        let given_up = list.given_up;
+        let key = registration.key;
+        let Some(task) = list.tasks.get_mut(&key).filter(|it| it.is_awaited()) else {
+            drop(list);
+            return false;
+        };
+        let handle = task.handle.take();
+        let in_time = task.until.is_none_or(|until| Instant::now() < until);
+        let refused = if in_time && !given_up {
+            task.stage = Stage::Registered;
+            task.until = None;
+            let kind = task.kind;
+            // Steps are spawned one at a time, so this one was the first.
+            list.registered(kind).jobs.push_front(registration);
+            None
+        } else {
+            task.stage = Stage::Dropped;
+            Some(registration)
+        };
         drop(list);
-        let _ = send_key.send(key);
+        drop((handle, refused));
         true
     }
 
-    /// Takes the handles of the workers that have not ended. From now on no worker is accepted.
-    pub(crate) fn take_workers(&self) -> Vec<(usize, JoinHandle<()>)> {
+    /// Registers a worker. Returns its key, under which the caller must spawn it, or `None` if workers are no longer
+    /// accepted.
+    pub(crate) fn add_worker(&self, name: Name) -> Option<usize> {
         let mut list = lock!(self.list);
-        list.workers_closed = true;
-        std::mem::take(&mut list.workers).into_iter().collect()
+        let accepts = !list.workers_closed;
+        accepts.then(|| list.enter(name, TaskKind::Worker))
     }
 
-    pub(crate) fn add_running_hook(&self, key: usize, handle: JoinHandle<()>) {
+    /// Records the handle of a task that has been spawned.
+    pub(crate) fn spawned(&self, key: usize, handle: AbortHandle) {
         let mut list = lock!(self.list);
-        list.started(key, &handle);
-        list.running_hooks.push((key, handle));
+        let given_up = list.given_up;
+        // It may have ended before its handle is passed on.
+        let task = list.tasks.get_mut(&key).filter(|it| it.is_awaited());
+        match task {
+            Some(task) if !given_up => task.handle = Some(handle),
+            _ => {
+                drop(list);
+                // It may also have been recorded as cut.
+                handle.abort();
+            }
+        }
     }
 
-    /// Takes the handles of the hooks that have been started.
-    pub(crate) fn take_running_hooks(&self) -> Vec<(usize, JoinHandle<()>)> {
-        std::mem::take(&mut lock!(self.list).running_hooks)
-    }
-
-    pub(crate) fn started(&self, key: usize, handle: &JoinHandle<()>) {
-        lock!(self.list).started(key, handle);
-    }
-
+    /// Records that a hook or step begins to run.
     pub(crate) fn began(&self, key: usize) {
         if let Some(task) = lock!(self.list).tasks.get_mut(&key) {
             task.began = Some(Instant::now());
         }
+    }
+
+    /// Records that the future of a task has been dropped. Returns false if it was recorded already how it ended.
+    pub(crate) fn dropped(&self, key: usize) -> bool {
+        let mut list = lock!(self.list);
+        let task = list.tasks.get_mut(&key).filter(|it| it.is_awaited());
+        let Some(task) = task else {
+            return false;
+        };
+        task.stage = Stage::Dropped;
+        true
     }
 
     /// Records how a task ended. Only the first call for a task counts. Returns the task if it was
@@ -182,61 +218,132 @@ impl Work {
             outcome => outcome,
         };
         let failed = matches!(outcome, TaskOutcome::Failed(_) | TaskOutcome::Panicked(_));
-        let own = task.end(outcome);
+        let handle = task.end(outcome);
         let task = task.clone();
-        let handle = list.workers.remove(&key);
         let unlisted = if ends_early {
             list.unlist(key, failed)
         } else {
             None
         };
         drop(list);
-        drop((own, handle, unlisted));
+        drop((handle, unlisted));
         Some(task)
     }
 
-    /// Records a task that ended without an error, but after `latest`, as cut.
-    pub(crate) fn cut_if_late(&self, key: usize, latest: Instant) {
+    /// Records how the tasks ended whose futures were dropped: as cut, or as not run if they had not begun. Returns
+    /// them.
+    pub(crate) fn end_dropped(&self) -> Vec<Task> {
         let mut list = lock!(self.list);
-        let ended = list
+        let dropped = list
             .tasks
-            .get_mut(&key)
-            .and_then(|task| task.ended.as_mut());
-        if let Some((ended, outcome @ TaskOutcome::Done)) = ended {
-            if *ended > latest {
-                *outcome = TaskOutcome::Cut;
-            }
+            .values_mut()
+            .filter(|task| task.stage == Stage::Dropped && task.ended.is_none());
+        let ended = dropped.map(|task| {
+            let began = task.began.is_some();
+            // The handle stays in the task.
+            task.end(if began {
+                TaskOutcome::Cut
+            } else {
+                TaskOutcome::NotRun
+            });
+            task.clone()
+        });
+        ended.collect()
+    }
+
+    /// Whether a task of this kind is in a runtime and has not ended.
+    pub(crate) fn awaits(&self, kind: TaskKind) -> bool {
+        lock!(self.list).awaited(kind).next().is_some()
+    }
+
+    /// The keys of the tasks that are in a runtime and have not ended.
+    pub(crate) fn keys_awaited(&self, kind: TaskKind) -> Vec<usize> {
+        let list = lock!(self.list);
+        list.awaited(kind).map(|(key, _)| *key).collect()
+    }
+
+    /// Sets when the driver stops waiting for a step.
+    pub(crate) fn await_step(&self, key: usize, until: Instant) {
+        if let Some(task) = lock!(self.list).tasks.get_mut(&key) {
+            task.until = Some(until);
         }
     }
 
-    /// Whether there is a worker, a step or an unfinished hook to run or wait for once nothing is
-    /// in flight. If there is none, nothing is accepted from now on either.
+    /// Sets when the driver stops waiting for the workers, unless a former driver has set it. From now on no worker is
+    /// accepted.
+    pub(crate) fn await_workers(&self, until: Instant) {
+        let mut list = lock!(self.list);
+        list.workers_closed = true;
+        let tasks = list.tasks.values_mut();
+        for worker in tasks.filter(|it| it.kind == TaskKind::Worker) {
+            worker.until.get_or_insert(until);
+        }
+    }
+
+    /// Whether the step is registered again, because the runtime in which it was spawned takes no more tasks.
+    pub(crate) fn is_put_back(&self, key: usize) -> bool {
+        let list = lock!(self.list);
+        let task = list.tasks.get(&key);
+        task.is_some_and(|task| task.stage == Stage::Registered)
+    }
+
+    /// When the driver stops waiting for the tasks of this kind that are in a runtime. `None` if there are none, or
+    /// if it is not known for one of them.
+    pub(crate) fn waits_until(&self, kind: TaskKind) -> Option<Instant> {
+        let list = lock!(self.list);
+        let until: Option<Vec<_>> = list.awaited(kind).map(|(_, task)| task.until).collect();
+        until?.into_iter().max()
+    }
+
+    /// Aborts the tasks of this kind.
+    pub(crate) fn abort(&self, kind: TaskKind) {
+        let handles: Vec<_> = {
+            let list = lock!(self.list);
+            let handles = list.awaited(kind).map(|(_, task)| task.handle.clone());
+            handles.flatten().collect()
+        };
+        for handle in handles {
+            handle.abort();
+        }
+    }
+
+    /// Whether there is a worker, a step or a hook to run or wait for once nothing is in flight. If there is none,
+    /// nothing is accepted from now on either.
     pub(crate) fn has_cleanup_or_closes(&self) -> bool {
         let mut list = lock!(self.list);
-        if !list.workers.is_empty() || !list.steps.jobs.is_empty() || list.has_hook() {
+        if list.tasks.values().any(|task| task.ended.is_none()) {
             return true;
         }
-        list.workers_closed = true;
-        list.hooks.taken = true;
-        list.steps.taken = true;
+        list.close();
         false
     }
 
-    /// How many steps have not been taken.
+    /// Accepts nothing from now on, and returns the hooks and steps that have not been spawned.
+    pub(crate) fn give_up(&self) -> [VecDeque<Registration>; 2] {
+        let mut list = lock!(self.list);
+        list.close();
+        list.given_up = true;
+        [TaskKind::LameDuck, TaskKind::Cleanup]
+            .map(|kind| std::mem::take(&mut list.registered(kind).jobs))
+    }
+
+    /// How many steps have not been spawned.
     pub(crate) fn steps(&self) -> usize {
         lock!(self.list).steps.jobs.len()
     }
 
-    /// The sum of the timeouts of the steps.
+    /// The sum of the timeouts of the steps that have not been spawned.
     pub(crate) fn asked_by_steps(&self) -> Duration {
         let list = lock!(self.list);
         let timeouts = list.steps.jobs.iter().map(|step| step.timeout);
         timeouts.fold(Duration::ZERO, Duration::saturating_add)
     }
 
-    /// A hook has not begun, or not come to its end.
+    /// Whether there is a hook that is not over.
     pub(crate) fn has_hook(&self) -> bool {
-        lock!(self.list).has_hook()
+        let list = lock!(self.list);
+        let mut tasks = list.tasks.values();
+        tasks.any(|task| task.kind == TaskKind::LameDuck && !task.is_over())
     }
 
     pub(crate) fn tasks(&self) -> Vec<Task> {
@@ -314,5 +421,94 @@ mod models {
             assert!(work.release(key, || gate.phase()));
             assert!(is_idle(&gate, &work));
         });
+    }
+}
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use std::{future::pending, sync::Arc};
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// Takes a step whose timeout begins now, and puts it back after `event`. The third value is whether its future
+    /// has been dropped.
+    fn put_back(timeout: Duration, event: impl FnOnce(&Work, usize)) -> (Work, bool, bool) {
+        let work = Work::default();
+        let held = Arc::new(());
+        let kept = Arc::clone(&held);
+        let job = Box::pin(async move {
+            pending::<()>().await;
+            drop(kept);
+            TaskOutcome::Done
+        });
+        assert!(work.register(TaskKind::Cleanup, "step".into(), timeout, job));
+        let (step, _) = work.take_step().unwrap();
+        let key = step.key;
+        work.await_step(key, Instant::now() + timeout);
+        assert!(work.awaits(TaskKind::Cleanup) && !work.is_put_back(key));
+        event(&work, key);
+        let recorded = work.put_back(step);
+        assert!(!work.awaits(TaskKind::Cleanup));
+        let dropped = Arc::strong_count(&held) == 1;
+        assert_eq!(work.is_put_back(key), !dropped);
+        (work, recorded, dropped)
+    }
+
+    #[test]
+    fn a_step_that_is_put_back_is_taken_again_with_a_time_of_its_own() {
+        let (work, recorded, dropped) = put_back(SECOND, |_, _| ());
+        assert!(recorded && !dropped);
+        assert!(work.end_dropped().is_empty() && work.has_cleanup_or_closes());
+        assert!(work.take_step().is_some());
+        assert_eq!(work.waits_until(TaskKind::Cleanup), None);
+    }
+
+    #[test]
+    fn a_step_that_is_put_back_too_late_is_dropped() {
+        let time_is_over = put_back(Duration::ZERO, |_, _| ());
+        let has_stopped = put_back(SECOND, |work, _| drop(work.give_up()));
+        for (work, recorded, dropped) in [time_is_over, has_stopped] {
+            assert!(recorded && dropped);
+            assert!(work.take_step().is_none());
+            let [step] = work.end_dropped().try_into().unwrap();
+            assert_eq!(step.ended.unwrap().1, TaskOutcome::NotRun);
+            assert!(!work.has_cleanup_or_closes());
+        }
+        let cut = |work: &Work, key| drop(work.ended(key, TaskOutcome::Cut, false));
+        let (work, recorded, dropped) = put_back(SECOND, cut);
+        assert!(!recorded && dropped);
+        assert!(work.end_dropped().is_empty() && !work.has_cleanup_or_closes());
+    }
+
+    #[test]
+    fn the_time_of_the_workers_begins_with_the_first_driver_that_waits_for_them() {
+        let work = Work::default();
+        assert!(work.add_worker("worker".into()).is_some());
+        assert_eq!(work.waits_until(TaskKind::Worker), None);
+        let until = Instant::now() + SECOND;
+        for driver in 0..2 {
+            work.await_workers(until + driver * SECOND);
+            assert_eq!(work.waits_until(TaskKind::Worker), Some(until));
+        }
+        assert!(work.add_worker("too late".into()).is_none());
+    }
+
+    /// The abort does not find it, because its handle is passed on later.
+    #[tokio::test]
+    async fn a_worker_that_was_given_up_while_it_was_spawned_is_aborted() {
+        let events: [fn(&Work, usize); 2] = [
+            |work, _| drop(work.give_up()),
+            |work, key| drop(work.ended(key, TaskOutcome::Cut, false)),
+        ];
+        for event in events {
+            let work = Work::default();
+            let key = work.add_worker("worker".into()).unwrap();
+            let worker = tokio::spawn(pending::<()>());
+            event(&work, key);
+            work.spawned(key, worker.abort_handle());
+            assert!(worker.await.unwrap_err().is_cancelled());
+        }
     }
 }

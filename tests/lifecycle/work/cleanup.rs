@@ -522,31 +522,31 @@ fn a_step_registered_and_asked_for_outside_a_runtime_runs_in_the_next() {
 }
 
 #[test]
-fn steps_of_a_runtime_that_is_dropped_are_given_up_and_the_stop_completes_in_the_next() {
+fn only_the_step_that_has_begun_is_given_up_with_its_runtime_and_the_next_runtime_runs_the_rest() {
     does_not_hang(|| {
         let first = paused_runtime();
         let graceful = without_delay();
+        let diary = Diary::begin();
         let (running, running_log) = watched(pending::<()>());
-        let (waiting, waiting_log) = watched(pending::<()>());
+        let (waiting, waiting_log) = watched(sleep_for(s(1)));
         first.block_on(async {
             graceful.cleanup("done", s(5), async {}).unwrap();
             graceful.cleanup("running", s(5), running).unwrap();
             graceful.cleanup("waiting", s(5), waiting).unwrap();
+            step(&graceful, &diary, "last", s(5), ZERO);
             graceful.shutdown();
             pass(s(1)).await;
             assert!(running_log.polled());
         });
         drop(first);
         assert!(running_log.dropped().is_some());
-        assert!(waiting_log.dropped().is_some());
+        assert!(waiting_log.dropped().is_none());
         assert_eq!(graceful.phase(), Phase::Closing);
         paused_runtime().block_on(async {
             let report = report(&graceful).await;
-            assert!(!waiting_log.polled());
-            assert_eq!(
-                outcomes(&report),
-                [TaskOutcome::Done, TaskOutcome::Cut, TaskOutcome::NotRun]
-            );
+            assert!(waiting_log.polled());
+            let (done, cut) = (TaskOutcome::Done, TaskOutcome::Cut);
+            assert_eq!(outcomes(&report), [done.clone(), cut, done.clone(), done]);
             assert_eq!(report.outcome(), Outcome::CleanupFailed);
             assert_eq!(report.remaining(), Remaining::default());
         });
