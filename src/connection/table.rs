@@ -18,9 +18,13 @@
 //!    connection is inserted before that and is in the list, or after it and gets the directive
 //!    when it is inserted. Model:
 //!    `a_connection_that_comes_while_others_are_instructed_is_instructed_too`.
+//! 3. *A connection that comes at the cut is listed, or is cut from its beginning.* The connections are
+//!    listed some time before they are instructed. Under the lock, [`cut`](ConnectionTable::cut) copies
+//!    the list and sets what a connection gets that is inserted later, which is then counted. Model:
+//!    `a_connection_that_comes_at_the_cut_is_listed_or_cut_from_its_beginning`.
 //!
-//! The models fail if the phase is read before the removal, and if the list is copied before the
-//! directive is stored.
+//! The models fail if the phase is read before the removal, if the list is copied before the directive
+//! is stored, and if the cut does not set what later connections get.
 //!
 //! This file is long because everything that takes the lock of the table is in it.
 
@@ -69,6 +73,8 @@ struct Open<O> {
     lost: Lost,
     /// The latest directive to all connections.
     directive: Directive,
+    /// The connections have been listed for the cut, and are about to be instructed.
+    is_cut: bool,
     /// How often [`Directive::Expire`] was given. A connection that had something to wait for the last time
     /// may have nothing left to wait for.
     expiries: u32,
@@ -118,6 +124,7 @@ impl<O> Default for ConnectionTable<O> {
                 watched: 0,
                 lost: Lost::default(),
                 directive: Directive::default(),
+                is_cut: false,
                 expiries: 0,
                 uninstructed: Vec::new(),
             }),
@@ -278,7 +285,9 @@ impl<O> ConnectionTable<O> {
         let mut open = lock!(self.open);
         // A client that connects while others are asked to leave has a request to send, and is
         // asked with the response to it.
-        let directive = if open.directive >= Directive::Read {
+        let directive = if open.is_cut {
+            Directive::Cut
+        } else if open.directive >= Directive::Read {
             open.directive
         } else {
             open.directive.min(Directive::Stopping)
@@ -333,11 +342,12 @@ impl<O> ConnectionTable<O> {
             }
     }
 
-    /// The connections that are open at the cut, oldest first. The other values of each are final
-    /// only after it has been closed.
-    pub(crate) fn list(&self, now: Instant) -> Vec<OpenAtCut<O>> {
+    /// Lists the connections that are open at the cut, oldest first. The other values of each are final
+    /// only after it has been closed. A connection that is inserted later is cut from its beginning.
+    pub(crate) fn cut(&self, now: Instant) -> Vec<OpenAtCut<O>> {
         let mut list: Vec<_> = {
-            let open = lock!(self.open);
+            let mut open = lock!(self.open);
+            open.is_cut = true;
             let first = now.saturating_duration_since(open.first.unwrap_or(now));
             let connections = open.connections.iter().cloned();
             let left = connections.map(|entry| OpenAtCut {
@@ -374,7 +384,7 @@ impl<O> ConnectionTable<O> {
     }
 
     /// Instructs every open connection. A connection that is inserted later gets the directive too
-    /// if it is `Read` or later, and `Stopping` otherwise. If `expiries`, the number of times that
+    /// if it is `Read` or later, and `Stopping` otherwise, or `Cut` after the [cut](Self::cut). If `expiries`, the number of times that
     /// [`Expire`](Directive::Expire) was given, has grown, every connection reads that directive again.
     pub(crate) fn instruct(&self, directive: Directive, expiries: u32) {
         let mut open = lock!(self.open);
@@ -459,6 +469,26 @@ mod models {
             for entry in [first, second] {
                 assert_eq!(entry.state.directive(), Directive::Close);
             }
+        });
+    }
+
+    #[test]
+    fn a_connection_that_comes_at_the_cut_is_listed_or_cut_from_its_beginning() {
+        model(|| {
+            let table = Arc::new(ConnectionTable::default());
+            let inserting = {
+                let table = Arc::clone(&table);
+                thread::spawn(move || {
+                    let entry = table.insert((), None);
+                    let is_cut = entry.state.directive() == Directive::Cut;
+                    (entry, is_cut)
+                })
+            };
+            let cut = table.cut(Instant::now());
+            table.instruct(Directive::Cut, 0);
+            let (entry, is_cut) = inserting.join().unwrap();
+            let is_listed = cut.iter().any(|open| Arc::ptr_eq(&open.entry, &entry));
+            assert!(is_listed || is_cut, "neither listed nor counted");
         });
     }
 }

@@ -28,9 +28,9 @@ pub struct Remaining {
     /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout).
     pub workers: usize,
     /// Connections that were reset in a listener's queue, because the process had no file
-    /// descriptor left to accept them, or did not run until the drain deadline had passed. Requests
-    /// sent on them were not answered. This is a lower bound: a listener whose queue could not be
-    /// counted adds 1.
+    /// descriptor left to accept them, or did not run until the drain deadline had passed; and connections
+    /// that were accepted after everything was cut. Requests sent on them were not answered. This is a
+    /// lower bound: a listener whose queue could not be counted adds 1.
     pub queued: usize,
     /// HTTP/1 requests that were dropped during the shutdown because their clients had closed their
     /// writing side before there was a response. Such a client may have left, or may still have

@@ -126,12 +126,7 @@ impl<L: Listener> GracefulListener<L> {
 
     pub(super) fn track(&self, io: L::Io, addr: &L::Addr) -> GracefulIo<L::Io> {
         let peer = (addr as &dyn Any).downcast_ref::<SocketAddr>();
-        let io = GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::close));
-        if io.is_cut() {
-            // It came too late to be listed with the connections that were cut.
-            self.graceful.shared().starved.count_reset(1);
-        }
-        io
+        GracefulIo::new(&self.graceful, io, peer.copied(), Some(linger::close))
     }
 
     /// Whether the user has said that no other process has the socket. Then its filter stays until the close.

@@ -345,7 +345,7 @@ impl Lifecycle {
 
     /// Cuts everything that is left, and records it for the report. `word` has the requests in flight.
     fn cut(&self, shutdown: &mut Shutdown, word: Word, now: Instant) {
-        // They are counted before `list` reads which responses are unsent: a response that ends in between counts
+        // They are counted before `connections.cut` reads which responses are unsent: a response that ends in between counts
         // twice and not never. `dropped` is read right after that count: a request that is no longer counted there
         // is included here, and as few as possible are in both.
         let requests = word.count();
@@ -357,7 +357,7 @@ impl Lifecycle {
             holds: self.work.list_holds(now),
             connections: Vec::new(),
         };
-        let connections = self.connections.list(now);
+        let connections = self.connections.cut(now);
         shutdown.cleans_up = self.work.steps() > 0;
         shutdown.cut = Some(Cut {
             at: now,

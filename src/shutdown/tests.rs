@@ -969,6 +969,31 @@ async fn a_connection_that_is_cut_loses_its_undelivered_bytes() {
     }
 }
 
+/// The step is taken, and the update that instructs the connections is not published yet.
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_comes_before_the_cut_is_published_is_cut_and_counted() {
+    let mut stop = Stop::new(0, 500, unchanged);
+    let hold = stop.graceful.hold("work");
+    stop.terminate();
+    stop.at(100).await;
+    assert_eq!(stop.phase(), Phase::Draining);
+    let shared = Arc::clone(stop.shared());
+    {
+        let mut state = shared.state();
+        let deadline = state.shutdown.as_ref().unwrap().drain_until;
+        shared.settle(&mut state, deadline);
+        assert!(state.shutdown.as_ref().unwrap().cut.is_some());
+    }
+    let late = stop.connect();
+    assert_eq!(late.state.directive(), Directive::Cut);
+    stop.leave(&late);
+    drop(stop.graceful.track(()));
+    drop(hold);
+    stop.at(1000).await;
+    let remaining = stop.shared().report().unwrap().remaining();
+    assert_eq!((remaining.connections, remaining.queued), (0, 1));
+}
+
 /// Its client has not taken what was sent of the response when the connection is cut.
 #[tokio::test(start_paused = true)]
 async fn a_request_whose_response_has_failed_is_not_counted_as_cut_too() {

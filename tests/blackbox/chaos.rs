@@ -760,8 +760,11 @@ impl Stop {
             let is_cut = |address| self.cut_connections.contains_key(address);
             if address.as_ref().is_some_and(|it| !is_cut(it)) && tally.queued == 0 {
                 wrong.extend(seen.iter().map(|seen| {
+                    let note = self.notes.get(&seen.id);
                     format!(
-                        "not whole, and its connection was not cut: {}",
+                        "not whole, and its connection was not cut, admitted: {:?}, called in {:?}: {}",
+                        note.map(|note| note.admitted),
+                        note.map(|note| note.called),
                         self.about(seen)
                     )
                 }));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::GracefulIo;
 use crate::{
-    connection::{directive::Directive, flags::INSPECTED},
+    connection::flags::INSPECTED,
     server::{ConnectionEntry, entry_guard::EntryGuard, requests},
 };
 
@@ -30,9 +30,5 @@ impl<I: 'static> GracefulIo<I> {
         self.guard.entry.flags.take(INSPECTED);
         self.guard.entry.sniffer.listen();
         Arc::clone(&self.guard.entry)
-    }
-
-    pub(in crate::server) fn is_cut(&self) -> bool {
-        self.guard.entry.state.directive() == Directive::Cut
     }
 }

@@ -214,6 +214,10 @@ impl<I: 'static> GracefulIo<I> {
         send_queue::prepare();
         let shared = graceful.shared();
         let entry = shared.connections.insert(shared.clone(), address);
+        if entry.state.directive() == Directive::Cut {
+            // It came too late to be listed with the connections that were cut.
+            shared.starved.count_reset(1);
+        }
         shared.mark_served();
         Self::with_entry(io, linger, 0, EntryGuard { entry })
     }
