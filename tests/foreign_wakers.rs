@@ -1,12 +1,12 @@
-//! Wakers that run code of their user when they are cloned or dropped. That code may stop the service, or block.
+//! Wakers that run code of their user when they are cloned, dropped or woken. That code may stop the service, or block.
 
 mod waits;
 
 use std::{
-    future::Future,
+    future::{Future, pending},
     pin::{Pin, pin},
     sync::{Arc, Mutex, mpsc},
-    task::{Context, Waker},
+    task::{Context, Poll, Waker},
     thread,
     time::Duration,
 };
@@ -16,7 +16,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf, empty},
     runtime,
 };
-use tower_graceful::{Graceful, Phase};
+use tower_graceful::{Graceful, Phase, TaskOutcome};
 
 use crate::waits::{BOUND, wait_for};
 
@@ -169,5 +169,90 @@ fn a_waker_that_blocks_when_it_is_cloned_or_dropped_does_not_delay_the_stop() {
         drop(release);
         poller.join().unwrap();
         stopper.join().unwrap();
+    }
+}
+
+struct Blocks(mpsc::Sender<()>, Mutex<mpsc::Receiver<()>>);
+
+impl std::task::Wake for Blocks {
+    fn wake(self: Arc<Self>) {
+        let _ = self.0.send(());
+        let _ = self.1.lock().unwrap().recv();
+    }
+}
+
+/// Keeps no waker.
+struct Silent;
+
+impl AsyncRead for Silent {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        _: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Poll::Pending
+    }
+}
+
+/// Tasks that are polled once, outside of every runtime.
+type Tasks = fn(&Graceful, &mut Context<'_>) -> Box<dyn Send>;
+
+fn connections(graceful: &Graceful, cx: &mut Context<'_>) -> Box<dyn Send> {
+    let tasks = [(); BLOCKED].map(|()| {
+        let mut io = graceful.track(Silent);
+        let read = Pin::new(&mut io).poll_read(cx, &mut ReadBuf::new(&mut [0]));
+        assert!(read.is_pending());
+        io
+    });
+    Box::new(tasks)
+}
+
+fn drainings(graceful: &Graceful, cx: &mut Context<'_>) -> Box<dyn Send> {
+    let tasks = [(); BLOCKED].map(|()| {
+        let mut draining = Box::pin(graceful.draining());
+        assert!(draining.as_mut().poll(cx).is_pending());
+        draining
+    });
+    Box::new(tasks)
+}
+
+/// More than the threads that would wake them in any case: that of the caller, and one of the control thread.
+const BLOCKED: usize = 5;
+
+#[test]
+fn a_waker_that_blocks_when_it_is_woken_delays_neither_the_stop_nor_its_cleanup() {
+    let all: [Tasks; 2] = [connections, drainings];
+    for tasks in all {
+        let runtime = runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let graceful = graceful();
+        let (release, blocked) = mpsc::channel();
+        let (woken, is_woken) = mpsc::channel();
+        let waker = Waker::from(Arc::new(Blocks(woken, blocked.into())));
+        let tasks = tasks(&graceful, &mut Context::from_waker(&waker));
+        let step = Duration::from_secs(1);
+        graceful.cleanup("step", step, async {}).unwrap();
+        let stops = graceful.clone();
+        assert_returns(move || {
+            let (report, stopper) = runtime.block_on(async {
+                let run = graceful.run(graceful.drain_on(pending()));
+                let stopper = async { thread::spawn(move || stops.shutdown()) };
+                tokio::join!(run, stopper)
+            });
+            let outcomes: Vec<_> = report
+                .tasks()
+                .iter()
+                .map(|task| task.outcome.clone())
+                .collect();
+            assert_eq!(outcomes, [TaskOutcome::Done], "{report}");
+            for _ in 0..BLOCKED {
+                is_woken.recv_timeout(BOUND).unwrap();
+            }
+            drop(release);
+            stopper.join().unwrap();
+        });
+        drop(tasks);
     }
 }

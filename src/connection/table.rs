@@ -564,7 +564,7 @@ mod tests {
             thread::scope(|scope| {
                 scope.spawn(|| table.instruct(directive, expiries));
                 is_woken.recv().unwrap();
-                // As the driver does, which publishes the same directive again.
+                // As another thread does, which publishes the same directive again.
                 table.instruct(directive, expiries);
                 assert_eq!(others.0.load(Relaxed), 2, "{directive:?}");
                 for entry in &entries {

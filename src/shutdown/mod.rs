@@ -14,7 +14,7 @@
 //!
 //! User code may block and panic, so none of it runs under the lock. Log events are queued under
 //! the lock and written later ([`events`]). Wakers are called after the lock is released, and never
-//! on the control thread. Do not call user code, a waker or a destructor of a user value under the
+//! on the control thread. Under the real clock the driver calls none either. Do not call user code, a waker or a destructor of a user value under the
 //! lock.
 
 mod cleanup;
@@ -49,7 +49,7 @@ pub(crate) use self::cleanup::Spawned;
 use self::{
     leave_early::Evidence,
     state::{Clock, ClosingStage, State},
-    update::Update,
+    update::Published,
 };
 use crate::{
     admission::Gate,
@@ -120,8 +120,7 @@ pub(crate) struct Lifecycle {
     asked_since: OnceLock<Instant>,
     /// The number of responses that got a slot of their own in the spread.
     spread_responses: AtomicU64,
-    /// The last update that the control thread published.
-    published: Mutex<Option<Update>>,
+    published: Mutex<Published>,
     state: Mutex<State>,
 }
 
@@ -158,7 +157,7 @@ impl Lifecycle {
             driven: AtomicBool::new(false),
             asked_since: OnceLock::new(),
             spread_responses: AtomicU64::new(0),
-            published: Mutex::new(None),
+            published: Mutex::default(),
             state: Mutex::new(State::default()),
         }
     }

@@ -46,7 +46,7 @@ impl Lifecycle {
     pub(crate) fn trigger(self: &Arc<Self>, trigger: Trigger) {
         // First, because it determines the clock that the step uses.
         self.spawn_driver();
-        self.change(|state, now| self.start(state, trigger, now));
+        self.change_at_once(|state, now| self.start(state, trigger, now));
         self.start_driver();
     }
 
@@ -101,7 +101,7 @@ impl Lifecycle {
     #[cfg(feature = "signal")]
     pub(crate) fn signal(self: &Arc<Self>, trigger: Trigger) {
         self.spawn_driver();
-        self.change(|state, now| self.handle_signal(state, trigger, now));
+        self.change_at_once(|state, now| self.handle_signal(state, trigger, now));
         self.start_driver();
     }
 

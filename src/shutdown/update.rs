@@ -2,6 +2,11 @@
 //!
 //! Each of the published values only moves forward, so an older update that is published late changes
 //! nothing.
+//!
+//! Wakers may block, so under the real clock neither the control thread nor the driver publishes, and neither
+//! does a server or a drain future that ends. A thread of [`background`](crate::background) does. Before it
+//! begins, it queues the same job again. If a waker blocks, another thread takes that job and continues with
+//! the other wakers. Otherwise the second job finds that everything is published.
 
 use std::{
     sync::Arc,
@@ -17,7 +22,7 @@ use super::{
 #[cfg(feature = "signal")]
 use crate::report::Trigger;
 use crate::{
-    background::shielded,
+    background::{Job, shielded},
     connection::{directive::Directive, stagger::Place},
     control::Subject,
     events::{self, Origin},
@@ -26,8 +31,8 @@ use crate::{
     waiting::waiters::Moment,
 };
 
-/// What a step publishes after the lock is released.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// What a step publishes after the lock is released. A later update is the greater one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Update {
     connections: Directive,
     /// How often connections with nothing left to wait for were told to close
@@ -35,6 +40,34 @@ pub(super) struct Update {
     expiries: u32,
     closing_stage: ClosingStage,
     moment: Moment,
+}
+
+impl Update {
+    /// What is published before a stop begins.
+    const SERVING: Self = Self {
+        connections: Directive::Stay,
+        expiries: 0,
+        closing_stage: ClosingStage::Open,
+        moment: Moment {
+            phase: Phase::Serving,
+            place: Place::LAST,
+        },
+    };
+}
+
+/// The last updates.
+pub(super) struct Published {
+    /// It is published, or a job publishes it.
+    begun: Update,
+    /// All of it is published.
+    done: Update,
+}
+
+impl Default for Published {
+    fn default() -> Self {
+        let [begun, done] = [Update::SERVING; 2];
+        Self { begun, done }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -83,12 +116,28 @@ impl Lifecycle {
         self.notify();
     }
 
+    /// As [`change`](Self::change), and has published the steps when it returns.
+    pub(super) fn change_at_once(self: &Arc<Self>, change: impl FnOnce(&mut State, Instant)) {
+        let (_, update, subscribers) = self.step_by(By::User, change);
+        self.publish(update);
+        shielded(|| drop(subscribers));
+        self.notify();
+    }
+
     pub(super) fn step(
         self: &Arc<Self>,
         change: impl FnOnce(&mut State, Instant),
     ) -> Option<Instant> {
-        let (next, update, subscribers) = self.step_by(By::User, change);
-        self.publish(update);
+        let mut is_real = false;
+        let (next, update, subscribers) = self.step_by(By::User, |state, now| {
+            change(state, now);
+            is_real = state.clock == Clock::Real;
+        });
+        if !is_real {
+            self.publish(update);
+        } else if let Some(publish) = self.to_publish(update) {
+            CONTROL.run_elsewhere(publish);
+        }
         shielded(|| drop(subscribers));
         next
     }
@@ -178,21 +227,34 @@ impl Lifecycle {
             let shared = self.clone();
             CONTROL.run_elsewhere(Box::new(move || shared.give_up_work()));
         }
-        if by == By::Control {
+        if is_real {
             // The log thread writes the events, because a subscriber is user code.
             events::work();
         }
         (next, update, former.into_iter().chain(kept).collect())
     }
 
-    /// The job that publishes an update of the control thread, to be run on another thread. `None`
-    /// if nothing has changed since the last one.
-    fn to_publish(self: &Arc<Self>, update: Update) -> Option<Box<dyn FnOnce() + Send>> {
-        if lock!(self.published).replace(update) == Some(update) {
+    /// The job that publishes an update, to be run on another thread. `None` if nothing has changed since
+    /// the last one.
+    fn to_publish(self: &Arc<Self>, update: Update) -> Option<Job> {
+        let mut published = lock!(self.published);
+        if published.begun >= update {
             return None;
         }
+        published.begun = update;
+        Some(self.publishing(update))
+    }
+
+    /// A job that publishes an update unless another one has: see the head of this file.
+    fn publishing(self: &Arc<Self>, update: Update) -> Job {
         let shared = self.clone();
-        Some(Box::new(move || shared.publish(update)))
+        Box::new(move || {
+            let is_done = lock!(shared.published).done >= update;
+            if !is_done {
+                CONTROL.run_elsewhere(shared.publishing(update));
+                shared.publish(update);
+            }
+        })
     }
 
     /// Publishes an update to connections, servers and waiters. No lock may be held, because wakers
@@ -206,6 +268,9 @@ impl Lifecycle {
             self.waiters.notify(update.moment);
         }
         self.log.write();
+        let mut published = lock!(self.published);
+        published.begun = published.begun.max(update);
+        published.done = published.done.max(update);
     }
 
     /// The moment up to which waiters are notified: the phase, and during a spread drain the place
