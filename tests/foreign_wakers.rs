@@ -256,3 +256,37 @@ fn a_waker_that_blocks_when_it_is_woken_delays_neither_the_stop_nor_its_cleanup(
         drop(tasks);
     }
 }
+
+/// The channel of the closing stages wakes its tasks one after another.
+#[test]
+fn a_waker_that_blocks_when_it_is_woken_does_not_keep_run_from_returning() {
+    // Tokio spreads the tasks that wait for a channel over a few lists at random.
+    const DRAINS: usize = 100;
+
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let graceful = graceful();
+    let (release, blocked) = mpsc::channel();
+    let (woken, is_woken) = mpsc::channel();
+    let waker = Waker::from(Arc::new(Blocks(woken, blocked.into())));
+    let drains = [(); DRAINS].map(|()| {
+        let mut drain = graceful.drain_on(pending());
+        let polled = Pin::new(&mut drain).poll(&mut Context::from_waker(&waker));
+        assert!(polled.is_pending());
+        drain
+    });
+    assert_returns(move || {
+        let stops = graceful.clone();
+        let stopper = runtime.block_on(async {
+            let run = graceful.run(pending::<()>());
+            let stopper = async { thread::spawn(move || stops.shutdown()) };
+            tokio::join!(run, stopper).1
+        });
+        is_woken.recv_timeout(BOUND).unwrap();
+        drop(release);
+        stopper.join().unwrap();
+    });
+    drop(drains);
+}

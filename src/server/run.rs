@@ -95,10 +95,14 @@ impl Graceful {
                 return Poll::Ready(error.map_or(ServerEnd::Finished, ServerEnd::Failed));
             }
             // If the driver's runtime ends, this wait is woken and spawns a driver in the runtime of this
-            // task. When it is over, `given_up` is over too.
-            let _ = stopped.as_mut().poll(cx);
+            // task. When it is over, `given_up` is over too, but a waker that blocks may keep its channel from
+            // waking this task.
+            let has_stopped = stopped.as_mut().poll(cx).is_ready();
             guard.end = ServerEnd::Dropped;
-            given_up.as_mut().poll(cx).map(|_| ServerEnd::Dropped)
+            if has_stopped || given_up.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(ServerEnd::Dropped);
+            }
+            Poll::Pending
         })
         .await;
         guard.end = end;
