@@ -11,8 +11,8 @@
 //! - when the peer has closed its side and everything is delivered, or the peer has reset the
 //!   connection;
 //! - as soon as everything is delivered, if nothing is unread and the peer will send nothing: it has
-//!   closed its side, its last request had no body, or the service is stopping and has sent no
-//!   response since the stop began. So an idle connection costs no time. After an upgrade the peer may
+//!   closed its side, its last request had no body, or the server has dropped the connection while the service
+//!   was stopping, and no response was sent on it since the stop began. So an idle connection costs no time. After an upgrade the peer may
 //!   send at any time;
 //! - when everything is delivered, and the peer has sent nothing for [`SILENT_PEER_TIMEOUT`] (for [`ACTIVE_PEER_TIMEOUT`] if it
 //!   has sent something since, for [`STARVED_TIMEOUT`] while a listener waits for file descriptors), or has
@@ -146,6 +146,9 @@ where
         shut: last.shut,
         eof: false,
         received: false,
+        // While serving, a server closes a connection first only after a response.
+        responded: guard.entry.state.directive() == Directive::Stay
+            || guard.entry.flags.has(RESPONDED),
         last,
         guard,
     };
@@ -175,6 +178,9 @@ struct Lingering<I: 'static> {
     eof: bool,
     /// Bytes were received since `until_closed` last checked.
     received: bool,
+    /// A response may just have been sent when the server dropped the connection. Not changed by a stop that begins
+    /// afterwards.
+    responded: bool,
     last: Last,
     // After the IO, so that the connection is closed before it is removed.
     guard: EntryGuard,
@@ -227,8 +233,7 @@ where
         let left = unacknowledged(tcp(&self.io)?)?;
         // If the peer sends nothing, closing causes no reset, and the kernel delivers the rest, if the peer still
         // exists. A response of a stop must have been received.
-        let stopping = self.guard.entry.state.directive() > Directive::Stay;
-        let may_be_response = stopping && self.has_responded();
+        let may_be_response = self.guard.entry.flags.has(RESPONDED);
         let nothing = if self.peer_is_silent() && !may_be_response {
             CLOSING_BYTES
         } else {
@@ -240,15 +245,8 @@ where
     /// Whether the peer sends nothing more before it has read what was written. After an upgrade a peer may
     /// send at any time.
     fn peer_is_silent(&self) -> bool {
-        let waits = self.last.request || !self.has_responded();
+        let waits = self.last.request || !self.responded;
         waits && self.last.written != Written::Upgrade
-    }
-
-    /// Whether a response may just have been sent. While serving, a server closes a connection first
-    /// only after a response.
-    fn has_responded(&self) -> bool {
-        self.guard.entry.state.directive() == Directive::Stay
-            || self.guard.entry.flags.has(RESPONDED)
     }
 
     /// Whether the connection can be closed at once.
@@ -350,7 +348,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::handle::graceful::Graceful;
+    use crate::{GracefulIo, handle::graceful::Graceful};
 
     /// A connection that its server has dropped, and whose client has much left to read. The client sends
     /// nothing and reads at least as much as makes its kernel acknowledge something. Its reads block the thread:
@@ -401,32 +399,50 @@ mod tests {
             .unwrap();
     }
 
-    /// As few bytes as a server writes to close a connection.
-    #[tokio::test]
-    async fn a_short_response_that_the_client_has_not_received_is_waited_for_while_stopping() {
-        let graceful = Graceful::new();
+    async fn connect() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap());
+        let (client, accepted) = tokio::join!(client, listener.accept());
+        (client.unwrap(), accepted.unwrap().0)
+    }
+
+    /// The client's kernel takes little from it before the client reads.
+    async fn connect_with_little_room() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpSocket::new_v4().unwrap();
         client.set_recv_buffer_size(4096).unwrap();
         let client = client.connect(listener.local_addr().unwrap());
         let (client, accepted) = tokio::join!(client, listener.accept());
-        let (mut client, tcp) = (client.unwrap(), accepted.unwrap().0);
+        let tcp = accepted.unwrap().0;
         tcp.set_nodelay(true).unwrap();
-        let mut io = graceful.track(tcp);
-        let request = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
-        client.write_all(request).await.unwrap();
-        io.read_exact(&mut vec![0; request.len()]).await.unwrap();
-        graceful.shutdown();
+        (client.unwrap(), tcp)
+    }
+
+    /// Writes pieces of this size until the client's kernel has no room for one.
+    async fn fill_room(io: &mut GracefulIo<TcpStream>, size: usize) {
         // The kernel of the client acknowledges what it has room for within 40 ms.
         let acknowledges = Duration::from_millis(60);
         while unacknowledged(io.get_ref()) == Some(0) {
-            io.write_all(&[b'x'; 100]).await.unwrap();
+            io.write_all(&vec![b'x'; size]).await.unwrap();
             if unacknowledged(io.get_ref()) != Some(0) {
                 time::sleep(acknowledges).await;
             }
         }
         let left = unacknowledged(io.get_ref()).unwrap();
-        assert!(left <= 100, "{left}");
+        assert!(left as usize <= size, "{left}");
+    }
+
+    /// As few bytes as a server writes to close a connection.
+    #[tokio::test]
+    async fn a_short_response_that_the_client_has_not_received_is_waited_for_while_stopping() {
+        let graceful = Graceful::new();
+        let (mut client, tcp) = connect_with_little_room().await;
+        let mut io = graceful.track(tcp);
+        let request = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        io.read_exact(&mut vec![0; request.len()]).await.unwrap();
+        graceful.shutdown();
+        fill_room(&mut io, 100).await;
         drop(io);
         assert_eq!(graceful.connections(), 1);
         client.read_to_end(&mut Vec::new()).await.unwrap();
@@ -454,6 +470,30 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(graceful.connections(), 1);
             time::sleep(SILENT_PEER_TIMEOUT).await;
+            client.write_all(b"x").await.unwrap();
+        }
+        drop(client);
+        wait_until_closed(&graceful).await;
+    }
+
+    /// A handler has answered without reading the upload, and the stop begins while the client sends it.
+    #[tokio::test]
+    async fn an_upload_that_outlasts_the_begin_of_the_stop_is_read_from() {
+        let graceful = Graceful::new();
+        let (mut client, tcp) = connect().await;
+        let mut io = graceful.track(tcp);
+        let request = b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        io.read_exact(&mut vec![0; request.len()]).await.unwrap();
+        io.write_all(b"HTTP/1.1 413 Content Too Large\r\n\r\n")
+            .await
+            .unwrap();
+        drop(io);
+        graceful.shutdown();
+        for _ in 0..3 {
+            // Longer than the interval of the queries.
+            time::sleep(SILENT_PEER_TIMEOUT / 2).await;
+            assert_eq!(graceful.connections(), 1);
             client.write_all(b"x").await.unwrap();
         }
         drop(client);
