@@ -301,6 +301,45 @@ fn the_cut_ends_a_connection_that_its_client_has_closed_and_does_not_read() {
     assert!(report.to_string().contains("undelivered"), "{report}");
 }
 
+/// No task runs between the cut and the report.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_client_has_not_received_is_reported_although_the_runtime_is_blocked() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let report = runtime.block_on(async {
+        let graceful = Graceful::builder()
+            .drain_delay(Duration::ZERO)
+            .drain_timeout(Duration::from_millis(300))
+            .build()
+            .unwrap();
+        let (tcp, address) = listener().await;
+        let app = Router::new()
+            .route("/", post(|| async { vec![0; 100_000] }))
+            .layer(graceful.layer());
+        let server = tokio::spawn(graceful.serve(tcp, app).into_future());
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        let mut client = socket.connect(address).await.unwrap();
+        // Answered without its body, so the server closes the connection.
+        let request = b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 9\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        client.readable().await.unwrap();
+        wait_for("everything is written", || graceful.in_flight() == 0).await;
+        graceful.shutdown();
+        // Until the report is made.
+        std::thread::sleep(Duration::from_secs(1));
+        let report = server.await.unwrap();
+        drop(client);
+        report
+    });
+    assert_eq!(report.remaining().connections, 1, "{report}");
+    assert!(report.to_string().contains("undelivered"), "{report}");
+    assert_eq!(report.outcome(), Outcome::Forced, "{report}");
+}
+
 /// The end of a response is queued in the server when the task of its stream ends, although no body is left: a head
 /// without a body, or the end of a stream. Nothing counts the request, so the service has long been closing.
 async fn lost_over_http2(layered: bool, head_only: bool) {

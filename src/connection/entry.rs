@@ -34,7 +34,8 @@ pub(crate) struct ConnectionEntry<O> {
     /// guard is added, because another guard exists; `AcqRel` when one is dropped, so that the last
     /// drop is ordered after all others.
     pub(crate) guards: AtomicU8,
-    /// Bytes that the peer had not acknowledged when the connection was cut.
+    /// Bytes that the peer had not acknowledged when the connection was cut. While it [lingers](LINGERS), when this
+    /// was last looked at.
     pub(crate) undelivered: AtomicU32,
     pub(crate) state: ConnectionState,
 }

@@ -160,9 +160,11 @@ where
             return;
         }
     }
-    if lingering.is_idle() {
+    let left = lingering.undelivered();
+    if lingering.is_idle(left) {
         return;
     }
+    lingering.note_undelivered(left.unwrap_or(0));
     lingering.guard.entry.flags.set(LINGERS);
     if let Ok(runtime) = Handle::try_current() {
         drop(runtime.spawn(lingering.until_closed()));
@@ -249,12 +251,18 @@ where
         waits && self.last.written != Written::Upgrade
     }
 
-    /// Whether the connection can be closed at once.
-    fn is_idle(&self) -> bool {
+    /// Stores the number for the report. It is stored after each query, because the task may not run between the cut
+    /// and the report.
+    fn note_undelivered(&self, left: u32) {
+        self.guard.entry.undelivered.store(left, Ordering::Relaxed);
+    }
+
+    /// Whether the connection can be closed at once. `left`: the number of undelivered bytes, if known.
+    fn is_idle(&self, left: Option<u32>) -> bool {
         let silent = self.eof || self.peer_is_silent();
         // Asks the operating system too: the runtime may not have done so since the peer sent, and tells
         // nothing to a task that has used up its budget.
-        silent && !self.received && !has_unread(&self.io) && self.undelivered() == Some(0)
+        silent && !self.received && left == Some(0) && !has_unread(&self.io)
     }
 
     async fn until_closed(mut self) {
@@ -274,6 +282,7 @@ where
             let now = Instant::now();
             let known = self.undelivered();
             let before = std::mem::replace(&mut left, known.unwrap_or(0));
+            self.note_undelivered(left);
             let received = std::mem::take(&mut self.received);
             if left < before {
                 took = now;
@@ -327,10 +336,8 @@ where
                 return;
             }
         }
-        if self.guard.entry.state.directive() == Directive::Cut {
-            let left = self.undelivered().unwrap_or(0);
-            self.guard.entry.undelivered.store(left, Ordering::Relaxed);
-        }
+        // If its peer has reset the connection, nothing is left.
+        self.note_undelivered(self.undelivered().unwrap_or(0));
     }
 }
 
