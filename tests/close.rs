@@ -340,6 +340,33 @@ fn what_a_client_has_not_received_is_reported_although_the_runtime_is_blocked() 
     assert_eq!(report.outcome(), Outcome::Forced, "{report}");
 }
 
+/// The client would lose its response by a reset, on systems that discard what was received before one.
+#[tokio::test]
+async fn a_body_that_comes_after_the_response_resets_no_connection_whatever_the_method() {
+    for method in ["GET", "POST"] {
+        let graceful = graceful();
+        let (tcp, address) = listener().await;
+        let app = Router::new().layer(graceful.layer());
+        let server = tokio::spawn(graceful.serve(tcp, app).into_future());
+        let mut client = TcpStream::connect(address).await.unwrap();
+        let head = format!("{method} / HTTP/1.1\r\nhost: test\r\ncontent-length: 4\r\n\r\n");
+        client.write_all(head.as_bytes()).await.unwrap();
+        let mut response = Vec::new();
+        client.read_to_end(&mut response).await.unwrap();
+        assert!(response.starts_with(b"HTTP/1.1 404"), "{method}");
+        // The task of the connection goes on.
+        task::yield_now().await;
+        assert_eq!(graceful.connections(), 1, "{method}");
+        client.write_all(b"body").await.unwrap();
+        client.shutdown().await.unwrap();
+        wait_for("it is closed", || graceful.connections() == 0).await;
+        let error = client.take_error().unwrap();
+        assert!(error.is_none(), "{method}: {error:?}");
+        graceful.shutdown();
+        assert_eq!(server.await.unwrap().outcome(), Outcome::Clean);
+    }
+}
+
 /// The end of a response is queued in the server when the task of its stream ends, although no body is left: a head
 /// without a body, or the end of a stream. Nothing counts the request, so the service has long been closing.
 async fn lost_over_http2(layered: bool, head_only: bool) {

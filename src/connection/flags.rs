@@ -32,6 +32,16 @@ impl Flags {
         }
     }
 
+    /// Sets or clears a flag. Writes only if it changes.
+    #[inline]
+    pub(crate) fn put(&self, flag: u16, on: bool) {
+        if on {
+            self.set(flag);
+        } else {
+            self.take(flag);
+        }
+    }
+
     /// Clears a flag, and returns whether it was set.
     pub(crate) fn take(&self, flag: u16) -> bool {
         self.has(flag) && self.0.fetch_and(!flag, Ordering::Relaxed) & flag != 0
@@ -60,8 +70,9 @@ pub(crate) const HANDSHAKE: u16 = 128;
 pub(crate) const BUSY: u16 = 256;
 /// The connection no longer speaks HTTP.
 pub(crate) const UPGRADED: u16 = 512;
-/// After a handshake: the last bytes read were an HTTP/1 request without a body.
-pub(crate) const BODILESS: u16 = 1024;
+/// The last HTTP/1 request may have a body: on `serve`, if it is a `GET` or `HEAD`; above a handshake, when the top
+/// layer has been dropped.
+pub(crate) const BODY: u16 = 1024;
 /// The peer's address is in the table of renamed peers.
 pub(super) const RENAMED: u16 = 2048;
 /// The request on this connection may be dropped without a response: it is a call of the preStop
@@ -93,6 +104,10 @@ mod tests {
         assert!(flags.has(ANSWERS) && flags.has(LINGERS));
         flags.change(ANSWERS | LINGERS, ACTIVE);
         assert!(flags.has(ACTIVE) && !flags.has(ANSWERS) && !flags.has(LINGERS));
+        flags.put(ANSWERS, true);
+        assert!(flags.has(ANSWERS) && flags.has(ACTIVE));
+        flags.put(ANSWERS, false);
+        assert!(!flags.has(ANSWERS) && flags.has(ACTIVE));
         let none = Flags::new(0);
         none.set(READ_ONCE_MORE);
         assert!(none.has(READ_ONCE_MORE));

@@ -11,9 +11,9 @@
 //! - when the peer has closed its side and everything is delivered, or the peer has reset the
 //!   connection;
 //! - as soon as everything is delivered, if nothing is unread and the peer will send nothing: it has
-//!   closed its side, its last request had no body, or the server has dropped the connection while the service
-//!   was stopping, and no response was sent on it since the stop began. So an idle connection costs no time. After an upgrade the peer may
-//!   send at any time;
+//!   closed its side, its last request is known to have no body, or the server has dropped the connection while the service
+//!   was stopping, and no response was sent on it since the stop began. So an idle connection costs no time.
+//!   After an upgrade the peer may send at any time;
 //! - when everything is delivered, and the peer has sent nothing for [`SILENT_PEER_TIMEOUT`] (for [`ACTIVE_PEER_TIMEOUT`] if it
 //!   has sent something since, for [`STARVED_TIMEOUT`] while a listener waits for file descriptors), or has
 //!   not closed for [`LINGER_TIMEOUT`];
@@ -505,6 +505,44 @@ mod tests {
         }
         drop(client);
         wait_until_closed(&graceful).await;
+    }
+
+    /// The body is on its way when the server closes the connection.
+    #[tokio::test]
+    async fn a_client_that_has_announced_a_body_is_waited_for_whatever_the_method() {
+        for (fields, stops, waits) in [
+            ("content-length: 4", false, true),
+            ("content-length: 4", true, true),
+            ("Transfer-Encoding: chunked", true, true),
+            ("x-content-length: 4", true, false),
+        ] {
+            let graceful = Graceful::new();
+            let (mut client, tcp) = connect().await;
+            let mut io = graceful.track(tcp);
+            if stops {
+                graceful.shutdown();
+            }
+            let request = format!("GET / HTTP/1.1\r\nhost: a\r\n{fields}\r\naccept: *\r\n\r\n");
+            client.write_all(request.as_bytes()).await.unwrap();
+            io.read_exact(&mut vec![0; request.len()]).await.unwrap();
+            let response = b"HTTP/1.1 404 Not Found\r\n\r\n";
+            io.write_all(response).await.unwrap();
+            client
+                .read_exact(&mut vec![0; response.len()])
+                .await
+                .unwrap();
+            while unacknowledged(io.get_ref()) != Some(0) {
+                time::sleep(FIRST_QUERY_INTERVAL).await;
+            }
+            drop(io);
+            assert_eq!(
+                graceful.connections(),
+                usize::from(waits),
+                "{fields} {stops}"
+            );
+            drop(client);
+            wait_until_closed(&graceful).await;
+        }
     }
 
     /// How long the connection stays open if its client does this again and again.

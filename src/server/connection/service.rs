@@ -22,7 +22,12 @@ use super::{
     tunnel,
 };
 use crate::{
-    connection::{flags::WATCHED, outside::Window, stagger::SLOT_REACHED, upgraded::TunnelNumber},
+    connection::{
+        flags::{BODY, WATCHED},
+        outside::Window,
+        stagger::SLOT_REACHED,
+        upgraded::TunnelNumber,
+    },
     middleware::connection_close,
     phase::Phase,
 };
@@ -51,6 +56,10 @@ where
         let version = request.version();
         if version < Version::HTTP_2 {
             self.owner.0.sniffer.head_is_complete();
+            // Other methods count as having one.
+            let bodiless = matches!(*request.method(), Method::GET | Method::HEAD);
+            let body = bodiless && !request.body().is_end_stream();
+            self.owner.0.flags.put(BODY, body);
         }
         if self.http2_only && version < Version::HTTP_2 {
             return OwnedFuture {

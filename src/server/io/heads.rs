@@ -16,7 +16,7 @@ impl Heads {
     const WHOLE: u8 = 3;
     /// The bytes read since the last write are a request without a body.
     const BODILESS: u8 = 4;
-    /// The bytes read since the last write begin with `GET` or `HEAD`, which have no body.
+    /// The bytes read since the last write begin with `GET` or `HEAD`, which have no body unless [`BODY`](Self::BODY).
     const METHOD: u8 = 8;
     /// Something was read since the last write.
     const ASKING: u8 = 16;
@@ -25,6 +25,8 @@ impl Heads {
     /// The last bytes that passed were read, end in an empty line, and are no probe. They may be the end of a
     /// request, and the service admitted requests when they came.
     const ASKED: u8 = 64;
+    /// The `GET` or `HEAD` may have a body.
+    const BODY: u8 = 128;
 
     pub(super) fn first_is_whole(self) -> bool {
         self.0 & Self::FIRST == Self::WHOLE
@@ -40,7 +42,7 @@ impl Heads {
     }
 
     pub(super) fn last_is_bodiless(self) -> bool {
-        self.0 & Self::BODILESS != 0
+        self.0 & (Self::BODILESS | Self::BODY) == Self::BODILESS
     }
 
     pub(super) fn note_first(&mut self, read: &[u8]) {
@@ -59,13 +61,15 @@ impl Heads {
     }
 
     /// A request may arrive in several reads, because servers first read a few bytes to tell HTTP/1 from
-    /// HTTP/2. `admits` tells whether the service admits requests at this time.
+    /// HTTP/2. `admits` tells whether the service admits requests at this time, and `may_have_body` whether the head
+    /// may announce a body in these bytes.
     #[inline]
     pub(super) fn note_last(
         &mut self,
         read: &[u8],
         is_probe: impl FnOnce() -> bool,
         admits: impl FnOnce() -> bool,
+        may_have_body: impl FnOnce() -> bool,
     ) {
         let mut bits = self.0 & !(Self::BODILESS | Self::ASKED);
         if self.0 & Self::BODILESS != 0 && bits & Self::ASKING != 0 {
@@ -75,9 +79,12 @@ impl Heads {
         if bits & Self::ASKING == 0 {
             bits |= Self::ASKING;
             let method = read.starts_with(b"GET ") || read.starts_with(b"HEAD ");
-            bits &= !(Self::METHOD | Self::PROBE);
+            bits &= !(Self::METHOD | Self::PROBE | Self::BODY);
             bits |= if method { Self::METHOD } else { 0 };
             bits |= if method && is_probe() { Self::PROBE } else { 0 };
+        }
+        if bits & Self::METHOD != 0 && may_have_body() {
+            bits |= Self::BODY;
         }
         if read.ends_with(b"\r\n\r\n") {
             if bits & Self::METHOD != 0 {
@@ -103,6 +110,25 @@ impl Heads {
     }
 }
 
+/// Whether a part of a head may announce a body. The part may begin and end within a line.
+#[cold]
+pub(super) fn may_have_body(part: &[u8]) -> bool {
+    const LENGTH: &[u8] = b"content-length:";
+    const ENCODING: &[u8] = b"transfer-encoding:";
+    let begins = |line: &[u8], with: &[u8]| {
+        let begin = line.get(..with.len());
+        begin.is_some_and(|begin| begin.eq_ignore_ascii_case(with))
+    };
+    let mut lines = part.split(|byte| *byte == b'\n');
+    let last = lines.next_back().unwrap_or_default();
+    let is_begun = |name: &[u8]| begins(name, last) || begins(last, name);
+    let ends_within = !last.is_empty() && (is_begun(LENGTH) || is_begun(ENCODING));
+    let announces = |line: &[u8]| {
+        begins(line, LENGTH) && line[LENGTH.len()..].trim_ascii() != b"0" || begins(line, ENCODING)
+    };
+    ends_within || lines.any(announces)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,7 +147,7 @@ mod tests {
         let after = |reads: &[&[u8]], is_probe: bool, admits: bool| {
             let mut heads = Heads::default();
             for read in reads {
-                heads.note_last(read, || is_probe, || admits);
+                heads.note_last(read, || is_probe, || admits, || false);
             }
             heads
         };
@@ -139,6 +165,33 @@ mod tests {
             assert_eq!(heads.is_asked(), expected, "{reads:?} {is_probe} {admits}");
             heads.begins_write();
             assert!(!heads.is_asked());
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_head_that_announces_a_body_is_known_wherever_it_is_split() {
+        for (head, body) in [
+            ("GET / HTTP/1.1\r\nhost: a\r\n\r\n", false),
+            ("GET / HTTP/1.1\r\nContent-Length: 10\r\n\r\n", true),
+            (
+                "GET / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n",
+                true,
+            ),
+            (
+                "GET / HTTP/1.1\r\ncontent-length: 0\r\nhost: a\r\n\r\n",
+                false,
+            ),
+            (
+                "GET /content-length: HTTP/1.1\r\nx-content-length: 4\r\n\r\n",
+                false,
+            ),
+        ] {
+            assert_eq!(may_have_body(head.as_bytes()), body, "{head:?}");
+            for at in 0..head.len() {
+                let (part, rest) = head.as_bytes().split_at(at);
+                let found = may_have_body(part) || may_have_body(rest);
+                assert!(found || !body, "{head:?} {at}");
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::GracefulIo;
 use crate::{
-    connection::flags::INSPECTED,
+    connection::flags::{BODY, INSPECTED},
     server::{ConnectionEntry, entry_guard::EntryGuard, requests},
 };
 
@@ -12,7 +12,8 @@ impl<I: 'static> GracefulIo<I> {
     /// Wraps the IO that a handshake has returned, as the next layer of the connection.
     pub(in crate::server) fn above(io: I, entry: &Arc<ConnectionEntry>) -> Self {
         requests::end(entry);
-        entry.flags.set(INSPECTED);
+        // The drop of the top layer says whether the last request may have a body.
+        entry.flags.set(INSPECTED | BODY);
         entry.state.set_blocked(false);
         let layer = entry.sniffer.begin_layer();
         Self::with_entry(io, None, layer, EntryGuard::share(entry))

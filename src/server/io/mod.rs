@@ -19,7 +19,7 @@ use crate::{
     connection::{
         activity::Activity,
         directive::Directive,
-        flags::{BODILESS, INSPECTED, RESPONDED, UPGRADED, UPGRADES},
+        flags::{BODY, INSPECTED, RESPONDED, UPGRADED, UPGRADES},
         upgraded::Upgrade,
         wakers::RegisteredWaker,
     },
@@ -46,10 +46,11 @@ use crate::{
 ///
 /// - at once, if the connection is idle, if nothing was written on it, or if a read or write has failed;
 ///   while serving, also if the peer closed first;
-/// - if the peer has received everything: at once if its last request had no body and it has sent nothing since;
-///   otherwise when it has then been silent for 250 ms, or for 1 s if it has sent something since it received
-///   everything. After 2 s the socket is closed in any case. Only Linux tells what the peer has received; on
-///   other systems all written bytes count as received, and no connection is closed at once for that;
+/// - if the peer has received everything: at once if its last request had no body and it has sent nothing since (on a
+///   server other than `serve`, only if that request was read while the service stopped); otherwise when it has
+///   then been silent for 250 ms, or for 1 s if it has sent something since it received everything. After 2 s the
+///   socket is closed in any case. Only Linux tells what the peer has received; on other systems all written bytes
+///   count as received, and no connection is closed at once for that;
 /// - if the peer has not received everything: after 30 s in which it has acknowledged nothing, and after
 ///   5 min in any case. While the service stops, the task waits until the drain deadline instead, and the
 ///   number of bytes that the peer has not received is in the [report](crate::CutConnection::undelivered);
@@ -131,12 +132,19 @@ impl<I: 'static> Drop for GracefulIo<I> {
             // No server is left that could drop bytes.
             entry.state.set_blocked(false);
         }
-        let request = self.heads.last_is_bodiless() && self.guard.entry.sniffer.is_http1();
         let entry = &self.guard.entry;
+        let may_have_body = entry.flags.has(BODY);
+        let request = if is_top {
+            self.heads.last_is_bodiless()
+                && entry.sniffer.is_http1()
+                && !(entry.is_served() && may_have_body)
+        } else {
+            !may_have_body
+        };
         if self.layer > 0 {
             // The lowest layer closes the connection when it is dropped, and needs this flag then.
-            if is_top && request {
-                entry.flags.set(BODILESS);
+            if is_top {
+                entry.flags.put(BODY, !request);
             }
             return;
         }
@@ -179,11 +187,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
                 } else {
                     self.written
                 },
-                request: if is_top {
-                    request
-                } else {
-                    entry.flags.has(BODILESS)
-                },
+                request,
                 shut: self.writing == Writing::Shut,
             };
             linger(io, last, EntryGuard::share(entry));

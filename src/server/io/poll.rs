@@ -10,7 +10,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{GracefulIo, Peer, Writing, present};
+use super::{GracefulIo, Peer, Writing, heads, present};
 use crate::{
     connection::{
         directive::Directive,
@@ -287,7 +287,12 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
             let is_probe =
                 || entry.owner.phase() > Phase::Serving && entry.owner.is_probe(path(read));
             let admits = || directive == Directive::Stay || entry.owner.phase() < Phase::Draining;
-            this.heads.note_last(read, is_probe, admits);
+            // `serve` says it by a flag. While serving, no other server is worth the search.
+            let may_have_body = || {
+                let searches = entry.owner.phase() > Phase::Serving;
+                !entry.is_served() && (!searches || heads::may_have_body(read))
+            };
+            this.heads.note_last(read, is_probe, admits, may_have_body);
             if this.written == Written::Nothing {
                 this.heads.note_first(read);
                 if this.layer > 0 && this.heads.first_is_whole() {
