@@ -116,7 +116,7 @@ pub(super) struct Last {
     /// The last bytes read are an HTTP/1 request without a body. Then the client sends nothing more until
     /// it has read the response.
     pub(super) request: bool,
-    /// The server has closed the writing side.
+    /// The writing side is closed.
     pub(super) shut: bool,
 }
 
@@ -143,7 +143,6 @@ where
     let mut lingering = Lingering {
         io,
         waker: RegisteredWaker::default(),
-        shut: last.shut,
         eof: false,
         received: false,
         // While serving, a server closes a connection first only after a response.
@@ -174,8 +173,6 @@ where
 struct Lingering<I: 'static> {
     io: I,
     waker: RegisteredWaker,
-    /// The writing side is closed.
-    shut: bool,
     /// The peer's writing side is closed.
     eof: bool,
     /// Bytes were received since `until_closed` last checked.
@@ -199,9 +196,9 @@ where
         if self.guard.entry.state.enter(waker, WakerSlot::Read, cx) == Directive::Cut {
             return Poll::Ready(());
         }
-        if !self.shut {
+        if !self.last.shut {
             match Pin::new(&mut *io).poll_shutdown(cx) {
-                Poll::Ready(Ok(())) => self.shut = true,
+                Poll::Ready(Ok(())) => self.last.shut = true,
                 Poll::Ready(Err(_)) => return Poll::Ready(()),
                 Poll::Pending => {}
             }
@@ -543,6 +540,26 @@ mod tests {
             drop(client);
             wait_until_closed(&graceful).await;
         }
+    }
+
+    /// Few bytes, as of one call of gRPC.
+    #[tokio::test]
+    async fn a_short_response_over_http2_is_waited_for_while_stopping() {
+        let graceful = Graceful::new();
+        let (mut client, tcp) = connect_with_little_room().await;
+        let mut io = graceful.track(tcp);
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        client.write_all(preface).await.unwrap();
+        io.read_exact(&mut vec![0; preface.len()]).await.unwrap();
+        fill_room(&mut io, 100).await;
+        graceful.shutdown();
+        let mut headers = vec![0; 9 + 50];
+        (headers[2], headers[3]) = (50, 1);
+        io.write_all(&headers).await.unwrap();
+        drop(io);
+        assert_eq!(graceful.connections(), 1);
+        client.read_to_end(&mut Vec::new()).await.unwrap();
+        wait_until_closed(&graceful).await;
     }
 
     /// How long the connection stays open if its client does this again and again.

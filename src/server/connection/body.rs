@@ -15,7 +15,7 @@ use tokio::time;
 
 use super::owner::{OpenStream, OpenUpload, Owner};
 use crate::{
-    connection::directive::Directive,
+    connection::{directive::Directive, flags::RESPONDED},
     middleware::body_poll::guarded,
     phase::Phase,
     shutdown::closing::QUIET_BEFORE_CLOSE,
@@ -101,7 +101,7 @@ impl HeldResponse {
     /// The body has ended, so that its request is in flight no longer. A response that ends before the stop
     /// belongs to no request of the report.
     fn end(&self) {
-        if self.stream.phase() > Phase::Serving {
+        if self.stream.owner().phase() > Phase::Serving {
             self.has_ended.store(true, Ordering::Relaxed);
             self.stream.state().response_is_held();
         }
@@ -141,6 +141,19 @@ impl Buf for Piece {
 }
 
 impl Kind {
+    /// A part of the response passes. A connection that waits for its client must know whether it is one of the stop.
+    fn goes_out(&self) {
+        let owner = match self {
+            Self::Http2(owner) => owner,
+            Self::Pieces(response) => response.stream.owner(),
+            // Over HTTP/1 each write tells.
+            Self::Other | Self::Events(_) => return,
+        };
+        if owner.phase() > Phase::Serving {
+            owner.0.flags.set(RESPONDED);
+        }
+    }
+
     /// Makes a piece. `is_last`: no other piece follows.
     fn piece(&mut self, bytes: Bytes, is_last: bool) -> Piece {
         match mem::replace(self, Self::Other) {
@@ -190,6 +203,9 @@ impl http_body::Body for OwnedBody {
         if let Kind::Other = self.kind {
             let frame = frame.map(|frame| frame.map(|frame| frame.map_data(Piece::uncounted)));
             return Poll::Ready(frame);
+        }
+        if !matches!(frame, Some(Err(_))) {
+            self.kind.goes_out();
         }
         let is_last = match &frame {
             Some(Ok(frame)) => frame.is_trailers() || self.inner.is_end_stream(),
@@ -309,6 +325,29 @@ mod tests {
         assert_eq!((entry.state.unsent(), entry.state.has_streams()), (0, true));
         drop(held);
         assert!(!entry.state.has_streams());
+    }
+
+    /// Also its end, which is a frame of its own. An error is no part of a response.
+    #[test]
+    fn a_part_of_a_response_that_goes_out_during_the_stop_is_known() {
+        let data = || vec![Ok(Frame::data(Bytes::from_static(b"event")))];
+        let none: fn() -> Vec<_> = Vec::new;
+        for (phase, frames, responded) in [
+            (Phase::Serving, data(), false),
+            (Phase::LameDuck, data(), true),
+            (Phase::LameDuck, none(), true),
+            (Phase::LameDuck, vec![Err("failed")], false),
+        ] {
+            let graceful = Graceful::new();
+            let entry = connected(&graceful);
+            graceful.shared().advance(phase);
+            let what = format!("{phase:?} {frames:?}");
+            let inner = Body::new(StreamBody::new(futures_util::stream::iter(frames)));
+            let mut body = body(&entry, inner);
+            let mut cx = Context::from_waker(Waker::noop());
+            assert!(Pin::new(&mut body).poll_frame(&mut cx).is_ready());
+            assert_eq!(entry.flags.has(RESPONDED), responded, "{what}");
+        }
     }
 
     #[test]

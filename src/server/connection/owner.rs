@@ -170,8 +170,8 @@ impl OpenStream {
         Self(owner)
     }
 
-    pub(super) fn phase(&self) -> Phase {
-        self.0.phase()
+    pub(super) fn owner(&self) -> &Owner {
+        &self.0
     }
 
     pub(super) fn state(&self) -> &ConnectionState {

@@ -1,5 +1,6 @@
 //! The tracked IO of a connection: it records what is read and written, and fails after the cut.
 
+mod frames;
 mod heads;
 #[cfg(feature = "axum")]
 mod layers;
@@ -65,9 +66,6 @@ pub struct GracefulIo<I: 'static> {
     written: Written,
     writing: Writing,
     heads: Heads,
-    /// The number of bytes written while the service stops. Saturates at 255, which is more than
-    /// `CLOSING_BYTES`.
-    written_late: u8,
     /// Shows whether the connection is idle, when a listener needs its file descriptor.
     activity: Activity,
     linger: Option<Linger<I>>,
@@ -234,7 +232,6 @@ impl<I: 'static> GracefulIo<I> {
             written: Written::Nothing,
             writing: Writing::Open,
             heads: Heads::default(),
-            written_late: 0,
             activity: Activity::default(),
             linger,
             layer,

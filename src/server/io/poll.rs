@@ -10,7 +10,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{GracefulIo, Peer, Writing, heads, present};
+use super::{GracefulIo, Peer, Writing, frames, heads, present};
 use crate::{
     connection::{
         directive::Directive,
@@ -164,15 +164,17 @@ impl<I: 'static> GracefulIo<I> {
         }
     }
 
+    /// `head`: the beginning of the bytes.
     #[cold]
-    fn wrote_while_stopping(&mut self, bytes: usize) {
-        if self.guard.entry.flags.has(HANDSHAKE) {
+    fn wrote_while_stopping(&self, head: &[u8], bytes: usize) {
+        let entry = &self.guard.entry;
+        if entry.flags.has(HANDSHAKE | RESPONDED) {
             return;
         }
-        let bytes = u8::try_from(bytes).unwrap_or(u8::MAX);
-        self.written_late = self.written_late.saturating_add(bytes);
-        if self.guard.entry.sniffer.is_http1() || u32::from(self.written_late) > CLOSING_BYTES {
-            self.guard.entry.flags.set(RESPONDED);
+        // Control frames are in one piece.
+        let may_be_response = || head.get(..bytes).is_none_or(frames::may_be_response);
+        if entry.sniffer.is_http1() || may_be_response() {
+            entry.flags.set(RESPONDED);
         }
     }
 
@@ -220,7 +222,7 @@ impl<I: 'static> GracefulIo<I> {
                     this.guard.entry.flags.set(BUSY);
                 }
                 if directive > Directive::Stay && is_top {
-                    this.wrote_while_stopping(*bytes);
+                    this.wrote_while_stopping(head, *bytes);
                 }
             }
             Poll::Ready(Err(_)) => this.peer = Peer::Gone,
