@@ -87,7 +87,7 @@ struct Open<O> {
 pub(crate) struct Lost {
     /// Requests that were dropped because their clients had closed their writing side.
     pub(crate) half_closed: usize,
-    /// Connections whose server has dropped the rest of a response.
+    /// Connections whose server has dropped the rest of a response, or that the kernel has given up with such a rest.
     pub(crate) torn: usize,
     /// Those on which bytes of a response went out while the service stopped. The responses of the others belong to
     /// no request of the report.
@@ -198,7 +198,7 @@ impl<O> ConnectionTable<O> {
         lock!(self.open).lost.half_closed += 1;
     }
 
-    /// Counts a connection whose server has dropped the rest of a response.
+    /// Counts a connection whose peer does not receive the rest of what was written.
     #[cold]
     pub(crate) fn torn(&self, entry: &ConnectionEntry<O>) {
         let mut open = lock!(self.open);

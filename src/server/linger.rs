@@ -22,7 +22,8 @@
 //! - after an upgrade: [`SILENT_PEER_TIMEOUT`] after the peer last acknowledged something, or [`SILENT_PEER_TIMEOUT`] after
 //!   everything was delivered;
 //! - while the service stops, when the connection is cut. The report gives the number of bytes that
-//!   were not delivered.
+//!   were not delivered;
+//! - when the kernel gives up the peer. If the service stops, the report counts the connection.
 //!
 //! The number of delivered bytes is unknown if the operating system does not give it, or if the IO is
 //! not a TCP socket. Then all written bytes count as delivered. Such a connection is never closed at
@@ -31,6 +32,10 @@
 //! This file is long because the rules above and the code that follows them must be read together.
 
 use std::{
+    io::{
+        self,
+        ErrorKind::{BrokenPipe, ConnectionReset, NotConnected},
+    },
     pin::Pin,
     task::{Context, Poll, Waker, ready},
     time::Duration,
@@ -189,19 +194,15 @@ impl<I> Lingering<I>
 where
     I: AsyncRead + AsyncWrite + Unpin + 'static,
 {
-    /// Closes the writing side, then reads and discards. Ready when the connection is cut, or when the
-    /// peer has closed or reset it.
-    fn poll_peer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Closes the writing side, then reads and discards. Ready when the connection is cut, when the peer has closed
+    /// its side, or with an error.
+    fn poll_peer(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { io, waker, .. } = self;
         if self.guard.entry.state.enter(waker, WakerSlot::Read, cx) == Directive::Cut {
-            return Poll::Ready(());
+            return Poll::Ready(Ok(()));
         }
-        if !self.last.shut {
-            match Pin::new(&mut *io).poll_shutdown(cx) {
-                Poll::Ready(Ok(())) => self.last.shut = true,
-                Poll::Ready(Err(_)) => return Poll::Ready(()),
-                Poll::Pending => {}
-            }
+        if !self.last.shut && Pin::new(&mut *io).poll_shutdown(cx)?.is_ready() {
+            self.last.shut = true;
         }
         if self.eof {
             return Poll::Pending;
@@ -209,13 +210,10 @@ where
         for _ in 0..READS {
             let mut space = [std::mem::MaybeUninit::uninit(); READ];
             let mut buf = ReadBuf::uninit(&mut space);
-            let read = ready!(Pin::new(&mut *io).poll_read(cx, &mut buf));
-            if read.is_err() {
-                return Poll::Ready(());
-            }
+            ready!(Pin::new(&mut *io).poll_read(cx, &mut buf))?;
             if buf.filled().is_empty() {
                 self.eof = true;
-                return Poll::Ready(());
+                return Poll::Ready(Ok(()));
             }
             self.received = true;
             // It sends although its last request had no body.
@@ -241,6 +239,15 @@ where
         Some(if left > nothing { left } else { 0 })
     }
 
+    /// The number of bytes that are lost by an error. A peer that has reset the connection has left.
+    fn lost_by(&self, error: &io::Error) -> u32 {
+        match error.kind() {
+            ConnectionReset | BrokenPipe | NotConnected => 0,
+            // The kernel has given up the peer.
+            _ => self.guard.entry.undelivered.load(Ordering::Relaxed),
+        }
+    }
+
     /// Whether the peer sends nothing more before it has read what was written. After an upgrade a peer may
     /// send at any time.
     fn peer_is_silent(&self) -> bool {
@@ -263,6 +270,20 @@ where
     }
 
     async fn until_closed(mut self) {
+        let left = self.linger().await;
+        let entry = &self.guard.entry;
+        let directive = entry.state.directive();
+        // After the cut it is in the list.
+        let is_cut = directive == Directive::Cut;
+        self.note_undelivered(if is_cut { left } else { 0 });
+        if left > 0 && directive > Directive::Stay && !is_cut {
+            entry.owner.connections.torn(entry);
+        }
+    }
+
+    /// Waits until the connection can be closed. Returns how many bytes the peer has not received and loses, as far as
+    /// this is known.
+    async fn linger(&mut self) -> u32 {
         let mut interval = FIRST_QUERY_INTERVAL;
         let mut left = u32::MAX;
         let begun = Instant::now();
@@ -271,13 +292,23 @@ where
         let mut delivered = None;
         loop {
             let peer = std::future::poll_fn(|cx| self.poll_peer(cx));
-            let ended = time::timeout(interval, peer).await.is_ok();
-            let is_cut = self.guard.entry.state.directive() == Directive::Cut;
-            if ended && (is_cut || !self.eof) {
-                break;
+            if let Ok(ended) = time::timeout(interval, peer).await {
+                if self.guard.entry.state.directive() == Directive::Cut {
+                    return self.undelivered().unwrap_or(0);
+                }
+                if let Err(error) = ended {
+                    return self.lost_by(&error);
+                }
             }
             let now = Instant::now();
             let known = self.undelivered();
+            if known == Some(0) {
+                // Nothing is left also after an error that no read has returned.
+                let error = tcp(&self.io).and_then(|tcp| tcp.take_error().ok()?);
+                if let Some(error) = error {
+                    return self.lost_by(&error);
+                }
+            }
             let before = std::mem::replace(&mut left, known.unwrap_or(0));
             self.note_undelivered(left);
             let received = std::mem::take(&mut self.received);
@@ -306,13 +337,14 @@ where
                     Duration::MAX
                 };
                 if now - took >= patience || serving && now - begun >= UNDELIVERED_TIMEOUT {
-                    return;
+                    // The kernel continues to send.
+                    return 0;
                 }
                 continue;
             }
             let silent = self.peer_is_silent() && !received && !has_unread(&self.io);
             if self.eof || known.is_some() && silent {
-                return;
+                return 0;
             }
             let (since, talks) = *delivered.get_or_insert((now, false));
             let talks = talks || received;
@@ -330,11 +362,9 @@ where
                 SILENT_PEER_TIMEOUT
             };
             if now - sent.max(since) >= silence || now - since >= most {
-                return;
+                return 0;
             }
         }
-        // If its peer has reset the connection, nothing is left.
-        self.note_undelivered(self.undelivered().unwrap_or(0));
     }
 }
 
@@ -352,7 +382,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{GracefulIo, handle::graceful::Graceful};
+    use crate::{GracefulIo, Report, handle::graceful::Graceful};
 
     /// A connection that its server has dropped, and whose client has much left to read. The client sends
     /// nothing and reads at least as much as makes its kernel acknowledge something. Its reads block the thread:
@@ -560,6 +590,65 @@ mod tests {
         assert_eq!(graceful.connections(), 1);
         client.read_to_end(&mut Vec::new()).await.unwrap();
         wait_until_closed(&graceful).await;
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Client {
+        Stays,
+        HalfCloses,
+        Resets,
+    }
+
+    /// The report of a stop that ends while a client has not received everything.
+    async fn report_of_loss(
+        (mut client, tcp): (TcpStream, TcpStream),
+        request: &[u8],
+        does: Client,
+        response: &[u8],
+    ) -> Report {
+        let deadline = Duration::from_secs(20);
+        let plan = Graceful::builder().drain_delay(Duration::ZERO);
+        let graceful = plan.drain_timeout(deadline).build().unwrap();
+        let mut io = graceful.track(tcp);
+        client.write_all(request).await.unwrap();
+        io.read_exact(&mut vec![0; request.len()]).await.unwrap();
+        if does == Client::HalfCloses {
+            client.shutdown().await.unwrap();
+        }
+        let permit = graceful.shared().admission().admit().unwrap().answered();
+        graceful.shutdown();
+        io.write_all(response).await.unwrap();
+        let much = vec![0; 1 << 20];
+        while io.write_all(&much).now_or_never().is_some() {}
+        drop((io, permit));
+        assert_eq!(graceful.connections(), 1);
+        if does == Client::Resets {
+            // It has unread bytes.
+            drop(client);
+        }
+        let report = graceful.run(async {}).await;
+        assert!(report.duration() < deadline, "{report}");
+        report
+    }
+
+    #[tokio::test]
+    async fn a_client_that_the_kernel_gives_up_loses_its_response_and_one_that_resets_does_not() {
+        for (does, lost) in [
+            (Client::Stays, 1),
+            (Client::HalfCloses, 1),
+            (Client::Resets, 0),
+        ] {
+            let (client, tcp) = connect_with_little_room().await;
+            let timeout = Some(Duration::from_millis(300));
+            let socket = socket2::SockRef::from(&tcp);
+            socket.set_tcp_user_timeout(timeout).unwrap();
+            let request = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+            let response = b"HTTP/1.1 200 OK\r\n\r\n";
+            let report = report_of_loss((client, tcp), request, does, response).await;
+            let cut = report.requests().cut;
+            let connections = report.remaining().connections;
+            assert_eq!((connections, cut), (lost, lost), "{does:?} {report}");
+        }
     }
 
     /// How long the connection stays open if its client does this again and again.
