@@ -63,6 +63,12 @@ impl<O> ConnectionEntry<O> {
         self.state.is_blocked() && self.flags.has(UPGRADES) && !self.flags.has(UPGRADED)
     }
 
+    /// Whether what the peer has not received belongs to a response of the stop. After an upgrade it belongs to no
+    /// request.
+    pub(crate) fn owes_response(&self) -> bool {
+        self.flags.has(RESPONDED) && !self.flags.has(UPGRADED)
+    }
+
     /// Records that nothing is left to read: the peer has closed its writing side, or nothing was there
     /// when the server was told to [read once more](Directive::Read).
     pub(crate) fn was_read_once_more(&self) {
@@ -106,9 +112,9 @@ impl<O> OpenAtCut<O> {
         self.entry.undelivered.load(Ordering::Relaxed)
     }
 
-    /// Whether a response went out on the connection while the service stopped.
-    pub(crate) fn responded(&self) -> bool {
-        self.entry.flags.has(RESPONDED)
+    /// Whether what the peer has not received belongs to a response of the stop.
+    pub(crate) fn owes_response(&self) -> bool {
+        self.entry.owes_response()
     }
 
     /// Whether the server had dropped the IO before, so that no request is counted for the bytes

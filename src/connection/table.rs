@@ -37,7 +37,7 @@ use super::{
     entry::{ConnectionEntry, OpenAtCut},
     flags::{
         ACTIVE, CLOSE_NOTICED, Flags, HANDSHAKE, INSPECTED, LINGERS, MAY_DROP, READ_ONCE_MORE,
-        RENAMED, RESPONDED, UPGRADED, WATCHED,
+        RENAMED, UPGRADED, WATCHED,
     },
     sniffer::Sniffer,
     stagger::Place,
@@ -87,7 +87,7 @@ struct Open<O> {
 pub(crate) struct Lost {
     /// Requests that were dropped because their clients had closed their writing side.
     pub(crate) half_closed: usize,
-    /// Connections whose server has dropped the rest of a response, or that the kernel has given up with such a rest.
+    /// Connections whose peers do not receive the rest of what was written.
     pub(crate) torn: usize,
     /// Those on which bytes of a response went out while the service stopped. The responses of the others belong to
     /// no request of the report.
@@ -203,7 +203,7 @@ impl<O> ConnectionTable<O> {
     pub(crate) fn torn(&self, entry: &ConnectionEntry<O>) {
         let mut open = lock!(self.open);
         open.lost.torn += 1;
-        open.lost.torn_requests += usize::from(entry.flags.has(RESPONDED));
+        open.lost.torn_requests += usize::from(entry.owes_response());
     }
 
     pub(crate) fn lost_so_far(&self) -> Lost {

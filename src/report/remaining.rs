@@ -16,9 +16,10 @@ pub struct Remaining {
     pub holds: usize,
     /// Tracked connections, upgraded ones included. A connection also counts if its server dropped the rest
     /// of a response. hyper may do that if the client has asked for an upgrade, such as to h2c, and did not
-    /// get one. Such a connection is not in [`Report::connections_cut`](crate::Report::connections_cut). On
-    /// servers other than [`serve`](crate::Graceful::serve) only the first requests of a connection are
-    /// checked for an upgrade.
+    /// get one. (On servers other than [`serve`](crate::Graceful::serve) only the first requests of a connection
+    /// are checked for an upgrade.) It also counts if the operating system gave up its client before the client
+    /// had received everything, or if it was upgraded and its handler dropped it before that. Such connections
+    /// are not in [`Report::connections_cut`](crate::Report::connections_cut).
     pub connections: usize,
     /// Servers, of [`Graceful::serve`](crate::Graceful::serve) or passed to
     /// [`Graceful::run`](crate::Graceful::run), that did not end even after their connections had been

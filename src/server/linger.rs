@@ -11,16 +11,16 @@
 //! - when the peer has closed its side and everything is delivered, or the peer has reset the
 //!   connection;
 //! - as soon as everything is delivered, if nothing is unread and the peer will send nothing: it has
-//!   closed its side, its last request is known to have no body, or the server has dropped the connection while the service
-//!   was stopping, and no response was sent on it since the stop began. So an idle connection costs no time.
-//!   After an upgrade the peer may send at any time;
+//!   closed its side, its last request is known to have no body, or the server has dropped the connection
+//!   while the service was stopping, and no response was sent on it since the stop began. So an idle
+//!   connection costs no time. After an upgrade the peer may send at any time;
 //! - when everything is delivered, and the peer has sent nothing for [`SILENT_PEER_TIMEOUT`] (for [`ACTIVE_PEER_TIMEOUT`] if it
 //!   has sent something since, for [`STARVED_TIMEOUT`] while a listener waits for file descriptors), or has
 //!   not closed for [`LINGER_TIMEOUT`];
 //! - while serving, when the peer has acknowledged nothing for [`STALLED_TIMEOUT`], or not everything
 //!   within [`UNDELIVERED_TIMEOUT`]. The kernel continues to send;
 //! - after an upgrade: [`SILENT_PEER_TIMEOUT`] after the peer last acknowledged something, or [`SILENT_PEER_TIMEOUT`] after
-//!   everything was delivered;
+//!   everything was delivered. If the service stops, the report counts it if more was left than closing sends;
 //! - while the service stops, when the connection is cut. The report gives the number of bytes that
 //!   were not delivered;
 //! - when the kernel gives up the peer. If the service stops, the report counts the connection.
@@ -180,7 +180,7 @@ struct Lingering<I: 'static> {
     waker: RegisteredWaker,
     /// The peer's writing side is closed.
     eof: bool,
-    /// Bytes were received since `until_closed` last checked.
+    /// Bytes were received since `linger` last checked.
     received: bool,
     /// A response may just have been sent when the server dropped the connection. Not changed by a stop that begins
     /// afterwards.
@@ -293,11 +293,11 @@ where
         loop {
             let peer = std::future::poll_fn(|cx| self.poll_peer(cx));
             if let Ok(ended) = time::timeout(interval, peer).await {
-                if self.guard.entry.state.directive() == Directive::Cut {
-                    return self.undelivered().unwrap_or(0);
-                }
                 if let Err(error) = ended {
                     return self.lost_by(&error);
+                }
+                if self.guard.entry.state.directive() == Directive::Cut {
+                    return self.undelivered().unwrap_or(0);
                 }
             }
             let now = Instant::now();
@@ -337,8 +337,10 @@ where
                     Duration::MAX
                 };
                 if now - took >= patience || serving && now - begun >= UNDELIVERED_TIMEOUT {
-                    // The kernel continues to send.
-                    return 0;
+                    // While serving, the kernel continues to send. An upgraded connection loses the rest as soon as
+                    // its peer sends something. A close frame alone is no loss.
+                    let is_loss = upgraded && left > CLOSING_BYTES;
+                    return if is_loss { left } else { 0 };
                 }
                 continue;
             }
@@ -649,6 +651,17 @@ mod tests {
             let connections = report.remaining().connections;
             assert_eq!((connections, cut), (lost, lost), "{does:?} {report}");
         }
+    }
+
+    /// The request was answered by the upgrade.
+    #[tokio::test]
+    async fn what_an_upgraded_connection_has_not_delivered_when_it_is_closed_is_reported() {
+        let request = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n";
+        let response = b"HTTP/1.1 101 Switching Protocols\r\n\r\n";
+        let sockets = connect_with_little_room().await;
+        let report = report_of_loss(sockets, request, Client::Stays, response).await;
+        let cut = report.requests().cut;
+        assert_eq!((report.remaining().connections, cut), (1, 0), "{report}");
     }
 
     /// How long the connection stays open if its client does this again and again.

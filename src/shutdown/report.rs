@@ -44,7 +44,7 @@ impl Shutdown {
         // peer has not taken.
         let owing = |lingered: bool| {
             // A response that went out before the stop belongs to no request of this report.
-            let owing = left().filter(|left| left.undelivered() > 0 && left.responded());
+            let owing = left().filter(|left| left.undelivered() > 0 && left.owes_response());
             owing.filter(|left| left.lingered() == lingered).count()
         };
         // On `serve` the server says of how many responses it held bytes. On other servers a response may

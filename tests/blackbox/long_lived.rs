@@ -196,17 +196,23 @@ fn unread(form: Form) {
         }
         now > 0 && unread.1.elapsed() > MS(200)
     });
-    assert_closed_without_an_answer(server, peer);
+    assert_closed_without_an_answer(form, server, peer);
 }
 
-/// The peer does not answer the close frame, so the service waits for as long as the handler allows.
-fn assert_closed_without_an_answer(mut server: Server, peer: Raw) {
+/// The peer does not receive the close frame, so the service waits for as long as the handler allows. What is queued
+/// before that frame is lost. Without tracked connections that is not known.
+fn assert_closed_without_an_answer(form: Form, mut server: Server, peer: Raw) {
     server.terminate();
     server.expect_line("the socket is notified");
     server.expect_line("the socket is closed: false");
     let exit = server.exit();
     drop(peer);
-    exit.assert_clean();
+    if form == Form::Smallest {
+        exit.assert_clean();
+    } else {
+        assert_eq!(exit.status.code(), Some(1), "{exit:?}");
+        assert!(exit.report.contains("given up: 1 connection"), "{exit:?}");
+    }
     exit.assert_within(MS(1700), MS(2300));
 }
 
@@ -218,7 +224,7 @@ fn unread_echo(form: Form) {
     peer.0.stream().set_write_timeout(Some(MS(500))).unwrap();
     let messages = masked(TEXT, &[b'x'; 125]).repeat(500);
     while peer.0.try_send(&messages).is_ok() {}
-    assert_closed_without_an_answer(server, peer);
+    assert_closed_without_an_answer(form, server, peer);
 }
 
 /// The number of bytes that have arrived and that the peer has not read.
