@@ -19,8 +19,9 @@
 //!   not closed for [`LINGER_TIMEOUT`];
 //! - while serving, when the peer has acknowledged nothing for [`STALLED_TIMEOUT`], or not everything
 //!   within [`UNDELIVERED_TIMEOUT`]. The kernel continues to send;
-//! - after an upgrade: [`SILENT_PEER_TIMEOUT`] after the peer last acknowledged something, or [`SILENT_PEER_TIMEOUT`] after
-//!   everything was delivered. If the service stops, the report counts it if more was left than closing sends;
+//! - after an upgrade: [`SILENT_PEER_TIMEOUT`] after the peer last acknowledged something, [`FAR_PEER_TIMEOUT`] if more
+//!   is left than a close frame, or [`SILENT_PEER_TIMEOUT`] after everything was delivered. If the service stops, the
+//!   report counts it if more was left than a close frame;
 //! - while the service stops, when the connection is cut. The report gives the number of bytes that
 //!   were not delivered;
 //! - when the kernel gives up the peer. If the service stops, the report counts the connection.
@@ -78,6 +79,10 @@ const STARVED_TIMEOUT: Duration = Duration::from_millis(25);
 
 /// How long a peer that never stops sending is read from after everything was delivered.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long the peer of an upgraded connection may acknowledge nothing while more than a close frame is undelivered:
+/// longer than a round trip to a distant client.
+const FAR_PEER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long the peer may acknowledge nothing while bytes are undelivered and the service is serving.
 const STALLED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -327,7 +332,9 @@ where
                 LONGEST_QUERY_INTERVAL
             });
             if left > 0 {
-                let patience = if upgraded {
+                let patience = if upgraded && left > CLOSING_BYTES {
+                    FAR_PEER_TIMEOUT
+                } else if upgraded {
                     // The handler has dropped it, and has waited for the peer as long as it wanted.
                     SILENT_PEER_TIMEOUT
                 } else if serving {

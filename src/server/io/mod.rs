@@ -55,9 +55,9 @@ use crate::{
 /// - if the peer has not received everything: after 30 s in which it has acknowledged nothing, and after
 ///   5 min in any case. While the service stops, the task waits until the drain deadline instead, and the
 ///   number of bytes that the peer has not received is in the [report](crate::CutConnection::undelivered);
-/// - after an upgrade, such as to a WebSocket: when the peer has acknowledged nothing for 250 ms, or
-///   250 ms after it has received everything. To wait for the answer to a close frame, use
-///   [`Hold::close_socket`](crate::Hold::close_socket).
+/// - after an upgrade, such as to a WebSocket: when the peer has acknowledged nothing for 250 ms (for 1 s if more
+///   than a close frame is left; a stop then counts the connection), or 250 ms after it has received everything. To
+///   wait for the answer to a close frame, use [`Hold::close_socket`](crate::Hold::close_socket).
 pub struct GracefulIo<I: 'static> {
     /// `None` after `drop` has taken it.
     io: Option<I>,
