@@ -9,6 +9,9 @@
 
 use std::time::Duration;
 
+/// 2³². Not computed by `powi`, whose result may be inexact.
+const PLACES: f64 = 4_294_967_296.0;
+
 /// A point in the spread, as a fraction in units of 2⁻³².
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Place(u32);
@@ -35,12 +38,12 @@ impl Place {
         }
         // Less than one, so it fits.
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-        Self((elapsed.as_secs_f64() / spread.as_secs_f64() * 2.0_f64.powi(32)) as u32)
+        Self((elapsed.as_secs_f64() / spread.as_secs_f64() * PLACES) as u32)
     }
 
     /// When this slot is reached, as time since the start of a spread of length `spread`.
     pub(crate) fn offset(self, spread: Duration) -> Duration {
-        spread.mul_f64(f64::from(self.0) / 2.0_f64.powi(32))
+        spread.mul_f64(f64::from(self.0) / PLACES)
     }
 }
 
