@@ -2,7 +2,10 @@
 
 use std::{future::pending, sync::Barrier, thread, time::Duration};
 
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep},
+};
 use tokio_test::{assert_pending, assert_ready, task};
 use tower_graceful::{
     Graceful, Outcome, Phase, RegisterError, Remaining, Report, TaskKind, TaskOutcome,
@@ -432,6 +435,7 @@ async fn a_step_may_be_registered_until_the_drain_is_over() {
 #[tokio::test(start_paused = true)]
 async fn a_step_may_use_the_service_and_cannot_prolong_its_end() {
     let graceful = without_delay();
+    let (keep, _kept) = oneshot::channel();
     let step = {
         let graceful = graceful.clone();
         async move {
@@ -443,7 +447,7 @@ async fn a_step_may_use_the_service_and_cannot_prolong_its_end() {
             let hold = graceful.hold("kept");
             assert_eq!(graceful.in_flight(), 1);
             sleep(s(1)).await;
-            std::mem::forget(hold);
+            keep.send(hold).unwrap();
         }
     };
     graceful.cleanup("step", s(2), step).unwrap();
