@@ -1,6 +1,7 @@
 //! What a lifecycle leaves behind: nothing, unless its layer has made a service.
 //!
-//! `.ci/leaks` runs these tests under valgrind or `LeakSanitizer`, which find memory that nothing points to.
+//! `.ci/leaks` runs these tests under valgrind, `.ci/sanitizers` under `LeakSanitizer`, and `.ci/miri` in Miri. They find
+//! memory that nothing points to.
 
 use allocation_counter::{AllocationInfo, measure};
 use tower_graceful::{Graceful, GracefulLayer};
@@ -68,8 +69,8 @@ fn twenty_thousand_lifecycles_are_cheap() {
     assert!((1..3_500).contains(&each), "{each} bytes are left of each");
 }
 
-/// Fails under valgrind and `LeakSanitizer`, or else the other tests show nothing there. A hundred blocks, because an
-/// old copy of a pointer may keep one of them reachable.
+/// Fails under valgrind, or else the other tests show nothing there. A hundred blocks, because an old copy of a pointer
+/// may keep one of them reachable.
 #[test]
 #[ignore = "loses memory"]
 fn what_is_lost_is_found() {

@@ -1,8 +1,8 @@
 //! Values that are kept until the process ends.
 //!
-//! A static list holds all of them, so that a leak checker finds them in use: `LeakSanitizer` and
-//! valgrind report memory that nothing points at (`.ci/leaks`). Each lifecycle that makes a service
-//! adds its entries once. No request reads the list.
+//! A static list holds all of them, so that a leak checker finds them in use: valgrind (`.ci/leaks`),
+//! `LeakSanitizer` (`.ci/sanitizers`) and Miri (`.ci/miri`) report memory that nothing points at. Each
+//! lifecycle that makes a service adds its entries once. No request reads the list.
 
 use std::{any::Any, sync::Mutex};
 
