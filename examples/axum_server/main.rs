@@ -60,9 +60,8 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         handle.graceful_shutdown(None); // no timeout: `graceful` cuts at its deadline
     });
     let report = if let [_, certificate, key] = &args[..] {
-        let config = RustlsConfig::from_pem_file(certificate, key).await?;
-        let server = server.acceptor(RustlsAcceptor::new(config));
-        graceful.run(server.serve(app)).await
+        let tls = RustlsAcceptor::new(RustlsConfig::from_pem_file(certificate, key).await?);
+        graceful.run(server.acceptor(tls).serve(app)).await
     } else {
         graceful.run(server.serve(app)).await
     };

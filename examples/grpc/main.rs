@@ -14,19 +14,16 @@
 //! kill -TERM $(pgrep -x grpc)                               # ticks for five more seconds, then ends
 //! ```
 //!
-//! New calls are then refused with `UNAVAILABLE: shutting down`. The example is long because it has a call
-//! with one response, a call with a stream, and the health service, which fails as soon as the stop begins.
+//! New calls are then refused with `UNAVAILABLE: shutting down`. `service.rs` has a call with one response and
+//! one with a stream, and `health.rs` the health service, which fails as soon as the stop begins.
 
-use std::{env, error::Error, pin::Pin, process::ExitCode, time::Duration};
+use std::{env, error::Error, process::ExitCode, time::Duration};
 
-use futures_util::{Stream, StreamExt, stream};
-use greeter::{
-    HelloReply, HelloRequest, Tick, TicksRequest,
-    greeter_server::{Greeter, GreeterServer},
-};
+use greeter::greeter_server::GreeterServer;
 use health::Health;
-use tokio::{net::TcpListener, time};
-use tonic::{Request, Response, Status, service::Routes};
+use service::Service;
+use tokio::net::TcpListener;
+use tonic::service::Routes;
 use tonic_health::{ServingStatus, pb::health_server::HealthServer, server::HealthReporter};
 use tower_graceful::Graceful;
 
@@ -34,6 +31,7 @@ use tower_graceful::Graceful;
 mod greeter;
 #[allow(unreachable_pub)]
 mod health;
+mod service;
 
 #[tokio::main]
 async fn main() -> Result<ExitCode, Box<dyn Error>> {
@@ -71,29 +69,4 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let report = graceful.serve(listener, app).await;
     println!("{report}");
     Ok(report.into())
-}
-
-struct Service {
-    graceful: Graceful,
-}
-
-#[tonic::async_trait]
-impl Greeter for Service {
-    async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
-        let message = format!("hello {}", request.into_inner().name);
-        Ok(Response::new(HelloReply { message }))
-    }
-
-    type TicksStream = Pin<Box<dyn Stream<Item = Result<Tick, Status>> + Send>>;
-
-    async fn ticks(&self, _: Request<TicksRequest>) -> Result<Response<Self::TicksStream>, Status> {
-        let ticks = stream::iter(1..).then(|count| async move {
-            time::sleep(Duration::from_secs(1)).await;
-            Ok(Tick { count })
-        });
-        // Without this the drain would wait for the stream, and cut it at the drain deadline.
-        let ticks = self.graceful.until_draining(ticks);
-        let last = Err(Status::unavailable("shutting down"));
-        Ok(Response::new(Box::pin(ticks.and_last(last))))
-    }
 }

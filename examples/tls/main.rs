@@ -12,44 +12,20 @@
 //! curl -i --http1.1 --cacert ca.pem https://localhost:3443/   # for five seconds: Connection: close
 //! ```
 //!
-//! The example is long because each of three things is complete: the reload of the certificate (the worker
-//! `certificate`), client certificates for handlers (`Peer`), and the configuration of rustls (`load`).
+//! `reload.rs` configures rustls and reloads the certificate, and `peer.rs` has the client certificates for handlers.
 //! `certificates.rs` makes certificates to try it out; a real service gets them from elsewhere.
 
 mod certificates;
+mod peer;
+mod reload;
 
-use std::{
-    env,
-    error::Error,
-    fmt::Write as _,
-    fs,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-    time::Duration,
-};
+use std::{env, error::Error, path::PathBuf, process::ExitCode, time::Duration};
 
-use axum::{
-    Router,
-    extract::{ConnectInfo, connect_info::Connected},
-    routing::get,
-    serve::Listener,
-};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::watch,
-};
-use tokio_rustls::{
-    TlsAcceptor,
-    rustls::{
-        RootCertStore, ServerConfig,
-        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-        server::WebPkiClientVerifier,
-    },
-    server::TlsStream,
-};
-use tower_graceful::{Accepted, Graceful, GracefulIo, HandshakeExt};
+use axum::{Router, routing::get};
+use tokio::{net::TcpListener, sync::watch};
+use tower_graceful::{Graceful, HandshakeExt};
+
+use peer::{Peer, whoami};
 
 #[tokio::main]
 async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
@@ -62,30 +38,12 @@ async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
 
     let authority = certificates::authority(&folder)?;
     certificates::renew(&authority, &folder)?;
-    let (acceptors, acceptor) = watch::channel(load(&folder)?);
+    let (acceptors, acceptor) = watch::channel(reload::load(&folder)?);
 
     let graceful = Graceful::new();
     #[cfg(unix)]
-    graceful.worker("certificate", |stop| async move {
-        use tokio::signal::unix::{SignalKind, signal};
-
-        let mut hangups = signal(SignalKind::hangup())?;
-        tokio::pin!(stop);
-        loop {
-            tokio::select! {
-                () = &mut stop => return Ok::<_, Box<dyn Error + Send + Sync>>(()),
-                _ = hangups.recv() => {
-                    match certificates::renew(&authority, &folder).and_then(|()| load(&folder)) {
-                        Ok(acceptor) => {
-                            acceptors.send_replace(acceptor);
-                            tracing::info!("a new certificate");
-                        }
-                        // For example because not all files were written yet. The next SIGHUP tries again.
-                        Err(error) => tracing::error!(%error, "the old certificate stays"),
-                    }
-                }
-            }
-        }
+    graceful.worker("certificate", |stop| {
+        reload::on_hangup(stop, acceptors, authority, folder)
     })?;
 
     let app = Router::new()
@@ -108,58 +66,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     Ok(report.into())
 }
 
-/// The connect info of handlers: the address and the certificate of the client.
-#[derive(Clone)]
-struct Peer {
-    address: SocketAddr,
-    certificate: Option<CertificateDer<'static>>,
-}
-
-impl<L> Connected<Accepted<'_, L>> for Peer
-where
-    L: Listener<Io = GracefulIo<TlsStream<GracefulIo<TcpStream>>>, Addr = SocketAddr>,
-{
-    fn connect_info(accepted: Accepted<'_, L>) -> Self {
-        let (_, tls) = accepted.io().get_ref().get_ref();
-        let chain = tls.peer_certificates();
-        Self {
-            address: *accepted.remote_addr(),
-            certificate: chain.and_then(|chain| Some(chain.first()?.clone().into_owned())),
-        }
-    }
-}
-
-/// The client's certificate as hexadecimal DER, or its address.
-async fn whoami(ConnectInfo(peer): ConnectInfo<Peer>) -> String {
-    let Some(certificate) = peer.certificate else {
-        return format!("{} without a certificate\n", peer.address);
-    };
-    certificate.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
 async fn slow() -> &'static str {
     tokio::time::sleep(Duration::from_secs(7)).await;
     "finished, although the service was told to stop meanwhile\n"
-}
-
-/// Reads the certificate of the server, its key, and the authority of the clients.
-fn load(folder: &Path) -> Result<TlsAcceptor, Box<dyn Error + Send + Sync>> {
-    let server = fs::read(folder.join("server.pem"))?;
-    let chain = CertificateDer::pem_slice_iter(&server).collect::<Result<_, _>>()?;
-    let key = PrivateKeyDer::from_pem_slice(&server)?;
-
-    let mut clients = RootCertStore::empty();
-    clients.add(CertificateDer::from_pem_file(folder.join("ca.pem"))?)?;
-    let clients = WebPkiClientVerifier::builder(clients.into())
-        .allow_unauthenticated()
-        .build()?;
-
-    let mut config = ServerConfig::builder()
-        .with_client_cert_verifier(clients)
-        .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![b"h2".into(), b"http/1.1".into()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
 }
