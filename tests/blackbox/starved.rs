@@ -156,11 +156,11 @@ fn not_idle(form: Form) {
     upgraded.send("still there\n");
     assert_eq!(upgraded.line().unwrap(), "still there");
     if form == Form::Run {
-        // With `serve`, hyper closes such a connection, as at the end of every drain.
-        half.send("test\r\n\r\n");
-        let answer = half.try_response("GET");
-        // It is closed a second after the last request has left. On a busy machine this client may be later.
-        if answer.is_ok() || begun.elapsed() < MS(1000) {
+        // With `serve`, hyper closes such a connection, as at the end of every drain. With axum's server it does so
+        // 25 ms after the last client has been answered, which may be before a busy machine runs this client.
+        let sent = half.try_send(b"test\r\n\r\n");
+        let answer = sent.and_then(|()| half.try_response("GET"));
+        if answer.is_ok() {
             assert_answered(&answer, 0);
         }
     }
