@@ -58,6 +58,13 @@ fn graceful() -> Graceful {
         .unwrap()
 }
 
+/// A client whose kernel takes little before the client reads.
+async fn connect_with_little_room(address: SocketAddr) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    socket.connect(address).await.unwrap()
+}
+
 async fn lost(layered: bool, tracked: bool) {
     let graceful = graceful();
     let (tcp, address) = listener().await;
@@ -276,9 +283,7 @@ fn the_cut_ends_a_connection_that_its_client_has_closed_and_does_not_read() {
                 .route("/", get(|| async { vec![0; 100_000] }))
                 .layer(graceful.layer());
             let server = tokio::spawn(graceful.serve(tcp, app).into_future());
-            let socket = TcpSocket::new_v4().unwrap();
-            socket.set_recv_buffer_size(4096).unwrap();
-            let mut client = socket.connect(address).await.unwrap();
+            let mut client = connect_with_little_room(address).await;
             client
                 .write_all(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")
                 .await
@@ -320,9 +325,7 @@ fn what_a_client_has_not_received_is_reported_although_the_runtime_is_blocked() 
             .route("/", post(|| async { vec![0; 100_000] }))
             .layer(graceful.layer());
         let server = tokio::spawn(graceful.serve(tcp, app).into_future());
-        let socket = TcpSocket::new_v4().unwrap();
-        socket.set_recv_buffer_size(4096).unwrap();
-        let mut client = socket.connect(address).await.unwrap();
+        let mut client = connect_with_little_room(address).await;
         // Answered without its body, so the server closes the connection.
         let request = b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 9\r\n\r\n";
         client.write_all(request).await.unwrap();
@@ -652,9 +655,7 @@ async fn a_handler_that_panics_takes_nothing_from_the_response_before_its_reques
         .route("/panics", get(panics))
         .layer(graceful.layer());
     let server = tokio::spawn(graceful.serve(tcp, app).into_future());
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.set_recv_buffer_size(4096).unwrap();
-    let mut client = socket.connect(address).await.unwrap();
+    let mut client = connect_with_little_room(address).await;
     let ask = async |client: &mut TcpStream, path: &str| {
         let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n");
         client.write_all(request.as_bytes()).await.unwrap();

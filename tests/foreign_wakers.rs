@@ -14,7 +14,7 @@ use std::{
 use cooked_waker::{IntoWaker, Wake, WakeRef};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf, empty},
-    runtime,
+    runtime::{self, Runtime},
 };
 use tower_graceful::{Graceful, Phase, TaskOutcome};
 
@@ -66,6 +66,11 @@ fn graceful() -> Graceful {
         .drain_delay(Duration::ZERO)
         .drain_timeout(Duration::from_millis(300));
     builder.build().unwrap()
+}
+
+fn current_thread() -> Runtime {
+    let mut builder = runtime::Builder::new_current_thread();
+    builder.enable_all().build().unwrap()
 }
 
 /// Polls twice, so that wakers are stored, and then replaced.
@@ -143,10 +148,7 @@ fn listen(_: &Graceful) -> std::future::Ready<()> {
 #[test]
 fn a_waker_that_blocks_when_it_is_cloned_or_dropped_does_not_delay_the_stop() {
     for (polls, when) in ALL {
-        let runtime = runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = current_thread();
         let graceful = graceful();
         runtime.block_on(listen(&graceful));
         let (release, blocked) = mpsc::channel::<()>();
@@ -170,6 +172,14 @@ fn a_waker_that_blocks_when_it_is_cloned_or_dropped_does_not_delay_the_stop() {
         poller.join().unwrap();
         stopper.join().unwrap();
     }
+}
+
+/// A waker that blocks when it is woken, a channel that tells each time, and one that releases it when it is dropped.
+fn blocking() -> (Waker, mpsc::Receiver<()>, mpsc::Sender<()>) {
+    let (release, blocked) = mpsc::channel();
+    let (woken, is_woken) = mpsc::channel();
+    let waker = Waker::from(Arc::new(Blocks(woken, blocked.into())));
+    (waker, is_woken, release)
 }
 
 struct Blocks(mpsc::Sender<()>, Mutex<mpsc::Receiver<()>>);
@@ -223,14 +233,9 @@ const BLOCKED: usize = 5;
 fn a_waker_that_blocks_when_it_is_woken_delays_neither_the_stop_nor_its_cleanup() {
     let all: [Tasks; 2] = [connections, drainings];
     for tasks in all {
-        let runtime = runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = current_thread();
         let graceful = graceful();
-        let (release, blocked) = mpsc::channel();
-        let (woken, is_woken) = mpsc::channel();
-        let waker = Waker::from(Arc::new(Blocks(woken, blocked.into())));
+        let (waker, is_woken, release) = blocking();
         let tasks = tasks(&graceful, &mut Context::from_waker(&waker));
         let step = Duration::from_secs(1);
         graceful.cleanup("step", step, async {}).unwrap();
@@ -263,14 +268,9 @@ fn a_waker_that_blocks_when_it_is_woken_does_not_keep_run_from_returning() {
     // Tokio spreads the tasks that wait for a channel over a few lists at random.
     const DRAINS: usize = 100;
 
-    let runtime = runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = current_thread();
     let graceful = graceful();
-    let (release, blocked) = mpsc::channel();
-    let (woken, is_woken) = mpsc::channel();
-    let waker = Waker::from(Arc::new(Blocks(woken, blocked.into())));
+    let (waker, is_woken, release) = blocking();
     let drains = [(); DRAINS].map(|()| {
         let mut drain = graceful.drain_on(pending());
         let polled = Pin::new(&mut drain).poll(&mut Context::from_waker(&waker));

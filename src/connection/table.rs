@@ -384,8 +384,9 @@ impl<O> ConnectionTable<O> {
     }
 
     /// Instructs every open connection. A connection that is inserted later gets the directive too
-    /// if it is `Read` or later, and `Stopping` otherwise, or `Cut` after the [cut](Self::cut). If `expiries`, the number of times that
-    /// [`Expire`](Directive::Expire) was given, has grown, every connection reads that directive again.
+    /// if it is `Read` or later, and `Stopping` otherwise; after the [cut](Self::cut), it is cut. If `expiries`,
+    /// the number of times that [`Expire`](Directive::Expire) was given, has grown, every connection reads that
+    /// directive again.
     pub(crate) fn instruct(&self, directive: Directive, expiries: u32) {
         let mut open = lock!(self.open);
         let mut former = Vec::new();

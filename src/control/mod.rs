@@ -67,7 +67,7 @@ use self::needs::Watched;
 use self::needs::{DueWork, Needs};
 #[cfg(feature = "signal")]
 use self::signals::Signals;
-use crate::background::{JobThreads, shielded};
+use crate::background::{Job, JobThreads, shielded};
 use crate::{config::plan::instant_after, sync::lock};
 #[cfg(feature = "signal")]
 use crate::{events, report::Trigger};
@@ -106,11 +106,11 @@ const MOST_STUCK: usize = 16;
 pub(crate) trait Subject: Send + Sync + 'static {
     /// Takes the steps that are due. Returns the notifications that they require, to be run on
     /// another thread.
-    fn take_due_steps(self: &Arc<Self>) -> Option<Box<dyn FnOnce() + Send>>;
+    fn take_due_steps(self: &Arc<Self>) -> Option<Job>;
 
     /// Handles a signal. Returns notifications as [`take_due_steps`](Self::take_due_steps) does.
     #[cfg(feature = "signal")]
-    fn on_signal(self: &Arc<Self>, signal: Trigger) -> Option<Box<dyn FnOnce() + Send>>;
+    fn on_signal(self: &Arc<Self>, signal: Trigger) -> Option<Job>;
 
     /// The message to print when the grace period is over, or `None` if everything has ended.
     #[cfg(all(unix, feature = "signal"))]
@@ -255,7 +255,7 @@ impl<S: Subject> Control<S> {
     }
 
     /// Runs code that does not belong to this crate on another thread.
-    pub(crate) fn run_elsewhere(&'static self, job: Box<dyn FnOnce() + Send>) {
+    pub(crate) fn run_elsewhere(&'static self, job: Job) {
         self.notifiers.queue(job);
         self.notifiers.work();
         // If the job before blocks, the control thread starts another one for the queue.
@@ -414,7 +414,7 @@ mod tests {
     }
 
     impl Subject for Stop {
-        fn take_due_steps(self: &Arc<Self>) -> Option<Box<dyn FnOnce() + Send>> {
+        fn take_due_steps(self: &Arc<Self>) -> Option<Job> {
             if self.ends {
                 drop(self.control.end(1));
             }
@@ -423,7 +423,7 @@ mod tests {
         }
 
         #[cfg(feature = "signal")]
-        fn on_signal(self: &Arc<Self>, _: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
+        fn on_signal(self: &Arc<Self>, _: Trigger) -> Option<Job> {
             None
         }
 

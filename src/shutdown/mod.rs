@@ -14,8 +14,8 @@
 //!
 //! User code may block and panic, so none of it runs under the lock. Log events are queued under
 //! the lock and written later ([`events`]). Wakers are called after the lock is released, and never
-//! on the control thread. Under the real clock the driver calls none either. Do not call user code, a waker or a destructor of a user value under the
-//! lock.
+//! on the control thread. Under the real clock the driver calls none either. Do not call user code, a
+//! waker or a destructor of a user value under the lock.
 
 mod cleanup;
 pub(crate) mod closing;

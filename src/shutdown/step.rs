@@ -345,8 +345,8 @@ impl Lifecycle {
 
     /// Cuts everything that is left, and records it for the report. `word` has the requests in flight.
     fn cut(&self, shutdown: &mut Shutdown, word: Word, now: Instant) {
-        // They are counted before `connections.cut` reads which responses are unsent: a response that ends in between counts
-        // twice and not never. `dropped` is read right after that count: a request that is no longer counted there
+        // They are counted before `connections.cut` reads which responses are unsent: a response that ends in
+        // between counts twice and not never. `dropped` is read right after that count: a request that is no longer counted there
         // is included here, and as few as possible are in both.
         let requests = word.count();
         let dropped = self.since_serving().dropped;

@@ -79,14 +79,14 @@ enum By {
 }
 
 impl Subject for Lifecycle {
-    fn take_due_steps(self: &Arc<Self>) -> Option<Box<dyn FnOnce() + Send>> {
+    fn take_due_steps(self: &Arc<Self>) -> Option<Job> {
         self.driver_waker.begins_check();
         self.driver_waker.wake_driver();
         self.control_step(|_, _| ())
     }
 
     #[cfg(feature = "signal")]
-    fn on_signal(self: &Arc<Self>, trigger: Trigger) -> Option<Box<dyn FnOnce() + Send>> {
+    fn on_signal(self: &Arc<Self>, trigger: Trigger) -> Option<Job> {
         {
             let mut state = self.state();
             if state.clock == Clock::Tokio {
@@ -143,10 +143,7 @@ impl Lifecycle {
     }
 
     /// As [`step`](Self::step), for the control thread. Returns what is to be done on another thread.
-    fn control_step(
-        self: &Arc<Self>,
-        change: impl FnOnce(&mut State, Instant),
-    ) -> Option<Box<dyn FnOnce() + Send>> {
+    fn control_step(self: &Arc<Self>, change: impl FnOnce(&mut State, Instant)) -> Option<Job> {
         let (_, update, subscribers) = self.step_by(By::Control, change);
         if !subscribers.is_empty() {
             CONTROL.run_elsewhere(Box::new(move || drop(subscribers)));
