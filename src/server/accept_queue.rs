@@ -83,10 +83,15 @@ pub(super) struct Queued<A> {
     pub(super) reset: usize,
     /// The process had no file descriptors left for the rest of the queue.
     pub(super) is_starved: bool,
-    /// As many were accepted as at one time may be, so there may be more.
-    pub(super) is_full: bool,
     /// Another error, after which the rest of the queue is not accepted.
     pub(super) error: Option<io::Error>,
+}
+
+impl<A> Queued<A> {
+    /// As many were accepted as at one time may be, so there may be more.
+    pub(super) fn is_full(&self) -> bool {
+        self.accepted.len() + self.reset >= MOST
+    }
 }
 
 /// Accepts all connections that are queued.
@@ -115,14 +120,9 @@ fn queue<A>(accept: impl Fn() -> io::Result<Option<A>>) -> Queued<A> {
         accepted: Vec::new(),
         reset: 0,
         is_starved: false,
-        is_full: false,
         error: None,
     };
-    loop {
-        queued.is_full = queued.accepted.len() + queued.reset >= MOST;
-        if queued.is_full {
-            break;
-        }
+    while !queued.is_full() {
         match accept() {
             Ok(Some(connection)) => queued.accepted.push(connection),
             Ok(None) => queued.reset += 1,
@@ -262,14 +262,14 @@ mod tests {
         let queued = queue(|| results.borrow_mut().next().unwrap());
         assert_eq!(queued.accepted, ['b', 'a']);
         assert_eq!(queued.reset, 1);
-        assert!(!queued.is_starved && !queued.is_full);
+        assert!(!queued.is_starved && !queued.is_full());
     }
 
     #[test]
     fn a_long_queue_is_accepted_in_parts() {
         let queued = queue(|| Ok(Some(())));
         assert_eq!(queued.accepted.len(), MOST);
-        assert!(queued.is_full);
+        assert!(queued.is_full());
     }
 
     #[cfg(unix)]

@@ -173,6 +173,7 @@ impl<L: Listener> GracefulListener<L> {
     fn accept_rest(&mut self, socket: Arc<Socket>) {
         let filtered = matches!(self.closing, Closing::At(_));
         let queued = accept_all(&socket);
+        let is_full = queued.is_full();
         self.last = queued.accepted;
         let starved = &self.graceful.shared().starved;
         starved.count_reset(queued.reset);
@@ -186,7 +187,7 @@ impl<L: Listener> GracefulListener<L> {
         } else if !filtered && !self.is_passed && attach_syn_filter(&*socket) {
             self.closing = Closing::At(Instant::now() + HANDSHAKE);
             self.socket = Some(socket);
-        } else if queued.is_full {
+        } else if is_full {
             self.closing = Closing::At(Instant::now());
             self.socket = Some(socket);
         } else {
