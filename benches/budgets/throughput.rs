@@ -1,6 +1,6 @@
 //! Requests per second, and the CPU time of the server for a request: plain axum, axum with one
-//! addition, and `Graceful::serve`. Each server is a process with one thread, and all of them take
-//! their turn in each round.
+//! addition, and `Graceful::serve`. Each server is a process with one thread. In each round every form has
+//! its turn, in a process of its own.
 
 use std::time::Duration;
 
@@ -58,11 +58,11 @@ const TLS_FORMS: [Form; 4] = [
 ];
 const ROUNDS: usize = 21;
 const SLOT: Duration = Duration::from_millis(250);
+const WARM_UP: Duration = Duration::from_millis(50);
 
-/// A server, its clients, and the figures of each round.
+/// The figures of a form, one of each round.
 struct Measured {
-    server: Server,
-    load: Load,
+    form: Form,
     /// Requests per second.
     requests: Vec<f64>,
     /// Microseconds of CPU time for a request.
@@ -70,28 +70,30 @@ struct Measured {
 }
 
 impl Measured {
-    async fn new(form: Form, version: Version) -> Self {
-        let (server, load);
-        if form.is_tls() {
-            let identity = Identity::new();
-            server = Server::start_tls(form, &identity);
-            load = Load::connect_tls(server.address, version, &identity).await;
-        } else {
-            server = Server::start(form, 0);
-            load = Load::connect(server.address, version).await;
-        }
+    fn new(form: Form) -> Self {
         Self {
-            load,
-            server,
+            form,
             requests: Vec::new(),
             cpu: Vec::new(),
         }
     }
 
-    async fn round(&mut self) {
-        let before = self.server.cpu_time();
-        let requests = self.load.run(SLOT).await;
-        let cpu = self.server.cpu_time() - before;
+    /// Starts a server of its own, because the system places the code and the memory of each process
+    /// elsewhere, which changes its figures by some two percent.
+    async fn round(&mut self, version: Version) {
+        let (server, mut load);
+        if self.form.is_tls() {
+            let identity = Identity::new();
+            server = Server::start_tls(self.form, &identity);
+            load = Load::connect_tls(server.address, version, &identity).await;
+        } else {
+            server = Server::start(self.form, 0);
+            load = Load::connect(server.address, version).await;
+        }
+        load.run(WARM_UP).await;
+        let before = server.cpu_time();
+        let requests = load.run(SLOT).await;
+        let cpu = server.cpu_time() - before;
         self.requests.push(requests);
         self.cpu.push(cpu / 1e3 / (requests * SLOT.as_secs_f64()));
     }
@@ -115,19 +117,11 @@ async fn measure_version(
     forms: &[Form],
     listed: &[Row],
 ) {
-    let mut all = Vec::new();
-    for form in forms {
-        all.push(Measured::new(*form, version).await);
-    }
-    for measured in &mut all {
-        measured.round().await;
-        measured.requests.clear();
-        measured.cpu.clear();
-    }
+    let mut all: Vec<_> = forms.iter().copied().map(Measured::new).collect();
     for round in 0..ROUNDS {
         for index in 0..all.len() {
             let next = (round + index) % all.len();
-            all[next].round().await;
+            all[next].round(version).await;
         }
     }
     let of = |form| &all[forms.iter().position(|it| *it == form).expect("measured")];
