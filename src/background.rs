@@ -55,6 +55,14 @@ pub(crate) fn shielded(code: impl FnOnce()) {
     }
 }
 
+/// Drops values whose destructors are foreign code, one by one. A destructor that panics while the panic of another one
+/// unwinds would end the process.
+pub(crate) fn drop_each<T>(values: impl IntoIterator<Item = T>) {
+    for value in values {
+        shielded(|| drop(value));
+    }
+}
+
 /// Drops the payload of a panic. Its destructor is foreign code too, and may panic. Then the payload of that
 /// panic is leaked.
 pub(crate) fn drop_payload(payload: Box<dyn Any + Send>) {

@@ -5,6 +5,7 @@
 
 use std::{
     future::{pending, poll_fn},
+    panic::resume_unwind,
     sync::{
         Arc,
         atomic::{
@@ -355,6 +356,46 @@ fn a_stop_ends_with_its_last_worker_where_the_runtime_of_the_driver_is_not_drive
         assert_eq!(report.outcome(), outcome, "{report}");
         drop(first);
     }
+}
+
+/// As a guard does that spawns a task when it is dropped, outside of every runtime.
+struct Landmine(Arc<AtomicUsize>);
+
+impl Drop for Landmine {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, SeqCst);
+        resume_unwind(Box::new("as the test wants it to"));
+    }
+}
+
+fn two_landmines(graceful: &Graceful) -> Arc<AtomicUsize> {
+    let dropped = Arc::default();
+    for name in ["first", "second"] {
+        let landmine = Landmine(Arc::clone(&dropped));
+        let step = async move { drop(landmine) };
+        graceful.cleanup(name, MS(200), step).unwrap();
+    }
+    dropped
+}
+
+/// Two panics at once would end the process.
+#[test]
+fn steps_that_panic_when_they_are_dropped_are_dropped_one_by_one() {
+    let stops = graceful();
+    let dropped = two_landmines(&stops);
+    runtime(0).block_on(async { stops.handle_signals().unwrap() });
+    stops.shutdown();
+    let begun = Instant::now();
+    while dropped.load(SeqCst) < 2 {
+        assert!(begun.elapsed() < BOUND, "{}", stops.phase());
+        thread::sleep(MS(1));
+    }
+    assert_eq!(stops.phase(), Phase::Stopped);
+    // A service that is never stopped.
+    let unused = graceful();
+    let dropped = two_landmines(&unused);
+    drop(unused);
+    assert_eq!(dropped.load(SeqCst), 2);
 }
 
 /// A handle of a runtime still polls futures after the runtime has ended, but tasks cannot be spawned there any more.

@@ -15,7 +15,7 @@ use super::{
     state::{ClosingStage, LEAST_TIMEOUT},
 };
 use crate::{
-    background::shielded,
+    background::{drop_each, shielded},
     config::plan::instant_after,
     events::Event,
     phase::Phase,
@@ -210,8 +210,7 @@ impl Lifecycle {
     /// Aborts or drops what is left when the service has stopped. Its futures may keep the
     /// lifecycle alive.
     pub(super) fn give_up_work(&self) {
-        let jobs = self.work.give_up();
-        shielded(|| drop(jobs));
+        drop_each(self.work.give_up().into_iter().flatten());
         for kind in [TaskKind::LameDuck, TaskKind::Worker, TaskKind::Cleanup] {
             self.work.abort(kind);
         }

@@ -22,7 +22,7 @@ use super::{
 #[cfg(feature = "signal")]
 use crate::report::Trigger;
 use crate::{
-    background::{Job, shielded},
+    background::{Job, drop_each, shielded},
     connection::{directive::Directive, stagger::Place},
     control::Subject,
     events::{self, Origin},
@@ -120,7 +120,7 @@ impl Lifecycle {
     pub(super) fn change_at_once(self: &Arc<Self>, change: impl FnOnce(&mut State, Instant)) {
         let (_, update, subscribers) = self.step_by(By::User, change);
         self.publish(update);
-        shielded(|| drop(subscribers));
+        drop_each(subscribers);
         self.notify();
     }
 
@@ -138,7 +138,7 @@ impl Lifecycle {
         } else if let Some(publish) = self.to_publish(update) {
             CONTROL.run_elsewhere(publish);
         }
-        shielded(|| drop(subscribers));
+        drop_each(subscribers);
         next
     }
 
@@ -146,7 +146,7 @@ impl Lifecycle {
     fn control_step(self: &Arc<Self>, change: impl FnOnce(&mut State, Instant)) -> Option<Job> {
         let (_, update, subscribers) = self.step_by(By::Control, change);
         if !subscribers.is_empty() {
-            CONTROL.run_elsewhere(Box::new(move || drop(subscribers)));
+            CONTROL.run_elsewhere(Box::new(move || drop_each(subscribers)));
         }
         self.to_publish(update)
     }

@@ -12,7 +12,10 @@ use std::{
 
 use tokio::{task::AbortHandle, time::Instant};
 
-use crate::report::{TaskKind, TaskOutcome, UnlistedWorkers};
+use crate::{
+    background::drop_each,
+    report::{TaskKind, TaskOutcome, UnlistedWorkers},
+};
 
 /// How long an aborted task has to end before the next one begins.
 pub(crate) const ABORT_TIME: Duration = Duration::from_millis(50);
@@ -52,6 +55,12 @@ pub(super) struct Registered {
     pub(super) jobs: VecDeque<Registration>,
     /// No more are accepted.
     pub(super) closed: bool,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        drop_each(self.jobs.drain(..));
+    }
 }
 
 /// A registered future that has not been started.
