@@ -16,7 +16,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf, empty},
     runtime::{self, Runtime},
 };
-use tower_graceful::{Graceful, Phase, TaskOutcome};
+use tower_graceful::{Graceful, Phase, Report, TaskOutcome};
 
 use crate::waits::{BOUND, wait_for};
 
@@ -226,6 +226,11 @@ fn drainings(graceful: &Graceful, cx: &mut Context<'_>) -> Box<dyn Send> {
     Box::new(tasks)
 }
 
+fn outcomes(report: &Report) -> Vec<TaskOutcome> {
+    let tasks = report.tasks().iter();
+    tasks.map(|task| task.outcome.clone()).collect()
+}
+
 /// More than the threads that would wake them in any case: that of the caller, and one of the control thread.
 const BLOCKED: usize = 5;
 
@@ -246,12 +251,7 @@ fn a_waker_that_blocks_when_it_is_woken_delays_neither_the_stop_nor_its_cleanup(
                 let stopper = async { thread::spawn(move || stops.shutdown()) };
                 tokio::join!(run, stopper)
             });
-            let outcomes: Vec<_> = report
-                .tasks()
-                .iter()
-                .map(|task| task.outcome.clone())
-                .collect();
-            assert_eq!(outcomes, [TaskOutcome::Done], "{report}");
+            assert_eq!(outcomes(&report), [TaskOutcome::Done], "{report}");
             for _ in 0..BLOCKED {
                 is_woken.recv_timeout(BOUND).unwrap();
             }
@@ -289,4 +289,46 @@ fn a_waker_that_blocks_when_it_is_woken_does_not_keep_run_from_returning() {
         stopper.join().unwrap();
     });
     drop(drains);
+}
+
+fn subscriptions(graceful: &Graceful, cx: &mut Context<'_>) -> Box<dyn Send> {
+    let tasks = [(); BLOCKED].map(|()| {
+        let mut phases = graceful.subscribe();
+        let mut changes = Box::pin(async move { phases.changed().await });
+        assert!(changes.as_mut().poll(cx).is_pending());
+        changes
+    });
+    Box::new(tasks)
+}
+
+/// Nothing but `stopped` waits, which was polled before the stop begins.
+#[test]
+fn a_waker_that_blocks_the_caller_of_shutdown_keeps_no_hook_from_running() {
+    // These tasks are woken when the delay is over, or when it begins.
+    let all: [(Tasks, u64); 3] = [(connections, 0), (drainings, 0), (subscriptions, 300)];
+    for (tasks, delay) in all {
+        let runtime = current_thread();
+        let builder = Graceful::builder()
+            .grace_period(BOUND)
+            .drain_delay(Duration::from_millis(delay))
+            .drain_timeout(Duration::from_millis(300));
+        let graceful = builder.build().unwrap();
+        let (waker, is_woken, release) = blocking();
+        let tasks = tasks(&graceful, &mut Context::from_waker(&waker));
+        graceful.on_lame_duck("hook", BOUND, async {}).unwrap();
+        graceful.cleanup("step", BOUND, async {}).unwrap();
+        assert_returns(move || {
+            let stops = graceful.clone();
+            let (stopper, report) = runtime.block_on(async {
+                let stopper = async { thread::spawn(move || stops.shutdown()) };
+                let ((), stopper) = tokio::join!(graceful.stopped(), stopper);
+                (stopper, graceful.run(pending::<()>()).await)
+            });
+            assert_eq!(outcomes(&report), [TaskOutcome::Done, TaskOutcome::Done]);
+            is_woken.recv_timeout(BOUND).unwrap();
+            drop(release);
+            stopper.join().unwrap();
+        });
+        drop(tasks);
+    }
 }

@@ -47,7 +47,6 @@ impl Lifecycle {
         // First, because it determines the clock that the step uses.
         self.spawn_driver();
         self.change_at_once(|state, now| self.start(state, trigger, now));
-        self.start_driver();
     }
 
     fn start(&self, state: &mut State, trigger: Trigger, now: Instant) {
@@ -102,7 +101,6 @@ impl Lifecycle {
     pub(crate) fn signal(self: &Arc<Self>, trigger: Trigger) {
         self.spawn_driver();
         self.change_at_once(|state, now| self.handle_signal(state, trigger, now));
-        self.start_driver();
     }
 
     /// Handles the signals that were left for the driver.

@@ -116,12 +116,14 @@ impl Lifecycle {
         self.notify();
     }
 
-    /// As [`change`](Self::change), and has published the steps when it returns.
+    /// As [`change`](Self::change), and has published the steps when it returns. Starts the driver if a stop has begun.
     pub(super) fn change_at_once(self: &Arc<Self>, change: impl FnOnce(&mut State, Instant)) {
         let (_, update, subscribers) = self.step_by(By::User, change);
+        // First, because a waker may block this thread.
+        self.start_driver();
+        self.notify();
         self.publish(update);
         drop_each(subscribers);
-        self.notify();
     }
 
     pub(super) fn step(
