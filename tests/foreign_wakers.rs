@@ -332,3 +332,32 @@ fn a_waker_that_blocks_the_caller_of_shutdown_keeps_no_hook_from_running() {
         drop(tasks);
     }
 }
+
+/// The tasks are woken in the order in which this thread has polled them.
+#[test]
+fn a_waker_that_blocks_does_not_keep_another_runtime_from_taking_over() {
+    assert_returns(|| {
+        let [first, other] = [(); 2].map(|()| current_thread());
+        let builder = Graceful::builder().drain_delay(Duration::from_secs(1));
+        let graceful = first.block_on(async { builder.build().unwrap() });
+        graceful.cleanup("step", BOUND, async {}).unwrap();
+        let (waker, is_woken, release) = blocking();
+        let tasks = drainings(&graceful, &mut Context::from_waker(&waker));
+        let (report, stopper) = other.block_on(async {
+            let run = graceful.run(graceful.drain_on(pending()));
+            let stops = graceful.clone();
+            let stopper = async {
+                thread::spawn(move || {
+                    drop(first);
+                    stops.shutdown();
+                })
+            };
+            tokio::join!(run, stopper)
+        });
+        assert_eq!(outcomes(&report), [TaskOutcome::Done], "{report}");
+        is_woken.recv_timeout(BOUND).unwrap();
+        drop(release);
+        stopper.join().unwrap();
+        drop(tasks);
+    });
+}

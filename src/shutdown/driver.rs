@@ -39,8 +39,11 @@ use tokio::{
     time::{self, Instant},
 };
 
-use super::{Lifecycle, Shared, state::Clock};
-use crate::control::{DriverWaker, clock};
+use super::{CONTROL, Lifecycle, Shared, state::Clock};
+use crate::{
+    background::Job,
+    control::{DriverWaker, clock},
+};
 
 /// Sleeps until the next step is due, and takes it, until the service has stopped.
 struct Driver {
@@ -166,8 +169,22 @@ impl Lifecycle {
             state.driver_gone = Some(Instant::now());
         }
         // One of the waiting tasks may run in another runtime, and spawns a driver there.
-        self.waiters.wake_all();
+        if self.waiters.make_all_due() {
+            CONTROL.run_elsewhere(self.waking());
+        }
         self.change(|_, _| ());
+    }
+
+    /// A job that wakes the due tasks. Before it begins, it queues itself again, because a waker may block: see
+    /// `update`.
+    fn waking(self: &Arc<Self>) -> Job {
+        let shared = self.clone();
+        Box::new(move || {
+            if shared.waiters.has_due() {
+                CONTROL.run_elsewhere(shared.waking());
+                shared.waiters.wake_due();
+            }
+        })
     }
 
     /// Passes the lifecycle to the driver if a stop is under way. The driver then keeps it alive,

@@ -59,7 +59,7 @@ struct Shard {
     notified: Moment,
     /// The moment that each waiter waits for, always later than `notified`. With its waker.
     waiting: Slab<(Moment, Waker)>,
-    /// Wakers that `notify` or `wake_all` has taken and that have not been woken yet.
+    /// Wakers that `notify` or `make_all_due` has taken and that have not been woken yet.
     due: VecDeque<Waker>,
 }
 
@@ -196,18 +196,27 @@ impl Waiters {
         }
     }
 
-    /// Wakes every waiter without a notification, so that it checks its condition again.
-    pub(crate) fn wake_all(&self) {
+    /// Makes every waiter due without a notification, so that it checks its condition again when it is
+    /// [woken](Self::wake_due). Returns whether there is one.
+    pub(crate) fn make_all_due(&self) -> bool {
         for shard in &self.shards {
-            {
-                let mut shard = lock!(shard);
-                let Shard { waiting, due, .. } = &mut *shard;
-                for (_, (_, waker)) in waiting.iter_mut() {
-                    due.push_back(mem::replace(waker, Waker::noop().clone()));
-                }
+            let mut shard = lock!(shard);
+            let Shard { waiting, due, .. } = &mut *shard;
+            for (_, (_, waker)) in waiting.iter_mut() {
+                due.push_back(mem::replace(waker, Waker::noop().clone()));
             }
-            wake_due(shard);
         }
+        self.has_due()
+    }
+
+    /// Whether a waiter is due and has not been woken.
+    pub(crate) fn has_due(&self) -> bool {
+        self.shards.iter().any(|shard| !lock!(shard).due.is_empty())
+    }
+
+    /// Wakes every waiter that is due.
+    pub(crate) fn wake_due(&self) {
+        self.shards.iter().for_each(wake_due);
     }
 }
 
@@ -399,8 +408,9 @@ mod tests {
             let mut last = task::spawn(notified(&waiters, false));
             assert_pending!(last.poll());
             if woken_before {
-                waiters.wake_all();
-                assert!(last.is_woken());
+                assert!(waiters.make_all_due());
+                waiters.wake_due();
+                assert!(!waiters.has_due() && last.is_woken());
                 assert_pending!(last.poll());
             }
             waiters.notify(draining(Place::LAST));
@@ -411,9 +421,12 @@ mod tests {
 
     #[test]
     fn a_waker_that_blocks_delays_no_other() {
-        for first in [Waiters::wake_all, |waiters: &Waiters| {
-            waiters.notify(draining(Place::LAST));
-        }] {
+        let all_due = |waiters: &Waiters| {
+            waiters.make_all_due();
+            waiters.wake_due();
+        };
+        let all_notified = |waiters: &Waiters| waiters.notify(draining(Place::LAST));
+        for first in [all_due, all_notified] {
             let waiters = Waiters::new();
             let (blocks, is_woken, release) = wakers::blocking();
             let mut wait_key = None;
