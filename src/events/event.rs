@@ -17,6 +17,8 @@ pub(crate) enum Event {
     Task(Box<Task>),
     /// Connections that were reset in accept queues.
     QueueReset(usize),
+    /// The runtime ends in a stop that nothing awaits, before these tasks have ended.
+    RuntimeEnds(Awaited),
     Warning(Warning),
     #[cfg(feature = "signal")]
     Signal(Trigger, Effect),

@@ -14,7 +14,7 @@ use crate::{
     config::plan::EffectivePlan,
     phase::Phase,
     report::{CutRequest, TaskOutcome, Warning},
-    tasks::list::Task,
+    tasks::{awaited::Awaited, list::Task},
 };
 
 /// Emits one event of this crate: its level, its fields, its message.
@@ -50,6 +50,7 @@ impl Event {
             Self::Progress(it) => progress(it),
             Self::Task(it) => task(it),
             Self::QueueReset(queued) => queue_reset(*queued),
+            Self::RuntimeEnds(it) => runtime_ends(it),
             Self::Warning(it) => warning(it),
             #[cfg(feature = "signal")]
             Self::Signal(it, effect) => signal(*it, *effect),
@@ -172,6 +173,16 @@ fn queue_reset(queued: usize) {
         warn,
         { queued = queued },
         "connections reset in the accept queue: {queued}"
+    );
+}
+
+/// Logs that `main` does not wait for the end of the stop.
+fn runtime_ends(awaited: &Awaited) {
+    event!(
+        warn,
+        { waits_for = &*awaited.to_string() },
+        "the runtime ends before the service has stopped, which still waits for {awaited}; \
+         await `run`, `serve` or `stopped()` before `main` returns"
     );
 }
 

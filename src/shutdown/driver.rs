@@ -43,6 +43,7 @@ use super::{CONTROL, Lifecycle, Shared, state::Clock};
 use crate::{
     background::Job,
     control::{DriverWaker, clock},
+    phase::Phase,
 };
 
 /// Sleeps until the next step is due, and takes it, until the service has stopped.
@@ -156,7 +157,7 @@ impl Lifecycle {
     /// Records that the driver has ended, because its runtime has shut down or because nothing is
     /// left to do.
     fn driver_ended(self: &Arc<Self>) {
-        {
+        let stopping = {
             let mut state = self.state();
             self.driven.store(false, Ordering::Release);
             state.clock = Clock::Real;
@@ -167,12 +168,18 @@ impl Lifecycle {
                 return;
             }
             state.driver_gone = Some(Instant::now());
-        }
+            state.shutdown.is_some()
+        };
+        let is_awaited = self.waiters.any(Phase::Stopped);
         // One of the waiting tasks may run in another runtime, and spawns a driver there.
         if self.waiters.make_all_due() {
             CONTROL.run_elsewhere(self.waking());
         }
         self.change(|_, _| ());
+        if stopping && !is_awaited {
+            // `main` may be about to return.
+            self.warn_of_runtime();
+        }
     }
 
     /// A job that wakes the due tasks. Before it begins, it queues itself again, because a waker may block: see

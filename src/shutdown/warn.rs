@@ -8,7 +8,7 @@ use super::{Lifecycle, state::State};
 use crate::{
     config::plan::instant_after,
     connection::outside::Servers,
-    events::Event,
+    events::{self, Event},
     phase::Phase,
     report::Warning,
     sync::{Ordering, lock},
@@ -47,6 +47,16 @@ impl Lifecycle {
             let event = self.warn(warning);
             self.log_event(event);
         }
+    }
+
+    /// Warns that the runtime of the driver ends in a stop that nothing awaits, if work has not ended. It is in the log
+    /// when this returns, unless a subscriber is slow, because the log thread ends with the process.
+    pub(super) fn warn_of_runtime(&self) {
+        let awaited = self.work.not_ended();
+        if !awaited.is_nothing() {
+            self.log_event(Event::RuntimeEnds(awaited));
+        }
+        events::flush(self.plan().effective().margin);
     }
 
     /// Whether a task that may close a connection is notified that draining starts.

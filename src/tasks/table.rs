@@ -93,6 +93,16 @@ impl Work {
         awaited
     }
 
+    /// The tasks that have not ended.
+    pub(crate) fn not_ended(&self) -> Awaited {
+        let mut awaited = Awaited::default();
+        let list = lock!(self.list);
+        for task in list.tasks.values().filter(|task| task.ended.is_none()) {
+            awaited.add(task.kind.as_str(), iter::once(&task.name));
+        }
+        awaited
+    }
+
     /// Registers a hook or a step. Returns false if hooks or steps are no longer accepted.
     pub(crate) fn register(&self, kind: TaskKind, name: Name, timeout: Duration, job: Job) -> bool {
         let mut list = lock!(self.list);

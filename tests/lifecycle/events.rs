@@ -12,7 +12,10 @@ use std::{
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Empty;
-use tokio::time::{Instant, sleep};
+use tokio::{
+    runtime::{self, Runtime},
+    time::{Instant, sleep},
+};
 use tower::{Layer as _, Service, service_fn};
 use tower_graceful::{Graceful, Outcome, Phase, TaskOutcome};
 use tracing::{
@@ -538,6 +541,45 @@ async fn the_end_of_every_task_is_an_event_of_its_moment() {
         .filter_map(|line| line.fields.get("error").cloned())
         .collect();
     assert_eq!(errors, ["out of luck", "dropped the tables"]);
+}
+
+fn real_runtime() -> Runtime {
+    let mut builder = runtime::Builder::new_current_thread();
+    builder.enable_all().build().unwrap()
+}
+
+/// As in a `main` that does not await `stopped`.
+#[test]
+fn a_runtime_that_ends_during_a_stop_that_nothing_awaits_logs_once_what_has_not_ended() {
+    for is_awaited in [false, true] {
+        let log = Log::new();
+        let runtime = real_runtime();
+        let graceful = without_delay();
+        runtime.block_on(async {
+            graceful.worker("jobs", |_| pending::<()>()).unwrap();
+            graceful.cleanup("database", s(1), async {}).unwrap();
+            graceful.shutdown();
+            graceful.draining().await;
+        });
+        let mut stopped = tokio_test::task::spawn(graceful.stopped());
+        if is_awaited {
+            // The task might go on in another runtime.
+            tokio_test::assert_pending!(stopped.poll());
+        }
+        drop(runtime);
+        assert!(comes(|| graceful.phase() == Phase::Stopped));
+        let is_end = |line: &Line| line.message().starts_with("the runtime ends");
+        let ends = || log.lines().into_iter().filter(is_end).collect::<Vec<_>>();
+        let is_over = |line: &Line| line.message().starts_with("shutdown: stopped");
+        assert!(comes(|| log.lines().iter().any(is_over)));
+        if is_awaited {
+            assert!(ends().is_empty(), "{:?}", ends());
+        } else {
+            let [line] = ends().try_into().unwrap();
+            assert!(line.message().contains("cleanup database"), "{line:?}");
+            assert_eq!(line.level, Level::WARN);
+        }
+    }
 }
 
 #[test]
