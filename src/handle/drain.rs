@@ -95,7 +95,7 @@ impl Graceful {
     /// A thread of this crate receives the signals, so they take effect even while handlers block
     /// every thread of the runtime. If several lifecycles listen, a signal goes to all of them that
     /// have not stopped. One second after the last of them has stopped, or as soon as it is
-    /// dropped, signals on Unix have their default action again: they end the process. During that
+    /// dropped without having stopped, signals on Unix have their default action again: they end the process. During that
     /// second a signal counts as one that was meant for the shutdown. Exception on Linux: if the program
     /// handled or ignored a signal before the first call of this method in the process, the program does so
     /// again. If the program installs a handler later, the signal still ends the process.
