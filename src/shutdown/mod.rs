@@ -8,7 +8,8 @@
 //! This file has what one lifecycle consists of. `state` contains the data of a stop, and `report`
 //! makes the report of it. `closing` is the order in which listeners and connections close. `driver`
 //! is the task that runs what needs a runtime, `cleanup` runs hooks, workers and cleanup steps,
-//! `leave_early` decides when the lame-duck phase may end early, `progress` says what the stop waits
+//! `leave_early` decides when the lame-duck phase may end early, `publishing` which thread publishes
+//! what a step has changed, `progress` says what the stop waits
 //! for, and `warn` and `window` detect mistakes in the set-up. `handle`, `server`, the middleware and
 //! `control` call the methods of [`Shared`] and may change nothing else.
 //!
@@ -22,6 +23,7 @@ pub(crate) mod closing;
 mod driver;
 pub(crate) mod leave_early;
 mod progress;
+mod publishing;
 #[cfg(all(test, feature = "signal", not(tower_graceful_loom)))]
 mod random_signals;
 mod report;
@@ -48,8 +50,9 @@ use tokio::{sync::watch, time::Instant};
 pub(crate) use self::cleanup::Spawned;
 use self::{
     leave_early::Evidence,
+    publishing::Published,
     state::{Clock, ClosingStage, State},
-    update::Published,
+    update::Update,
 };
 use crate::{
     admission::Gate,
@@ -120,7 +123,7 @@ pub(crate) struct Lifecycle {
     asked_since: OnceLock<Instant>,
     /// The number of responses that got a slot of their own in the spread.
     spread_responses: AtomicU64,
-    published: Mutex<Published>,
+    published: Published<Update>,
     state: Mutex<State>,
 }
 
@@ -157,7 +160,7 @@ impl Lifecycle {
             driven: AtomicBool::new(false),
             asked_since: OnceLock::new(),
             spread_responses: AtomicU64::new(0),
-            published: Mutex::default(),
+            published: Published::new(Update::SERVING),
             state: Mutex::new(State::default()),
         }
     }

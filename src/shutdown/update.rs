@@ -4,9 +4,7 @@
 //! nothing.
 //!
 //! Wakers may block, so under the real clock neither the control thread nor the driver publishes, and neither
-//! does a server or a drain future that ends. A thread of [`background`](crate::background) does. Before it
-//! begins, it queues the same job again. If a waker blocks, another thread takes that job and continues with
-//! the other wakers. Otherwise the second job finds that everything is published.
+//! does a server or a drain future that ends. A thread of [`background`](crate::background) does: see `publishing`.
 
 use std::{
     sync::Arc,
@@ -17,6 +15,7 @@ use tokio::{sync::watch, time::Instant};
 
 use super::{
     CONTROL, Lifecycle,
+    publishing::{Published, Publisher},
     state::{Clock, ClosingStage, State},
 };
 #[cfg(feature = "signal")]
@@ -27,7 +26,6 @@ use crate::{
     control::Subject,
     events::{self, Origin},
     phase::Phase,
-    sync::lock,
     waiting::waiters::Moment,
 };
 
@@ -44,7 +42,7 @@ pub(super) struct Update {
 
 impl Update {
     /// What is published before a stop begins.
-    const SERVING: Self = Self {
+    pub(super) const SERVING: Self = Self {
         connections: Directive::Stay,
         expiries: 0,
         closing_stage: ClosingStage::Open,
@@ -53,21 +51,6 @@ impl Update {
             place: Place::LAST,
         },
     };
-}
-
-/// The last updates.
-pub(super) struct Published {
-    /// It is published, or a job publishes it.
-    begun: Update,
-    /// All of it is published.
-    done: Update,
-}
-
-impl Default for Published {
-    fn default() -> Self {
-        let [begun, done] = [Update::SERVING; 2];
-        Self { begun, done }
-    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -106,6 +89,30 @@ impl Subject for Lifecycle {
     #[cfg(all(unix, feature = "signal"))]
     fn describe(&self) -> Option<String> {
         self.describe_end()
+    }
+}
+
+impl Publisher for Lifecycle {
+    type Update = Update;
+
+    fn published(&self) -> &Published<Update> {
+        &self.published
+    }
+
+    /// A panic in one of the wakers does not keep the others from being notified.
+    fn wake_tasks(&self, update: Update) {
+        let connections = &self.connections;
+        shielded(|| connections.instruct(update.connections, update.expiries));
+        shielded(|| advance(&self.closing_stages, update.closing_stage));
+        shielded(|| advance(&self.phases, update.moment.phase));
+        if update.moment.phase > Phase::LameDuck {
+            self.waiters.notify(update.moment);
+        }
+        self.log.write();
+    }
+
+    fn run_elsewhere(&self, job: Job) {
+        CONTROL.run_elsewhere(job);
     }
 }
 
@@ -231,45 +238,6 @@ impl Lifecycle {
             events::work();
         }
         (next, update, former.into_iter().chain(kept).collect())
-    }
-
-    /// The job that publishes an update, to be run on another thread. `None` if nothing has changed since
-    /// the last one.
-    fn to_publish(self: &Arc<Self>, update: Update) -> Option<Job> {
-        let mut published = lock!(self.published);
-        if published.begun >= update {
-            return None;
-        }
-        published.begun = update;
-        Some(self.publishing(update))
-    }
-
-    /// A job that publishes an update unless another one has: see the head of this file.
-    fn publishing(self: &Arc<Self>, update: Update) -> Job {
-        let shared = self.clone();
-        Box::new(move || {
-            let is_done = lock!(shared.published).done >= update;
-            if !is_done {
-                CONTROL.run_elsewhere(shared.publishing(update));
-                shared.publish(update);
-            }
-        })
-    }
-
-    /// Publishes an update to connections, servers and waiters. No lock may be held, because wakers
-    /// may call back. A panic in one of them does not keep the others from being notified.
-    fn publish(&self, update: Update) {
-        let connections = &self.connections;
-        shielded(|| connections.instruct(update.connections, update.expiries));
-        shielded(|| advance(&self.closing_stages, update.closing_stage));
-        shielded(|| advance(&self.phases, update.moment.phase));
-        if update.moment.phase > Phase::LameDuck {
-            self.waiters.notify(update.moment);
-        }
-        self.log.write();
-        let mut published = lock!(self.published);
-        published.begun = published.begun.max(update);
-        published.done = published.done.max(update);
     }
 
     /// The moment up to which waiters are notified: the phase, and during a spread drain the place
