@@ -325,35 +325,52 @@ fn steps_of_two_runtimes_run_one_at_a_time() {
 /// The driver on the first runtime never runs, and has nothing to do either.
 #[test]
 fn a_stop_ends_with_its_last_worker_where_the_runtime_of_the_driver_is_not_driven() {
-    for ends in [true, false] {
+    for end in ["of the worker", "of its runtime", "of its time"] {
         let (first, other) = (runtime(0), runtime(1));
-        let graceful = first.block_on(async { long() });
+        let builder = Graceful::builder()
+            .grace_period(3 * SOON)
+            .drain_delay(Duration::ZERO)
+            .worker_timeout(if end == "of its time" {
+                MS(200)
+            } else {
+                2 * SOON
+            });
+        let graceful = first.block_on(async { builder.build().unwrap() });
         let (begins, begun) = mpsc::channel();
+        let held = Arc::new(());
         {
             let _there = other.enter();
+            let kept = Arc::clone(&held);
+            let takes = if end == "of the worker" {
+                MS(200)
+            } else {
+                6 * SOON
+            };
             let work = move |stop: Stop| async move {
                 stop.idle().await;
                 begins.send(()).unwrap();
-                time::sleep(if ends { MS(200) } else { 6 * SOON }).await;
+                time::sleep(takes).await;
+                drop(kept);
             };
             graceful.worker("jobs", work).unwrap();
         }
         let elsewhere = waits_elsewhere(&graceful);
         graceful.shutdown();
         begun.recv_timeout(BOUND).unwrap();
-        if !ends {
+        if end == "of its runtime" {
             // The worker is dropped with its runtime.
             other.shutdown_background();
         }
         let (report, [_, stopped]) = elsewhere.join().unwrap();
-        assert!(stopped < SOON, "{report}");
-        let (outcome, worker) = if ends {
+        assert!(stopped < SOON, "{end}: {report}");
+        let (outcome, worker) = if end == "of the worker" {
             (Outcome::Clean, TaskOutcome::Done)
         } else {
             (Outcome::Forced, TaskOutcome::Cut)
         };
-        assert_eq!(outcomes(&report), [worker], "{report}");
-        assert_eq!(report.outcome(), outcome, "{report}");
+        assert_eq!(outcomes(&report), [worker], "{end}: {report}");
+        assert_eq!(report.outcome(), outcome, "{end}: {report}");
+        assert_eq!(Arc::strong_count(&held), 1, "{end}: the worker goes on");
         drop(first);
     }
 }

@@ -17,7 +17,7 @@ use super::graceful::{Graceful, PhaseReached};
 use crate::{
     phase::Phase,
     report::{TaskKind, Trigger},
-    shutdown::Spawned,
+    shutdown::{Spawned, has_shut_down},
     tasks::{
         completion::{self, Completion},
         list::Name,
@@ -103,7 +103,7 @@ impl Graceful {
     /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout). A worker that has not ended by
     /// then is cut: its future is dropped, and the outcome is [`Forced`](crate::Outcome::Forced). A
     /// worker that ends, fails or panics before the stop is logged at once and reported; it does
-    /// not stop the service.
+    /// not stop the service. So is one that is dropped because its runtime shuts down: it counts as cut.
     ///
     /// Register one worker for each kind of work when the service starts. For a single job use
     /// [`spawn`](Self::spawn).
@@ -129,8 +129,8 @@ impl Graceful {
     ///
     /// # Errors
     ///
-    /// Returns an error, and runs nothing, if workers have already been told to stop, or outside a
-    /// runtime.
+    /// Returns an error, and runs nothing, if workers have already been told to stop, outside a runtime, or in a
+    /// runtime that has shut down.
     pub fn worker<F, W>(
         &self,
         name: impl Into<Cow<'static, str>>,
@@ -193,7 +193,8 @@ impl Graceful {
         F: FnOnce(Stop) -> W + Send + 'static,
         W: Future<Output: Completion> + Send + 'static,
     {
-        let Ok(runtime) = runtime::Handle::try_current() else {
+        let runtime = runtime::Handle::try_current().ok();
+        let Some(runtime) = runtime.filter(|it| !has_shut_down(it)) else {
             return Err(RegisterError::NoRuntime { name });
         };
         let shared = self.shared();
@@ -208,7 +209,7 @@ impl Graceful {
         let draining = PhaseReached::at_once(self, Phase::Draining);
         let stop = Stop { draining };
         let spawned = Spawned::worker(shared.clone(), key);
-        // A runtime that shuts down drops the worker here.
+        // A runtime that shuts down meanwhile drops the worker here.
         let handle = runtime.spawn(async move {
             let outcome = completion::outcome(async move { work(stop).await }).await;
             spawned.end(outcome);
@@ -394,7 +395,8 @@ pub enum RegisterError {
         /// The phase of the service.
         phase: Phase,
     },
-    /// A worker was registered outside a tokio runtime, which is needed to spawn it.
+    /// A worker was registered outside a tokio runtime, which is needed to spawn it, or in a runtime that has shut
+    /// down.
     NoRuntime {
         /// The name of the task.
         name: Cow<'static, str>,
@@ -410,7 +412,8 @@ impl fmt::Display for RegisterError {
             ),
             Self::NoRuntime { name } => write!(
                 f,
-                "worker {name:?} was registered outside a tokio runtime, which it needs to run"
+                "worker {name:?} was registered outside a tokio runtime, or in one that has shut down; \
+                 it needs a runtime to run"
             ),
         }
     }

@@ -162,7 +162,7 @@ impl Report {
     /// Every worker, hook and cleanup step, in the order of their registration.
     ///
     /// Of the workers that ended before draining began, the list contains the latest 32 that ended
-    /// without an error and the latest 32 that failed or panicked. The others are
+    /// without an error and the latest 32 of the rest. The others are
     /// [counted](Self::unlisted_workers).
     #[must_use]
     pub fn tasks(&self) -> &[TaskReport] {

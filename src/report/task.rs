@@ -72,7 +72,7 @@ impl fmt::Display for TaskOutcome {
 pub struct UnlistedWorkers {
     /// The number of all such workers.
     pub ended: usize,
-    /// The number of those that failed or panicked.
+    /// The number of those that failed, panicked or were cut because their runtime has shut down.
     pub failed: usize,
 }
 

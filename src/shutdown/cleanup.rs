@@ -23,8 +23,9 @@ use crate::{
     tasks::list::{ABORT_TIME, Job, Registration},
 };
 
-/// Belongs to a task that runs a worker, a hook or a step. When the task is dropped before it has come to its end, as
-/// the end of a runtime drops it, this records it, and a hook or step that has not begun is registered again.
+/// Belongs to a task that runs a worker, a hook or a step. When the task is dropped before it has come to its end,
+/// because it was aborted or its runtime ends, this records and logs it. A hook or step that has not begun is registered
+/// again if there is still time for it.
 ///
 /// It must be dropped after the future of the worker, hook or step.
 pub(crate) struct Spawned {
@@ -68,14 +69,19 @@ impl Spawned {
 
 impl Drop for Spawned {
     fn drop(&mut self) {
-        let recorded = match self.waiting.take() {
-            Some(registration) => self.shared.work.put_back(registration),
-            None => self.shared.work.dropped(self.key),
+        let outcome = match self.waiting.take() {
+            Some(registration) => {
+                if self.shared.work.put_back(registration) {
+                    // A driver has to run it.
+                    self.shared.notify();
+                    return;
+                }
+                TaskOutcome::NotRun
+            }
+            None => TaskOutcome::Cut,
         };
-        if recorded {
-            // A driver may have to run it, or waits for it.
-            self.shared.notify();
-        }
+        // Changes nothing if it was recorded already how the task ended.
+        self.end(outcome);
     }
 }
 
@@ -120,13 +126,14 @@ impl Lifecycle {
     /// Only the driver may poll it: the end of a task notifies the driver and wakes nothing else.
     pub(super) async fn clean_up(self: Arc<Self>, deadline: Instant) {
         self.join_hooks().await;
-        self.join_workers(deadline).await;
+        // The timeline cuts them when their time is over.
+        self.all_end(TaskKind::Worker).await;
         // No timeout is longer than the time that is left, so that a step with an infinite timeout
         // leaves the other steps their shares.
         let most = deadline.saturating_duration_since(Instant::now());
         loop {
             // After a change of the runtime this may be the step of the former one. It may block its thread there.
-            self.join(TaskKind::Cleanup).await;
+            self.join_step().await;
             let Some((step, rest)) = self.work.take_step() else {
                 return;
             };
@@ -134,7 +141,7 @@ impl Lifecycle {
             let timeout = share(deadline, step.timeout.min(most), rest);
             let key = step.key;
             let until = instant_after(Instant::now(), timeout);
-            self.work.await_step(key, until);
+            self.work.await_until(TaskKind::Cleanup, until);
             let mut spawned = Spawned::new(self.clone(), step);
             let handle = tokio::spawn(async move {
                 if let Some(job) = spawned.begin() {
@@ -153,19 +160,18 @@ impl Lifecycle {
     /// Waits for hooks that have not yet noticed the end of the delay. A hook that has never been
     /// polled gets its first poll here.
     async fn join_hooks(&self) {
-        if !self.ends_by(TaskKind::LameDuck, abort_deadline()).await {
-            self.cut_tasks(TaskKind::LameDuck);
+        let kind = TaskKind::LameDuck;
+        let until = abort_deadline();
+        // A hook that is dropped later must not run beside the workers and the steps.
+        self.work.await_until(kind, until);
+        if !self.ends_by(kind, until).await {
+            self.cut_tasks(kind);
         }
     }
 
-    async fn join_workers(&self, deadline: Instant) {
-        let until = instant_after(Instant::now(), self.workers_share(deadline));
-        self.work.await_workers(until);
-        self.join(TaskKind::Worker).await;
-    }
-
-    /// Waits for the tasks of this kind until their time is over, and then cuts them.
-    async fn join(&self, kind: TaskKind) {
+    /// Waits for the step that is in a runtime until its time is over, and then cuts it.
+    async fn join_step(&self) {
+        let kind = TaskKind::Cleanup;
         let Some(until) = self.work.waits_until(kind) else {
             return;
         };
@@ -173,22 +179,28 @@ impl Lifecycle {
             return;
         }
         self.work.abort(kind);
-        // A task that blocks its thread does not end.
+        // A step that blocks its thread does not end.
         if !self.ends_by(kind, abort_deadline()).await {
             self.cut_tasks(kind);
         }
     }
 
-    /// Waits until the tasks of this kind have ended, until the deadline. Returns whether they have.
+    /// As [`all_end`](Self::all_end), until the deadline. Returns whether they have ended.
     async fn ends_by(&self, kind: TaskKind, deadline: Instant) -> bool {
-        let ended = poll_fn(|_| {
+        let ended = time::timeout_at(deadline, self.all_end(kind)).await;
+        ended.is_ok()
+    }
+
+    /// Waits until the tasks of this kind that are in a runtime have ended.
+    async fn all_end(&self, kind: TaskKind) {
+        poll_fn(|_| {
             if self.work.awaits(kind) {
                 Poll::Pending
             } else {
                 Poll::Ready(())
             }
-        });
-        time::timeout_at(deadline, ended).await.is_ok()
+        })
+        .await;
     }
 
     /// Aborts the tasks of this kind, and records them as cut.
@@ -199,21 +211,10 @@ impl Lifecycle {
         }
     }
 
-    /// How long the cleanup waits for workers. The steps keep the time that they have asked for,
-    /// but at most half of the time that is left.
-    fn workers_share(&self, deadline: Instant) -> Duration {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let most = left.saturating_sub(self.work.asked_by_steps().min(left / 2));
-        self.policy().worker_timeout.unwrap_or(most).min(most)
-    }
-
-    /// Aborts or drops what is left when the service has stopped. Its futures may keep the
+    /// Drops the hooks and steps that have not been spawned when the service has stopped. Their futures may keep the
     /// lifecycle alive.
-    pub(super) fn give_up_work(&self) {
-        drop_each(self.work.give_up().into_iter().flatten());
-        for kind in [TaskKind::LameDuck, TaskKind::Worker, TaskKind::Cleanup] {
-            self.work.abort(kind);
-        }
+    pub(super) fn drop_jobs(&self) {
+        drop_each(self.work.take_jobs().into_iter().flatten());
     }
 
     /// Records how a task ended, and logs it.
@@ -400,6 +401,55 @@ mod tests {
         time::sleep(SECOND * 2).await;
         assert!(!graceful.shared().work.has_hook());
         assert_eq!(outcomes(&report(&graceful).await), [TaskOutcome::Cut]);
+    }
+
+    /// If it were registered again, it would run beside the steps.
+    #[tokio::test(start_paused = true)]
+    async fn a_hook_that_is_dropped_after_the_wait_for_hooks_is_not_registered_again() {
+        for is_late in [false, true] {
+            let graceful = Graceful::new();
+            graceful.on_lame_duck("hook", SECOND, async {}).unwrap();
+            let shared = graceful.shared();
+            let [hook] = shared.work.take_hooks().try_into().ok().unwrap();
+            let spawned = Spawned::new(Arc::clone(shared), hook);
+            let mut joins = tokio_test::task::spawn(shared.join_hooks());
+            tokio_test::assert_pending!(joins.poll());
+            if is_late {
+                time::advance(ABORT_TIME).await;
+            }
+            drop(spawned);
+            assert_eq!(shared.work.take_hooks().is_empty(), is_late);
+        }
+    }
+
+    /// The driver runs on a runtime that nothing drives, and the worker on another one.
+    #[test]
+    fn a_worker_that_was_given_up_is_dropped_without_the_driver() {
+        let [first, other] = [0, 1].map(|threads| {
+            let mut builder = tokio::runtime::Builder::new_multi_thread();
+            if threads == 0 {
+                builder = tokio::runtime::Builder::new_current_thread();
+            }
+            builder.worker_threads(1).enable_all().build().unwrap()
+        });
+        let graceful = first.block_on(async { Graceful::new() });
+        let held = Arc::new(());
+        let kept = Arc::clone(&held);
+        let endless = |_| async move {
+            pending::<()>().await;
+            drop(kept);
+        };
+        other.block_on(async { graceful.worker("endless", endless).unwrap() });
+        stop(&graceful);
+        let deadline = std::time::Instant::now() + SECOND * 10;
+        while Arc::strong_count(&held) > 1 {
+            assert!(std::time::Instant::now() < deadline, "the worker goes on");
+            if graceful.phase() == Phase::Closing {
+                skip_phase(&graceful);
+            }
+            std::thread::yield_now();
+        }
+        assert_eq!(graceful.phase(), Phase::Stopped);
     }
 
     #[tokio::test(start_paused = true)]

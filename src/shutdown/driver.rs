@@ -90,7 +90,7 @@ impl Driver {
             task::consume_budget().await;
         }
         drop(cleaning);
-        shared.give_up_work();
+        shared.drop_jobs();
     }
 }
 
@@ -164,7 +164,7 @@ impl Lifecycle {
             if state.report.is_some() {
                 drop(state);
                 // If the control thread took the last step, the driver may not have been polled after it.
-                self.give_up_work();
+                self.drop_jobs();
                 return;
             }
             state.driver_gone = Some(Instant::now());
@@ -220,7 +220,7 @@ impl Lifecycle {
 }
 
 /// Whether the runtime takes no more tasks.
-fn has_shut_down(runtime: &runtime::Handle) -> bool {
+pub(crate) fn has_shut_down(runtime: &runtime::Handle) -> bool {
     // Such a runtime drops a task within `spawn`. This one does not end by itself.
     let task = runtime.spawn(pending::<()>());
     let dropped = task.is_finished();

@@ -47,7 +47,7 @@ use std::{
 
 use tokio::{sync::watch, time::Instant};
 
-pub(crate) use self::cleanup::Spawned;
+pub(crate) use self::{cleanup::Spawned, driver::has_shut_down};
 use self::{
     leave_early::Evidence,
     publishing::Published,

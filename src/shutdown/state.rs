@@ -12,7 +12,7 @@ use crate::{
     connection::entry::OpenAtCut,
     events::{Event, Origin, Reason},
     phase::Phase,
-    report::{GivenUp, Remaining, Report, Trigger},
+    report::{GivenUp, Remaining, Report, TaskKind, Trigger},
     tasks::{list::ABORT_TIME, table::Work},
 };
 
@@ -207,6 +207,10 @@ pub(crate) struct Cleanup {
     pub(crate) begun: Instant,
     /// How the closing of the connections ended.
     pub(crate) after: Reason,
+    /// How long the workers have.
+    pub(super) workers_until: Instant,
+    /// When they were aborted, because that time was over.
+    pub(super) workers_aborted: Option<Instant>,
     /// When the service stops waiting for the cleanup. A driver whose runtime is not blocked is
     /// done before.
     pub(crate) until: Instant,
@@ -319,8 +323,28 @@ impl Shutdown {
         cut + CLOSING_TIME.min(kept / 8).max(least)
     }
 
+    /// Whether the time of the workers is over.
+    pub(super) fn aborts_workers(&self) -> bool {
+        let cleanup = self.cleanup.as_ref();
+        cleanup.is_some_and(|cleanup| cleanup.workers_aborted.is_some())
+    }
+
+    /// How long the cleanup waits for workers. The steps keep the time that they have asked for, but at most half of
+    /// the time that is left.
+    fn workers_share(&self, timeout: Option<Duration>, now: Instant, work: &Work) -> Duration {
+        let left = self.end.saturating_duration_since(now);
+        let most = left.saturating_sub(work.asked_by_steps().min(left / 2));
+        timeout.unwrap_or(most).min(most)
+    }
+
     /// Whether a cleanup has to run before the service has stopped. If so, records that it begins.
-    pub(crate) fn begins_cleanup(&mut self, after: Reason, now: Instant, work: &Work) -> bool {
+    pub(crate) fn begins_cleanup(
+        &mut self,
+        after: Reason,
+        now: Instant,
+        work: &Work,
+        worker_timeout: Option<Duration>,
+    ) -> bool {
         // A signal that ends the wait for what was cut skips the cleanup too.
         let begins = self.cleanup.is_none()
             && !matches!(after, Reason::Signal)
@@ -328,9 +352,13 @@ impl Shutdown {
         if begins {
             // The signal was meant for the phase that has just ended.
             self.skip_phase = false;
+            let workers_until = instant_after(now, self.workers_share(worker_timeout, now, work));
+            work.await_until(TaskKind::Worker, workers_until);
             self.cleanup = Some(Cleanup {
                 begun: now,
                 after,
+                workers_until,
+                workers_aborted: None,
                 until: instant_after(self.end.max(now), most_overtime(work.steps())),
             });
         }

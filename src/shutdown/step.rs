@@ -16,9 +16,9 @@ use crate::{
     config::plan::instant_after,
     events::{Event, Reason, Transition},
     phase::Phase,
-    report::{GivenUp, LeftEarly, Remaining, TaskKind},
+    report::{GivenUp, LeftEarly, Remaining, TaskKind, TaskOutcome},
     sync::lock,
-    tasks::table::Work,
+    tasks::{list::ABORT_TIME, table::Work},
 };
 
 /// How much the delay may be extended for a listener that waits for file descriptors. Work that is
@@ -49,7 +49,8 @@ enum Step {
 /// cleanup.
 const TAKE_OVER: Duration = Duration::from_millis(250);
 
-/// The step during the cleanup. The driver runs the cleanup, but its runtime may be blocked or may have shut down.
+/// The step during the cleanup. The driver runs the steps, but its runtime may be blocked or may have shut down.
+/// Workers need no driver: each may have a runtime of its own.
 fn settle_cleanup(
     shutdown: &mut Shutdown,
     events: &mut Vec<Event>,
@@ -57,22 +58,27 @@ fn settle_cleanup(
     driver_gone: Option<Instant>,
     now: Instant,
 ) -> Step {
-    let dropped = work.end_dropped().into_iter();
-    events.extend(dropped.map(|task| Event::Task(Box::new(task))));
     let skip_phase = std::mem::take(&mut shutdown.skip_phase);
-    let Some(cleanup) = &shutdown.cleanup else {
+    let Some(cleanup) = &mut shutdown.cleanup else {
         return Step::Until(now);
     };
-    let lost = driver_gone.map(|gone| {
-        let taken_over = instant_after(gone.max(cleanup.begun), TAKE_OVER);
-        if work.awaits(TaskKind::Worker) {
-            // It may have a runtime of its own, and needs no driver to end.
-            let until = work.waits_until(TaskKind::Worker);
-            taken_over.max(until.unwrap_or(cleanup.until))
-        } else {
-            taken_over
+    if now >= cleanup.workers_until {
+        // `step_by` aborts them. What is left later blocks its thread, or nothing drives its runtime.
+        let aborted = *cleanup.workers_aborted.get_or_insert(now);
+        if now >= instant_after(aborted, ABORT_TIME) {
+            let workers = work.keys_awaited(TaskKind::Worker).into_iter();
+            let cut = workers.filter_map(|key| work.ended(key, TaskOutcome::Cut, false));
+            events.extend(cut.map(|task| Event::Task(Box::new(task))));
         }
-    });
+    }
+    let (lost, next) = if work.awaits(TaskKind::Worker) {
+        let aborted = cleanup.workers_aborted;
+        let cut = aborted.map(|aborted| instant_after(aborted, ABORT_TIME));
+        (None, Some(cut.unwrap_or(cleanup.workers_until)))
+    } else {
+        let lost = driver_gone.map(|gone| instant_after(gone.max(cleanup.begun), TAKE_OVER));
+        (lost, lost)
+    };
     if !work.has_cleanup_or_closes() {
         Step::To(Phase::Stopped, cleanup.after)
     } else if skip_phase {
@@ -82,7 +88,7 @@ fn settle_cleanup(
     } else if now >= cleanup.until {
         Step::To(Phase::Stopped, Reason::CleanupOverdue)
     } else {
-        Step::Until(lost.map_or(cleanup.until, |lost| lost.min(cleanup.until)))
+        Step::Until(next.map_or(cleanup.until, |next| next.min(cleanup.until)))
     }
 }
 
@@ -94,6 +100,7 @@ impl Lifecycle {
             let servers = state.servers;
             let nothing_serves = state.servers_so_far > 0 && servers == 0 && state.drains == 0;
             let driver_gone = state.driver_gone;
+            let worker_timeout = self.policy().worker_timeout;
             let shutdown = state.shutdown.as_mut()?;
             let step = match phase {
                 Phase::Serving => Step::To(Phase::LameDuck, Reason::Triggered(shutdown.trigger)),
@@ -113,7 +120,7 @@ impl Lifecycle {
             match step {
                 Step::Until(instant) => return Some(self.next_slot(state, now).min(instant)),
                 Step::To(Phase::Stopped, reason)
-                    if shutdown.begins_cleanup(reason, now, &self.work) => {}
+                    if shutdown.begins_cleanup(reason, now, &self.work, worker_timeout) => {}
                 Step::To(phase, reason) => self.enter(state, phase, reason, false, now),
                 Step::Cut(reason) => self.enter(state, Phase::Closing, reason, true, now),
             }

@@ -16,7 +16,7 @@ use tokio::{sync::watch, time::Instant};
 use super::{
     CONTROL, Lifecycle,
     publishing::{Published, Publisher},
-    state::{Clock, ClosingStage, State},
+    state::{Clock, ClosingStage, Shutdown, State},
 };
 #[cfg(feature = "signal")]
 use crate::report::Trigger;
@@ -26,6 +26,7 @@ use crate::{
     control::Subject,
     events::{self, Origin},
     phase::Phase,
+    report::TaskKind,
     waiting::waiters::Moment,
 };
 
@@ -226,12 +227,21 @@ impl Lifecycle {
                 .map_or(ClosingStage::Open, |it| it.closing_stage),
             moment: self.moment(&state, now),
         };
-        let undriven = stopped && !self.is_driven();
+        let aborts_workers = state
+            .shutdown
+            .as_ref()
+            .is_some_and(Shutdown::aborts_workers);
         drop(state);
         drop(ended);
-        if undriven {
-            let shared = self.clone();
-            CONTROL.run_elsewhere(Box::new(move || shared.give_up_work()));
+        // An abort runs no code of the task.
+        if stopped {
+            self.work.give_up();
+            if !self.is_driven() {
+                let shared = self.clone();
+                CONTROL.run_elsewhere(Box::new(move || shared.drop_jobs()));
+            }
+        } else if aborts_workers {
+            self.work.abort(TaskKind::Worker);
         }
         if is_real {
             // The log thread writes the events, because a subscriber is user code.

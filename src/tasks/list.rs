@@ -39,7 +39,7 @@ pub(super) struct List {
     /// The keys of workers that ended without an error before the stop, as long as they are in
     /// `tasks`.
     ended: VecDeque<usize>,
-    /// The keys of workers that failed or panicked before the stop, as long as they are in `tasks`.
+    /// The keys of workers that failed, panicked or were lost before the stop, as long as they are in `tasks`.
     failed: VecDeque<usize>,
     pub(super) unlisted: UnlistedWorkers,
 }
@@ -78,7 +78,7 @@ pub(crate) struct Task {
     pub(crate) kind: TaskKind,
     pub(super) stage: Stage,
     pub(crate) began: Option<Instant>,
-    /// When the driver stops waiting for it, once that is known.
+    /// When the stop no longer waits for it, once that is known.
     pub(super) until: Option<Instant>,
     pub(crate) ended: Option<(Instant, TaskOutcome)>,
     /// Set when the task is spawned, and removed when it ends by itself.
@@ -90,10 +90,8 @@ pub(crate) struct Task {
 pub(super) enum Stage {
     /// In [`Registered`].
     Registered,
-    /// In a task of a runtime.
+    /// In a task of a runtime, or it has ended.
     Spawned,
-    /// Dropped before it came to its end: the task was aborted, or its runtime has ended.
-    Dropped,
 }
 
 impl Task {
@@ -109,11 +107,6 @@ impl Task {
         };
         self.ended = Some((now, outcome));
         if by_itself { self.handle.take() } else { None }
-    }
-
-    /// Whether nothing is left to run or to wait for.
-    pub(super) fn is_over(&self) -> bool {
-        self.ended.is_some() || self.stage == Stage::Dropped
     }
 
     /// Whether the driver has to wait for the task. If it was aborted, it may still block its thread.

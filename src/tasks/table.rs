@@ -26,6 +26,7 @@ use super::{
     list::{Job, List, Name, Registration, Stage, Task},
 };
 use crate::{
+    background::shielded,
     phase::Phase,
     report::{CutHold, TaskKind, TaskOutcome, UnlistedWorkers},
     sync::{Mutex, lock},
@@ -139,31 +140,27 @@ impl Work {
         Some((step, rest))
     }
 
-    /// Registers a hook or step again, because its runtime has ended before it began. It is dropped instead if its
-    /// time is over, or if the service has stopped. Returns false if it was recorded already how it ended.
+    /// Registers a hook or step again, because its runtime has ended before it began. Drops it and returns false if
+    /// its time is over, if it was recorded how it ended, or if the service has stopped.
     pub(crate) fn put_back(&self, registration: Registration) -> bool {
         let mut list = lock!(self.list);
         let given_up = list.given_up;
         let key = registration.key;
-        let Some(task) = list.tasks.get_mut(&key).filter(|it| it.is_awaited()) else {
+        let in_time = |task: &&mut Task| task.until.is_none_or(|until| Instant::now() < until);
+        let task = list.tasks.get_mut(&key).filter(|it| it.is_awaited());
+        let Some(task) = task.filter(in_time).filter(|_| !given_up) else {
             drop(list);
+            shielded(|| drop(registration));
             return false;
         };
         let handle = task.handle.take();
-        let in_time = task.until.is_none_or(|until| Instant::now() < until);
-        let refused = if in_time && !given_up {
-            task.stage = Stage::Registered;
-            task.until = None;
-            let kind = task.kind;
-            // Steps are spawned one at a time, so this one was the first.
-            list.registered(kind).jobs.push_front(registration);
-            None
-        } else {
-            task.stage = Stage::Dropped;
-            Some(registration)
-        };
+        task.stage = Stage::Registered;
+        task.until = None;
+        let kind = task.kind;
+        // Steps are spawned one at a time, so this one was the first.
+        list.registered(kind).jobs.push_front(registration);
         drop(list);
-        drop((handle, refused));
+        drop(handle);
         true
     }
 
@@ -198,17 +195,6 @@ impl Work {
         }
     }
 
-    /// Records that the future of a task has been dropped. Returns false if it was recorded already how it ended.
-    pub(crate) fn dropped(&self, key: usize) -> bool {
-        let mut list = lock!(self.list);
-        let task = list.tasks.get_mut(&key).filter(|it| it.is_awaited());
-        let Some(task) = task else {
-            return false;
-        };
-        task.stage = Stage::Dropped;
-        true
-    }
-
     /// Records how a task ended. Only the first call for a task counts. Returns the task if it was
     /// recorded. A worker that ends before the stop has not been told to, so it ends early.
     pub(crate) fn ended(
@@ -227,7 +213,7 @@ impl Work {
             TaskOutcome::Done if ends_early => TaskOutcome::EndedEarly,
             outcome => outcome,
         };
-        let failed = matches!(outcome, TaskOutcome::Failed(_) | TaskOutcome::Panicked(_));
+        let failed = outcome != TaskOutcome::EndedEarly;
         let handle = task.end(outcome);
         let task = task.clone();
         let unlisted = if ends_early {
@@ -238,27 +224,6 @@ impl Work {
         drop(list);
         drop((handle, unlisted));
         Some(task)
-    }
-
-    /// Records how the tasks ended whose futures were dropped: as cut, or as not run if they had not begun. Returns
-    /// them.
-    pub(crate) fn end_dropped(&self) -> Vec<Task> {
-        let mut list = lock!(self.list);
-        let dropped = list
-            .tasks
-            .values_mut()
-            .filter(|task| task.stage == Stage::Dropped && task.ended.is_none());
-        let ended = dropped.map(|task| {
-            let began = task.began.is_some();
-            // The handle stays in the task.
-            task.end(if began {
-                TaskOutcome::Cut
-            } else {
-                TaskOutcome::NotRun
-            });
-            task.clone()
-        });
-        ended.collect()
     }
 
     /// Whether a task of this kind is in a runtime and has not ended.
@@ -272,21 +237,14 @@ impl Work {
         list.awaited(kind).map(|(key, _)| *key).collect()
     }
 
-    /// Sets when the driver stops waiting for a step.
-    pub(crate) fn await_step(&self, key: usize, until: Instant) {
-        if let Some(task) = lock!(self.list).tasks.get_mut(&key) {
-            task.until = Some(until);
-        }
-    }
-
-    /// Sets when the driver stops waiting for the workers, unless a former driver has set it. From now on no worker is
-    /// accepted.
-    pub(crate) fn await_workers(&self, until: Instant) {
+    /// Sets until when the stop waits for the tasks of this kind that are in a runtime. If these are the workers, no
+    /// worker is accepted from now on.
+    pub(crate) fn await_until(&self, kind: TaskKind, until: Instant) {
         let mut list = lock!(self.list);
-        list.workers_closed = true;
+        list.workers_closed |= kind == TaskKind::Worker;
         let tasks = list.tasks.values_mut();
-        for worker in tasks.filter(|it| it.kind == TaskKind::Worker) {
-            worker.until.get_or_insert(until);
+        for task in tasks.filter(|task| task.kind == kind && task.is_awaited()) {
+            task.until = Some(until);
         }
     }
 
@@ -297,7 +255,7 @@ impl Work {
         task.is_some_and(|task| task.stage == Stage::Registered)
     }
 
-    /// When the driver stops waiting for the tasks of this kind that are in a runtime. `None` if there are none, or
+    /// When the stop no longer waits for the tasks of this kind that are in a runtime. `None` if there are none, or
     /// if it is not known for one of them.
     pub(crate) fn waits_until(&self, kind: TaskKind) -> Option<Instant> {
         let list = lock!(self.list);
@@ -328,11 +286,21 @@ impl Work {
         false
     }
 
-    /// Accepts nothing from now on, and returns the hooks and steps that have not been spawned.
-    pub(crate) fn give_up(&self) -> [VecDeque<Registration>; 2] {
+    /// Accepts nothing from now on, and aborts everything that has not ended.
+    pub(crate) fn give_up(&self) {
+        {
+            let mut list = lock!(self.list);
+            list.close();
+            list.given_up = true;
+        }
+        for kind in [TaskKind::LameDuck, TaskKind::Worker, TaskKind::Cleanup] {
+            self.abort(kind);
+        }
+    }
+
+    /// Takes the hooks and steps that have not been spawned, for the caller to drop.
+    pub(crate) fn take_jobs(&self) -> [VecDeque<Registration>; 2] {
         let mut list = lock!(self.list);
-        list.close();
-        list.given_up = true;
         [TaskKind::LameDuck, TaskKind::Cleanup]
             .map(|kind| std::mem::take(&mut list.registered(kind).jobs))
     }
@@ -353,7 +321,7 @@ impl Work {
     pub(crate) fn has_hook(&self) -> bool {
         let list = lock!(self.list);
         let mut tasks = list.tasks.values();
-        tasks.any(|task| task.kind == TaskKind::LameDuck && !task.is_over())
+        tasks.any(|task| task.kind == TaskKind::LameDuck && task.ended.is_none())
     }
 
     pub(crate) fn tasks(&self) -> Vec<Task> {
@@ -442,9 +410,9 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// Takes a step whose timeout begins now, and puts it back after `event`. The third value is whether its future
-    /// has been dropped.
-    fn put_back(timeout: Duration, event: impl FnOnce(&Work, usize)) -> (Work, bool, bool) {
+    /// Takes a step whose timeout begins now, and puts it back after `event`. The second value is whether it is
+    /// registered again.
+    fn put_back(timeout: Duration, event: impl FnOnce(&Work, usize)) -> (Work, bool) {
         let work = Work::default();
         let held = Arc::new(());
         let kept = Arc::clone(&held);
@@ -456,21 +424,20 @@ mod tests {
         assert!(work.register(TaskKind::Cleanup, "step".into(), timeout, job));
         let (step, _) = work.take_step().unwrap();
         let key = step.key;
-        work.await_step(key, Instant::now() + timeout);
+        work.await_until(TaskKind::Cleanup, Instant::now() + timeout);
         assert!(work.awaits(TaskKind::Cleanup) && !work.is_put_back(key));
         event(&work, key);
-        let recorded = work.put_back(step);
-        assert!(!work.awaits(TaskKind::Cleanup));
-        let dropped = Arc::strong_count(&held) == 1;
-        assert_eq!(work.is_put_back(key), !dropped);
-        (work, recorded, dropped)
+        let is_back = work.put_back(step);
+        assert_eq!(work.is_put_back(key), is_back);
+        assert_eq!(Arc::strong_count(&held) == 1, !is_back);
+        (work, is_back)
     }
 
     #[test]
     fn a_step_that_is_put_back_is_taken_again_with_a_time_of_its_own() {
-        let (work, recorded, dropped) = put_back(SECOND, |_, _| ());
-        assert!(recorded && !dropped);
-        assert!(work.end_dropped().is_empty() && work.has_cleanup_or_closes());
+        let (work, is_back) = put_back(SECOND, |_, _| ());
+        assert!(is_back && !work.awaits(TaskKind::Cleanup));
+        assert!(work.has_cleanup_or_closes());
         assert!(work.take_step().is_some());
         assert_eq!(work.waits_until(TaskKind::Cleanup), None);
     }
@@ -478,30 +445,23 @@ mod tests {
     #[test]
     fn a_step_that_is_put_back_too_late_is_dropped() {
         let time_is_over = put_back(Duration::ZERO, |_, _| ());
-        let has_stopped = put_back(SECOND, |work, _| drop(work.give_up()));
-        for (work, recorded, dropped) in [time_is_over, has_stopped] {
-            assert!(recorded && dropped);
-            assert!(work.take_step().is_none());
-            let [step] = work.end_dropped().try_into().unwrap();
-            assert_eq!(step.ended.unwrap().1, TaskOutcome::NotRun);
-            assert!(!work.has_cleanup_or_closes());
-        }
+        let has_stopped = put_back(SECOND, |work, _| work.give_up());
         let cut = |work: &Work, key| drop(work.ended(key, TaskOutcome::Cut, false));
-        let (work, recorded, dropped) = put_back(SECOND, cut);
-        assert!(!recorded && dropped);
-        assert!(work.end_dropped().is_empty() && !work.has_cleanup_or_closes());
+        let was_cut = put_back(SECOND, cut);
+        for (work, is_back) in [time_is_over, has_stopped, was_cut] {
+            assert!(!is_back && work.take_step().is_none());
+        }
     }
 
     #[test]
-    fn the_time_of_the_workers_begins_with_the_first_driver_that_waits_for_them() {
+    fn no_worker_is_accepted_after_the_time_of_the_workers_has_begun() {
         let work = Work::default();
         assert!(work.add_worker("worker".into()).is_some());
-        assert_eq!(work.waits_until(TaskKind::Worker), None);
         let until = Instant::now() + SECOND;
-        for driver in 0..2 {
-            work.await_workers(until + driver * SECOND);
-            assert_eq!(work.waits_until(TaskKind::Worker), Some(until));
-        }
+        work.await_until(TaskKind::Cleanup, until);
+        assert_eq!(work.waits_until(TaskKind::Worker), None);
+        work.await_until(TaskKind::Worker, until);
+        assert_eq!(work.waits_until(TaskKind::Worker), Some(until));
         assert!(work.add_worker("too late".into()).is_none());
     }
 
@@ -509,7 +469,7 @@ mod tests {
     #[tokio::test]
     async fn a_worker_that_was_given_up_while_it_was_spawned_is_aborted() {
         let events: [fn(&Work, usize); 2] = [
-            |work, _| drop(work.give_up()),
+            |work, _| work.give_up(),
             |work, key| drop(work.ended(key, TaskOutcome::Cut, false)),
         ];
         for event in events {

@@ -548,6 +548,40 @@ fn real_runtime() -> Runtime {
     builder.enable_all().build().unwrap()
 }
 
+#[test]
+fn a_worker_that_is_lost_with_its_runtime_is_logged_at_once_and_stops_nothing() {
+    let log = Log::new();
+    let graceful = graceful();
+    real_runtime().block_on(async {
+        graceful.worker("jobs", |_| pending::<()>()).unwrap();
+        graceful
+            .critical_worker("vital", |_| pending::<()>())
+            .unwrap();
+    });
+    for line in ["shutdown: worker jobs: cut", "shutdown: worker vital: cut"] {
+        let is_logged = |it: &Line| it.message() == line && it.level == Level::WARN;
+        assert!(comes(|| log.lines().iter().any(is_logged)), "{line}");
+    }
+    assert_eq!(graceful.phase(), Phase::Serving);
+    let report = paused_runtime().block_on(async {
+        graceful.shutdown();
+        graceful.run(pending::<()>()).await
+    });
+    let mut tasks = report.tasks().iter();
+    assert!(
+        tasks.all(|task| task.outcome == TaskOutcome::Cut),
+        "{report}"
+    );
+    assert_eq!(report.outcome(), Outcome::Forced);
+    assert_eq!(
+        log.lines()
+            .iter()
+            .filter(|it| it.message().contains("worker"))
+            .count(),
+        2
+    );
+}
+
 /// As in a `main` that does not await `stopped`.
 #[test]
 fn a_runtime_that_ends_during_a_stop_that_nothing_awaits_logs_once_what_has_not_ended() {

@@ -753,8 +753,28 @@ fn a_worker_outside_a_runtime_is_not_run() {
     assert_eq!(error, expected);
     assert_eq!(
         error.to_string(),
-        "worker \"homeless\" was registered outside a tokio runtime, which it needs to run"
+        "worker \"homeless\" was registered outside a tokio runtime, or in one that has shut down; \
+         it needs a runtime to run"
     );
+    graceful.shutdown();
+    paused_runtime().block_on(async {
+        let report = report(&graceful).await;
+        assert!(report.tasks().is_empty());
+        assert_eq!(report.outcome(), Outcome::Clean);
+    });
+}
+
+#[test]
+fn a_worker_in_a_runtime_that_has_shut_down_is_not_run() {
+    let graceful = graceful();
+    let handle = {
+        let runtime = paused_runtime();
+        runtime.handle().clone()
+    };
+    let _there = handle.enter();
+    let name = "homeless".into();
+    let error = graceful.worker("homeless", obedient).unwrap_err();
+    assert_eq!(error, RegisterError::NoRuntime { name });
     graceful.shutdown();
     paused_runtime().block_on(async {
         let report = report(&graceful).await;
