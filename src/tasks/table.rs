@@ -15,6 +15,21 @@
 //!
 //! The models fail if the phase is read before the removal, and if the holds are counted before the
 //! requests are checked.
+//!
+//! # A step whose runtime ends
+//!
+//! A hook or step is taken from the list and spawned, and then its handle is recorded. Meanwhile its runtime may end,
+//! and drops the task before it has begun. Each of these calls decides under the lock of the list.
+//!
+//! 1. *The next driver finds it.* It is marked as spawned in the critical section in which it is taken, and as registered
+//!    in the one in which it is put back. So once it is not awaited any more, it is in the list, or it is
+//!    recorded how it ended. Model: `a_step_whose_runtime_ends_is_taken_by_the_next_driver`.
+//! 2. *Once the service has stopped, nothing is kept and nothing runs on.* [`give_up`](Work::give_up) sets `given_up`, aborts
+//!    what is in a runtime, and the caller drops what is in the list. From then on `put_back` puts nothing into the
+//!    list, and `spawned` aborts. Model: `a_step_that_is_given_up_is_dropped_and_aborted`.
+//!
+//! The models fail if a step is marked as registered before the critical section in which it is put back, if `put_back`
+//! or `spawned` does not look at `given_up`, and if `give_up` aborts before it sets that.
 
 use std::{cmp::Reverse, collections::VecDeque, iter, time::Duration};
 
@@ -337,9 +352,16 @@ impl Work {
 
 #[cfg(all(test, tower_graceful_loom))]
 mod models {
-    use std::sync::{Arc, Weak};
+    use std::{
+        future::pending,
+        sync::{Arc, LazyLock, Weak},
+    };
 
     use loom::{model, thread};
+    use tokio::{
+        runtime::{self, Runtime},
+        task::{JoinHandle, yield_now},
+    };
 
     use super::*;
     use crate::sync::{AtomicBool, Ordering::Relaxed};
@@ -378,6 +400,114 @@ mod models {
             assert!(seen || woken.load(Relaxed), "the drain waits forever");
             assert!(is_idle(&gate, &work));
         });
+    }
+
+    /// Nothing drives it, except `is_aborted`.
+    static RUNTIME: LazyLock<Runtime> =
+        LazyLock::new(|| runtime::Builder::new_current_thread().build().unwrap());
+
+    fn spawn() -> JoinHandle<()> {
+        RUNTIME.spawn(pending())
+    }
+
+    /// Whether the task was aborted. Ends it in any case.
+    fn is_aborted(task: &JoinHandle<()>) -> bool {
+        let runs = || {
+            RUNTIME.block_on(async {
+                for _ in 0..4 {
+                    yield_now().await;
+                }
+            });
+        };
+        runs();
+        let aborted = task.is_finished();
+        task.abort();
+        runs();
+        aborted
+    }
+
+    /// Work with a step that a driver has taken, and a reference that the step keeps.
+    fn taken() -> (Arc<Work>, Registration, Arc<()>) {
+        let work = Arc::new(Work::default());
+        let held = Arc::new(());
+        let kept = Arc::clone(&held);
+        let job = Box::pin(async move {
+            drop(kept);
+            TaskOutcome::Done
+        });
+        let (kind, name) = (TaskKind::Cleanup, "step".into());
+        assert!(work.register(kind, name, Duration::ZERO, job));
+        let (step, _) = work.take_step().unwrap();
+        (work, step, held)
+    }
+
+    /// As the runtime does when it drops the task of a step that has not begun.
+    fn ends(work: &Work, step: Registration) -> bool {
+        let key = step.key;
+        let is_back = work.put_back(step);
+        if !is_back {
+            work.ended(key, TaskOutcome::NotRun, false);
+        }
+        is_back
+    }
+
+    #[test]
+    fn a_step_whose_runtime_ends_is_taken_by_the_next_driver() {
+        model(|| {
+            let (work, step, held) = taken();
+            let key = step.key;
+            let [first, second] = [(); 2].map(|()| spawn());
+            let runtime = {
+                let work = Arc::clone(&work);
+                thread::spawn(move || assert!(ends(&work, step)))
+            };
+            work.spawned(key, first.abort_handle());
+            // The next driver waits until the step is not awaited any more.
+            if work.awaits(TaskKind::Cleanup) {
+                runtime.join().unwrap();
+            }
+            let (step, _) = work.take_step().expect("the step is lost");
+            work.spawned(key, second.abort_handle());
+            assert_eq!(Arc::strong_count(&held), 2);
+            work.give_up();
+            drop(step);
+            is_aborted(&first);
+            assert!(is_aborted(&second), "the handle of the first task is kept");
+        });
+    }
+
+    #[test]
+    fn a_step_that_is_given_up_is_dropped_and_aborted() {
+        for begins in [false, true] {
+            model(move || {
+                let (work, step, held) = taken();
+                let key = step.key;
+                let task = spawn();
+                let handle = task.abort_handle();
+                let driver = {
+                    let work = Arc::clone(&work);
+                    thread::spawn(move || work.spawned(key, handle))
+                };
+                let runtime = {
+                    let work = Arc::clone(&work);
+                    thread::spawn(move || {
+                        if begins {
+                            work.began(key);
+                        } else {
+                            ends(&work, step);
+                        }
+                    })
+                };
+                work.give_up();
+                drop(work.take_jobs());
+                driver.join().unwrap();
+                runtime.join().unwrap();
+                assert_eq!(Arc::strong_count(&held), 1, "the list keeps the step");
+                let aborted = is_aborted(&task);
+                // If it has not begun, its runtime has dropped it.
+                assert!(aborted || !begins, "the task runs on");
+            });
+        }
     }
 
     #[test]
