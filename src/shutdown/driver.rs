@@ -183,7 +183,7 @@ impl Lifecycle {
     }
 
     /// A job that wakes the due tasks. Before it begins, it queues itself again, because a waker may block: see
-    /// `update`.
+    /// `publishing`.
     fn waking(self: &Arc<Self>) -> Job {
         let shared = self.clone();
         Box::new(move || {
