@@ -379,7 +379,8 @@ impl GracefulBuilder {
     /// On Linux a listener is recognized if its socket is one of those that `LISTEN_FDS` and
     /// `LISTEN_PID` name
     /// ([`sd_listen_fds(3)`](https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html)),
-    /// also if a library has removed the variables or duplicated the descriptor. Set the option
+    /// from descriptor 3 on or from that of `LISTEN_FDS_FIRST_FD`, also if a library has removed the
+    /// variables or duplicated the descriptor. Set the option
     /// where the passed descriptor was closed before the listener is given to this crate, where a
     /// listener of another type wraps the passed one, and on other systems. If `LISTEN_PID` is
     /// missing or names another process, no listener counts as shared. If one of the named descriptors is

@@ -3,9 +3,10 @@
 //! Such a socket outlives the process: the supervisor keeps it open, and the next process accepts from
 //! the same queue. A change to the socket, such as a filter, affects that process too.
 //!
-//! The sockets are descriptors 3 up to 3 + `LISTEN_FDS`, if `LISTEN_PID` is this process. Without
+//! The sockets are `LISTEN_FDS` descriptors from 3 on, if `LISTEN_PID` is this process. A supervisor that
+//! starts at another number says so in `LISTEN_FDS_FIRST_FD`, which the crate listenfd reads. Without
 //! `LISTEN_PID`, `LISTEN_FDS` may be inherited from a parent, and descriptor 3 may be a socket that this
-//! process opened. Libraries may remove both variables from the environment, and duplicate the
+//! process opened. Libraries may remove the variables from the environment, and duplicate the
 //! descriptors. So this module also reads the initial environment of the process, and compares sockets by inode.
 //!
 //! If a passed descriptor was closed or is no longer a socket, or if sockets cannot be compared, any
@@ -15,11 +16,14 @@
 //! process to which other sockets were passed.
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
+    ops::Range,
     os::{
         fd::{AsRawFd, RawFd},
         unix::{
-            ffi::OsStrExt,
+            ffi::OsStringExt,
             fs::{FileTypeExt, MetadataExt},
         },
     },
@@ -28,52 +32,49 @@ use std::{
 
 use crate::connection::descriptors::Passed;
 
-/// The number of the first passed descriptor.
+/// The number of the first passed descriptor, if `LISTEN_FDS_FIRST_FD` gives no other.
 const FIRST: RawFd = 3;
 
 /// Whether `socket` was passed to the process when it was started. Call it early: after a descriptor is
 /// closed, the system reuses its number for other files.
 pub(super) fn find(socket: &impl AsRawFd) -> Passed {
-    let current = ["LISTEN_FDS", "LISTEN_PID"].map(env::var_os);
-    let [fds, pid] = current.each_ref().map(|value| {
-        let value = value.as_ref();
-        value.map(|value| value.as_bytes())
-    });
-    let initial = fs::read("/proc/self/environ").unwrap_or_default();
-    let (passed, is_named) = passed(fds, pid).max(passed_in(&initial));
-    if passed <= 0 {
+    let current = passed(|name| env::var_os(name).map(OsString::into_vec));
+    let initial = passed_in(&fs::read("/proc/self/environ").unwrap_or_default());
+    let (passed, is_named) = if current.0.len() > initial.0.len() {
+        current
+    } else {
+        initial
+    };
+    if passed.is_empty() {
         return Passed::No;
     }
-    let end = FIRST.saturating_add(passed);
-    let found = among(
-        File::open_as(socket.as_raw_fd()),
-        (FIRST..end).map(File::open_as),
-    );
+    let found = among(File::open_as(socket.as_raw_fd()), passed.map(File::open_as));
     match found {
         Passed::Yes if !is_named => Passed::Perhaps,
         found => found,
     }
 }
 
-/// The number of sockets that were passed to this process, from the values of the two variables, and
-/// whether they name this process.
-fn passed(fds: Option<&[u8]>, pid: Option<&[u8]>) -> (RawFd, bool) {
-    let number = |value: &[u8]| str::from_utf8(value).ok()?.parse::<RawFd>().ok();
-    let ours = RawFd::try_from(process::id()).ok();
-    match pid {
-        Some(pid) if number(pid).is_none() || number(pid) != ours => (0, false),
-        _ => (fds.and_then(number).unwrap_or(0), pid.is_some()),
-    }
+/// The descriptors that were passed to this process, from the values of the variables, and whether these
+/// name this process.
+fn passed(value: impl Fn(&str) -> Option<Vec<u8>>) -> (Range<RawFd>, bool) {
+    let number = |name| str::from_utf8(&value(name)?).ok()?.parse::<RawFd>().ok();
+    let is_named = value("LISTEN_PID").is_some();
+    let is_ours = number("LISTEN_PID").is_some_and(|pid| RawFd::try_from(process::id()) == Ok(pid));
+    let count = number("LISTEN_FDS").filter(|_| is_ours || !is_named);
+    let first = number("LISTEN_FDS_FIRST_FD").unwrap_or(FIRST);
+    (first..first.saturating_add(count.unwrap_or(0)), is_named)
 }
 
-/// The number of sockets that were passed to this process, from an environment in the format of the
-/// kernel: `name=value` pairs, each followed by a zero byte.
-fn passed_in(environ: &[u8]) -> (RawFd, bool) {
-    let value = |name: &[u8]| {
+/// The same, from an environment in the format of the kernel: `name=value` pairs, each followed by a zero
+/// byte.
+fn passed_in(environ: &[u8]) -> (Range<RawFd>, bool) {
+    passed(|name| {
         let mut variables = environ.split(|byte| *byte == 0);
-        variables.find_map(|variable| variable.strip_prefix(name)?.strip_prefix(b"="))
-    };
-    passed(value(b"LISTEN_FDS"), value(b"LISTEN_PID"))
+        let value = variables
+            .find_map(|variable| variable.strip_prefix(name.as_bytes())?.strip_prefix(b"="))?;
+        Some(value.to_vec())
+    })
 }
 
 /// The file that a descriptor refers to.
@@ -128,19 +129,42 @@ mod tests {
 
     #[test]
     fn sockets_are_passed_to_this_process_or_to_an_unnamed_one() {
-        let ours = ours();
-        assert_eq!(passed(Some(b"2"), None), (2, false));
-        assert_eq!(passed(Some(b"2"), Some(ours.as_bytes())), (2, true));
-        assert_eq!(passed(Some(b"2"), Some(b"1")), (0, false));
-        assert_eq!(passed(None, None).0, 0);
-        assert_eq!(passed(None, Some(ours.as_bytes())).0, 0);
+        let ours = format!("LISTEN_FDS=2\0LISTEN_PID={}\0", ours());
+        assert_eq!(passed_in(b"LISTEN_FDS=2"), (3..5, false));
+        assert_eq!(passed_in(ours.as_bytes()), (3..5, true));
+        for environ in [
+            "LISTEN_FDS=2\0LISTEN_PID=1",
+            "",
+            &ours["LISTEN_FDS=2".len()..],
+        ] {
+            assert!(passed_in(environ.as_bytes()).0.is_empty(), "{environ:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_descriptor_may_have_another_number() {
+        let from =
+            |first| passed_in(format!("LISTEN_FDS=2\0LISTEN_FDS_FIRST_FD={first}").as_bytes()).0;
+        assert_eq!(from("7"), 7..9);
+        assert_eq!(from("x"), 3..5);
+        assert_eq!(from(&RawFd::MAX.to_string()).len(), 0);
+        assert_eq!(passed_in(b"LISTEN_FDS_FIRST_FD=7").0.len(), 0);
     }
 
     #[test]
     fn values_that_are_no_numbers_pass_nothing() {
-        for value in [&b""[..], b"x", b"1 ", b"\xff", b"99999999999999999999"] {
-            assert_eq!(passed(Some(value), None).0, 0, "{value:?}");
-            assert_eq!(passed(Some(b"1"), Some(value)).0, 0, "{value:?}");
+        for value in [
+            &b""[..],
+            b"x",
+            b"1 ",
+            b"\xff",
+            b"-1",
+            b"99999999999999999999",
+        ] {
+            let fds = [b"LISTEN_FDS=", value].concat();
+            let pid = [b"LISTEN_FDS=1\0LISTEN_PID=", value].concat();
+            assert!(passed_in(&fds).0.is_empty(), "{value:?}");
+            assert!(passed_in(&pid).0.is_empty(), "{value:?}");
         }
     }
 
@@ -148,11 +172,13 @@ mod tests {
     fn an_initial_environment_is_read() {
         let ours = ours();
         let environ = |pid: &str| format!("A=\0LISTEN_FDS=3\0LISTEN_PID={pid}\0B=LISTEN_FDS=4\0");
-        assert_eq!(passed_in(environ(&ours).as_bytes()).0, 3);
-        assert_eq!(passed_in(environ("1").as_bytes()).0, 0);
-        assert_eq!(passed_in(b"XLISTEN_FDS=3\0LISTEN_FDSX=3\0LISTEN_FDS").0, 0);
-        assert_eq!(passed_in(b"LISTEN_FDS=1").0, 1);
-        assert_eq!(passed_in(b"").0, 0);
+        assert_eq!(passed_in(environ(&ours).as_bytes()).0, 3..6);
+        assert!(passed_in(environ("1").as_bytes()).0.is_empty());
+        assert!(
+            passed_in(b"XLISTEN_FDS=3\0LISTEN_FDSX=3\0LISTEN_FDS")
+                .0
+                .is_empty()
+        );
     }
 
     #[test]
