@@ -25,6 +25,7 @@ fn main() -> std::io::Result<std::process::ExitCode> {
 #[cfg(target_os = "linux")]
 mod linux {
     use std::{
+        env,
         io::{self, Error},
         process::{self, ExitCode},
         time::Duration,
@@ -46,8 +47,16 @@ mod linux {
 
         // The socket of `app.socket`. The crate recognises from `LISTEN_FDS` that the socket outlives
         // the process. So at SIGTERM this process stops accepting, and leaves the queue to the next.
+        let is_activated = env::var_os("LISTEN_FDS").is_some();
         let listener = match ListenFd::from_env().take_tcp_listener(0)? {
             Some(listener) => listener,
+            // systemd has the port, so `bind` would only say that it is in use.
+            None if is_activated => {
+                return Err(Error::other(
+                    "LISTEN_FDS is set, but no socket was passed to this process: is LISTEN_PID another \
+                     process, such as a shell that did not start the service with `exec`?",
+                ));
+            }
             None => std::net::TcpListener::bind("127.0.0.1:3000")?,
         };
         listener.set_nonblocking(true)?;
