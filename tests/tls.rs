@@ -8,7 +8,7 @@ mod waits;
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -461,7 +461,12 @@ async fn handshakes_that_run_when_connections_close_are_dropped() {
     }
 }
 
+const BALANCER: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
 async fn proxied(io: GracefulIo<TcpStream>) -> io::Result<ProxiedStream<GracefulIo<TcpStream>>> {
+    if io.peer().is_none_or(|peer| peer.ip() != BALANCER) {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
     let io = ProxiedStream::create_from_tokio(io, ParseConfig::default()).await?;
     if let Some(address) = io.proxy_header().proxied_address() {
         io.get_ref().set_peer(address.source);
@@ -522,6 +527,26 @@ async fn the_client_behind_a_proxy_is_the_peer_with_tls_and_without() {
         assert!(answer.ends_with("192.0.2.7:4711"), "{own}: {answer}");
         assert_eq!(graceful.connections(), 1);
         drop(client);
+        stop(&graceful, run).await;
+    }
+}
+
+/// On other systems, 127.0.0.2 is no address of the machine.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_header_of_a_peer_other_than_the_balancer_is_not_read() {
+    for own in SERVERS {
+        let graceful = graceful(Duration::ZERO);
+        let (tcp, address) = listener().await;
+        let listener = graceful.listener(tcp).handshakes(TIMEOUT, proxied);
+        let run = spawn(own, &graceful, listener);
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        let mut other = socket.connect(address).await.unwrap();
+        let request = b"GET /peer HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        let _ = other.write_all(&[&header(), &request[..]].concat()).await;
+        let read = time::timeout(BOUND, other.read(&mut [0])).await.unwrap();
+        assert!(!matches!(read, Ok(1..)), "{own}: {read:?}");
         stop(&graceful, run).await;
     }
 }

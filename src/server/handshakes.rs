@@ -94,6 +94,9 @@ where
     /// [`GracefulIo::set_peer`] inside the handshake sets the address that the listener returns, where that
     /// is a `SocketAddr`. Handshakes can be chained, for example TLS after the PROXY protocol.
     ///
+    /// Any peer that reaches the port can send the header, with any address. Where that is not only the
+    /// balancer, compare [`GracefulIo::peer`] with its address first.
+    ///
     /// ```
     /// use std::{io, time::Duration};
     ///
