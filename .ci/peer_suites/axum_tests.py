@@ -91,4 +91,5 @@ for form in FORMS:
     if differences:
         print(ran.stdout[-20_000:])
         sys.exit(f"axum_tests: {form}: {differences}")
-assert len(ends["Plain"]) > 300, len(ends["Plain"])
+# Tests that fail in each form would say nothing. At the end, the forms have the same results as plain axum.
+assert passed > 300, passed
