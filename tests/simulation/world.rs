@@ -8,7 +8,7 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -23,7 +23,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 use tower::{ServiceBuilder, ServiceExt, service_fn};
-use tower_graceful::{ConfigError, Graceful, Phase, Report};
+use tower_graceful::{ConfigError, EffectivePlan, Graceful, Phase, Report};
 
 use crate::{
     planned_panic,
@@ -46,13 +46,43 @@ pub(crate) enum Became {
 
 #[derive(Clone, Debug)]
 pub(crate) struct SeenRequest {
+    pub(crate) number: usize,
     pub(crate) phase: Phase,
+    /// Whether it arrived after the stop had been asked for.
+    pub(crate) is_late: bool,
     pub(crate) in_flight_before: usize,
     pub(crate) expected_before: usize,
     /// Other requests than this one that were admitted and had not ended.
     pub(crate) requests_before: usize,
     pub(crate) became: Became,
-    pub(crate) ended: Instant,
+    /// The phase in which it ended, and whether the stop had been asked for by then.
+    pub(crate) ended: Phase,
+    pub(crate) ended_late: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    pub(crate) at: Instant,
+    pub(crate) phase: Phase,
+}
+
+/// How the future of a worker, a hook, a cleanup step or a hold ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    Returned,
+    Failed,
+    Panicked,
+    /// It was dropped before its end.
+    Dropped,
+}
+
+/// A worker, a hook, a cleanup step or a hold that has begun.
+#[derive(Clone, Debug)]
+pub(crate) struct Ran {
+    pub(crate) name: String,
+    pub(crate) began: Moment,
+    /// `None`: it had not ended when the stop was over.
+    pub(crate) ended: Option<(Moment, Ended)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,15 +101,25 @@ pub(crate) struct Seen {
 
 pub(crate) struct Played {
     pub(crate) report: Report,
-    pub(crate) grace_period: Duration,
+    pub(crate) plan: EffectivePlan,
     pub(crate) triggered: Instant,
     pub(crate) stopped: Instant,
+    pub(crate) in_flight_at_stop: usize,
     pub(crate) in_flight_at_end: usize,
+    /// Whether the server came to its own end.
+    pub(crate) server_ended: bool,
+    pub(crate) ran: Vec<Ran>,
     pub(crate) requests: Vec<SeenRequest>,
     pub(crate) events: Vec<(Instant, Event)>,
 }
 
 struct World {
+    graceful: Graceful,
+    /// The stop has been asked for.
+    is_stopping: AtomicBool,
+    /// `requests` at that moment.
+    in_flight_at_stop: AtomicUsize,
+    server_ended: AtomicBool,
     /// Requests that were admitted and have not ended.
     requests: AtomicUsize,
     holds: AtomicUsize,
@@ -87,11 +127,63 @@ struct World {
     handlers: AtomicUsize,
     seen: Mutex<Vec<SeenRequest>>,
     events: Mutex<Vec<(Instant, Event)>>,
+    ran: Mutex<Vec<Ran>>,
 }
 
 impl World {
+    fn now(&self) -> Moment {
+        Moment {
+            at: Instant::now(),
+            phase: self.graceful.phase(),
+        }
+    }
+
+    fn shut_down(&self) {
+        if !self.is_stopping.swap(true, Relaxed) {
+            let requests = self.requests.load(Relaxed);
+            self.in_flight_at_stop.store(requests, Relaxed);
+        }
+        self.graceful.shutdown();
+    }
+
     fn note(&self, event: Event) {
         self.events.lock().unwrap().push((Instant::now(), event));
+    }
+}
+
+/// Notes the end of a worker, a hook, a cleanup step or a hold when it is dropped.
+struct Running {
+    world: Arc<World>,
+    index: usize,
+    ended: Ended,
+}
+
+impl Running {
+    fn begin(world: &Arc<World>, name: String) -> Self {
+        let began = world.now();
+        let mut ran = world.ran.lock().unwrap();
+        ran.push(Ran {
+            name,
+            began,
+            ended: None,
+        });
+        Self {
+            world: world.clone(),
+            index: ran.len() - 1,
+            ended: Ended::Dropped,
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let ended = if std::thread::panicking() {
+            Ended::Panicked
+        } else {
+            self.ended
+        };
+        let ended = Some((self.world.now(), ended));
+        self.world.ran.lock().unwrap()[self.index].ended = ended;
     }
 }
 
@@ -147,22 +239,27 @@ async fn run(schedule: &Schedule) -> Result<Played, ConfigError> {
     let start = Instant::now();
     let graceful = build(schedule)?;
     let world = Arc::new(World {
+        graceful: graceful.clone(),
+        is_stopping: AtomicBool::new(false),
+        in_flight_at_stop: AtomicUsize::new(0),
+        server_ended: AtomicBool::new(false),
         requests: AtomicUsize::new(0),
         holds: AtomicUsize::new(0),
         handlers: AtomicUsize::new(0),
         seen: Mutex::default(),
         events: Mutex::default(),
+        ran: Mutex::default(),
     });
     register(schedule, &graceful, &world);
     let watching = tokio::spawn(watch(graceful.clone(), world.clone()));
-    for hold in schedule.holds.clone() {
-        tokio::spawn(play_hold(hold, start, graceful.clone(), world.clone()));
+    for (number, hold) in schedule.holds.iter().cloned().enumerate() {
+        tokio::spawn(play_hold(hold, number, start, world.clone()));
     }
     for at in schedule.shutdowns.clone() {
-        let graceful = graceful.clone();
+        let world = world.clone();
         tokio::spawn(async move {
             sleep_until(start + ms(at)).await;
-            graceful.shutdown();
+            world.shut_down();
         });
     }
     let server = serve(
@@ -173,15 +270,20 @@ async fn run(schedule: &Schedule) -> Result<Played, ConfigError> {
     );
     let report = graceful.run(server).await;
     let stopped = Instant::now();
+    let ran = world.ran.lock().unwrap().clone();
+    let server_ended = world.server_ended.load(Relaxed);
     // The watcher has seen everything once it has seen the end.
     watching.await.unwrap();
     let events = world.events.lock().unwrap().clone();
     let requests = world.seen.lock().unwrap().clone();
     Ok(Played {
         report,
-        grace_period: graceful.plan().grace_period,
+        plan: graceful.plan(),
         triggered: start + ms(*schedule.shutdowns.iter().min().unwrap()),
         stopped,
+        in_flight_at_stop: world.in_flight_at_stop.load(Relaxed),
+        server_ended,
+        ran,
         in_flight_at_end: graceful.in_flight() - world.holds.load(Relaxed),
         requests,
         events,
@@ -222,9 +324,12 @@ async fn watch(graceful: Graceful, world: Arc<World>) {
 }
 
 fn register(schedule: &Schedule, graceful: &Graceful, world: &Arc<World>) {
-    for worker in schedule.workers.clone() {
+    for (number, worker) in schedule.workers.iter().cloned().enumerate() {
         let world = world.clone();
+        let name = format!("worker {number}");
+        let named = name.clone();
         let work = |stop: tower_graceful::Stop| async move {
+            let mut running = Running::begin(&world, named);
             let _ended = Noted(world, Some(Event::WorkerEnded));
             match worker {
                 Worker::AfterDraining(after) => {
@@ -242,27 +347,26 @@ fn register(schedule: &Schedule, graceful: &Graceful, world: &Arc<World>) {
                 }
                 Worker::Never => pending().await,
             }
+            running.ended = Ended::Returned;
         };
-        graceful.worker("worker", work).unwrap();
+        graceful.worker(name, work).unwrap();
     }
-    for hook in &schedule.hooks {
-        let work = step(hook.clone());
-        graceful
-            .on_lame_duck("hook", ms(hook.timeout), work)
-            .unwrap();
+    for (number, hook) in schedule.hooks.iter().enumerate() {
+        let name = format!("hook {number}");
+        let work = step(hook.clone(), world.clone(), name.clone());
+        graceful.on_lame_duck(name, ms(hook.timeout), work).unwrap();
     }
     for (number, cleanup) in schedule.cleanup.iter().enumerate() {
         let world = world.clone();
-        let work = step(cleanup.clone());
+        let name = format!("cleanup {number}");
+        let work = step(cleanup.clone(), world.clone(), name.clone());
         let work = async move {
             world.note(Event::HandlersAtCleanup(world.handlers.load(Relaxed)));
             world.note(Event::CleanupBegan(number));
             let _ended = Noted(world, Some(Event::CleanupEnded(number)));
             work.await
         };
-        graceful
-            .cleanup("cleanup", ms(cleanup.timeout), work)
-            .unwrap();
+        graceful.cleanup(name, ms(cleanup.timeout), work).unwrap();
     }
 }
 
@@ -277,11 +381,13 @@ impl Drop for Noted {
     }
 }
 
-async fn step(step: Step) -> Result<(), &'static str> {
+async fn step(step: Step, world: Arc<World>, name: String) -> Result<(), &'static str> {
+    let mut running = Running::begin(&world, name);
     match step.does {
         Does::End(after) => sleep(ms(after)).await,
         Does::Fail(after) => {
             sleep(ms(after)).await;
+            running.ended = Ended::Failed;
             return Err("planned");
         }
         Does::Panic(after) => {
@@ -290,27 +396,32 @@ async fn step(step: Step) -> Result<(), &'static str> {
         }
         Does::Hang => pending().await,
     }
+    running.ended = Ended::Returned;
     Ok(())
 }
 
-async fn play_hold(hold: Hold, start: Instant, graceful: Graceful, world: Arc<World>) {
+async fn play_hold(hold: Hold, number: usize, start: Instant, world: Arc<World>) {
     sleep_until(start + ms(hold.at)).await;
-    let guard = graceful.hold("hold");
+    let name = format!("hold {number}");
+    let mut running = Running::begin(&world, name.clone());
+    let guard = world.graceful.hold(name);
     let counted = Counted::new(&world.holds);
     match hold.lasts {
         Some(lasts) => sleep(ms(lasts)).await,
         None => pending().await,
     }
+    running.ended = Ended::Returned;
+    drop(running);
     drop(guard);
     drop(counted);
 }
 
 /// A server that owns its requests: when it is dropped, they are.
 async fn serve(requests: Vec<Request>, start: Instant, graceful: Graceful, world: Arc<World>) {
-    let arriving = requests.into_iter();
+    let arriving = requests.into_iter().enumerate();
     let mut arriving: FuturesUnordered<_> = arriving
         .map(|request| async move {
-            sleep_until(start + ms(request.at)).await;
+            sleep_until(start + ms(request.1.at)).await;
             request
         })
         .collect();
@@ -320,8 +431,8 @@ async fn serve(requests: Vec<Request>, start: Instant, graceful: Graceful, world
     loop {
         tokio::select! {
             biased;
-            Some(request) = arriving.next() => {
-                let served = exchange(request, &graceful, &world);
+            Some((number, request)) = arriving.next() => {
+                let served = exchange(request, number, &graceful, &world);
                 // A panic ends the exchange and nothing else, as it does in a task.
                 serving.push(AssertUnwindSafe(served).catch_unwind());
             }
@@ -331,6 +442,7 @@ async fn serve(requests: Vec<Request>, start: Instant, graceful: Graceful, world
     }
     drop(arriving);
     while serving.next().await.is_some() {}
+    world.server_ended.store(true, Relaxed);
 }
 
 /// Notes what became of a request, at the latest when it is dropped.
@@ -345,7 +457,8 @@ impl Exchange<'_> {
         self.admitted = None;
         if let Some(mut seen) = self.seen.take() {
             seen.became = became;
-            seen.ended = Instant::now();
+            seen.ended = self.world.graceful.phase();
+            seen.ended_late = self.world.is_stopping.load(Relaxed);
             self.world.seen.lock().unwrap().push(seen);
         }
     }
@@ -362,16 +475,19 @@ impl Drop for Exchange<'_> {
     }
 }
 
-async fn exchange(request: Request, graceful: &Graceful, world: &Arc<World>) {
+async fn exchange(request: Request, number: usize, graceful: &Graceful, world: &Arc<World>) {
     let mut exchange = Exchange {
         world,
         seen: Some(SeenRequest {
+            number,
             phase: graceful.phase(),
+            is_late: world.is_stopping.load(Relaxed),
             in_flight_before: graceful.in_flight(),
             expected_before: world.requests.load(Relaxed) + world.holds.load(Relaxed),
             requests_before: world.requests.load(Relaxed),
             became: Became::Cut,
-            ended: Instant::now(),
+            ended: graceful.phase(),
+            ended_late: false,
         }),
         admitted: None,
     };
@@ -385,6 +501,7 @@ async fn exchange(request: Request, graceful: &Graceful, world: &Arc<World>) {
     let became = {
         let answered = answered(
             request.clone(),
+            number,
             graceful,
             world,
             &mut exchange.admitted,
@@ -402,6 +519,7 @@ async fn exchange(request: Request, graceful: &Graceful, world: &Arc<World>) {
 
 async fn answered<'a>(
     request: Request,
+    number: usize,
     graceful: &Graceful,
     world: &'a Arc<World>,
     admitted: &mut Option<Counted<'a>>,
@@ -416,7 +534,8 @@ async fn answered<'a>(
         .service(service_fn(handler));
     // Until its answer says something else.
     *admitted = Some(Counted::new(&world.requests));
-    let response = service.oneshot(http::Request::new(Empty::new())).await;
+    let asked = http::Request::builder().uri(path(number));
+    let response = service.oneshot(asked.body(Empty::new()).unwrap()).await;
     let response = response.unwrap_or_else(|never| match never {});
     if response.status() != StatusCode::OK {
         *admitted = None;
@@ -431,6 +550,11 @@ async fn answered<'a>(
             Some(Err(_)) => return Became::Broken,
         }
     }
+}
+
+/// The path of the request with this number.
+pub(crate) fn path(number: usize) -> String {
+    format!("/{number}")
 }
 
 type Answer = Response<StreamBody<stream::BoxStream<'static, Result<Frame<Bytes>, &'static str>>>>;
