@@ -142,6 +142,11 @@ impl Sums {
     fn assert_many_kinds(&self) {
         assert!(self.clean > 0 && self.refused > 0, "{self:?}");
         assert!(self.whole > 20 * self.stops, "{self:?}");
+        // Rarer in a stop.
+        if self.stops >= 100 {
+            let rare = [self.cut, self.dropped, self.abandoned];
+            assert!(rare.iter().all(|count| *count > 0), "{self:?}");
+        }
     }
 
     fn sees(&mut self, sight: &Sight) {
