@@ -1,28 +1,39 @@
 //! The runtime in which a lifecycle was first used ends, in any way and at any moment. Tasks that wait on another
-//! runtime are still notified in time.
+//! runtime are still notified in time, and the report says what became of the requests on both.
+//!
+//! `RUNTIME_ENDS=2000 cargo test --test runtimes at_random` ends more runtimes at random moments.
 
 #![cfg(feature = "signal")]
 
 use std::{
+    convert::Infallible,
+    env,
     future::{pending, poll_fn},
+    ops::RangeInclusive,
     panic::resume_unwind,
+    pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{
             AtomicBool, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
         mpsc,
     },
+    task::{Context, Poll},
     thread,
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::Empty;
 use tokio::{
     runtime::{Builder, Runtime},
     sync::oneshot,
     time,
 };
+use tower::{Layer, ServiceExt, service_fn};
 use tower_graceful::{Graceful, Outcome, Phase, Report, Stop, TaskOutcome};
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
@@ -90,12 +101,186 @@ fn waits_elsewhere(graceful: &Graceful) -> thread::JoinHandle<(Report, [Duration
     })
 }
 
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Became {
+    Whole,
+    Refused,
+    /// Its runtime has ended.
+    Dropped,
+}
+
+/// A request that has ended, and the phases before and after that.
+#[derive(Clone, Copy, Debug)]
+struct Ended {
+    became: Became,
+    before: Phase,
+    after: Phase,
+}
+
+/// The requests of one lifecycle.
+struct Requests {
+    graceful: Graceful,
+    /// So many have not ended.
+    open: AtomicUsize,
+    ended: Mutex<Vec<Ended>>,
+}
+
+impl Requests {
+    /// A request that begins after the first time, and whose handler takes the second.
+    fn request(self: &Arc<Self>, after: Duration, lasts: Duration) -> OneRequest {
+        let graceful = self.graceful.clone();
+        let admitted = Arc::new(AtomicBool::new(false));
+        let admits = Arc::clone(&admitted);
+        self.open.fetch_add(1, SeqCst);
+        OneRequest {
+            requests: Arc::clone(self),
+            admitted,
+            answer: Some(Box::pin(async move {
+                time::sleep(after).await;
+                let handler = service_fn(move |_| {
+                    admits.store(true, SeqCst);
+                    async move {
+                        time::sleep(lasts).await;
+                        Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
+                    }
+                });
+                let service = graceful.layer().layer(handler);
+                let response = service.oneshot(Request::new(Empty::<Bytes>::new()));
+                response.await.unwrap().status()
+            })),
+        }
+    }
+
+    /// Of how many requests this is true: for certain, and perhaps.
+    fn count(&self, is: impl Fn(&Ended) -> [bool; 2]) -> RangeInclusive<usize> {
+        let ended = self.ended.lock().unwrap();
+        let count = |which: usize| ended.iter().filter(|it| is(it)[which]).count();
+        count(0)..=count(1)
+    }
+
+    /// Asserts that the report counts each request, after all have ended.
+    fn assert_reported(&self, report: &Report, what: &str) {
+        let begun = Instant::now();
+        while self.open.load(SeqCst) > 0 {
+            assert!(begun.elapsed() < BOUND, "a request does not end: {what}");
+            thread::sleep(MS(1));
+        }
+        let requests = report.requests();
+        // While it ended, the stop may have begun, or the drain may have been over.
+        let drained = |it: &Ended| {
+            [
+                it.before > Phase::Serving && it.after < Phase::Closing,
+                it.after > Phase::Serving && it.before < Phase::Closing,
+            ]
+        };
+        let drained_and = |became: Became| {
+            self.count(|it| drained(it).map(|drained| drained && it.became == became))
+        };
+        let cut = self.count(|it| {
+            [it.before, it.after].map(|at| it.became != Became::Refused && at >= Phase::Closing)
+        });
+        let refused = self.count(|it| {
+            let refused = it.became == Became::Refused;
+            [refused && it.after < Phase::Stopped, refused]
+        });
+        let begun = self.count(|it| {
+            [it.before, it.after].map(|at| it.became != Became::Refused && at > Phase::Serving)
+        });
+        for (name, reported, range) in [
+            ("begun", requests.in_flight + requests.admitted, begun),
+            ("finished", requests.finished, drained_and(Became::Whole)),
+            ("dropped", requests.dropped, drained_and(Became::Dropped)),
+            ("cut", requests.cut, cut),
+            ("refused", requests.refused, refused),
+        ] {
+            let ended = self.ended.lock().unwrap();
+            assert!(
+                range.contains(&reported),
+                "{reported} {name}, and not {range:?}: {what}\n{requests:?}\n{ended:?}"
+            );
+        }
+        assert_eq!(report.remaining().requests, requests.cut, "{what}");
+        assert!(
+            requests.cut == 0 || report.outcome() == Outcome::Forced,
+            "{what}"
+        );
+    }
+}
+
+struct OneRequest {
+    requests: Arc<Requests>,
+    admitted: Arc<AtomicBool>,
+    answer: Option<Pin<Box<dyn Future<Output = StatusCode> + Send>>>,
+}
+
+impl OneRequest {
+    fn ended(&mut self, became: Became, before: Phase) {
+        let requests = &self.requests;
+        let after = requests.graceful.phase();
+        if became == Became::Refused || self.admitted.load(SeqCst) {
+            let ended = Ended {
+                became,
+                before,
+                after,
+            };
+            requests.ended.lock().unwrap().push(ended);
+        }
+        requests.open.fetch_sub(1, SeqCst);
+    }
+}
+
+impl Future for OneRequest {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let before = self.requests.graceful.phase();
+        let Some(answer) = &mut self.answer else {
+            return Poll::Ready(());
+        };
+        let Poll::Ready(status) = answer.as_mut().poll(cx) else {
+            return Poll::Pending;
+        };
+        self.answer = None;
+        let became = if status == StatusCode::OK {
+            Became::Whole
+        } else {
+            Became::Refused
+        };
+        self.ended(became, before);
+        Poll::Ready(())
+    }
+}
+
+impl Drop for OneRequest {
+    fn drop(&mut self) {
+        let before = self.requests.graceful.phase();
+        if self.answer.take().is_some() {
+            self.ended(Became::Dropped, before);
+        }
+    }
+}
+
 fn ends_at_random(seed: u64) {
     let mut random = Random(seed);
     let threads = usize::try_from(random.below(3)).unwrap();
     let first = runtime(threads);
     let graceful = graceful();
     let ran = Arc::new(AtomicBool::new(false));
+    let requests = Arc::new(Requests {
+        graceful: graceful.clone(),
+        open: AtomicUsize::new(0),
+        ended: Mutex::default(),
+    });
+    let mut some = |most| -> Vec<_> {
+        let count = random.below(most);
+        let micros = |random: &mut Random| Duration::from_micros(random.below(150_000));
+        let times = (0..count).map(|_| (micros(&mut random), micros(&mut random)));
+        times
+            .map(|(after, lasts)| requests.request(after, lasts))
+            .collect()
+    };
+    let [on_first, on_other] = [some(5), some(5)];
     let register = {
         let (graceful, ran) = (graceful.clone(), Arc::clone(&ran));
         async move {
@@ -111,6 +296,9 @@ fn ends_at_random(seed: u64) {
                 .unwrap();
             tokio::spawn(graceful.stopped());
             tokio::spawn(graceful.run(graceful.drain_on(pending())));
+            for request in on_first {
+                tokio::spawn(request);
+            }
             tokio::task::yield_now().await;
         }
     };
@@ -118,6 +306,9 @@ fn ends_at_random(seed: u64) {
     let other = runtime(1);
     {
         let _there = other.enter();
+        for request in on_other {
+            tokio::spawn(request);
+        }
         let work = |stop: Stop| async move {
             stop.idle().await;
             time::sleep(MS(20)).await;
@@ -162,12 +353,16 @@ fn ends_at_random(seed: u64) {
         }
         other => panic!("{other:?}: {what}"),
     }
+    // What has been cut may still run.
+    drop(other);
+    requests.assert_reported(&report, &what);
 }
 
 #[test]
 fn a_stop_completes_in_time_however_the_first_runtime_ends() {
+    let ends = env::var("RUNTIME_ENDS").map_or(150, |ends| ends.parse().unwrap());
     let tasks: Vec<_> = (0..10)
-        .map(|task| thread::spawn(move || (0..15).for_each(|n| ends_at_random(task * 15 + n))))
+        .map(|task| thread::spawn(move || (task..ends).step_by(10).for_each(ends_at_random)))
         .collect();
     for task in tasks {
         task.join().unwrap();
