@@ -33,6 +33,8 @@ pub(crate) struct Received {
     pub(crate) status: Option<u16>,
     pub(crate) length: usize,
     pub(crate) whole: bool,
+    /// The response says that the server closes the connection after it.
+    pub(crate) closes: bool,
 }
 
 /// The bytes of an upload that are sent at once.
@@ -50,6 +52,17 @@ pub(crate) async fn play(client: &Client, number: usize, end: kernel::End) -> Ve
 
 fn path(client: usize, request: usize) -> String {
     format!("/{client}/{request}")
+}
+
+/// The head of a request of HTTP/1.1.
+pub(crate) fn head(client: usize, index: usize, request: &schedule::Request) -> String {
+    let path = path(client, index);
+    if request.upload == 0 {
+        format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n")
+    } else {
+        let length = request.upload;
+        format!("POST {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\n\r\n")
+    }
 }
 
 async fn http1(
@@ -77,13 +90,7 @@ async fn http1(
                 }
                 progress.notified().await;
             }
-            let path = path(number, index);
-            let head = if request.upload == 0 {
-                format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n")
-            } else {
-                let length = request.upload;
-                format!("POST {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\n\r\n")
-            };
+            let head = head(number, index, request);
             if outgoing.write_all(head.as_bytes()).await.is_err() {
                 return;
             }
@@ -134,6 +141,7 @@ async fn http1(
             status: Some(response.status),
             length: response.length,
             whole: response.whole,
+            closes: response.closes,
         })
         .collect();
     received.resize(client.requests.len(), Received::default());

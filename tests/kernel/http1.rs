@@ -15,6 +15,7 @@ pub(crate) struct Response {
     pub(crate) status: u16,
     pub(crate) length: usize,
     pub(crate) whole: bool,
+    pub(crate) closes: bool,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -98,20 +99,23 @@ impl Responses {
         let status = status.strip_prefix("HTTP/1.1 ").expect("a status line");
         let status = status[..3].parse().expect("a status");
         let mut state = None;
+        let mut closes = false;
         for line in lines {
             let (name, value) = line.split_once(": ").expect("a field");
             match name {
                 "content-length" => state = Some(State::Length(value.parse().expect("a length"))),
                 "transfer-encoding" => state = Some(State::ChunkHead),
-                "connection" if value == "close" => self.closes = true,
+                "connection" if value == "close" => closes = true,
                 _ => {}
             }
         }
         self.state = state.expect("a response with a length or chunks");
+        self.closes |= closes;
         self.seen.push(Response {
             status,
             length: 0,
             whole: false,
+            closes,
         });
     }
 

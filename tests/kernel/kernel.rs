@@ -2,7 +2,8 @@
 //!
 //! Each side has a send buffer and a receive buffer of limited size. Bytes leave the send buffer when
 //! their acknowledgement arrives. The peer's window opens when its program reads. Every segment takes
-//! some time on the way, and segments of one direction do not overtake one another.
+//! some time on the way, and segments of one direction do not overtake one another. A busy server learns only after
+//! a while that something has arrived.
 //!
 //! A socket is closed as on Linux:
 //!
@@ -14,14 +15,14 @@
 
 use std::{
     collections::VecDeque,
-    io,
+    fmt, io,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::Notify,
@@ -43,6 +44,18 @@ pub(crate) struct Link {
     pub(crate) delay: u64,
     /// The times are drawn from this number.
     pub(crate) seed: u64,
+}
+
+impl Link {
+    /// How long after bytes have arrived the server's task runs. Half of the servers are not busy.
+    fn late(&self) -> Duration {
+        let late = if self.seed >> 63 == 0 {
+            0
+        } else {
+            (self.seed >> 32) % 20
+        };
+        Duration::from_millis(late)
+    }
 }
 
 enum Segment {
@@ -82,24 +95,38 @@ struct Socket {
     /// The host is gone: nothing arrives and nothing is sent.
     vanished: bool,
     reader: Option<Waker>,
+    /// When the reader is woken because bytes have arrived.
+    wakes_at: Option<Instant>,
     writer: Option<Waker>,
     /// Segments on their way to the peer.
     flying: VecDeque<(Instant, Segment)>,
 }
 
 /// What the rules need to know about the server's socket.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Facts {
-    /// When the program last wrote, and when it closed its writing side.
-    pub(crate) wrote: Option<Instant>,
+    /// When the program closed its writing side.
     pub(crate) shut: Option<Instant>,
     /// When the program dropped the socket.
     pub(crate) closed: Option<Instant>,
-    /// When bytes of the client last arrived before that.
-    pub(crate) arrived: Option<Instant>,
+    /// The bytes of the client that arrived before that.
+    pub(crate) arrived: Pieces,
+    /// What the program has written.
+    pub(crate) written: Pieces,
     /// How many bytes of responses the server's own kernel has discarded when it reset the connection.
     /// `None` if it has not.
     pub(crate) discarded: Option<usize>,
+}
+
+/// Pieces of bytes, and when they arrived or were written.
+#[derive(Clone, Default)]
+pub(crate) struct Pieces(pub(crate) Vec<(Instant, Bytes)>);
+
+impl fmt::Debug for Pieces {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pieces = self.0.iter().map(|(at, piece)| (at, piece.len()));
+        f.debug_map().entries(pieces).finish()
+    }
 }
 
 struct State {
@@ -168,6 +195,7 @@ impl State {
     }
 
     fn arrive(&mut self, to: usize, segment: Segment) {
+        let late = self.link.late();
         let socket = &mut self.sockets[to];
         if socket.vanished || socket.reset {
             return;
@@ -177,9 +205,13 @@ impl State {
             Segment::Data(data) => {
                 let length = data.len();
                 socket.unread.extend_from_slice(&data);
-                wake(&mut socket.reader);
+                if to == CLIENT || late.is_zero() {
+                    wake(&mut socket.reader);
+                } else {
+                    socket.wakes_at.get_or_insert(Instant::now() + late);
+                }
                 if to == SERVER {
-                    self.facts.arrived = Some(Instant::now());
+                    self.facts.arrived.0.push((Instant::now(), data.freeze()));
                 }
                 self.send(to, Segment::Acknowledged(length));
             }
@@ -204,12 +236,14 @@ impl State {
         }
     }
 
-    fn next_arrival(&self) -> Option<(Instant, usize)> {
+    /// When the next segment arrives, and from which side, or when the server's reader is woken.
+    fn next(&self) -> Option<(Instant, Option<usize>)> {
         let arrivals = [SERVER, CLIENT].map(|from| {
             let (at, _) = self.sockets[from].flying.front()?;
-            Some((*at, from))
+            Some((*at, Some(from)))
         });
-        arrivals.into_iter().flatten().min()
+        let wakes_at = self.sockets[SERVER].wakes_at.map(|at| (at, None));
+        arrivals.into_iter().flatten().chain(wakes_at).min()
     }
 
     fn polled(&mut self) {
@@ -242,7 +276,7 @@ async fn carry(shared: Arc<Shared>) {
     loop {
         let next = {
             let state = shared.lock();
-            let next = state.next_arrival();
+            let next = state.next();
             if next.is_none() && state.sockets.iter().all(|socket| socket.closed) {
                 return;
             }
@@ -256,8 +290,13 @@ async fn carry(shared: Arc<Shared>) {
             biased;
             () = sleep_until(at) => {
                 let mut state = shared.lock();
-                if let Some((_, segment)) = state.sockets[from].flying.pop_front() {
-                    state.arrive(1 - from, segment);
+                if let Some(from) = from {
+                    if let Some((_, segment)) = state.sockets[from].flying.pop_front() {
+                        state.arrive(1 - from, segment);
+                    }
+                } else {
+                    state.sockets[SERVER].wakes_at = None;
+                    wake(&mut state.sockets[SERVER].reader);
                 }
             }
             () = shared.sent.notified() => {}
@@ -271,7 +310,7 @@ pub(crate) struct Wire(Arc<Shared>);
 
 impl Wire {
     pub(crate) fn facts(&self) -> Facts {
-        self.0.lock().facts
+        self.0.lock().facts.clone()
     }
 
     /// The client's host is gone: no FIN, no reset and no acknowledgement from now on.
@@ -363,7 +402,8 @@ impl AsyncWrite for End {
         let length = room.min(buf.len());
         socket.unsent.extend_from_slice(&buf[..length]);
         if self.side == SERVER {
-            state.facts.wrote = Some(Instant::now());
+            let written = Bytes::copy_from_slice(&buf[..length]);
+            state.facts.written.0.push((Instant::now(), written));
         }
         state.transmit(self.side);
         self.shared.sent.notify_one();
@@ -398,6 +438,7 @@ impl Drop for End {
         }
         let socket = &mut state.sockets[self.side];
         socket.closed = true;
+        socket.wakes_at = None;
         socket.reader = None;
         socket.writer = None;
         if socket.unread.is_empty() {

@@ -10,14 +10,18 @@
 //! The IO is no `TcpStream`, so the server does not know how much of a response its client has
 //! acknowledged. So a loss is allowed after the waits that the page of `GracefulIo` documents.
 //!
-//! proptest prints a failing schedule after shrinking it, and how to keep its seed as a test.
+//! A request that the server could have read is lost too if it is not answered: see `rules::to_read`.
+//!
+//! proptest prints a failing schedule after shrinking it. [`known`] is where such a schedule is kept.
 //! `PROPTEST_CASES=20000 cargo test --release --test kernel` runs for some minutes.
 
 #![cfg(all(feature = "axum", feature = "signal"))]
 
+mod arrivals;
 mod client;
 mod http1;
 mod kernel;
+mod known;
 #[path = "../pipes/mod.rs"]
 mod pipes;
 mod rules;

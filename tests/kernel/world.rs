@@ -27,7 +27,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout},
 };
-use tower_graceful::{Graceful, Report};
+use tower_graceful::{Graceful, Phase, Report};
 
 use crate::{
     client::{self, Received},
@@ -58,13 +58,51 @@ pub(crate) struct Seen {
     pub(crate) received: Option<Vec<Received>>,
     /// Whether the handler of each request was called.
     pub(crate) handled: Vec<bool>,
+    /// Whether the handler of each request, or its body if that has several frames, ended after the drain, or never.
+    pub(crate) cut: Vec<bool>,
 }
 
 struct World {
     schedule: Schedule,
-    handled: Mutex<Vec<(usize, usize)>>,
+    graceful: Graceful,
+    handled: Mutex<Vec<Handled>>,
     /// The connection of each client that has connected.
     wires: Mutex<Vec<Option<Wire>>>,
+}
+
+/// A request whose handler was called.
+struct Handled {
+    client: usize,
+    request: usize,
+    /// In which phase the handler or its body ended.
+    ended: Option<Phase>,
+}
+
+/// Notes the end of a handler or its body.
+struct Handling {
+    world: Arc<World>,
+    index: usize,
+}
+
+impl Handling {
+    fn begin(world: Arc<World>, client: usize, request: usize) -> Self {
+        let mut handled = world.handled.lock().unwrap();
+        handled.push(Handled {
+            client,
+            request,
+            ended: None,
+        });
+        let index = handled.len() - 1;
+        drop(handled);
+        Self { world, index }
+    }
+}
+
+impl Drop for Handling {
+    fn drop(&mut self) {
+        let ended = self.world.graceful.phase();
+        self.world.handled.lock().unwrap()[self.index].ended = Some(ended);
+    }
 }
 
 pub(crate) fn play(schedule: &Schedule) -> Played {
@@ -79,16 +117,17 @@ pub(crate) fn play(schedule: &Schedule) -> Played {
 
 async fn run(schedule: &Schedule) -> Played {
     let start = Instant::now();
-    let world = Arc::new(World {
-        schedule: schedule.clone(),
-        handled: Mutex::default(),
-        wires: Mutex::new(vec![None; schedule.clients.len()]),
-    });
     let graceful = Graceful::builder()
         .drain_delay(ms(schedule.drain_delay))
         .drain_timeout(ms(schedule.drain_timeout))
         .build()
         .unwrap();
+    let world = Arc::new(World {
+        schedule: schedule.clone(),
+        graceful: graceful.clone(),
+        handled: Mutex::default(),
+        wires: Mutex::new(vec![None; schedule.clients.len()]),
+    });
     let (connects, queue) = mpsc::unbounded_channel();
     let server = serve(schedule, &graceful, Pipes(queue), &world);
     let clients: Vec<_> = (0..schedule.clients.len())
@@ -107,14 +146,23 @@ async fn run(schedule: &Schedule) -> Played {
     for (number, client) in clients.into_iter().enumerate() {
         let client = timeout(LONGEST, client).await;
         let handled = world.handled.lock().unwrap();
-        let requests = schedule.clients[number].requests.len();
+        let handled = |request| {
+            let mut handled = handled.iter();
+            handled.find(|it| (it.client, it.request) == (number, request))
+        };
+        let requests = 0..schedule.clients[number].requests.len();
         let received = client.ok().map(|client| client.expect("a client panicked"));
         let wire = world.wires.lock().unwrap()[number].clone();
         seen.push(Seen {
             facts: wire.map(|wire| wire.facts()).unwrap_or_default(),
             received,
-            handled: (0..requests)
-                .map(|request| handled.contains(&(number, request)))
+            handled: requests.clone().map(|it| handled(it).is_some()).collect(),
+            cut: requests
+                .map(|request| {
+                    let handled = handled(request);
+                    let outlasts = |it: &Handled| it.ended.is_none_or(|it| it >= Phase::Closing);
+                    handled.is_some_and(outlasts)
+                })
                 .collect(),
         });
     }
@@ -217,8 +265,8 @@ async fn handle(State(world): State<Arc<World>>, request: Request) -> Response {
     let mut numbers = request.uri().path()[1..].split('/');
     let mut number = || numbers.next().unwrap().parse::<usize>().unwrap();
     let (client, index) = (number(), number());
-    world.handled.lock().unwrap().push((client, index));
     let scheduled = world.schedule.clients[client].requests[index].clone();
+    let handling = Handling::begin(world, client, index);
     if scheduled.reads_upload || request.version() == Version::HTTP_2 {
         let upload = to_bytes(request.into_body(), usize::MAX).await;
         if upload.map_or(0, |upload| upload.len()) != scheduled.upload {
@@ -234,14 +282,14 @@ async fn handle(State(world): State<Arc<World>>, request: Request) -> Response {
         1 if scheduled.gap == 0 => Body::from(frame),
         frames => {
             let gap = scheduled.gap;
-            Body::from_stream(stream::unfold(0, move |sent| {
+            Body::from_stream(stream::unfold((0, handling), move |(sent, handling)| {
                 let frame = frame.clone();
                 async move {
                     if sent == frames {
                         return None;
                     }
                     sleep(ms(gap)).await;
-                    Some((Ok::<_, Infallible>(frame), sent + 1))
+                    Some((Ok::<_, Infallible>(frame), (sent + 1, handling)))
                 }
             }))
         }
