@@ -111,7 +111,7 @@ fn phases_last_as_planned_and_reported(played: &Played) -> Result<(), TestCaseEr
     let lame_duck = draining - played.triggered;
     // No deadline falls into the margin.
     let delay = played.plan.drain_delay;
-    let delay = delay.min(played.plan.grace_period - played.plan.margin);
+    let delay = delay.min(played.plan.grace_period.saturating_sub(played.plan.margin));
     prop_assert!(is_close(lame_duck, delay), "{lame_duck:?}");
     if played.was_cut() {
         let drained = closing - played.triggered;

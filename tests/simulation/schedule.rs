@@ -1,4 +1,8 @@
 //! What happens in a lifecycle, and when. All times are milliseconds since the start.
+//!
+//! A change of a strategy (a range, a weight, the order of fields) or another version of proptest turns every seed in
+//! `main.regressions` into another schedule, without notice. Before such a change, write out as a test what must be kept:
+//! undo the mend, and copy the schedule that proptest prints. After it, remove the seeds.
 
 use proptest::{collection::vec, option, prelude::*};
 
