@@ -458,7 +458,7 @@ async fn connections_are_closed_after_25_ms_of_silence() {
     let entry = stop.connect_and_read();
     stop.terminate();
     stop.at(490).await;
-    entry.read_while_stopping(entry.state.directive());
+    entry.read_while_stopping(entry.state.directive(), || false);
     stop.at(522).await;
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(527).await;
@@ -473,10 +473,10 @@ async fn connections_are_closed_after_25_ms_of_silence() {
     for after in (10..=140).step_by(10) {
         stop.at(after).await;
         assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
-        entry.read_while_stopping(entry.state.directive());
+        entry.read_while_stopping(entry.state.directive(), || false);
     }
     stop.at(148).await;
-    entry.read_while_stopping(entry.state.directive());
+    entry.read_while_stopping(entry.state.directive(), || false);
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(152).await;
     stop.assert_closed_after_one_more_read(&entry).await;

@@ -46,7 +46,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     (
         "whole::a_client_of_http2_that_falls_silent_after_a_frame_holds_the_stop_for_a_second",
-        &[Form::Serve],
+        Form::TRACKING,
         http2_falls_silent,
     ),
     (
