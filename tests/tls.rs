@@ -461,6 +461,45 @@ async fn handshakes_that_run_when_connections_close_are_dropped() {
     }
 }
 
+async fn unread(times_out: bool) {
+    let graceful = graceful(Duration::ZERO);
+    let (tcp, address) = listener().await;
+    let timeout = if times_out {
+        Duration::from_millis(50)
+    } else {
+        TIMEOUT
+    };
+    let begun = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&begun);
+    let endless = graceful.listener(tcp).handshakes(timeout, move |mut io| {
+        let counted = Arc::clone(&counted);
+        async move {
+            // More than its client takes.
+            io.write_all(&vec![0; 300_000]).await?;
+            counted.fetch_add(1, Ordering::SeqCst);
+            std::future::pending::<()>().await;
+            Ok::<_, io::Error>(io)
+        }
+    });
+    let run = spawn(true, &graceful, endless);
+    let client = TcpStream::connect(address).await.unwrap();
+    wait_for("the handshake begins", || begun.load(Ordering::SeqCst) == 1).await;
+    if times_out {
+        wait_for("it is given up", || graceful.connections() == 0).await;
+    }
+    graceful.shutdown();
+    let report = report(run).await;
+    assert_eq!(report.outcome(), Outcome::Clean, "{report}");
+    assert!(report.duration() < Duration::from_secs(5), "{report}");
+    drop(client);
+}
+
+/// Its client receives nothing of what the server has sent.
+#[tokio::test]
+async fn a_handshake_that_is_dropped_is_not_waited_for() {
+    tokio::join!(unread(false), unread(true));
+}
+
 const BALANCER: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 async fn proxied(io: GracefulIo<TcpStream>) -> io::Result<ProxiedStream<GracefulIo<TcpStream>>> {

@@ -19,7 +19,9 @@ pub struct Remaining {
     /// get one. (On servers other than [`serve`](crate::Graceful::serve) only the first requests of a connection
     /// are checked for an upgrade.) It also counts if the operating system gave up its client before the client
     /// had received everything, or if it was upgraded and its handler dropped it before that. Such connections
-    /// are not in [`Report::connections_cut`](crate::Report::connections_cut).
+    /// are not in [`Report::connections_cut`](crate::Report::connections_cut). A connection on which no response was
+    /// written since the trigger does not count if its client has acknowledged and sent nothing for 2 s: it is
+    /// closed then, and the operating system goes on sending.
     pub connections: usize,
     /// Servers, of [`Graceful::serve`](crate::Graceful::serve) or passed to
     /// [`Graceful::run`](crate::Graceful::run), that did not end even after their connections had been
@@ -182,7 +184,8 @@ pub struct CutConnection {
     /// The number of written bytes that the peer had not acknowledged, including the overhead of
     /// TLS and HTTP. Known on Linux, for a connection whose IO is a `TcpStream`; 0 otherwise. Bytes
     /// that have not been written, such as those for which the client has no HTTP/2 window, are not
-    /// included.
+    /// included. They may belong to a response that was written before the trigger, which is in no figure of
+    /// [`Requests`].
     pub undelivered: u64,
 }
 

@@ -82,7 +82,7 @@ where
     ///   descriptor and a few kilobytes until the timeout.
     /// - A connection counts once in [`connections`](crate::Graceful::connections), from its accept. At the
     ///   drain deadline the accepted socket, below any TLS, is reset. Otherwise it is closed as [`GracefulIo`] describes.
-    /// - A handshake that fails or times out closes its connection. It is logged at `DEBUG`. It is not in
+    /// - A handshake that fails or times out closes its connection at once. It is logged at `DEBUG`. It is not in
     ///   the report, because no request has been made. A panic is logged at `WARN` and ends only that
     ///   handshake.
     /// - When the service stops, connections in the accept queue are still accepted. If a peer has sent

@@ -19,12 +19,16 @@
 //!   not closed for [`LINGER_TIMEOUT`];
 //! - while serving, when the peer has acknowledged nothing for [`STALLED_TIMEOUT`], or not everything
 //!   within [`UNDELIVERED_TIMEOUT`]. The kernel continues to send;
+//! - while the service stops, when the peer has acknowledged and sent nothing for [`VANISHED_PEER_TIMEOUT`], if no
+//!   response was sent on the connection since the stop began. The kernel continues to send, and the report does not
+//!   count the connection;
 //! - after an upgrade: [`SILENT_PEER_TIMEOUT`] after the peer last acknowledged something, [`FAR_PEER_TIMEOUT`] if more
 //!   is left than a close frame, or [`SILENT_PEER_TIMEOUT`] after everything was delivered. If the service stops, the
 //!   report counts it if more was left than a close frame;
 //! - while the service stops, when the connection is cut. The report gives the number of bytes that
 //!   were not delivered;
-//! - when the kernel gives up the peer. If the service stops, the report counts the connection.
+//! - when the kernel gives up the peer. The report counts the connection if a response of the stop is lost, or the
+//!   rest of an upgraded connection.
 //!
 //! The number of delivered bytes is unknown if the operating system does not give it, or if the IO is
 //! not a TCP socket. Then all written bytes count as delivered. Such a connection is never closed at
@@ -60,7 +64,7 @@ use super::{
 use crate::{
     connection::{
         directive::Directive,
-        flags::{LINGERS, RESPONDED},
+        flags::{LINGERS, RESPONDED, UPGRADED},
         wakers::{RegisteredWaker, WakerSlot},
     },
     sync::Ordering,
@@ -83,6 +87,11 @@ const LINGER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the peer of an upgraded connection may acknowledge nothing while more than a close frame is undelivered:
 /// longer than a round trip to a distant client.
 const FAR_PEER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long the peer may be silent while the service stops, and bytes are undelivered that were written before the
+/// stop. Linux retransmits after 0.2, 0.6 and 1.4 s and a few round trips, so a peer that is alive acknowledges
+/// something although packets are lost.
+const VANISHED_PEER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long the peer may acknowledge nothing while bytes are undelivered and the service is serving.
 const STALLED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -249,7 +258,11 @@ where
         match error.kind() {
             ConnectionReset | BrokenPipe | NotConnected => 0,
             // The kernel has given up the peer.
-            _ => self.guard.entry.undelivered.load(Ordering::Relaxed),
+            _ if self.guard.entry.flags.has(RESPONDED | UPGRADED) => {
+                self.guard.entry.undelivered.load(Ordering::Relaxed)
+            }
+            // Written before the stop.
+            _ => 0,
         }
     }
 
@@ -332,20 +345,23 @@ where
                 LONGEST_QUERY_INTERVAL
             });
             if left > 0 {
-                let patience = if upgraded && left > CLOSING_BYTES {
-                    FAR_PEER_TIMEOUT
+                let (patience, since) = if upgraded && left > CLOSING_BYTES {
+                    (FAR_PEER_TIMEOUT, took)
                 } else if upgraded {
                     // The handler has dropped it, and has waited for the peer as long as it wanted.
-                    SILENT_PEER_TIMEOUT
+                    (SILENT_PEER_TIMEOUT, took)
                 } else if serving {
-                    STALLED_TIMEOUT
-                } else {
+                    (STALLED_TIMEOUT, took)
+                } else if self.guard.entry.flags.has(RESPONDED) {
                     // The cut ends it.
-                    Duration::MAX
+                    (Duration::MAX, took)
+                } else {
+                    // A peer that sends would be reset.
+                    (VANISHED_PEER_TIMEOUT, took.max(sent))
                 };
-                if now - took >= patience || serving && now - begun >= UNDELIVERED_TIMEOUT {
-                    // While serving, the kernel continues to send. An upgraded connection loses the rest as soon as
-                    // its peer sends something. A close frame alone is no loss.
+                if now - since >= patience || serving && now - begun >= UNDELIVERED_TIMEOUT {
+                    // The kernel continues to send. An upgraded connection loses the rest as soon as its peer sends
+                    // something. A close frame alone is no loss.
                     let is_loss = upgraded && left > CLOSING_BYTES;
                     return if is_loss { left } else { 0 };
                 }
@@ -690,6 +706,37 @@ mod tests {
         });
         let late = open.await.checked_sub(UNDELIVERED_TIMEOUT);
         assert!(late.is_some_and(|late| late < STALLED_TIMEOUT), "{late:?}");
+    }
+
+    /// Its response has ended before the stop.
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_neither_acknowledges_nor_sends_does_not_hold_the_stop() {
+        for (before, acts) in [
+            (Duration::ZERO, false),
+            // Nearly given up.
+            (STALLED_TIMEOUT - SLOW_PEER, false),
+            (Duration::ZERO, true),
+        ] {
+            let deadline = Duration::from_secs(20);
+            let plan = Graceful::builder().drain_delay(Duration::ZERO);
+            let graceful = plan.drain_timeout(deadline).build().unwrap();
+            let mut client = dropped(&graceful).await;
+            time::sleep(before).await;
+            graceful.shutdown();
+            let begun = Instant::now();
+            let run = graceful.run(async {});
+            let mut run = std::pin::pin!(run);
+            while acts && begun.elapsed() < deadline / 2 {
+                // Less than it has left to read.
+                client.read_exact(&mut [0; 8192]).unwrap();
+                let pause = time::timeout(VANISHED_PEER_TIMEOUT / 2, &mut run);
+                assert!(pause.await.is_err(), "{:?}", begun.elapsed());
+            }
+            let report = run.await;
+            assert_eq!(report.outcome(), crate::Outcome::Clean, "{report}");
+            let most = if acts { deadline } else { deadline / 4 };
+            assert!(report.duration() < most, "{report}");
+        }
     }
 
     /// The longest time from the moment at which a slow client has read everything until its connection is

@@ -9,6 +9,20 @@ use std::{
 
 use crate::process::BOUND;
 
+/// From now on the client receives and acknowledges nothing. What it sends still leaves.
+#[cfg(target_os = "linux")]
+pub(crate) fn vanish(stream: &TcpStream) {
+    const RETURN: u16 = 0x06;
+
+    let discard = [socket2::SockFilter::new(RETURN, 0, 0, 0)];
+    let socket = socket2::SockRef::from(stream);
+    socket.attach_filter(&discard).unwrap();
+}
+
+/// Other systems have no such filter. The peer is silent there, and its kernel is not.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn vanish(_: &TcpStream) {}
+
 pub(crate) struct Connection {
     stream: BufReader<TcpStream>,
 }
@@ -370,6 +384,10 @@ pub(crate) mod frames {
             stream.set_nodelay(true).unwrap();
             stream.set_read_timeout(TIMEOUT).unwrap();
             Self::over(stream, settings)
+        }
+
+        pub(crate) fn stream(&self) -> &TcpStream {
+            &self.stream
         }
 
         /// Reads until no frame has arrived for `quiet`. Returns the frames about streams, and GOAWAY.

@@ -14,9 +14,12 @@ use tokio_rustls::rustls::{ClientConfig, ClientConnection, StreamOwned};
 
 use crate::{
     Test,
-    client::frames::{
-        Connection, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Method, PING, WINDOW_UPDATE,
-        request,
+    client::{
+        frames::{
+            Connection, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Method, PING,
+            WINDOW_UPDATE, request,
+        },
+        vanish,
     },
     process::{BOUND, Server, wait_for},
     server::Form,
@@ -93,6 +96,11 @@ pub(crate) const TESTS: &[Test] = &[
         "whole::an_idle_peer_that_sends_nothing_holds_the_stop_for_a_second",
         Form::TRACKING,
         mute,
+    ),
+    (
+        "whole::a_client_that_has_vanished_before_the_stop_holds_it_for_seconds",
+        Form::TRACKING,
+        vanished_before,
     ),
     (
         "whole::what_a_client_has_not_received_is_reported_as_cut",
@@ -523,6 +531,33 @@ fn mute(form: Form) {
     exit.assert_clean();
     exit.assert_within(MS(100), MS(4000));
     drop((clients, answered));
+}
+
+/// The response has ended before the stop, and the client has acknowledged nothing of it.
+fn vanished_before(form: Form) {
+    for protocol in ["HTTP/1", "HTTP/1, and the server closes", "HTTP/2"] {
+        let mut server = Server::start(form, &["delay=100", "drain=20000"]);
+        let tcp = TcpStream::connect(server.address).unwrap();
+        let path = "/bytes/300/2";
+        if protocol == "HTTP/2" {
+            let mut client = Connection::on(tcp.try_clone().unwrap(), WIDE);
+            client.until_quiet(MS(100));
+            vanish(&tcp);
+            client.begin(path).unwrap();
+        } else {
+            vanish(&tcp);
+            let closes = ["", "connection: close\r\n"][usize::from(protocol != "HTTP/1")];
+            let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\n{closes}\r\n");
+            (&tcp).write_all(request.as_bytes()).unwrap();
+        }
+        server.wait_for_in_flight(1);
+        server.wait_for_in_flight(0);
+        server.terminate();
+        let exit = server.exit();
+        exit.assert_clean();
+        exit.assert_within(MS(100), MS(5000));
+        drop(tcp);
+    }
 }
 
 fn undelivered(form: Form) {

@@ -49,10 +49,13 @@ impl<I: 'static> GracefulIo<I> {
         // Only reads expire: a write may belong to a response.
         let expires = || slot == WakerSlot::Read && self.expires(cx);
         if directive >= Directive::Expire && (directive == Directive::Cut || expires()) {
-            // Where the operating system does not tell what the peer has received, what was written before the
-            // stop may still be on its way. Then the drop waits for a peer that is alive.
-            let known = || self.io.as_ref().and_then(tcp).and_then(unacknowledged);
-            if directive == Directive::Cut || known().is_some() {
+            // What was written before the stop may still be on its way, or the operating system does not tell. Then
+            // the drop waits for a peer that is alive.
+            let received = || {
+                self.unacknowledged()
+                    .is_some_and(|left| left <= CLOSING_BYTES)
+            };
+            if directive == Directive::Cut || received() {
                 self.peer = Peer::Gone;
             }
             return Err(cut());
@@ -71,8 +74,13 @@ impl<I: 'static> GracefulIo<I> {
         Ok(directive)
     }
 
+    /// The number of bytes that the peer has not acknowledged, if it is known.
+    fn unacknowledged(&self) -> Option<u32> {
+        self.io.as_ref().and_then(tcp).and_then(unacknowledged)
+    }
+
     /// Whether a connection that was instructed to close a while ago can be closed now: no request is in
-    /// flight on it, and the peer has acknowledged what was sent.
+    /// flight on it, and the peer has acknowledged the responses of the stop.
     #[cold]
     fn expires(&self, cx: &Context<'_>) -> bool {
         let entry = &self.guard.entry;
@@ -96,11 +104,7 @@ impl<I: 'static> GracefulIo<I> {
             // request is running, or its first head is incomplete.
             self.written > Written::Nothing || self.heads.first_is_whole()
         };
-        let responded = entry.flags.has(RESPONDED);
-        let owes = || match self.io.as_ref().and_then(tcp).and_then(unacknowledged) {
-            Some(left) => left > if responded { 0 } else { CLOSING_BYTES },
-            None => responded,
-        };
+        let owes = || entry.flags.has(RESPONDED) && self.unacknowledged() != Some(0);
         // Without `linger` the IO is no socket, and its protocol is unknown.
         self.linger.is_some() && !in_flight && !self.is_blocked() && !owes()
     }

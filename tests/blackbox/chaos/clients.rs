@@ -20,7 +20,7 @@ use socket2::{Domain, SockRef, Socket, Type};
 use tokio::{net::TcpSocket, task::JoinSet, time::timeout};
 
 use crate::{
-    client::Connection,
+    client::{Connection, vanish},
     long_lived::peer::{CLOSE, TEXT, close, handshake, masked},
     many::Chance,
     process::BOUND,
@@ -730,18 +730,6 @@ fn connect(address: SocketAddr, receive_buffer: Option<usize>) -> io::Result<Tcp
 fn reset(connection: &mut Connection) {
     let _ = SockRef::from(connection.stream()).set_linger(Some(Duration::ZERO));
 }
-
-#[cfg(target_os = "linux")]
-fn vanish(stream: &TcpStream) {
-    const RETURN: u16 = 0x06;
-
-    let discard = [socket2::SockFilter::new(RETURN, 0, 0, 0)];
-    SockRef::from(stream).attach_filter(&discard).unwrap();
-}
-
-/// Other systems have no such filter. The peer is silent there, and its kernel is not.
-#[cfg(not(target_os = "linux"))]
-fn vanish(_: &TcpStream) {}
 
 /// Accepts connections until `over`, and passes on what it receives in small pieces with pauses.
 pub(super) fn relay(listener: &TcpListener, server: SocketAddr, shared: &Shared, seed: u64) {
