@@ -56,7 +56,7 @@ pub(crate) const ACTIVE: u16 = 1;
 pub(super) const ANSWERS: u16 = 2;
 /// The server has dropped the IO, and the connection waits for the peer to take the rest.
 pub(crate) const LINGERS: u16 = 4;
-/// A response went out while the service stopped.
+/// A response went out while the service stopped, and its peer may not have received all of it.
 pub(crate) const RESPONDED: u16 = 8;
 /// Some requests of this connection are checked for whether the layer sees them.
 pub(crate) const WATCHED: u16 = 16;

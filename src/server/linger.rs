@@ -135,6 +135,8 @@ pub(super) struct Last {
     /// The last bytes read are an HTTP/1 request without a body. Then the client sends nothing more until
     /// it has read the response.
     pub(super) request: bool,
+    /// A response was written since the stop began.
+    pub(super) responded: bool,
     /// The writing side is closed.
     pub(super) shut: bool,
 }
@@ -165,8 +167,7 @@ where
         eof: false,
         received: false,
         // While serving, a server closes a connection first only after a response.
-        responded: guard.entry.state.directive() == Directive::Stay
-            || guard.entry.flags.has(RESPONDED),
+        responded: guard.entry.state.directive() == Directive::Stay || last.responded,
         last,
         guard,
     };

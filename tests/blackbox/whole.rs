@@ -103,6 +103,11 @@ pub(crate) const TESTS: &[Test] = &[
         vanished_before,
     ),
     (
+        "whole::a_client_that_vanishes_after_its_response_holds_the_stop_for_a_second",
+        Form::TRACKING,
+        vanishes_after,
+    ),
+    (
         "whole::what_a_client_has_not_received_is_reported_as_cut",
         Form::TRACKING,
         undelivered,
@@ -558,6 +563,24 @@ fn vanished_before(form: Form) {
         exit.assert_within(MS(100), MS(5000));
         drop(tcp);
     }
+}
+
+/// The client has acknowledged its response before it vanishes. On axum's server it vanishes before the GOAWAY.
+fn vanishes_after(form: Form) {
+    let mut server = Server::start(form, &["delay=1500", "drain=20000"]);
+    server.get("/").assert_ok();
+    server.terminate();
+    server.wait_for_unready();
+    // A client that connects so late is not asked to leave with its response.
+    let mut client = Connection::open(server.address);
+    client.begin("/").unwrap();
+    client.end_of_stream();
+    client.until_quiet(MS(100));
+    vanish(client.stream());
+    let exit = server.exit();
+    exit.assert_clean();
+    exit.assert_within(MS(1500), MS(5500));
+    drop(client);
 }
 
 fn undelivered(form: Form) {

@@ -71,6 +71,10 @@ pub struct GracefulIo<I: 'static> {
     /// Shows whether the connection is idle, when a listener needs its file descriptor.
     activity: Activity,
     linger: Option<Linger<I>>,
+    /// Of the lowest layer: the latest directive from `Leave` on that a poll has seen.
+    seen: Directive,
+    /// Of the lowest layer: the peer has received a response of the stop.
+    received: bool,
     /// 0 for the accepted IO. The IO that a handshake returns, such as a TLS stream, is the next layer,
     /// and shares the connection entry.
     layer: u8,
@@ -189,6 +193,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
                     self.written
                 },
                 request,
+                responded: self.received || entry.flags.has(RESPONDED),
                 shut: self.writing == Writing::Shut,
             };
             linger(io, last, EntryGuard::share(entry));
@@ -237,6 +242,8 @@ impl<I: 'static> GracefulIo<I> {
             heads: Heads::default(),
             activity: Activity::default(),
             linger,
+            seen: Directive::Stay,
+            received: false,
             layer,
             guard,
         }

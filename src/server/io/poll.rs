@@ -46,9 +46,28 @@ impl<I: 'static> GracefulIo<I> {
             return self.enter_above();
         }
         let directive = self.guard.entry.state.enter(&mut self.waker, slot, cx);
+        if directive >= Directive::Leave {
+            self.enter_leaving(directive, slot, cx)?;
+        }
+        Ok(directive)
+    }
+
+    /// As `enter`, from the directive to leave on.
+    #[cold]
+    fn enter_leaving(
+        &mut self,
+        directive: Directive,
+        slot: WakerSlot,
+        cx: &Context<'_>,
+    ) -> io::Result<()> {
+        if directive > self.seen {
+            self.seen = directive;
+            self.note_received();
+        }
         // Only reads expire: a write may belong to a response.
-        let expires = || slot == WakerSlot::Read && self.expires(cx);
-        if directive >= Directive::Expire && (directive == Directive::Cut || expires()) {
+        let expires =
+            || directive == Directive::Expire && slot == WakerSlot::Read && self.expires(cx);
+        if directive == Directive::Cut || expires() {
             // What was written before the stop may still be on its way, or the operating system does not tell. Then
             // the drop waits for a peer that is alive.
             let received = || {
@@ -60,7 +79,18 @@ impl<I: 'static> GracefulIo<I> {
             }
             return Err(cut());
         }
-        Ok(directive)
+        Ok(())
+    }
+
+    /// Notes whether the peer has received the responses of the stop: before anything is written because of the
+    /// directive, such as a GOAWAY. A peer that vanishes later has lost no response.
+    fn note_received(&mut self) {
+        let entry = &self.guard.entry;
+        let owes = entry.flags.has(RESPONDED);
+        if owes && !self.is_blocked() && self.unacknowledged() == Some(0) {
+            self.received = true;
+            entry.flags.take(RESPONDED);
+        }
     }
 
     /// As `enter`, for a layer above a handshake. The lowest layer registers the wakers when the TLS stream
