@@ -254,6 +254,16 @@ where
         Some(if left > nothing { left } else { 0 })
     }
 
+    /// How many of the undelivered bytes are a loss if the connection is closed. A close frame alone is none.
+    fn loss(&self, left: u32) -> u32 {
+        let is_upgraded = self.last.written == Written::Upgrade;
+        if is_upgraded && left <= CLOSING_BYTES {
+            0
+        } else {
+            left
+        }
+    }
+
     /// The number of bytes that are lost by an error. A peer that has reset the connection has left.
     fn lost_by(&self, error: &io::Error) -> u32 {
         match error.kind() {
@@ -274,10 +284,11 @@ where
         waits && self.last.written != Written::Upgrade
     }
 
-    /// Stores the number for the report. It is stored after each query, because the task may not run between the cut
-    /// and the report.
+    /// Stores for the report how many of these undelivered bytes are a loss. This is stored after each query, because
+    /// the task may not run between the cut and the report.
     fn note_undelivered(&self, left: u32) {
-        self.guard.entry.undelivered.store(left, Ordering::Relaxed);
+        let loss = self.loss(left);
+        self.guard.entry.undelivered.store(loss, Ordering::Relaxed);
     }
 
     /// Whether the connection can be closed at once. `left`: the number of undelivered bytes, if known.
@@ -316,7 +327,7 @@ where
                     return self.lost_by(&error);
                 }
                 if self.guard.entry.state.directive() == Directive::Cut {
-                    return self.undelivered().unwrap_or(0);
+                    return self.loss(self.undelivered().unwrap_or(0));
                 }
             }
             let now = Instant::now();
@@ -362,9 +373,8 @@ where
                 };
                 if now - since >= patience || serving && now - begun >= UNDELIVERED_TIMEOUT {
                     // The kernel continues to send. An upgraded connection loses the rest as soon as its peer sends
-                    // something. A close frame alone is no loss.
-                    let is_loss = upgraded && left > CLOSING_BYTES;
-                    return if is_loss { left } else { 0 };
+                    // something.
+                    return if upgraded { self.loss(left) } else { 0 };
                 }
                 continue;
             }
@@ -686,6 +696,40 @@ mod tests {
         let report = report_of_loss(sockets, request, Client::Stays, response).await;
         let cut = report.requests().cut;
         assert_eq!((report.remaining().connections, cut), (1, 0), "{report}");
+    }
+
+    /// The handler drops the WebSocket just before the deadline.
+    #[tokio::test]
+    async fn a_close_frame_that_is_undelivered_at_the_cut_is_no_loss() {
+        let deadline = Duration::from_millis(500);
+        let plan = Graceful::builder().drain_delay(Duration::ZERO);
+        let graceful = plan.drain_timeout(deadline).build().unwrap();
+        let (mut client, tcp) = connect_with_little_room().await;
+        let mut io = graceful.track(tcp);
+        let request = b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        io.read_exact(&mut vec![0; request.len()]).await.unwrap();
+        io.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+            .await
+            .unwrap();
+        fill_room(&mut io, 100).await;
+        let hold = graceful.hold("WebSocket");
+        graceful.shutdown();
+        while graceful.phase() < crate::Phase::Draining {
+            time::sleep(FIRST_QUERY_INTERVAL).await;
+        }
+        time::sleep(deadline - SILENT_PEER_TIMEOUT / 2).await;
+        let number = |io: &GracefulIo<TcpStream>| unacknowledged(io.get_ref());
+        assert!(number(&io) > Some(FIN));
+        drop((io, hold));
+        let report = graceful.run(async {}).await;
+        let is_late = report.duration() >= deadline;
+        assert_eq!(
+            report.outcome(),
+            crate::Outcome::Clean,
+            "{is_late} {report}"
+        );
+        drop(client);
     }
 
     /// How long the connection stays open if its client does this again and again.
