@@ -198,12 +198,22 @@ impl<O> ConnectionTable<O> {
         lock!(self.open).lost.half_closed += 1;
     }
 
-    /// Counts a connection whose peer does not receive the rest of what was written.
+    /// Counts a connection whose peer does not receive the rest of what was written. If it has been listed at the
+    /// cut, it counts there.
     #[cold]
     pub(crate) fn torn(&self, entry: &ConnectionEntry<O>) {
         let mut open = lock!(self.open);
-        open.lost.torn += 1;
+        let is_listed = open.is_cut;
+        if is_listed && entry.flags.has(LINGERS) {
+            return;
+        }
         open.lost.torn_requests += usize::from(entry.owes_response());
+        if !is_listed {
+            open.lost.torn += 1;
+            // If it is listed before it is closed, it has nothing more to lose.
+            entry.flags.set(LINGERS);
+            entry.undelivered.store(0, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn lost_so_far(&self) -> Lost {
@@ -527,6 +537,26 @@ mod tests {
         assert!(table.has_close_unnoticed());
         entry.flags.set(LINGERS);
         assert!(!table.has_close_unnoticed());
+    }
+
+    /// The connections are listed some time before they are instructed.
+    #[test]
+    fn a_connection_that_is_torn_at_the_cut_counts_once() {
+        for lingers in [false, true] {
+            for (listed, torn) in [(true, 0), (false, 1)] {
+                let table = ConnectionTable::<()>::default();
+                let entry = table.insert((), None);
+                entry.flags.put(LINGERS, lingers);
+                entry.undelivered.store(1, Ordering::Relaxed);
+                let now = Instant::now();
+                let before = listed.then(|| table.cut(now));
+                table.torn(&entry);
+                assert_eq!(table.lost_so_far().torn, torn, "{lingers} {listed}");
+                let list = before.unwrap_or_else(|| table.cut(now));
+                let counts = !list[0].lingered() || list[0].undelivered() > 0;
+                assert_eq!(counts, listed, "{lingers} {listed}");
+            }
+        }
     }
 
     #[derive(Default)]
