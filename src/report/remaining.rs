@@ -18,10 +18,11 @@ pub struct Remaining {
     /// of a response. hyper may do that if the client has asked for an upgrade, such as to h2c, and did not
     /// get one. (On servers other than [`serve`](crate::Graceful::serve) only the first requests of a connection
     /// are checked for an upgrade.) It also counts if the operating system gave up its client before the client
-    /// had received everything, or if it was upgraded and its handler dropped it before that. Such connections
-    /// are not in [`Report::connections_cut`](crate::Report::connections_cut). A connection on which no response was
-    /// written since the trigger does not count if its client has acknowledged and sent nothing for 2 s: it is
-    /// closed then, and the operating system goes on sending.
+    /// had received everything, or if its runtime ended before that, or if it was upgraded and its handler dropped
+    /// it before that. Such connections are not in
+    /// [`Report::connections_cut`](crate::Report::connections_cut). A connection on which no response was written
+    /// since the trigger does not count if its client has acknowledged and sent nothing for 2 s: it is closed then,
+    /// and the operating system goes on sending.
     pub connections: usize,
     /// Servers, of [`Graceful::serve`](crate::Graceful::serve) or passed to
     /// [`Graceful::run`](crate::Graceful::run), that did not end even after their connections had been

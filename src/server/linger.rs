@@ -169,6 +169,7 @@ where
         // While serving, a server closes a connection first only after a response.
         responded: guard.entry.state.directive() == Directive::Stay || last.responded,
         last,
+        waits: false,
         guard,
     };
     // Most connections are idle and need no task. Only a TCP socket is polled here: this runs in a
@@ -184,6 +185,7 @@ where
         return;
     }
     lingering.note_undelivered(left.unwrap_or(0));
+    lingering.waits = true;
     lingering.guard.entry.flags.set(LINGERS);
     if let Ok(runtime) = Handle::try_current() {
         drop(runtime.spawn(lingering.until_closed()));
@@ -201,44 +203,29 @@ struct Lingering<I: 'static> {
     /// afterwards.
     responded: bool,
     last: Last,
+    /// A task waits for the peer. False when it has ended by itself.
+    waits: bool,
     // After the IO, so that the connection is closed before it is removed.
     guard: EntryGuard,
 }
 
-impl<I> Lingering<I>
-where
-    I: AsyncRead + AsyncWrite + Unpin + 'static,
-{
-    /// Closes the writing side, then reads and discards. Ready when the connection is cut, when the peer has closed
-    /// its side, or with an error.
-    fn poll_peer(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Self { io, waker, .. } = self;
-        if self.guard.entry.state.enter(waker, WakerSlot::Read, cx) == Directive::Cut {
-            return Poll::Ready(Ok(()));
+impl<I> Drop for Lingering<I> {
+    /// Counts what is lost.
+    fn drop(&mut self) {
+        if self.waits {
+            // The runtime has ended, and has dropped the task.
+            self.note_undelivered(self.undelivered().unwrap_or(0));
         }
-        if !self.last.shut && Pin::new(&mut *io).poll_shutdown(cx)?.is_ready() {
-            self.last.shut = true;
+        let entry = &self.guard.entry;
+        // While serving, nothing is counted. After the cut the connection is in the list.
+        let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
+        if stops && entry.undelivered.load(Ordering::Relaxed) > 0 {
+            entry.owner.connections.torn(entry);
         }
-        if self.eof {
-            return Poll::Pending;
-        }
-        for _ in 0..READS {
-            let mut space = [std::mem::MaybeUninit::uninit(); READ];
-            let mut buf = ReadBuf::uninit(&mut space);
-            ready!(Pin::new(&mut *io).poll_read(cx, &mut buf))?;
-            if buf.filled().is_empty() {
-                self.eof = true;
-                return Poll::Ready(Ok(()));
-            }
-            self.received = true;
-            // It sends although its last request had no body.
-            self.last.request = false;
-        }
-        // Yields to other tasks, because the peer may never stop sending.
-        cx.waker().wake_by_ref();
-        Poll::Pending
     }
+}
 
+impl<I> Lingering<I> {
     /// The number of unacknowledged bytes, or 0 if the rest contains nothing that must be waited for.
     /// `None` if the number is unknown.
     fn undelivered(&self) -> Option<u32> {
@@ -298,17 +285,46 @@ where
         // nothing to a task that has used up its budget.
         silent && !self.received && left == Some(0) && !has_unread(&self.io)
     }
+}
+
+impl<I> Lingering<I>
+where
+    I: AsyncRead + AsyncWrite + Unpin + 'static,
+{
+    /// Closes the writing side, then reads and discards. Ready when the connection is cut, when the peer has closed
+    /// its side, or with an error.
+    fn poll_peer(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Self { io, waker, .. } = self;
+        if self.guard.entry.state.enter(waker, WakerSlot::Read, cx) == Directive::Cut {
+            return Poll::Ready(Ok(()));
+        }
+        if !self.last.shut && Pin::new(&mut *io).poll_shutdown(cx)?.is_ready() {
+            self.last.shut = true;
+        }
+        if self.eof {
+            return Poll::Pending;
+        }
+        for _ in 0..READS {
+            let mut space = [std::mem::MaybeUninit::uninit(); READ];
+            let mut buf = ReadBuf::uninit(&mut space);
+            ready!(Pin::new(&mut *io).poll_read(cx, &mut buf))?;
+            if buf.filled().is_empty() {
+                self.eof = true;
+                return Poll::Ready(Ok(()));
+            }
+            self.received = true;
+            // It sends although its last request had no body.
+            self.last.request = false;
+        }
+        // Yields to other tasks, because the peer may never stop sending.
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
 
     async fn until_closed(mut self) {
         let left = self.linger().await;
-        let entry = &self.guard.entry;
-        let directive = entry.state.directive();
-        // After the cut it is in the list.
-        let is_cut = directive == Directive::Cut;
-        self.note_undelivered(if is_cut { left } else { 0 });
-        if left > 0 && directive > Directive::Stay && !is_cut {
-            entry.owner.connections.torn(entry);
-        }
+        self.note_undelivered(left);
+        self.waits = false;
     }
 
     /// Waits until the connection can be closed. Returns how many bytes the peer has not received and loses, as far as
@@ -729,6 +745,37 @@ mod tests {
             crate::Outcome::Clean,
             "{is_late} {report}"
         );
+        drop(client);
+    }
+
+    /// Others of the service's runtimes go on.
+    #[test]
+    fn what_a_connection_has_not_delivered_when_its_runtime_ends_is_reported() {
+        let runtime = || {
+            let mut builder = tokio::runtime::Builder::new_current_thread();
+            builder.enable_all().build().unwrap()
+        };
+        let plan = Graceful::builder().drain_delay(Duration::ZERO);
+        let graceful = plan.build().unwrap();
+        let other = runtime();
+        let client = other.block_on(async {
+            let (mut client, tcp) = connect_with_little_room().await;
+            let mut io = graceful.track(tcp);
+            let request = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+            client.write_all(request).await.unwrap();
+            io.read_exact(&mut vec![0; request.len()]).await.unwrap();
+            let permit = graceful.shared().admission().admit().unwrap().answered();
+            graceful.shutdown();
+            let much = vec![b'x'; 1 << 20];
+            while io.write_all(&much).now_or_never().is_some() {}
+            drop((io, permit));
+            assert_eq!(graceful.connections(), 1);
+            client
+        });
+        drop(other);
+        let report = runtime().block_on(graceful.run(async {}));
+        let lost = (report.remaining().connections, report.requests().cut);
+        assert_eq!(lost, (1, 1), "{report}");
         drop(client);
     }
 

@@ -48,15 +48,20 @@ impl Graceful {
     ///
     /// ```no_run
     /// # #[tokio::main]
-    /// # async fn main() -> std::io::Result<()> {
+    /// # async fn main() -> std::io::Result<std::process::ExitCode> {
     /// # let app = axum::Router::new();
     /// # let graceful = tower_graceful::Graceful::new();
     /// let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
-    /// axum::serve(graceful.listener(listener), app)
-    ///     .with_graceful_shutdown(graceful.drain())
-    ///     .await
+    /// let server = axum::serve(graceful.listener(listener), app)
+    ///     .with_graceful_shutdown(graceful.drain());
+    /// let report = graceful.run(server).await;
+    /// # Ok(report.into())
     /// # }
     /// ```
+    ///
+    /// axum's server ends when it has dropped its connections. Their last bytes may be on the way then, and
+    /// [`run`](Self::run) also waits until the connections are closed. Without it, end the runtime only when
+    /// [`stopped`](Self::stopped) has resolved.
     ///
     /// # Wrapped listeners
     ///

@@ -16,7 +16,8 @@ impl Graceful {
     /// take a partial response for a complete one, and the report names the peer. A type that wraps a
     /// `TcpStream` is not reset, and its peer is unknown unless it is [set](GracefulIo::set_peer).
     ///
-    /// A `TcpStream` or `UnixStream` is closed as [`GracefulIo`] describes; other IO is dropped. So with
+    /// A `TcpStream` or `UnixStream` is closed as [`GracefulIo`] describes, so end the runtime only when
+    /// [`run`](Self::run) has returned or [`stopped`](Self::stopped) has resolved; other IO is dropped. So with
     /// TLS, track the socket below TLS and not the TLS stream.
     ///
     /// ```

@@ -43,7 +43,8 @@ use crate::{
 /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)). So when a `GracefulIo` is
 /// dropped inside a runtime, a spawned task closes the writing side, and reads and discards what the
 /// peer sends until the peer closes too. The connection counts as [open](Graceful::connections) until
-/// its socket is closed. The task closes the socket earlier than the peer in these cases:
+/// its socket is closed. If the runtime ends earlier, the task ends too; a stop then counts the connection if
+/// the peer has not received everything. The task closes the socket earlier than the peer in these cases:
 ///
 /// - at once, if the connection is idle, if nothing was written on it, if a read or write has failed, or if its
 ///   [handshake](crate::HandshakeExt::handshakes) has not succeeded; while serving, also if the peer closed first;
