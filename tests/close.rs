@@ -14,7 +14,7 @@ use axum::{
     http::StatusCode,
     response::Response,
     routing::{MethodRouter, get, post},
-    serve::Listener,
+    serve::{Listener, ListenerExt},
 };
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt, stream};
@@ -1075,4 +1075,71 @@ async fn a_client_that_offers_an_upgrade_and_does_not_read_keeps_no_other_connec
     assert_eq!(report.remaining().connections, 1, "{report}");
     let end = time::timeout(BOUND, idle.read(&mut [0])).await;
     assert_eq!(end.unwrap().unwrap(), 0);
+}
+
+/// The client acknowledges nothing from now on.
+#[cfg(target_os = "linux")]
+fn vanish(client: &TcpStream) {
+    const RETURN: u16 = 0x06;
+
+    let discard = [socket2::SockFilter::new(RETURN, 0, 0, 0)];
+    let client = socket2::SockRef::from(client);
+    client.attach_filter(&discard).unwrap();
+}
+
+/// The report of a stop during which a client sends a request and vanishes.
+#[cfg(target_os = "linux")]
+async fn given_up(own: bool, request: &[u8], bytes: usize) -> Report {
+    let graceful = graceful();
+    let called = Arc::new(Notify::new());
+    let (calls, stops) = (Arc::clone(&called), graceful.clone());
+    let handler = get(async move || {
+        calls.notify_one();
+        stops.draining().await;
+        vec![b'x'; bytes]
+    });
+    let app = Router::new().route("/", handler).layer(graceful.layer());
+    let (tcp, address) = listener().await;
+    let listener = graceful.listener(tcp).tap_io(|io| {
+        let timeout = Some(Duration::from_millis(500));
+        let socket = socket2::SockRef::from(io.get_ref());
+        socket.set_tcp_user_timeout(timeout).unwrap();
+    });
+    let server = if own {
+        tokio::spawn(graceful.serve(listener, app).into_future())
+    } else {
+        let server = axum::serve(listener, app).with_graceful_shutdown(graceful.drain());
+        tokio::spawn(graceful.run(server))
+    };
+    let mut client = TcpStream::connect(address).await.unwrap();
+    client.write_all(request).await.unwrap();
+    time::timeout(BOUND, called.notified()).await.unwrap();
+    vanish(&client);
+    graceful.shutdown();
+    let report = time::timeout(BOUND, server).await.unwrap().unwrap();
+    drop(client);
+    report
+}
+
+/// The kernel does so after the time set by `TCP_USER_TIMEOUT`.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_response_whose_client_the_kernel_gives_up_is_cut() {
+    const GET: &[u8] = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n";
+    // A request for `http://test/`, which ends its stream.
+    const GET_OVER_HTTP2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\
+        \0\0\0\x04\0\0\0\0\0\
+        \0\0\x09\x01\x05\0\0\0\x01\x82\x86\x84\x01\x04test";
+    for own in [true, false] {
+        for (request, bytes) in [
+            (GET, 1_000),
+            // More than the socket has room for.
+            (GET, 20_000_000),
+            (GET_OVER_HTTP2, 1_000),
+        ] {
+            let report = given_up(own, request, bytes).await;
+            let lost = (report.requests().cut, report.remaining().connections);
+            assert_eq!(lost, (1, 1), "{own} {bytes}: {report}");
+        }
+    }
 }

@@ -192,6 +192,11 @@ where
     }
 }
 
+/// Whether the kernel has given up the peer. A peer that has reset the connection has left.
+pub(super) fn gave_up(error: &io::Error) -> bool {
+    !matches!(error.kind(), ConnectionReset | BrokenPipe | NotConnected)
+}
+
 struct Lingering<I: 'static> {
     io: I,
     waker: RegisteredWaker,
@@ -251,16 +256,15 @@ impl<I> Lingering<I> {
         }
     }
 
-    /// The number of bytes that are lost by an error. A peer that has reset the connection has left.
+    /// The number of bytes that are lost by an error.
     fn lost_by(&self, error: &io::Error) -> u32 {
-        match error.kind() {
-            ConnectionReset | BrokenPipe | NotConnected => 0,
-            // The kernel has given up the peer.
-            _ if self.guard.entry.flags.has(RESPONDED | UPGRADED) => {
-                self.guard.entry.undelivered.load(Ordering::Relaxed)
-            }
-            // Written before the stop.
-            _ => 0,
+        let entry = &self.guard.entry;
+        // What was written before the stop is no loss.
+        let is_loss = gave_up(error) && entry.flags.has(RESPONDED | UPGRADED);
+        if is_loss {
+            entry.undelivered.load(Ordering::Relaxed)
+        } else {
+            0
         }
     }
 

@@ -19,7 +19,7 @@ use crate::{
     },
     phase::Phase,
     server::{
-        linger::{CLOSING_BYTES, Written},
+        linger::{CLOSING_BYTES, Written, gave_up},
         requests,
         send_queue::unacknowledged,
         socket::{has_unread, read_now, tcp},
@@ -90,6 +90,22 @@ impl<I: 'static> GracefulIo<I> {
         if owes && !self.is_blocked() && self.unacknowledged() == Some(0) {
             self.received = true;
             entry.flags.take(RESPONDED);
+        }
+    }
+
+    /// A read or a write has failed, so the drop does not wait for the peer. A response is lost if the kernel has given
+    /// up the peer before the peer had received it. That is known if the kernel had no room for the rest, and
+    /// otherwise since [`note_received`](Self::note_received): what a connection that leaves sends later is its last
+    /// response.
+    #[cold]
+    fn failed(&mut self, error: &io::Error) {
+        let first = std::mem::replace(&mut self.peer, Peer::Gone) < Peer::Gone;
+        let entry = &self.guard.entry;
+        let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
+        let owes = entry.flags.has(RESPONDED) && (self.is_blocked() || self.seen > Directive::Stay);
+        let is_socket = || self.io.as_ref().and_then(tcp).is_some();
+        if first && stops && owes && gave_up(error) && is_socket() {
+            entry.owner.connections.torn(entry);
         }
     }
 
@@ -239,6 +255,9 @@ impl<I: 'static> GracefulIo<I> {
             && (this.heads.is_asking() || entry.flags.has(UPGRADES))
             && !entry.is_served();
         this.activity.wrote(upgrades, result.is_ready());
+        if let Poll::Ready(Err(error)) = &result {
+            this.failed(error);
+        }
         this.note_writing(result.is_pending());
         match &result {
             Poll::Ready(Ok(bytes)) => {
@@ -259,8 +278,7 @@ impl<I: 'static> GracefulIo<I> {
                     this.wrote_while_stopping(head, *bytes);
                 }
             }
-            Poll::Ready(Err(_)) => this.peer = Peer::Gone,
-            Poll::Pending => {}
+            Poll::Ready(Err(_)) | Poll::Pending => {}
         }
         result
     }
@@ -373,7 +391,7 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
                 }
             }
             Poll::Pending | Poll::Ready(Ok(())) => {}
-            Poll::Ready(Err(_)) => this.peer = Peer::Gone,
+            Poll::Ready(Err(error)) => this.failed(error),
         }
         result
     }
