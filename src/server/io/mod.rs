@@ -194,7 +194,10 @@ impl<I: 'static> Drop for GracefulIo<I> {
                     self.written
                 },
                 request,
-                responded: self.received || entry.flags.has(RESPONDED),
+                // While serving, a server closes a connection first only after a response.
+                responded: directive == Directive::Stay
+                    || self.received
+                    || entry.flags.has(RESPONDED),
                 shut: self.writing == Writing::Shut,
             };
             linger(io, last, EntryGuard::share(entry));
