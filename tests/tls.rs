@@ -494,6 +494,39 @@ async fn unread(times_out: bool) {
     drop(client);
 }
 
+/// The client has sent its request already, as it may in TLS 1.3 before its certificate is refused.
+#[tokio::test]
+async fn the_reason_why_a_handshake_has_failed_arrives_although_the_client_goes_on_sending() {
+    const REASON: &[u8] = b"no certificate";
+    for stops in [false, true] {
+        let graceful = graceful(Duration::from_secs(5));
+        let (tcp, address) = listener().await;
+        let fails = graceful
+            .listener(tcp)
+            .handshakes(TIMEOUT, |mut io| async move {
+                io.read_u8().await?;
+                io.write_all(REASON).await?;
+                Err::<GracefulIo<TcpStream>, _>(io::Error::other("refused"))
+            });
+        let run = spawn(true, &graceful, fails);
+        let mut client = TcpStream::connect(address).await.unwrap();
+        wait_for("the connection", || graceful.connections() == 1).await;
+        if stops {
+            graceful.shutdown();
+        }
+        client.write_all(&[0; 1000]).await.unwrap();
+        client.readable().await.unwrap();
+        for _ in 0..10 {
+            client.write_all(&[0; 1000]).await.unwrap();
+            time::sleep(Duration::from_millis(2)).await;
+        }
+        let mut reason = Vec::new();
+        client.read_to_end(&mut reason).await.unwrap();
+        assert_eq!(reason, REASON, "stops: {stops}");
+        run.abort();
+    }
+}
+
 /// Its client receives nothing of what the server has sent.
 #[tokio::test]
 async fn a_handshake_that_is_dropped_is_not_waited_for() {

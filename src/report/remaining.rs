@@ -21,8 +21,8 @@ pub struct Remaining {
     /// had received everything, or if its runtime ended before that, or if it was upgraded and its handler dropped
     /// it before that. Such connections are not in
     /// [`Report::connections_cut`](crate::Report::connections_cut). A connection on which no response was written
-    /// since the trigger does not count if its client has acknowledged and sent nothing for 2 s: it is closed then,
-    /// and the operating system goes on sending.
+    /// since the trigger does not count if its client has vanished (on Linux: after three retransmissions without an
+    /// answer). It is closed then, and the operating system goes on sending.
     pub connections: usize,
     /// Servers, of [`Graceful::serve`](crate::Graceful::serve) or passed to
     /// [`Graceful::run`](crate::Graceful::run), that did not end even after their connections had been

@@ -1,4 +1,5 @@
-//! The number of bytes written on a TCP connection that the peer has not acknowledged.
+//! The number of bytes written on a TCP connection that the peer has not acknowledged, and whether the peer still
+//! answers.
 //!
 //! A response is not delivered when its last byte has been written. The kernel may hold megabytes of
 //! it, and discards them if the socket is closed and the peer sends something afterwards. Linux gives
@@ -14,6 +15,12 @@
 
 use tokio::net::TcpStream;
 
+/// After so many retransmissions without an answer a peer counts as vanished. Linux sends them 0.2, 0.6 and 1.4 s
+/// after the first loss, and later to a peer that is far away. A peer that is alive answers although it has no room
+/// for more: then the kernel probes it, and each answer begins the count anew.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+const VANISHED: u8 = 3;
+
 /// The number of bytes that the peer has not acknowledged. An unacknowledged FIN counts as one byte.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn unacknowledged(tcp: &TcpStream) -> Option<u32> {
@@ -21,14 +28,22 @@ pub(super) fn unacknowledged(tcp: &TcpStream) -> Option<u32> {
         Ok(peer) => match diag::send_queue(tcp.local_addr().ok()?, peer)? {
             // It has ended since. Or the kernel never finds it: the socket was passed from another network
             // namespace, or the kernel has no `tcp_diag`.
-            diag::NOT_FOUND => tcp.peer_addr().is_err().then_some(0),
-            queue => Some(queue),
+            diag::Answer::NotFound => tcp.peer_addr().is_err().then_some(0),
+            diag::Answer::Queue { unacknowledged, .. } => Some(unacknowledged),
         },
         // Either both sides have closed and everything is acknowledged, or the peer has reset the
         // connection.
         Err(error) if error.kind() == std::io::ErrorKind::NotConnected => Some(0),
         Err(_) => None,
     }
+}
+
+/// Whether the peer has stopped answering: it was suspended, or has lost its network. `false` if that is unknown.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn has_vanished(tcp: &TcpStream) -> bool {
+    let ends = tcp.local_addr().ok().zip(tcp.peer_addr().ok());
+    let answer = ends.and_then(|(local, peer)| diag::send_queue(local, peer));
+    matches!(answer, Some(diag::Answer::Queue { unanswered, .. }) if unanswered >= VANISHED)
 }
 
 /// Opens the netlink socket, once for the process.
@@ -43,6 +58,11 @@ pub(super) fn prepare() {}
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 pub(super) fn unacknowledged(_: &TcpStream) -> Option<u32> {
     None
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn has_vanished(_: &TcpStream) -> bool {
+    false
 }
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -73,8 +93,17 @@ mod diag {
     const REQUEST: usize = HEADER + 56;
     const ANSWER: usize = HEADER + 72;
 
-    /// What [`send_queue`] returns if the kernel does not find the connection.
-    pub(super) const NOT_FOUND: u32 = u32::MAX;
+    /// What the kernel knows of a connection.
+    #[derive(Debug, PartialEq, Eq)]
+    pub(super) enum Answer {
+        NotFound,
+        Queue {
+            /// In bytes.
+            unacknowledged: u32,
+            /// The number of retransmissions, or of probes for a peer without room, since the peer last answered.
+            unanswered: u8,
+        },
+    }
 
     /// One netlink socket for the process. Each query holds the lock for about 2 µs.
     static SOCKET: Mutex<Asking> = Mutex::new(Asking {
@@ -95,7 +124,8 @@ mod diag {
         });
     }
 
-    pub(super) fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<u32> {
+    /// `None` if the kernel cannot be asked.
+    pub(super) fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<Answer> {
         let mut asking = lock!(SOCKET);
         // A forked process shares the socket with its parent, and each may take an answer that is meant
         // for the other. The second query is on a new socket.
@@ -105,7 +135,7 @@ mod diag {
     impl Asking {
         /// Queries the kernel. After an error the next query opens a new socket, because a late answer may
         /// come on this one.
-        fn ask(&mut self, local: SocketAddr, peer: SocketAddr) -> io::Result<u32> {
+        fn ask(&mut self, local: SocketAddr, peer: SocketAddr) -> io::Result<Answer> {
             let socket = self.socket.take().map_or_else(open, Ok)?;
             self.queries = self.queries.wrapping_add(1);
             let queue = ask(&socket, self.queries, local, peer)?;
@@ -126,7 +156,12 @@ mod diag {
     }
 
     /// Sends a query and reads the answer.
-    fn ask(socket: &Socket, number: u32, local: SocketAddr, peer: SocketAddr) -> io::Result<u32> {
+    fn ask(
+        socket: &Socket,
+        number: u32,
+        local: SocketAddr,
+        peer: SocketAddr,
+    ) -> io::Result<Answer> {
         let request = request(number, local, peer);
         socket.send(&request)?;
         let mut answer = [0; 512];
@@ -138,7 +173,7 @@ mod diag {
         if answer.get(4..6) == Some(&NLMSG_ERROR.to_ne_bytes()) {
             let error = answer.get(HEADER..HEADER + 4).map(<[u8; 4]>::try_from);
             return match error {
-                Some(Ok(error)) if i32::from_ne_bytes(error) == -ENOENT => Ok(NOT_FOUND),
+                Some(Ok(error)) if i32::from_ne_bytes(error) == -ENOENT => Ok(Answer::NotFound),
                 _ => Err(io::ErrorKind::Other.into()),
             };
         }
@@ -179,21 +214,30 @@ mod diag {
 
     /// The send queue, if this is the answer to the request. In place of a connection that it does not
     /// find, the kernel may answer with a listener on the same port.
-    fn parse(answer: &[u8], request: &[u8; REQUEST]) -> Option<u32> {
+    fn parse(answer: &[u8], request: &[u8; REQUEST]) -> Option<Answer> {
         /// Ports and addresses, in the answer and in the request.
         const ENDS: (std::ops::Range<usize>, std::ops::Range<usize>) =
             (HEADER + 4..HEADER + 40, HEADER + 8..HEADER + 44);
         const STATE: usize = HEADER + 1;
+        /// The number of the timer, and what it counts.
+        const TIMER: usize = HEADER + 2;
+        const UNANSWERED: usize = HEADER + 3;
+        /// The retransmission, and the probe of a peer that has no room.
+        const TIMERS: [u8; 2] = [1, 4];
         const SEND_QUEUE: std::ops::Range<usize> = HEADER + 60..HEADER + 64;
 
         if answer.len() < ANSWER || answer[4..6] != SOCK_DIAG_BY_FAMILY.to_ne_bytes() {
             return None;
         }
         if answer[STATE] == TCP_LISTEN {
-            return Some(NOT_FOUND);
+            return Some(Answer::NotFound);
         }
-        let queue = answer[SEND_QUEUE].try_into().ok()?;
-        (answer[ENDS.0] == request[ENDS.1]).then(|| u32::from_ne_bytes(queue))
+        let counts = TIMERS.contains(&answer[TIMER]);
+        let queue = Answer::Queue {
+            unacknowledged: u32::from_ne_bytes(answer[SEND_QUEUE].try_into().ok()?),
+            unanswered: if counts { answer[UNANSWERED] } else { 0 },
+        };
+        (answer[ENDS.0] == request[ENDS.1]).then_some(queue)
     }
 
     #[cfg(test)]
@@ -214,7 +258,10 @@ mod diag {
         }
 
         fn queue(tcp: &TcpStream) -> Option<u32> {
-            send_queue(tcp.local_addr().unwrap(), tcp.peer_addr().unwrap())
+            match send_queue(tcp.local_addr().unwrap(), tcp.peer_addr().unwrap())? {
+                Answer::NotFound => None,
+                Answer::Queue { unacknowledged, .. } => Some(unacknowledged),
+            }
         }
 
         fn becomes(tcp: &TcpStream, expected: impl Fn(Option<u32>) -> bool) {
@@ -273,7 +320,7 @@ mod diag {
             let linger = socket2::SockRef::from(&server);
             linger.set_linger(Some(Duration::ZERO)).unwrap();
             drop(server);
-            assert_eq!(send_queue(local, peer), Some(NOT_FOUND));
+            assert_eq!(send_queue(local, peer), Some(Answer::NotFound));
         }
     }
 }

@@ -103,6 +103,11 @@ pub(crate) const TESTS: &[Test] = &[
         vanished_before,
     ),
     (
+        "whole::a_response_that_has_ended_before_the_stop_arrives_although_its_client_pauses",
+        Form::TRACKING,
+        pauses,
+    ),
+    (
         "whole::a_client_that_vanishes_after_its_response_holds_the_stop_for_a_second",
         Form::TRACKING,
         vanishes_after,
@@ -562,6 +567,37 @@ fn vanished_before(form: Form) {
         exit.assert_clean();
         exit.assert_within(MS(100), MS(5000));
         drop(tcp);
+    }
+}
+
+/// The response has ended before the stop, and most of it is still in the server's kernel. The client sends while it
+/// reads.
+fn pauses(form: Form) {
+    const KIB: usize = 512;
+    for is_http2 in [false, true] {
+        let mut server = Server::start(form, &["delay=100", "drain=20000"]);
+        let mut tcp = narrow(server.address);
+        let path = format!("/bytes/300/{KIB}");
+        let mut http2 = is_http2.then(|| Connection::on(tcp.try_clone().unwrap(), WIDE));
+        if let Some(client) = &mut http2 {
+            begin_wide(client, &path);
+        } else {
+            let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n");
+            tcp.write_all(request.as_bytes()).unwrap();
+        }
+        server.wait_for_in_flight(1);
+        server.wait_for_in_flight(0);
+        server.terminate();
+        // The kernel probes it more than three times.
+        thread::sleep(MS(4000));
+        if let Some(client) = &mut http2 {
+            read_and_send(client, "lame duck", KIB);
+        } else {
+            let _ = tcp.write_all(b"GET /next HTTP/1.1\r\n");
+            assert_eq!(read_slowly(&mut tcp, KIB), KIB * 1024);
+        }
+        drop((tcp, http2));
+        server.exit().assert_clean();
     }
 }
 

@@ -47,17 +47,19 @@ use crate::{
 /// the peer has not received everything. The task closes the socket earlier than the peer in these cases:
 ///
 /// - at once, if the connection is idle, if nothing was written on it, if a read or write has failed, or if its
-///   [handshake](crate::HandshakeExt::handshakes) has not succeeded; while serving, also if the peer closed first;
+///   [handshake](crate::HandshakeExt::handshakes) is dropped when connections close; while serving, also if the peer
+///   closed first;
 /// - if the peer has received everything: at once if its last request had no body and it has sent nothing since (on a
 ///   server other than `serve`, only if that request was read while the service stopped); otherwise when it has
 ///   then been silent for 250 ms, or for 1 s if it has sent something since it received everything. After 2 s the
 ///   socket is closed in any case. Only Linux tells what the peer has received; on other systems all written bytes
 ///   count as received, and no connection is closed at once for that;
-/// - if the peer has not received everything: after 30 s in which it has acknowledged nothing, and after
-///   5 min in any case. The operating system goes on sending then. While the service stops, the task waits until the
+/// - if the peer has not received everything: after 30 s in which it has acknowledged nothing (1 s after a handshake
+///   that has failed), and after 5 min in any case. The operating system goes on sending then. While the service stops, the task waits until the
 ///   drain deadline instead, and the number of bytes that the peer has not received is in the
 ///   [report](crate::CutConnection::undelivered). But if no response was written since the stop began, it waits only
-///   until the peer has acknowledged and sent nothing for 2 s, and the report does not count the connection;
+///   for a peer that still answers on the level of TCP (on Linux: not after three retransmissions without an answer),
+///   and the report does not count the connection of another;
 /// - after an upgrade, such as to a WebSocket: when the peer has acknowledged nothing for 250 ms (for 1 s if more
 ///   than a close frame is left; a stop then counts the connection), or 250 ms after it has received everything. To
 ///   wait for the answer to a close frame, use [`Hold::close_socket`](crate::Hold::close_socket).
@@ -182,14 +184,18 @@ impl<I: 'static> Drop for GracefulIo<I> {
             Peer::Finished => directive == Directive::Stay,
             Peer::Gone => true,
         };
-        // The peer of a handshake that has not succeeded waits for no response.
-        if leaves || self.written == Written::Nothing || entry.flags.has(HANDSHAKE) {
+        // The peer of a handshake that is dropped waits for no response.
+        let handshake = entry.flags.has(HANDSHAKE);
+        let drops_handshake = handshake && directive >= Directive::Close;
+        if leaves || self.written == Written::Nothing || drops_handshake {
             return;
         }
         if let Some(linger) = self.linger {
             let last = Last {
                 written: if entry.flags.has(UPGRADED) {
                     Written::Upgrade
+                } else if handshake {
+                    Written::Handshake
                 } else {
                     self.written
                 },
