@@ -17,7 +17,7 @@ use axum::{
     serve::{Listener, ListenerExt},
 };
 use bytes::Bytes;
-use futures_util::{FutureExt, StreamExt, stream};
+use futures_util::{FutureExt, StreamExt, future::join_all, stream};
 use http::Request;
 use http_body_util::{BodyExt, Collected, Empty};
 use hyper::client::conn::http2;
@@ -1089,7 +1089,7 @@ fn vanish(client: &TcpStream) {
 
 /// The report of a stop during which a client sends a request and vanishes.
 #[cfg(target_os = "linux")]
-async fn given_up(own: bool, request: &[u8], bytes: usize) -> Report {
+async fn given_up(own: bool, after: Duration, request: &[u8], bytes: usize) -> Report {
     let graceful = graceful();
     let called = Arc::new(Notify::new());
     let (calls, stops) = (Arc::clone(&called), graceful.clone());
@@ -1100,10 +1100,9 @@ async fn given_up(own: bool, request: &[u8], bytes: usize) -> Report {
     });
     let app = Router::new().route("/", handler).layer(graceful.layer());
     let (tcp, address) = listener().await;
-    let listener = graceful.listener(tcp).tap_io(|io| {
-        let timeout = Some(Duration::from_millis(500));
+    let listener = graceful.listener(tcp).tap_io(move |io| {
         let socket = socket2::SockRef::from(io.get_ref());
-        socket.set_tcp_user_timeout(timeout).unwrap();
+        socket.set_tcp_user_timeout(Some(after)).unwrap();
     });
     let server = if own {
         tokio::spawn(graceful.serve(listener, app).into_future())
@@ -1130,16 +1129,23 @@ async fn a_response_whose_client_the_kernel_gives_up_is_cut() {
     const GET_OVER_HTTP2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\
         \0\0\0\x04\0\0\0\0\0\
         \0\0\x09\x01\x05\0\0\0\x01\x82\x86\x84\x01\x04test";
+    let mut runs = Vec::new();
     for own in [true, false] {
-        for (request, bytes) in [
-            (GET, 1_000),
-            // More than the socket has room for.
-            (GET, 20_000_000),
-            (GET_OVER_HTTP2, 1_000),
-        ] {
-            let report = given_up(own, request, bytes).await;
-            let lost = (report.requests().cut, report.remaining().connections);
-            assert_eq!(lost, (1, 1), "{own} {bytes}: {report}");
+        // Before connections expire, and after that.
+        for after in [500, 2500] {
+            for (request, bytes) in [
+                (GET, 1_000),
+                // More than the socket has room for.
+                (GET, 20_000_000),
+                (GET_OVER_HTTP2, 1_000),
+            ] {
+                runs.push(async move {
+                    let report = given_up(own, Duration::from_millis(after), request, bytes).await;
+                    let lost = (report.requests().cut, report.remaining().connections);
+                    assert_eq!(lost, (1, 1), "{own} {after} {bytes}: {report}");
+                });
+            }
         }
     }
+    join_all(runs).await;
 }

@@ -37,4 +37,9 @@ impl Directive {
             _ => Self::Cut,
         }
     }
+
+    /// The service stops, and the connection has not been cut.
+    pub(crate) fn is_uncut_stop(self) -> bool {
+        (Self::Stopping..Self::Cut).contains(&self)
+    }
 }

@@ -54,7 +54,8 @@ pub(crate) const ACTIVE: u16 = 1;
 /// On a server other than `serve`: the peer was asked to leave, and has answered that, or has sent a part of a
 /// request.
 pub(super) const ANSWERS: u16 = 2;
-/// The server has dropped the IO, and the connection waits for the peer to take the rest.
+/// The server has dropped the IO, and the connection waits for the peer to take the rest. Or what its peer has lost is
+/// counted.
 pub(crate) const LINGERS: u16 = 4;
 /// A response went out while the service stopped, and its peer may not have received all of it.
 pub(crate) const RESPONDED: u16 = 8;

@@ -103,7 +103,8 @@ impl Graceful {
     /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout). A worker that has not ended by
     /// then is cut: its future is dropped, and the outcome is [`Forced`](crate::Outcome::Forced). A
     /// worker that ends, fails or panics before the stop is logged at once and reported; it does
-    /// not stop the service. So is one that is dropped because its runtime shuts down: it counts as cut.
+    /// not stop the service. A worker that is dropped because its runtime shuts down is logged and reported in the same
+    /// way, as cut.
     ///
     /// Register one worker for each kind of work when the service starts. For a single job use
     /// [`spawn`](Self::spawn).
@@ -166,7 +167,8 @@ impl Graceful {
     /// The trigger in the report is then [`WorkerEnded`](Trigger::WorkerEnded), and the worker's
     /// row shows how it ended. The outcome is [`CleanupFailed`](crate::Outcome::CleanupFailed) if
     /// it failed or panicked. If it ended without an error, the outcome can still be
-    /// [`Clean`](crate::Outcome::Clean).
+    /// [`Clean`](crate::Outcome::Clean). If the worker is dropped because its runtime shuts down, it has not ended, and
+    /// does not start the stop.
     ///
     /// # Errors
     ///

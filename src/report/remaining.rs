@@ -29,7 +29,8 @@ pub struct Remaining {
     /// cut, and were dropped.
     pub servers: usize,
     /// [Workers](crate::Graceful::worker) that were cut at the end of
-    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout).
+    /// [`worker_timeout`](crate::GracefulBuilder::worker_timeout), or dropped because their runtime shut down, also before
+    /// the stop.
     pub workers: usize,
     /// Connections that were reset in a listener's queue, because the process had no file
     /// descriptor left to accept them, or did not run until the drain deadline had passed; and connections

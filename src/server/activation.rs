@@ -40,11 +40,11 @@ const FIRST: RawFd = 3;
 pub(super) fn find(socket: &impl AsRawFd) -> Passed {
     let current = passed(|name| env::var_os(name).map(OsString::into_vec));
     let initial = passed_in(&fs::read("/proc/self/environ").unwrap_or_default());
-    let (passed, is_named) = if current.0.len() > initial.0.len() {
-        current
-    } else {
-        initial
-    };
+    // A program may change its environment, for itself or for a child.
+    let all = [initial, current].into_iter();
+    let (passed, is_named) = all
+        .max_by_key(|(passed, is_named)| (passed.len(), *is_named))
+        .unwrap_or_default();
     if passed.is_empty() {
         return Passed::No;
     }
@@ -62,7 +62,8 @@ fn passed(value: impl Fn(&str) -> Option<Vec<u8>>) -> (Range<RawFd>, bool) {
     let is_named = value("LISTEN_PID").is_some();
     let is_ours = number("LISTEN_PID").is_some_and(|pid| RawFd::try_from(process::id()) == Ok(pid));
     let count = number("LISTEN_FDS").filter(|_| is_ours || !is_named);
-    let first = number("LISTEN_FDS_FIRST_FD").unwrap_or(FIRST);
+    let first = number("LISTEN_FDS_FIRST_FD").filter(|first| *first >= 0);
+    let first = first.unwrap_or(FIRST);
     (first..first.saturating_add(count.unwrap_or(0)), is_named)
 }
 

@@ -82,9 +82,9 @@ where
     ///   descriptor and a few kilobytes until the timeout.
     /// - A connection counts once in [`connections`](crate::Graceful::connections), from its accept. At the
     ///   drain deadline the accepted socket, below any TLS, is reset. Otherwise it is closed as [`GracefulIo`] describes.
-    /// - A handshake that fails or times out closes its connection at once. It is logged at `DEBUG`. It is not in
-    ///   the report, because no request has been made. A panic is logged at `WARN` and ends only that
-    ///   handshake.
+    /// - A handshake that fails or times out closes its connection, so that a peer that is alive receives what the
+    ///   handshake has written, such as a TLS alert. It is logged at `DEBUG`. It is not in the report, because no request
+    ///   has been made. A panic is logged at `WARN` and ends only that handshake.
     /// - When the service stops, connections in the accept queue are still accepted. If a peer has sent
     ///   something, the service waits for its handshake for at most 1 s. It does not wait for a peer that
     ///   has sent nothing within 25 ms after it connected. Handshakes that still run afterwards are dropped.

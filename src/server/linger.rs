@@ -19,7 +19,7 @@
 //!   not closed for [`LINGER_TIMEOUT`];
 //! - while serving, when the peer has acknowledged nothing for [`STALLED_TIMEOUT`], [`FAR_PEER_TIMEOUT`] after a
 //!   handshake that has failed, or not everything within [`UNDELIVERED_TIMEOUT`]. The kernel continues to send;
-//! - while the service stops, when the peer [has vanished](has_vanished), if no response was sent on the connection
+//! - while the service stops, when the peer [has vanished](Queue::has_vanished), if no response was sent on the connection
 //!   since the stop began. The kernel continues to send, and the report does not count the connection;
 //! - after an upgrade: [`SILENT_PEER_TIMEOUT`] after the peer last acknowledged something, [`FAR_PEER_TIMEOUT`] if more
 //!   is left than a close frame, or [`SILENT_PEER_TIMEOUT`] after everything was delivered. If the service stops, the
@@ -57,7 +57,7 @@ use tokio::net::UnixStream;
 
 use super::{
     entry_guard::EntryGuard,
-    send_queue::{has_vanished, unacknowledged},
+    send_queue::{Queue, queue},
     socket::{has_unread, take, tcp},
 };
 use crate::{
@@ -163,7 +163,7 @@ where
         eof: false,
         received: false,
         last,
-        waits: false,
+        is_undecided: false,
         guard,
     };
     // Most connections are idle and need no task. Only a TCP socket is polled here: this runs in a
@@ -179,7 +179,7 @@ where
         return;
     }
     lingering.note_undelivered(left.unwrap_or(0));
-    lingering.waits = true;
+    lingering.is_undecided = true;
     lingering.guard.entry.flags.set(LINGERS);
     if let Ok(runtime) = Handle::try_current() {
         drop(runtime.spawn(lingering.until_closed()));
@@ -199,8 +199,8 @@ struct Lingering<I: 'static> {
     /// Bytes were received since `linger` last checked.
     received: bool,
     last: Last,
-    /// A task waits for the peer. False when it has ended by itself.
-    waits: bool,
+    /// `linger` has not returned.
+    is_undecided: bool,
     // After the IO, so that the connection is closed before it is removed.
     guard: EntryGuard,
 }
@@ -208,24 +208,24 @@ struct Lingering<I: 'static> {
 impl<I> Drop for Lingering<I> {
     /// Counts what is lost.
     fn drop(&mut self) {
-        if self.waits {
-            // The runtime has ended, and has dropped the task.
-            self.note_undelivered(self.undelivered().unwrap_or(0));
+        if self.is_undecided {
+            // There is no runtime, or it has ended and dropped the task.
+            let queue = self.queue().filter(|queue| !self.is_given_up(*queue));
+            self.note_undelivered(queue.unwrap_or_default().unacknowledged);
         }
         let entry = &self.guard.entry;
         // While serving, nothing is counted. After the cut the connection is in the list.
-        let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
-        if stops && entry.undelivered.load(Ordering::Relaxed) > 0 {
+        if entry.state.directive().is_uncut_stop() && entry.undelivered.load(Ordering::Relaxed) > 0
+        {
             entry.owner.connections.torn(entry);
         }
     }
 }
 
 impl<I> Lingering<I> {
-    /// The number of unacknowledged bytes, or 0 if the rest contains nothing that must be waited for.
-    /// `None` if the number is unknown.
-    fn undelivered(&self) -> Option<u32> {
-        let left = unacknowledged(tcp(&self.io)?)?;
+    /// What is unacknowledged, with 0 bytes if they contain nothing that must be waited for. `None` if it is unknown.
+    fn queue(&self) -> Option<Queue> {
+        let queue = queue(tcp(&self.io)?)?;
         // If the peer sends nothing, closing causes no reset, and the kernel delivers the rest, if the peer still
         // exists. A response of a stop must have been received.
         let may_be_response = self.guard.entry.flags.has(RESPONDED);
@@ -234,7 +234,18 @@ impl<I> Lingering<I> {
         } else {
             FIN
         };
-        Some(if left > nothing { left } else { 0 })
+        let is_owed = queue.unacknowledged > nothing;
+        Some(if is_owed { queue } else { Queue::default() })
+    }
+
+    /// See [`queue`](Self::queue).
+    fn undelivered(&self) -> Option<u32> {
+        self.queue().map(|queue| queue.unacknowledged)
+    }
+
+    /// Whether the peer has vanished, and all its responses were written before the stop.
+    fn is_given_up(&self, queue: Queue) -> bool {
+        queue.has_vanished() && !self.guard.entry.flags.has(RESPONDED)
     }
 
     /// How many of the undelivered bytes are a loss if the connection is closed. A close frame alone is none.
@@ -319,7 +330,7 @@ where
     async fn until_closed(mut self) {
         let left = self.linger().await;
         self.note_undelivered(left);
-        self.waits = false;
+        self.is_undecided = false;
     }
 
     /// Waits until the connection can be closed. Returns how many bytes the peer has not received and loses, as far as
@@ -342,7 +353,8 @@ where
                 }
             }
             let now = Instant::now();
-            let known = self.undelivered();
+            let queue = self.queue();
+            let known = queue.map(|queue| queue.unacknowledged);
             if known == Some(0) {
                 // Nothing is left also after an error that no read has returned.
                 let error = tcp(&self.io).and_then(|tcp| tcp.take_error().ok()?);
@@ -382,12 +394,13 @@ where
                     // The cut ends it.
                     Duration::MAX
                 };
-                let vanished = || {
-                    let owes = self.guard.entry.flags.has(RESPONDED);
-                    !serving && !owes && tcp(&self.io).is_some_and(has_vanished)
+                let given_up = queue.is_some_and(|queue| self.is_given_up(queue));
+                let ends = if serving {
+                    now - begun >= UNDELIVERED_TIMEOUT
+                } else {
+                    given_up
                 };
-                let is_late = serving && now - begun >= UNDELIVERED_TIMEOUT;
-                if now - took >= patience || is_late || vanished() {
+                if now - took >= patience || ends {
                     // The kernel continues to send. An upgraded connection loses the rest as soon as its peer sends
                     // something.
                     return if upgraded { self.loss(left) } else { 0 };
@@ -433,7 +446,7 @@ mod tests {
         net::{TcpListener, TcpSocket},
     };
 
-    use super::*;
+    use super::{super::send_queue::unacknowledged, *};
     use crate::{GracefulIo, Report, handle::graceful::Graceful};
 
     /// A connection that its server has dropped, and whose client has much left to read. The client sends

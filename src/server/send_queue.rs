@@ -15,35 +15,46 @@
 
 use tokio::net::TcpStream;
 
-/// After so many retransmissions without an answer a peer counts as vanished. Linux sends them 0.2, 0.6 and 1.4 s
-/// after the first loss, and later to a peer that is far away. A peer that is alive answers although it has no room
-/// for more: then the kernel probes it, and each answer begins the count anew.
-#[cfg(any(target_os = "linux", target_os = "android"))]
-const VANISHED: u8 = 3;
+/// What a TCP connection has sent, and its peer has not acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Queue {
+    /// The number of bytes. A FIN counts as one.
+    pub(super) unacknowledged: u32,
+    /// How often the kernel has sent it again since the peer last acknowledged a part of it, or, if the peer has no room,
+    /// how often it has probed the peer since that last answered.
+    pub(super) sent_again: u8,
+}
 
-/// The number of bytes that the peer has not acknowledged. An unacknowledged FIN counts as one byte.
+impl Queue {
+    /// Whether the peer has stopped answering: its machine was suspended, or has lost its network.
+    ///
+    /// Linux sends again 0.2, 0.6, 1.4 and 3.0 s after the first loss, and later to a peer that is far away. It counts
+    /// when it sends, so three were not answered. A peer that is alive may ignore one of the probes, because Linux
+    /// answers them at most every 0.5 s.
+    pub(super) fn has_vanished(self) -> bool {
+        self.sent_again >= 4
+    }
+}
+
+/// `None` if the kernel does not tell. Empty if the connection has ended: either both sides have closed and everything
+/// is acknowledged, or the peer has reset it, or the kernel has given it up.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-pub(super) fn unacknowledged(tcp: &TcpStream) -> Option<u32> {
+pub(super) fn queue(tcp: &TcpStream) -> Option<Queue> {
     match tcp.peer_addr() {
-        Ok(peer) => match diag::send_queue(tcp.local_addr().ok()?, peer)? {
+        Ok(peer) => match diag::ask(tcp.local_addr().ok()?, peer)? {
             // It has ended since. Or the kernel never finds it: the socket was passed from another network
             // namespace, or the kernel has no `tcp_diag`.
-            diag::Answer::NotFound => tcp.peer_addr().is_err().then_some(0),
-            diag::Answer::Queue { unacknowledged, .. } => Some(unacknowledged),
+            diag::Answer::NotFound => tcp.peer_addr().is_err().then(Queue::default),
+            diag::Answer::Found(queue) => Some(queue),
         },
-        // Either both sides have closed and everything is acknowledged, or the peer has reset the
-        // connection.
-        Err(error) if error.kind() == std::io::ErrorKind::NotConnected => Some(0),
+        Err(error) if error.kind() == std::io::ErrorKind::NotConnected => Some(Queue::default()),
         Err(_) => None,
     }
 }
 
-/// Whether the peer has stopped answering: it was suspended, or has lost its network. `false` if that is unknown.
-#[cfg(any(target_os = "linux", target_os = "android"))]
-pub(super) fn has_vanished(tcp: &TcpStream) -> bool {
-    let ends = tcp.local_addr().ok().zip(tcp.peer_addr().ok());
-    let answer = ends.and_then(|(local, peer)| diag::send_queue(local, peer));
-    matches!(answer, Some(diag::Answer::Queue { unanswered, .. }) if unanswered >= VANISHED)
+/// The number of bytes that the peer has not acknowledged.
+pub(super) fn unacknowledged(tcp: &TcpStream) -> Option<u32> {
+    queue(tcp).map(|queue| queue.unacknowledged)
 }
 
 /// Opens the netlink socket, once for the process.
@@ -56,13 +67,8 @@ pub(super) fn prepare() {
 pub(super) fn prepare() {}
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn unacknowledged(_: &TcpStream) -> Option<u32> {
+pub(super) fn queue(_: &TcpStream) -> Option<Queue> {
     None
-}
-
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn has_vanished(_: &TcpStream) -> bool {
-    false
 }
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -75,6 +81,7 @@ mod diag {
 
     use socket2::{Domain, Protocol, Socket, Type};
 
+    use super::Queue;
     use crate::sync::lock;
 
     // linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
@@ -93,16 +100,10 @@ mod diag {
     const REQUEST: usize = HEADER + 56;
     const ANSWER: usize = HEADER + 72;
 
-    /// What the kernel knows of a connection.
     #[derive(Debug, PartialEq, Eq)]
     pub(super) enum Answer {
         NotFound,
-        Queue {
-            /// In bytes.
-            unacknowledged: u32,
-            /// The number of retransmissions, or of probes for a peer without room, since the peer last answered.
-            unanswered: u8,
-        },
+        Found(Queue),
     }
 
     /// One netlink socket for the process. Each query holds the lock for about 2 µs.
@@ -125,7 +126,7 @@ mod diag {
     }
 
     /// `None` if the kernel cannot be asked.
-    pub(super) fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<Answer> {
+    pub(super) fn ask(local: SocketAddr, peer: SocketAddr) -> Option<Answer> {
         let mut asking = lock!(SOCKET);
         // A forked process shares the socket with its parent, and each may take an answer that is meant
         // for the other. The second query is on a new socket.
@@ -138,9 +139,9 @@ mod diag {
         fn ask(&mut self, local: SocketAddr, peer: SocketAddr) -> io::Result<Answer> {
             let socket = self.socket.take().map_or_else(open, Ok)?;
             self.queries = self.queries.wrapping_add(1);
-            let queue = ask(&socket, self.queries, local, peer)?;
+            let answer = exchange(&socket, self.queries, local, peer)?;
             self.socket = Some(socket);
-            Ok(queue)
+            Ok(answer)
         }
     }
 
@@ -156,7 +157,7 @@ mod diag {
     }
 
     /// Sends a query and reads the answer.
-    fn ask(
+    fn exchange(
         socket: &Socket,
         number: u32,
         local: SocketAddr,
@@ -219,9 +220,9 @@ mod diag {
         const ENDS: (std::ops::Range<usize>, std::ops::Range<usize>) =
             (HEADER + 4..HEADER + 40, HEADER + 8..HEADER + 44);
         const STATE: usize = HEADER + 1;
-        /// The number of the timer, and what it counts.
+        /// The timer that runs, and its count.
         const TIMER: usize = HEADER + 2;
-        const UNANSWERED: usize = HEADER + 3;
+        const COUNT: usize = HEADER + 3;
         /// The retransmission, and the probe of a peer that has no room.
         const TIMERS: [u8; 2] = [1, 4];
         const SEND_QUEUE: std::ops::Range<usize> = HEADER + 60..HEADER + 64;
@@ -233,11 +234,11 @@ mod diag {
             return Some(Answer::NotFound);
         }
         let counts = TIMERS.contains(&answer[TIMER]);
-        let queue = Answer::Queue {
+        let queue = Queue {
             unacknowledged: u32::from_ne_bytes(answer[SEND_QUEUE].try_into().ok()?),
-            unanswered: if counts { answer[UNANSWERED] } else { 0 },
+            sent_again: if counts { answer[COUNT] } else { 0 },
         };
-        (answer[ENDS.0] == request[ENDS.1]).then_some(queue)
+        (answer[ENDS.0] == request[ENDS.1]).then_some(Answer::Found(queue))
     }
 
     #[cfg(test)]
@@ -258,9 +259,9 @@ mod diag {
         }
 
         fn queue(tcp: &TcpStream) -> Option<u32> {
-            match send_queue(tcp.local_addr().unwrap(), tcp.peer_addr().unwrap())? {
+            match ask(tcp.local_addr().unwrap(), tcp.peer_addr().unwrap())? {
                 Answer::NotFound => None,
-                Answer::Queue { unacknowledged, .. } => Some(unacknowledged),
+                Answer::Found(queue) => Some(queue.unacknowledged),
             }
         }
 
@@ -320,7 +321,7 @@ mod diag {
             let linger = socket2::SockRef::from(&server);
             linger.set_linger(Some(Duration::ZERO)).unwrap();
             drop(server);
-            assert_eq!(send_queue(local, peer), Some(Answer::NotFound));
+            assert_eq!(ask(local, peer), Some(Answer::NotFound));
         }
     }
 }

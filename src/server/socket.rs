@@ -63,6 +63,11 @@ pub(super) fn read_now<I: 'static>(io: &I, buf: &mut ReadBuf<'_>) -> Poll<io::Re
     }
 }
 
+/// Whether the kernel probes the peer while the connection is idle (`SO_KEEPALIVE`), as far as it tells.
+pub(super) fn probes_idle_peer(tcp: &TcpStream) -> bool {
+    SockRef::from(tcp).keepalive().unwrap_or(true)
+}
+
 /// Makes the drop of a TCP connection reset it.
 pub(super) fn reset<I: 'static>(io: &I) {
     if let Some(tcp) = tcp(io) {

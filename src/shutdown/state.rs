@@ -207,7 +207,7 @@ pub(crate) struct Cleanup {
     pub(crate) begun: Instant,
     /// How the closing of the connections ended.
     pub(crate) after: Reason,
-    /// How long the workers have.
+    /// Until when the workers may run.
     pub(super) workers_until: Instant,
     /// When they were aborted, because that time was over.
     pub(super) workers_aborted: Option<Instant>,

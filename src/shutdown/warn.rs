@@ -55,8 +55,8 @@ impl Lifecycle {
         let awaited = self.work.not_ended();
         if !awaited.is_nothing() {
             self.log_event(Event::RuntimeEnds(awaited));
+            events::flush(self.plan().effective().margin);
         }
-        events::flush(self.plan().effective().margin);
     }
 
     /// Whether a task that may close a connection is notified that draining starts.

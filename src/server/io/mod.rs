@@ -55,11 +55,11 @@ use crate::{
 ///   socket is closed in any case. Only Linux tells what the peer has received; on other systems all written bytes
 ///   count as received, and no connection is closed at once for that;
 /// - if the peer has not received everything: after 30 s in which it has acknowledged nothing (1 s after a handshake
-///   that has failed), and after 5 min in any case. The operating system goes on sending then. While the service stops, the task waits until the
-///   drain deadline instead, and the number of bytes that the peer has not received is in the
-///   [report](crate::CutConnection::undelivered). But if no response was written since the stop began, it waits only
-///   for a peer that still answers on the level of TCP (on Linux: not after three retransmissions without an answer),
-///   and the report does not count the connection of another;
+///   that has failed), and after 5 min in any case. The operating system goes on sending then;
+/// - if the peer has not received everything while the service stops: at the drain deadline. The number of bytes that
+///   the peer has not received is in the [report](crate::CutConnection::undelivered). If no response was written since
+///   the stop began, and the peer has vanished (on Linux: it has not answered three retransmissions), the task closes
+///   the socket earlier. The report does not count this connection, and the operating system goes on sending;
 /// - after an upgrade, such as to a WebSocket: when the peer has acknowledged nothing for 250 ms (for 1 s if more
 ///   than a close frame is left; a stop then counts the connection), or 250 ms after it has received everything. To
 ///   wait for the answer to a close frame, use [`Hold::close_socket`](crate::Hold::close_socket).
@@ -77,7 +77,7 @@ pub struct GracefulIo<I: 'static> {
     /// Of the lowest layer: the latest directive from `Leave` on that a poll has seen.
     seen: Directive,
     /// Of the lowest layer: the peer has received a response of the stop.
-    received: bool,
+    has_delivered: bool,
     /// 0 for the accepted IO. The IO that a handshake returns, such as a TLS stream, is the next layer,
     /// and shares the connection entry.
     layer: u8,
@@ -124,7 +124,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
         if is_top && !entry.is_served() && self.heads.is_asked() {
             entry.dropped_unanswered();
         }
-        let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
+        let stops = entry.state.directive().is_uncut_stop();
         // A layer below the top follows the top, which has cleared the state if nothing was torn.
         let may_be_torn = !is_top || self.peer <= Peer::Withheld;
         if stops && may_be_torn && entry.is_torn_by_close() {
@@ -202,7 +202,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
                 request,
                 // While serving, a server closes a connection first only after a response.
                 responded: directive == Directive::Stay
-                    || self.received
+                    || self.has_delivered
                     || entry.flags.has(RESPONDED),
                 shut: self.writing == Writing::Shut,
             };
@@ -253,7 +253,7 @@ impl<I: 'static> GracefulIo<I> {
             activity: Activity::default(),
             linger,
             seen: Directive::Stay,
-            received: false,
+            has_delivered: false,
             layer,
             guard,
         }

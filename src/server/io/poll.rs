@@ -22,7 +22,7 @@ use crate::{
         linger::{CLOSING_BYTES, Written, gave_up},
         requests,
         send_queue::unacknowledged,
-        socket::{has_unread, read_now, tcp},
+        socket::{has_unread, probes_idle_peer, read_now, tcp},
     },
 };
 
@@ -70,11 +70,11 @@ impl<I: 'static> GracefulIo<I> {
         if directive == Directive::Cut || expires() {
             // What was written before the stop may still be on its way, or the operating system does not tell. Then
             // the drop waits for a peer that is alive.
-            let received = || {
+            let is_delivered = || {
                 self.unacknowledged()
                     .is_some_and(|left| left <= CLOSING_BYTES)
             };
-            if directive == Directive::Cut || received() {
+            if directive == Directive::Cut || is_delivered() {
                 self.peer = Peer::Gone;
             }
             return Err(cut());
@@ -88,23 +88,29 @@ impl<I: 'static> GracefulIo<I> {
         let entry = &self.guard.entry;
         let owes = entry.flags.has(RESPONDED);
         if owes && !self.is_blocked() && self.unacknowledged() == Some(0) {
-            self.received = true;
+            self.has_delivered = true;
             entry.flags.take(RESPONDED);
         }
     }
 
-    /// A read or a write has failed, so the drop does not wait for the peer. A response is lost if the kernel has given
-    /// up the peer before the peer had received it. That is known if the kernel had no room for the rest, and
-    /// otherwise since [`note_received`](Self::note_received): what a connection that leaves sends later is its last
-    /// response.
+    /// A read or a write has failed, so the drop does not wait for the peer. If the kernel has given up the peer, the
+    /// peer may have lost a response. It has lost one
+    ///
+    /// - if the kernel had no room for the rest of it;
+    /// - if the kernel does not probe idle peers, because then it gives up only a peer that owes an acknowledgement;
+    /// - if the connection leaves, because then [`note_received`](Self::note_received) has cleared `RESPONDED` if the peer
+    ///   had acknowledged everything.
     #[cold]
     fn failed(&mut self, error: &io::Error) {
         let first = std::mem::replace(&mut self.peer, Peer::Gone) < Peer::Gone;
         let entry = &self.guard.entry;
-        let stops = (Directive::Stopping..Directive::Cut).contains(&entry.state.directive());
-        let owes = entry.flags.has(RESPONDED) && (self.is_blocked() || self.seen > Directive::Stay);
-        let is_socket = || self.io.as_ref().and_then(tcp).is_some();
-        if first && stops && owes && gave_up(error) && is_socket() {
+        let stops = entry.state.directive().is_uncut_stop() && entry.flags.has(RESPONDED);
+        let Some(tcp) = self.io.as_ref().and_then(tcp) else {
+            return;
+        };
+        let leaves = self.seen > Directive::Stay;
+        let owes = || self.is_blocked() || leaves || !probes_idle_peer(tcp);
+        if first && stops && gave_up(error) && owes() {
             entry.owner.connections.torn(entry);
         }
     }
@@ -120,9 +126,12 @@ impl<I: 'static> GracefulIo<I> {
         Ok(directive)
     }
 
-    /// The number of bytes that the peer has not acknowledged, if it is known.
+    /// The number of bytes that the peer has not acknowledged, if it is known. Not if the connection has ended: the next
+    /// read tells how.
     fn unacknowledged(&self) -> Option<u32> {
-        self.io.as_ref().and_then(tcp).and_then(unacknowledged)
+        let tcp = self.io.as_ref().and_then(tcp)?;
+        tcp.peer_addr().ok()?;
+        unacknowledged(tcp)
     }
 
     /// Whether a connection that was instructed to close a while ago can be closed now: no request is in
