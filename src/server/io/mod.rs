@@ -74,15 +74,45 @@ pub struct GracefulIo<I: 'static> {
     /// Shows whether the connection is idle, when a listener needs its file descriptor.
     activity: Activity,
     linger: Option<Linger<I>>,
-    /// Of the lowest layer: the latest directive from `Leave` on that a poll has seen.
-    seen: Directive,
-    /// Of the lowest layer: the peer has received a response of the stop.
-    has_delivered: bool,
+    /// Of the lowest layer.
+    seen: Seen,
     /// 0 for the accepted IO. The IO that a handshake returns, such as a TLS stream, is the next layer,
     /// and shares the connection entry.
     layer: u8,
     // Declared after the IO, so that the socket is closed before the entry is removed.
     guard: EntryGuard,
+}
+
+/// The latest directive from `Leave` on that a poll has seen, and whether the peer had received a response of the stop
+/// at such a time. One byte, because there may be very many connections.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen(u8);
+
+impl Seen {
+    const DELIVERED: u8 = 1 << 7;
+
+    /// Whether a poll has seen such a directive.
+    fn leaves(self) -> bool {
+        self.0 & !Self::DELIVERED > 0
+    }
+
+    /// Notes a directive, and returns whether it is later than those before.
+    fn notes(&mut self, directive: Directive) -> bool {
+        let latest = self.0 & !Self::DELIVERED;
+        let is_new = directive as u8 > latest;
+        if is_new {
+            self.0 = self.0 & Self::DELIVERED | directive as u8;
+        }
+        is_new
+    }
+
+    fn has_delivered(self) -> bool {
+        self.0 & Self::DELIVERED != 0
+    }
+
+    fn note_delivered(&mut self) {
+        self.0 |= Self::DELIVERED;
+    }
 }
 
 /// The state of the writing side.
@@ -202,7 +232,7 @@ impl<I: 'static> Drop for GracefulIo<I> {
                 request,
                 // While serving, a server closes a connection first only after a response.
                 responded: directive == Directive::Stay
-                    || self.has_delivered
+                    || self.seen.has_delivered()
                     || entry.flags.has(RESPONDED),
                 shut: self.writing == Writing::Shut,
             };
@@ -252,8 +282,7 @@ impl<I: 'static> GracefulIo<I> {
             heads: Heads::default(),
             activity: Activity::default(),
             linger,
-            seen: Directive::Stay,
-            has_delivered: false,
+            seen: Seen::default(),
             layer,
             guard,
         }

@@ -60,8 +60,7 @@ impl<I: 'static> GracefulIo<I> {
         slot: WakerSlot,
         cx: &Context<'_>,
     ) -> io::Result<()> {
-        if directive > self.seen {
-            self.seen = directive;
+        if self.seen.notes(directive) {
             self.note_received();
         }
         // Only reads expire: a write may belong to a response.
@@ -88,7 +87,7 @@ impl<I: 'static> GracefulIo<I> {
         let entry = &self.guard.entry;
         let owes = entry.flags.has(RESPONDED);
         if owes && !self.is_blocked() && self.unacknowledged() == Some(0) {
-            self.has_delivered = true;
+            self.seen.note_delivered();
             entry.flags.take(RESPONDED);
         }
     }
@@ -108,8 +107,7 @@ impl<I: 'static> GracefulIo<I> {
         let Some(tcp) = self.io.as_ref().and_then(tcp) else {
             return;
         };
-        let leaves = self.seen > Directive::Stay;
-        let owes = || self.is_blocked() || leaves || !probes_idle_peer(tcp);
+        let owes = || self.is_blocked() || self.seen.leaves() || !probes_idle_peer(tcp);
         if first && stops && gave_up(error) && owes() {
             entry.owner.connections.torn(entry);
         }
