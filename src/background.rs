@@ -259,14 +259,78 @@ mod tests {
         let (send, done) = mpsc::channel();
         run(threads, move || send.send(()).unwrap());
         let deadline = Instant::now() + Duration::from_secs(10);
-        while let Some(look) = threads.relieve() {
-            assert!(Instant::now() < deadline, "no other thread takes the job");
+        let now = Instant::now;
+        while let (before, Some(look)) = (now(), threads.relieve()) {
+            assert!(before < deadline, "no other thread takes the job");
+            assert!(look >= before + STUCK);
             thread::sleep(look.saturating_duration_since(Instant::now()));
         }
         done.recv_timeout(Duration::from_secs(10)).unwrap();
         drop(release);
         threads.flush(Duration::from_secs(10));
         assert_eq!(lock!(threads.queue).threads, 0, "no thread is left");
+    }
+
+    /// Whether one more thread is needed for a job, with so many threads in this state.
+    fn needs_thread(most_threads: usize, state: Queue) -> bool {
+        let before = state.threads;
+        let threads = JobThreads::new("test-jobs", most_threads);
+        *lock!(threads.queue) = state;
+        threads.queue(Box::new(|| ()));
+        let needed = threads.claim();
+        let queue = lock!(threads.queue);
+        assert_eq!(queue.process, process::id());
+        if needed && before == 0 {
+            assert_eq!(queue.threads, 1);
+        }
+        needed
+    }
+
+    #[test]
+    fn another_thread_is_needed_only_where_one_takes_too_long_and_more_may_be_started() {
+        let later = Instant::now() + Duration::from_secs(3600);
+        for (most_threads, threads, taken, needed) in [
+            (1, 0, Some(later), true),
+            (1, 1, None, false),
+            (2, 1, None, true),
+            (2, 1, Some(later), false),
+            (2, 2, None, false),
+        ] {
+            let state = Queue {
+                threads,
+                process: process::id(),
+                taken,
+                ..Queue::default()
+            };
+            let case = format!("{threads} of {most_threads} threads, {taken:?}");
+            assert_eq!(needs_thread(most_threads, state), needed, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_forked_child_starts_a_thread_of_its_own() {
+        let of_the_parent = Queue {
+            threads: 1,
+            process: process::id() + 1,
+            taken: Some(Instant::now() + Duration::from_secs(3600)),
+            ..Queue::default()
+        };
+        assert!(needs_thread(1, of_the_parent));
+    }
+
+    #[test]
+    fn a_flush_waits_for_the_job_that_runs() {
+        let threads = threads(1);
+        let (begun, runs) = mpsc::channel();
+        let (release, blocked) = mpsc::channel::<()>();
+        run(threads, move || {
+            begun.send(()).unwrap();
+            let _ = blocked.recv();
+        });
+        runs.recv_timeout(Duration::from_secs(10)).unwrap();
+        drop(release);
+        threads.flush(Duration::from_secs(10));
+        assert_eq!(lock!(threads.queue).threads, 0, "a thread is left");
     }
 
     #[test]
