@@ -330,24 +330,39 @@ mod os {
 
         /// The handler records a signal in any moment, also between the two steps of `keep`.
         #[test]
-        fn only_a_signal_of_the_program_is_forgotten_when_a_service_begins_to_listen() {
+        fn only_a_signal_of_the_program_is_forgotten_that_comes_while_signals_are_given_back() {
             for (without_default, taken) in [
                 (0, &[Trigger::Terminate][..]),
                 (bit(SIGINT), &[Trigger::Terminate]),
                 (bit(SIGTERM), &[]),
             ] {
-                let signals = Signals {
-                    given_back: Arc::new(AtomicBool::new(true)),
-                    without_default,
-                    arrived: Arrived::default(),
-                    socket: Socket::open().unwrap().0,
-                    writing: Vec::new(),
-                    process: process::id(),
-                };
-                signals.arrived.add(Trigger::Terminate);
-                signals.keep();
-                assert_eq!(signals.take(), taken);
+                for begins_to_listen in [false, true] {
+                    let signals = Signals {
+                        given_back: Arc::new(AtomicBool::new(true)),
+                        without_default,
+                        arrived: Arrived::default(),
+                        socket: Socket::open().unwrap().0,
+                        writing: Vec::new(),
+                        process: process::id(),
+                    };
+                    signals.arrived.add(Trigger::Terminate);
+                    if begins_to_listen {
+                        signals.keep();
+                    }
+                    assert_eq!(signals.take(), taken);
+                }
             }
+        }
+
+        /// Otherwise the thread would never sleep again.
+        #[test]
+        fn an_alarm_reads_what_it_was_woken_by() {
+            let (socket, _clones) = Socket::open().unwrap();
+            (&socket.written).write_all(&[0; 3]).unwrap();
+            Alarm(Arc::clone(&socket.read)).wait(Duration::from_secs(10));
+            socket.read.set_nonblocking(true).unwrap();
+            let left = (&*socket.read).read(&mut [0]);
+            assert_eq!(left.unwrap_err().kind(), io::ErrorKind::WouldBlock);
         }
     }
 }
