@@ -1594,6 +1594,16 @@ fn a_response_in_a_spread_does_not_wait_for_the_lock_of_the_timeline() {
     assert!(!asks, "the spread has just begun");
 }
 
+#[test]
+fn only_the_default_paths_are_probes_once_they_have_a_route() {
+    let graceful = Graceful::new();
+    let shared = graceful.shared();
+    assert!(!shared.is_probe("/livez"));
+    let _probes: axum::Router = graceful.probes();
+    assert!(shared.is_probe("/livez") && shared.is_probe("/readyz"));
+    assert!(!shared.is_probe("/other"));
+}
+
 /// Requests of all connections would wait for it, on every thread.
 #[cfg(all(feature = "axum", feature = "signal"))]
 #[test]
