@@ -536,7 +536,9 @@ mod models {
 mod tests {
     use std::{future::pending, sync::Arc};
 
-    use super::*;
+    use tokio::time::advance;
+
+    use super::{super::list::ABORT_TIME, *};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -572,8 +574,8 @@ mod tests {
         assert_eq!(work.waits_until(TaskKind::Cleanup), None);
     }
 
-    #[test]
-    fn a_step_that_is_put_back_too_late_is_dropped() {
+    #[tokio::test(start_paused = true)]
+    async fn a_step_that_is_put_back_too_late_is_dropped() {
         let time_is_over = put_back(Duration::ZERO, |_, _| ());
         let has_stopped = put_back(SECOND, |work, _| work.give_up());
         let cut = |work: &Work, key| drop(work.ended(key, TaskOutcome::Cut, false));
@@ -593,6 +595,33 @@ mod tests {
         work.await_until(TaskKind::Worker, until);
         assert_eq!(work.waits_until(TaskKind::Worker), Some(until));
         assert!(work.add_worker("too late".into()).is_none());
+    }
+
+    #[test]
+    fn a_drain_is_woken_by_the_end_of_the_last_hold() {
+        let work = Work::default();
+        let [first, last] = [(); 2].map(|()| work.hold("work".into()));
+        assert!(!work.release(first, || Phase::Draining));
+        assert!(work.release(last, || Phase::Draining));
+        let before = work.hold("work".into());
+        assert!(!work.release(before, || Phase::LameDuck));
+    }
+
+    /// An abort takes that long where the task does not block its thread.
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_completes_more_than_50_ms_after_its_time_was_cut() {
+        let late = Duration::from_millis(1);
+        for (after, expected) in [
+            (ABORT_TIME, TaskOutcome::Done),
+            (ABORT_TIME + late, TaskOutcome::Cut),
+        ] {
+            let work = Work::default();
+            let key = work.add_worker("worker".into()).unwrap();
+            work.await_until(TaskKind::Worker, Instant::now());
+            advance(after).await;
+            let task = work.ended(key, TaskOutcome::Done, false).unwrap();
+            assert_eq!(task.ended.unwrap().1, expected);
+        }
     }
 
     /// The abort does not find it, because its handle is passed on later.
