@@ -448,6 +448,38 @@ mod tests {
     }
 
     #[test]
+    fn the_waiters_of_different_threads_have_different_places() {
+        let waiters = Waiters::new();
+        let place = || {
+            let mut wait_key = None;
+            let cx = Context::from_waker(Waker::noop());
+            assert_pending!(waiters.poll(&mut wait_key, Phase::Draining, true, &cx));
+            wait_key.unwrap().awaited.place
+        };
+        let mut places: Vec<_> = std::thread::scope(|scope| {
+            let threads = [(); 4].map(|()| scope.spawn(place));
+            threads.map(|thread| thread.join().unwrap()).into()
+        });
+        places.sort();
+        places.dedup();
+        assert_eq!(places.len(), 4);
+    }
+
+    /// Its key may belong to another waiter by now.
+    #[test]
+    fn the_removal_of_a_waiter_that_was_notified_removes_no_other() {
+        let waiters = Waiters::new();
+        let cx = Context::from_waker(Waker::noop());
+        let mut notified_key = None;
+        assert_pending!(waiters.poll(&mut notified_key, Phase::Draining, false, &cx));
+        waiters.notify(draining(Place::FIRST));
+        let mut other = None;
+        assert_pending!(waiters.poll(&mut other, Phase::Stopped, false, &cx));
+        waiters.remove(notified_key.unwrap());
+        assert!(waiters.any(Phase::Stopped));
+    }
+
+    #[test]
     fn the_place_of_a_removed_waiter_is_used_again() {
         struct Nothing;
 
