@@ -25,7 +25,7 @@ use crate::{
         descriptors::{Socket, SocketKind},
         directive::Directive,
         entry::ConnectionEntry,
-        flags::{ACTIVE, CLOSE_NOTICED, HANDSHAKE},
+        flags::{ACTIVE, CLOSE_NOTICED, HANDSHAKE, UPGRADES},
         outside::Window,
         stagger::Place,
         wakers::{RegisteredWaker, WakerSlot},
@@ -1592,6 +1592,21 @@ fn a_response_in_a_spread_does_not_wait_for_the_lock_of_the_timeline() {
     let (slot, asks) = asked.expect("the response waits");
     assert!(slot >= stop.begun && slot <= Instant::now());
     assert!(!asks, "the spread has just begun");
+}
+
+/// Its server would drop bytes that it could not write yet.
+#[tokio::test(start_paused = true)]
+async fn before_draining_connections_are_closed_a_second_late_for_a_client_that_does_not_read() {
+    let mut stop = Stop::new(1000, 10_000, |it| it.keep_listening(false));
+    let entry = stop.connect_and_read();
+    entry.flags.set(UPGRADES);
+    entry.state.set_blocked(true);
+    stop.terminate();
+    for (after, is_closed) in [(1990, false), (2010, true)] {
+        stop.at(after).await;
+        assert_eq!(stop.phase(), Phase::LameDuck);
+        assert_eq!(entry.state.directive() == Directive::Close, is_closed);
+    }
 }
 
 #[test]
