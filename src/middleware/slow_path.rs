@@ -140,7 +140,28 @@ fn asks_to_leave(phase: Phase, spreads: bool, owner: impl FnOnce() -> Option<Sha
 
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
+    use std::{convert::Infallible, time::Duration};
+
+    use http::{Request, header::CONNECTION};
+    use http_body_util::Empty;
+    use tower::{Layer, ServiceExt, service_fn};
+
     use super::*;
+    use crate::Graceful;
+
+    #[tokio::test(start_paused = true)]
+    async fn clients_are_asked_to_leave_at_once_unless_that_is_spread() {
+        for (spread, asks) in [(Duration::ZERO, true), (Duration::from_secs(5), false)] {
+            let graceful = Graceful::builder().close_spread(spread).build().unwrap();
+            let service = graceful.layer().layer(service_fn(async |_| {
+                Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
+            }));
+            graceful.shutdown();
+            let request = Request::new(Empty::<Bytes>::new());
+            let response = service.oneshot(request).await.unwrap();
+            assert_eq!(response.headers().contains_key(CONNECTION), asks);
+        }
+    }
 
     #[test]
     fn a_response_takes_no_lock_that_requests_share_unless_clients_are_asked_one_after_another() {
