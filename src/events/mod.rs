@@ -20,6 +20,15 @@ mod event;
 mod queue;
 mod texts;
 
+#[cfg(all(
+    test,
+    feature = "axum",
+    feature = "signal",
+    feature = "tracing",
+    not(tower_graceful_loom)
+))]
+mod tests;
+
 #[cfg(feature = "axum")]
 pub(crate) use self::at_once::{
     Limit, handshake_failed, handshake_panicked, listener_left, pre_stop_refused, queue_given_up,
