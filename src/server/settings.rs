@@ -56,3 +56,19 @@ impl Settings {
         }
     }
 }
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use super::*;
+    use crate::Graceful;
+
+    #[test]
+    fn a_server_has_the_settings_of_the_builder() {
+        let timeout = Duration::from_secs(7);
+        let builder = Graceful::builder().header_read_timeout(timeout);
+        let graceful = builder.half_close(true).build().unwrap();
+        let settings = Settings::new(graceful.shared().policy());
+        assert_eq!(settings.header_read_timeout, timeout);
+        assert!(settings.half_close);
+    }
+}
