@@ -49,6 +49,21 @@ async fn a_spread_notifies_tasks_one_after_another_evenly() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_task_that_polls_before_its_place_in_a_spread_waits_for_it() {
+    let graceful = spread().build().unwrap();
+    let _held = request(&graceful);
+    let mut waiting = [(); 10].map(|()| task::spawn(graceful.draining()));
+    for waiter in &mut waiting {
+        assert_pending!(waiter.poll());
+    }
+    graceful.shutdown();
+    let ready = waiting
+        .iter_mut()
+        .filter_map(|it| it.poll().is_ready().then_some(()));
+    assert!(ready.count() <= 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn without_a_spread_all_tasks_are_notified_at_once() {
     let graceful = plan().drain_delay(Duration::ZERO).build().unwrap();
     let _held = request(&graceful);
@@ -242,6 +257,8 @@ struct Peer {
     /// Messages this side may send before it has to wait.
     room: usize,
     sent: Vec<&'static str>,
+    /// How many more calls it takes until what was sent is flushed.
+    flushes: usize,
     flushed: usize,
     says: VecDeque<Result<&'static str, &'static str>>,
     /// Answers a Close with its own Close, and closes the connection.
@@ -295,8 +312,13 @@ impl Sink<&'static str> for Socket {
         Ok(())
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
         let mut peer = self.0.lock().unwrap();
+        if peer.flushes > 0 {
+            peer.flushes -= 1;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         peer.flushed = peer.sent.len();
         Poll::Ready(Ok(()))
     }
@@ -325,6 +347,17 @@ async fn a_socket_is_closed_when_its_peer_has_closed_too() {
         room: 1,
         polite: true,
         says: VecDeque::from([Ok("late"), Ok("later")]),
+        ..Peer::default()
+    };
+    assert_eq!(close(peer).await, (true, Duration::ZERO, vec!["close"]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_close_message_is_flushed_however_long_that_takes() {
+    let peer = Peer {
+        room: 9,
+        flushes: 3,
+        polite: true,
         ..Peer::default()
     };
     assert_eq!(close(peer).await, (true, Duration::ZERO, vec!["close"]));

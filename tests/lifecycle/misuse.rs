@@ -510,6 +510,9 @@ fn debug_of_the_handle_and_what_holds_it_shows_live_values() {
     assert_shows(&graceful.liveness(), &["Alive", live[0]]);
     assert_shows(&graceful.stopped(), &["Stopped", "Serving"]);
     assert_shows(&graceful.draining(), &["Draining", "Serving"]);
+    assert_shows(&graceful.subscribe(), &["Serving", "closed: false"]);
+    let stream = graceful.until_draining(futures_util::stream::empty::<()>());
+    assert_shows(&stream, &["UntilDraining", "ended: false"]);
     assert_shows(&connection, &["GracefulIo", "7"]);
     assert_shows(&held, &["admitted"]);
 
@@ -546,6 +549,8 @@ fn debug_of_a_listener_shows_live_values() {
     let _connection = graceful.track(());
     let listener = graceful.listener(NoListener);
     assert_shows(&listener, &["NoListener", "connections: 1"]);
+    let pre_stop = graceful.pre_stop();
+    assert_shows(&pre_stop, &["PreStop", "allowed", "connections: 1"]);
 }
 
 #[tokio::test(start_paused = true)]
