@@ -113,5 +113,9 @@ mod tests {
         let none = Flags::new(0);
         none.set(READ_ONCE_MORE);
         assert!(none.has(READ_ONCE_MORE));
+        none.change(0, READ_ONCE_MORE | ACTIVE);
+        assert!(none.has(ACTIVE));
+        none.change(READ_ONCE_MORE, 0);
+        assert!(none.has(ACTIVE) && !none.has(READ_ONCE_MORE));
     }
 }
