@@ -223,8 +223,10 @@ mod tests {
         activity.wrote(false, false);
         assert!(!is_idle_after(&mut activity, &graceful, 9));
         activity.wrote(false, true);
-        activity.flushed(false);
-        assert!(!is_idle_after(&mut activity, &graceful, 9));
+        for _ in 0..2 {
+            activity.flushed(false);
+            assert!(!is_idle_after(&mut activity, &graceful, 9));
+        }
         activity.flushed(true);
         assert!(is_idle_after(&mut activity, &graceful, 9));
     }
@@ -240,6 +242,27 @@ mod tests {
         assert!(is_idle_after(&mut activity, &graceful, 9));
         let uncounted = Graceful::new();
         assert!(!is_idle_after(&mut activity, &uncounted, 9));
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    #[test]
+    fn a_connection_that_its_owner_closes_is_not_idle() {
+        let mut activity = Activity::default();
+        activity.mark_owned();
+        assert!(!is_idle_after(&mut activity, &starved(), 9));
+    }
+
+    /// The number of the round in which it was found quiet is kept in one byte.
+    #[test]
+    fn a_connection_is_idle_after_the_same_time_in_late_rounds() {
+        let graceful = starved();
+        for first in 250..260 {
+            let round = &graceful.shared().starved.round;
+            round.store(first, Ordering::Relaxed);
+            let mut activity = after(&[]);
+            assert!(!is_idle_after(&mut activity, &graceful, QUIET - 1));
+            assert!(is_idle_after(&mut activity, &graceful, 0), "{first}");
+        }
     }
 
     #[test]
