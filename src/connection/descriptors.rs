@@ -249,6 +249,8 @@ impl Starved {
 mod tests {
     use std::net::TcpStream;
 
+    use tokio::time::advance;
+
     use super::*;
 
     fn socket(is_passed: bool) -> Arc<Socket> {
@@ -258,22 +260,60 @@ mod tests {
         Arc::new(Socket { kind, is_passed })
     }
 
+    fn connect(socket: &Socket) -> [TcpStream; 3] {
+        let SocketKind::Tcp(tcp) = &socket.kind else {
+            unreachable!()
+        };
+        let address = tcp.local_addr().unwrap();
+        [(); 3].map(|()| TcpStream::connect(address).unwrap())
+    }
+
     #[test]
     fn the_rest_of_a_queue_is_counted_unless_it_belongs_to_the_next_process() {
         let starved = Starved::default();
         for (is_passed, expected) in [(true, 0), (false, 3)] {
             let socket = socket(is_passed);
-            let SocketKind::Tcp(tcp) = &socket.kind else {
-                unreachable!()
-            };
-            let address = tcp.local_addr().unwrap();
-            let _clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
+            let _clients = connect(&socket);
             starved.add_waiting(&socket);
             starved.remove_waiting(&socket, false);
             assert!(!starved.is_waiting() && starved.over().is_some());
             assert_eq!(starved.reset_queues(), expected);
         }
         assert_eq!(starved.reset_queues(), 3);
+        for (is_passed, expected) in [(true, 3), (false, 6)] {
+            let socket = socket(is_passed);
+            let _clients = connect(&socket);
+            starved.close_unserved(socket);
+            assert_eq!(starved.reset_queues(), expected);
+        }
+    }
+
+    #[test]
+    fn a_listener_that_has_emptied_its_queue_is_not_kept() {
+        let starved = Starved::default();
+        let socket = socket(false);
+        starved.add_waiting(&socket);
+        starved.remove_waiting(&socket, true);
+        assert_eq!(Arc::strong_count(&socket), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_round_begins_every_13_ms_and_closes_connections_from_the_fourth_on() {
+        const MS: Duration = Duration::from_millis(1);
+        let starved = Starved::default();
+        let socket = socket(false);
+        for _ in 0..2 {
+            assert!(starved.begin_round().is_none() && !starved.is_waiting());
+            starved.add_waiting(&socket);
+            for closes in [false, false, false, true, true] {
+                assert_eq!(starved.begin_round(), Some(closes));
+                assert!(starved.is_waiting());
+                advance(ROUND - MS).await;
+                assert_eq!(starved.begin_round(), None);
+                advance(MS).await;
+            }
+            starved.remove_waiting(&socket, true);
+        }
     }
 
     #[test]
