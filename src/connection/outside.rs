@@ -176,3 +176,72 @@ impl Outside {
 /// request; the details are in [`Outside`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Window(NonZeroU32);
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use http::Method;
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[test]
+    fn a_lifecycle_has_one_server_if_no_other_may_have_answered() {
+        let one = Servers {
+            run: 1,
+            drains: 0,
+            listeners: 1,
+            tracks: false,
+        };
+        for (servers, served, is_one) in [
+            (one, true, true),
+            (Servers { run: 2, ..one }, true, false),
+            (Servers { drains: 1, ..one }, true, false),
+            (Servers { drains: 1, ..one }, false, true),
+            (Servers { drains: 2, ..one }, false, false),
+            (
+                Servers {
+                    listeners: 0,
+                    ..one
+                },
+                true,
+                false,
+            ),
+            (
+                Servers {
+                    listeners: 2,
+                    ..one
+                },
+                true,
+                false,
+            ),
+            (
+                Servers {
+                    tracks: true,
+                    ..one
+                },
+                true,
+                false,
+            ),
+        ] {
+            assert_eq!(servers.is_one(served), is_one, "{servers:?} {served}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_open_window_keeps_others_from_being_opened_for_a_second() {
+        let outside = Outside::default();
+        let open = || {
+            let request = || OutsideLayer {
+                method: Method::GET,
+                path: "/".to_owned(),
+                peer: None,
+            };
+            outside.open(request, 0, true, || false, || ()).is_some()
+        };
+        assert!(open());
+        advance(OPEN.saturating_sub(Duration::from_millis(1))).await;
+        assert!(!open());
+        advance(Duration::from_millis(1)).await;
+        assert!(open());
+    }
+}
