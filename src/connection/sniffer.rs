@@ -435,8 +435,44 @@ mod tests {
         assert!(sniffer.would_find_nothing());
         sniffer.begin_poll();
         assert!(!sniffer.would_find_nothing());
+        assert!(!sniffer.has_ended());
         sniffer.note_end();
         assert!(!sniffer.would_find_nothing(), "the end is not nothing");
+        assert!(sniffer.has_ended());
+    }
+
+    #[test]
+    fn the_number_of_reads_changes_unless_a_read_has_only_empty_lines() {
+        let sniffer = sniffer(&[]);
+        let mut last = sniffer.reads();
+        for (read, changes) in [(&b"\r\n"[..], false), (b"GET", true), (b" / ", true)] {
+            sniffer.note(read);
+            assert_eq!(sniffer.reads() != last, changes);
+            last = sniffer.reads();
+        }
+    }
+
+    #[test]
+    fn each_layer_has_a_number_and_begins_anew() {
+        let sniffer = sniffer(&[b"hello"]);
+        sniffer.note_end();
+        for number in [1, 2] {
+            assert_eq!(sniffer.begin_layer(), number);
+            assert_eq!(sniffer.layer(), number);
+            assert!(!sniffer.has_read() && !sniffer.has_ended() && !sniffer.is_listened_to());
+        }
+        for _ in 0..300 {
+            sniffer.begin_layer();
+        }
+        assert_eq!(sniffer.layer(), u8::MAX);
+    }
+
+    #[test]
+    fn a_connection_that_has_joined_during_the_stop_is_marked() {
+        let sniffer = sniffer(&[]);
+        assert!(!sniffer.joined_during_stop());
+        sniffer.mark_joined_during_stop();
+        assert!(sniffer.joined_during_stop());
     }
 
     #[test]
@@ -528,10 +564,10 @@ mod tests {
             assert_eq!(held_back_index(line), 0, "{line:?}");
         }
         let http2 = sniffer(&[&PREFACE]);
-        assert_eq!(http2.note(b"a frame\r\n"), 0);
+        assert_eq!(http2.note(b"GET / HTTP/1.1\r\n"), 0);
         let upgraded = sniffer(&[b"GET / HTTP/1.1\r\n\r\n"]);
         upgraded.upgraded();
-        assert_eq!(upgraded.note(b"a line\r\n"), 0);
+        assert_eq!(upgraded.note(b"GET / HTTP/1.1\r\n"), 0);
     }
 
     #[test]
