@@ -648,6 +648,70 @@ mod tests {
         assert_eq!(holds(&state), [false; 4]);
     }
 
+    #[test]
+    fn the_reader_is_woken_to_read_once_more_unless_there_is_an_owner() {
+        for (former, has_owner, woken) in [
+            (Directive::Stay, false, [1, 0]),
+            (Directive::Leave, false, [1, 0]),
+            (Directive::Stay, true, [0, 1]),
+            (Directive::Leave, true, [0, 0]),
+        ] {
+            let state = ConnectionState::new(former);
+            let [reader, owner] = [(); 2].map(|()| Arc::<Task>::default());
+            let [mut io, mut owned] = [(); 2].map(|()| RegisteredWaker::default());
+            reader.enters(&state, &mut io, WakerSlot::Read);
+            if has_owner {
+                owner.enters(&state, &mut owned, WakerSlot::Owner);
+            }
+            state.instruct(Directive::Read);
+            assert_eq!(
+                [reader.woken(), owner.woken()],
+                woken,
+                "{former:?} {has_owner}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_task_that_polls_again_takes_no_lock() {
+        let (state, task) = (
+            ConnectionState::new(Directive::Stay),
+            Arc::<Task>::default(),
+        );
+        let mut io = RegisteredWaker::default();
+        task.enters(&state, &mut io, WakerSlot::Read);
+        let (send, entered) = mpsc::channel();
+        thread::scope(|scope| {
+            let held = lock!(state.wakers);
+            scope.spawn(|| {
+                let _ = send.send(task.enters(&state, &mut io, WakerSlot::Read));
+            });
+            let entered = entered.recv_timeout(Duration::from_secs(10));
+            drop(held);
+            assert_eq!(entered, Ok(Directive::Stay));
+        });
+    }
+
+    #[cfg(feature = "axum")]
+    #[test]
+    fn a_connection_whose_wakers_are_forgotten_is_as_if_it_had_just_been_opened() {
+        let (state, task) = (
+            ConnectionState::new(Directive::Stay),
+            Arc::<Task>::default(),
+        );
+        task.enters(&state, &mut RegisteredWaker::default(), WakerSlot::Read);
+        assert!(!state.is_unread());
+        state.forget_all();
+        assert!(state.is_unread());
+        assert_eq!((holds(&state), Arc::strong_count(&task)), ([false; 4], 1));
+    }
+
+    #[test]
+    fn a_connection_that_is_cut_is_not_unread() {
+        assert!(ConnectionState::new(Directive::Expire).is_unread());
+        assert!(!ConnectionState::new(Directive::Cut).is_unread());
+    }
+
     /// The timeline asks for every connection, under locks of its own.
     #[test]
     fn whether_a_connection_was_read_is_known_without_its_lock() {
