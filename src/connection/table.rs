@@ -512,10 +512,15 @@ mod tests {
         thread,
     };
 
+    use tokio::time::advance;
+
     use super::*;
     use crate::{
         background::wakers,
-        connection::wakers::{RegisteredWaker, WakerSlot},
+        connection::{
+            flags::RESPONDED,
+            wakers::{RegisteredWaker, WakerSlot},
+        },
     };
 
     /// With the counts of its `Arc`, an entry fills an allocation of 128 bytes.
@@ -537,6 +542,121 @@ mod tests {
         assert!(table.has_close_unnoticed());
         entry.flags.set(LINGERS);
         assert!(!table.has_close_unnoticed());
+    }
+
+    #[cfg(feature = "axum")]
+    #[test]
+    fn a_listener_may_accept_a_connection() {
+        let table = ConnectionTable::<()>::default();
+        assert!(!table.has_any());
+        table.listener_opened(false);
+        assert!(table.has_any());
+        table.listener_closed();
+        let _entry = table.insert((), None);
+        assert!(table.has_any());
+    }
+
+    #[cfg(feature = "axum")]
+    #[test]
+    fn a_call_that_may_be_dropped_is_found_by_its_peer_or_by_the_name_of_its_peer() {
+        let [peer, proxy, renamed] =
+            ["192.0.2.1:1", "192.0.2.2:2", "192.0.2.3:3"].map(|it| it.parse().unwrap());
+        for (called, marked) in [
+            (peer, [false, true]),
+            (renamed, [true, false]),
+            ("192.0.2.4:4".parse().unwrap(), [false, false]),
+        ] {
+            let table = ConnectionTable::<()>::default();
+            let entries = [proxy, peer].map(|peer| table.insert((), Some(peer)));
+            table.rename(&entries[0], renamed);
+            table.mark_may_drop(called);
+            assert_eq!(entries.map(|entry| entry.flags.has(MAY_DROP)), marked);
+        }
+    }
+
+    #[test]
+    fn what_is_lost_is_counted() {
+        let table = ConnectionTable::<()>::default();
+        for count in 1..=2 {
+            table.half_closed();
+            let entry = table.insert((), None);
+            entry.flags.set(RESPONDED);
+            table.torn(&entry);
+            let lost = table.lost_so_far();
+            assert_eq!(
+                (lost.half_closed, lost.torn, lost.torn_requests),
+                (count, count, count)
+            );
+        }
+    }
+
+    #[test]
+    fn a_connection_that_waits_for_no_request_is_not_idle() {
+        let table = ConnectionTable::<()>::default();
+        let entry = table.insert((), None);
+        assert!(table.may_be_idle(0) && !table.may_be_idle(1));
+        for flag in [MAY_DROP, UPGRADED, LINGERS] {
+            entry.flags.set(flag);
+            assert!(!table.may_be_idle(0), "{flag}");
+            entry.flags.take(flag);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn eight_connections_are_watched_and_then_one_every_20_ms() {
+        const MS: Duration = Duration::from_millis(1);
+        let table = ConnectionTable::<()>::default();
+        let is_watched = || table.insert((), None).flags.has(WATCHED);
+        assert!((0..8).all(|_| is_watched()));
+        for _ in 0..2 {
+            assert!(!is_watched());
+            advance(19 * MS).await;
+            assert!(!is_watched());
+            advance(MS).await;
+            assert!(is_watched());
+        }
+    }
+
+    #[test]
+    fn the_service_may_wait_for_the_last_connection_where_no_other_can_come() {
+        for (phase, listeners, waits) in [
+            (Phase::Serving, 0, false),
+            (Phase::LameDuck, 0, true),
+            (Phase::LameDuck, 1, false),
+            (Phase::Draining, 0, false),
+            (Phase::Closing, 1, true),
+        ] {
+            let table = ConnectionTable::<()>::default();
+            lock!(table.open).listeners.open = listeners;
+            let [first, last] = [(); 2].map(|()| table.insert((), None));
+            assert!(!table.remove(&first, || phase), "{phase} {listeners}");
+            assert_eq!(table.remove(&last, || phase), waits, "{phase} {listeners}");
+        }
+    }
+
+    #[cfg(all(feature = "axum", feature = "signal"))]
+    #[test]
+    fn all_connections_are_asked_to_leave_from_leave_on() {
+        let table = ConnectionTable::<()>::default();
+        table.instruct(Directive::LeaveInSlot, 0);
+        assert!(!table.asks_all());
+        table.instruct(Directive::Leave, 0);
+        assert!(table.asks_all());
+        table.instruct(Directive::Close, 0);
+        assert!(table.asks_all());
+    }
+
+    #[cfg(feature = "axum")]
+    #[tokio::test(start_paused = true)]
+    async fn connections_are_found_by_the_time_at_which_they_were_opened() {
+        let table = ConnectionTable::<()>::default();
+        let begun = Instant::now();
+        let later = Duration::from_millis(10);
+        table.insert((), None);
+        advance(later).await;
+        table.insert((), None);
+        assert_eq!(table.opened_before(begun).len(), 1);
+        assert_eq!(table.opened_before(begun + later).len(), 2);
     }
 
     /// The connections are listed some time before they are instructed.
