@@ -15,6 +15,7 @@ use tokio::{
     sync::oneshot,
     time::{Duration, Instant, sleep_until},
 };
+use tokio_test::{assert_pending, task};
 
 use super::{
     Shared,
@@ -1288,7 +1289,7 @@ async fn the_watchdog_names_what_is_left_and_has_no_message_if_nothing_is() {
         .unwrap();
     stop.at(1).await;
     stop.terminate();
-    let text = stop.shared().describe_end().unwrap();
+    let text = Subject::describe(&**stop.shared()).unwrap();
     let mut lines = text.lines();
     assert_eq!(
         lines.next(),
@@ -1304,9 +1305,9 @@ async fn the_watchdog_names_what_is_left_and_has_no_message_if_nothing_is() {
     stop.leave(&entry);
     drop(hold);
     stop.graceful.stopped().await;
-    assert_eq!(stop.shared().describe_end(), None);
+    assert_eq!(Subject::describe(&**stop.shared()), None);
     let _late = stop.connect();
-    assert!(stop.shared().describe_end().is_some());
+    assert!(Subject::describe(&**stop.shared()).is_some());
 }
 
 /// Such a worker is dropped, and no code of it is left to record its end.
@@ -1319,10 +1320,10 @@ fn the_watchdog_does_not_name_a_worker_whose_runtime_has_shut_down() {
     let worker = |_| std::future::pending::<()>();
     let registered = runtime.block_on(async { stop.graceful.worker("pump", worker) });
     registered.unwrap();
-    let text = stop.shared().describe_end().unwrap();
+    let text = Subject::describe(&**stop.shared()).unwrap();
     assert!(text.contains("pump"), "{text}");
     drop(runtime);
-    let text = stop.shared().describe_end().unwrap();
+    let text = Subject::describe(&**stop.shared()).unwrap();
     assert!(!text.contains("pump"), "{text}");
 }
 
@@ -1607,6 +1608,31 @@ async fn before_draining_connections_are_closed_a_second_late_for_a_client_that_
         assert_eq!(stop.phase(), Phase::LameDuck);
         assert_eq!(entry.state.directive() == Directive::Close, is_closed);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_future_counts_from_its_first_poll_until_it_resolves_or_is_dropped() {
+    let stop = Stop::new(0, 1000, unchanged);
+    let drains = || stop.shared().state().drains;
+    let mut dropped = task::spawn(stop.graceful.drain_on(std::future::pending()));
+    assert_eq!(drains(), 0);
+    assert_pending!(dropped.poll());
+    assert_eq!(drains(), 1);
+    drop(dropped);
+    assert_eq!(drains(), 0);
+    let mut resolves = stop.graceful.drain_on(std::future::ready(()));
+    (&mut resolves).await;
+    assert_eq!(drains(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_future_that_is_dropped_waits_for_no_phase() {
+    let stop = Stop::new(0, 1000, unchanged);
+    let mut draining = task::spawn(stop.graceful.draining());
+    assert_pending!(draining.poll());
+    assert!(stop.shared().waiters.any(Phase::Draining));
+    drop(draining);
+    assert!(!stop.shared().waiters.any(Phase::Draining));
 }
 
 #[test]
