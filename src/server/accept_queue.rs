@@ -224,7 +224,10 @@ pub(super) fn passed(_: &dyn Any) -> Passed {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{SocketAddr, TcpStream};
+    use std::{
+        net::{SocketAddr, TcpStream},
+        sync::atomic::{AtomicUsize, Ordering},
+    };
 
     use super::*;
 
@@ -270,6 +273,71 @@ mod tests {
         let queued = queue(|| Ok(Some(())));
         assert_eq!(queued.accepted.len(), MOST);
         assert!(queued.is_full());
+        let failed = queue::<()>(|| Ok(None));
+        assert_eq!(failed.reset, MOST);
+        assert!(failed.is_full());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_queue_ends_with_its_first_error() {
+        const EMFILE: i32 = 24;
+        for (error, is_starved, is_error) in [
+            (io::ErrorKind::WouldBlock.into(), false, false),
+            (io::Error::from_raw_os_error(EMFILE), true, false),
+            (io::Error::other("unknown"), false, true),
+        ] {
+            let error = std::cell::Cell::new(Some(error));
+            let queued = queue::<()>(|| Err(error.take().unwrap()));
+            assert_eq!(queued.is_starved, is_starved);
+            assert_eq!(queued.error.is_some(), is_error);
+        }
+    }
+
+    /// Has a connection once other tasks have had so many turns.
+    struct After {
+        turns: Arc<AtomicUsize>,
+        awaited: usize,
+    }
+
+    impl Listener for After {
+        type Io = tokio::io::DuplexStream;
+        type Addr = ();
+
+        async fn accept(&mut self) -> (Self::Io, ()) {
+            let turns = || self.turns.load(Ordering::Relaxed);
+            future::poll_fn(|_| match turns() >= self.awaited {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            })
+            .await;
+            (tokio::io::duplex(1).0, ())
+        }
+
+        fn local_addr(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn the_runtime_has_three_turns_to_find_a_connection_that_is_queued() {
+        for (awaited, is_found, expected) in [(0, true, 0), (3, true, 3), (4, false, 3)] {
+            let turns = Arc::new(AtomicUsize::new(0));
+            let counted = Arc::clone(&turns);
+            let others = tokio::spawn(async move {
+                loop {
+                    counted.fetch_add(1, Ordering::Relaxed);
+                    task::yield_now().await;
+                }
+            });
+            let mut listener = After {
+                turns: Arc::clone(&turns),
+                awaited,
+            };
+            assert_eq!(queued(&mut listener).await.is_some(), is_found);
+            assert_eq!(turns.load(Ordering::Relaxed), expected);
+            others.abort();
+        }
     }
 
     #[cfg(unix)]
