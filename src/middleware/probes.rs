@@ -248,3 +248,44 @@ impl Future for ProbeFuture {
             .map_or(Poll::Pending, |it| Poll::Ready(Ok(it)))
     }
 }
+
+#[cfg(all(test, not(tower_graceful_loom)))]
+mod tests {
+    use http_body::Body;
+
+    use super::*;
+
+    fn request(method: &Method) -> Request<()> {
+        Request::builder().method(method).body(()).unwrap()
+    }
+
+    #[test]
+    fn only_an_answer_that_says_ready_counts_as_service() {
+        let graceful = Graceful::new();
+        let has_served = || graceful.shared().word().has_served();
+        graceful.liveness().answer(&request(&Method::GET));
+        graceful.readiness().answer(&request(&Method::POST));
+        graceful.set_ready(false);
+        graceful.readiness().answer(&request(&Method::GET));
+        assert!(!has_served());
+        graceful.set_ready(true);
+        graceful.readiness().answer(&request(&Method::GET));
+        assert!(has_served());
+    }
+
+    #[test]
+    fn an_answer_has_the_length_and_the_headers_of_its_method() {
+        let graceful = Graceful::new();
+        for (method, length, allow) in [
+            (Method::GET, 8, false),
+            (Method::HEAD, 0, false),
+            (Method::OPTIONS, 8, true),
+            (Method::POST, 8, true),
+        ] {
+            let response = graceful.liveness().answer(&request(&method));
+            let exact = response.body().size_hint().exact();
+            assert_eq!(exact, Some(length), "{method}");
+            assert_eq!(response.headers().contains_key(header::ALLOW), allow);
+        }
+    }
+}

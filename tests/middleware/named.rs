@@ -371,6 +371,21 @@ async fn a_named_response_is_passed_on_as_it_is() {
     assert!(debug.contains("named"), "{debug}");
 }
 
+/// The request is in flight until the server polls again, or has dropped the piece.
+#[tokio::test(start_paused = true)]
+async fn after_its_last_piece_a_named_response_has_not_ended_and_has_no_bytes_left() {
+    let graceful = named().build().unwrap();
+    let script = Script::announcing([Step::Data("12345")]).hint(3, 70);
+    let mut body = answered(&graceful, script);
+    graceful.shutdown();
+    let _piece = assert_ready!(frame(&mut body)).unwrap().unwrap();
+    assert!(!ended(&mut body));
+    let hint = body.enter(|_, body| body.size_hint());
+    assert_eq!(hint.exact(), Some(0));
+    assert!(assert_ready!(frame(&mut body)).is_none());
+    assert_eq!(graceful.in_flight(), 0);
+}
+
 /// Records how many requests are in flight while it is dropped.
 struct AtDrop<'a> {
     graceful: &'a Graceful,

@@ -145,6 +145,7 @@ async fn other_methods_are_not_allowed_and_stop_nothing() {
             "{method}"
         );
         assert_eq!(response.headers()["allow"], "GET, POST");
+        assert!(!response.headers().contains_key("connection"));
         let empty = text(response.into_body()).await.is_empty();
         assert_eq!(empty, method == Method::HEAD, "{method}");
     }
