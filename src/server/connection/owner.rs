@@ -203,10 +203,151 @@ impl Drop for OpenUpload {
 
 #[cfg(all(test, not(tower_graceful_loom)))]
 mod tests {
-    use std::{sync::mpsc, thread, time::Duration};
+    use std::{sync::mpsc, task::Waker, thread, time::Duration};
+
+    use http::header::CONNECTION;
 
     use super::*;
-    use crate::{handle::graceful::Graceful, middleware::peer};
+    use crate::{connection::outside::Servers, handle::graceful::Graceful, middleware::peer};
+
+    const HTTP1: Version = Version::HTTP_11;
+    const HTTP2: Version = Version::HTTP_2;
+
+    fn connected(graceful: &Graceful) -> Owner {
+        let shared = graceful.shared();
+        Owner(shared.connections.insert(shared.clone(), None))
+    }
+
+    fn request(method: Method, path: &str) -> http::Request<()> {
+        let request = http::Request::builder().method(method).uri(path);
+        request.body(()).unwrap()
+    }
+
+    /// Whether the response asks the client to leave, and the directive of the connection after it.
+    fn asked(owner: &Owner, version: Version, phase: Phase) -> (bool, Directive) {
+        let mut response = Response::default();
+        owner.ask_to_leave(&mut response, version, phase);
+        assert!(owner.0.flags.has(RESPONDED));
+        let closes = response.headers().contains_key(CONNECTION);
+        (closes, owner.0.state.directive())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn in_a_spread_a_client_is_asked_to_leave_once_its_slot_is_reached() {
+        let spread = Duration::from_secs(4);
+        let graceful = Graceful::builder().close_spread(spread).build().unwrap();
+        graceful.shutdown();
+        let [first, later] = [(); 2].map(|()| connected(&graceful));
+        assert!(later.is_spread(Phase::LameDuck));
+        assert!(!later.is_spread(Phase::Serving) && !later.is_spread(Phase::Draining));
+        let ask = |owner, version| asked(owner, version, Phase::LameDuck);
+        assert_eq!(ask(&first, HTTP1), (true, Directive::Stopping));
+        assert_eq!(ask(&first, HTTP2), (false, Directive::Leave));
+        assert_eq!(ask(&later, HTTP1), (false, Directive::Stopping));
+        assert_eq!(ask(&later, HTTP2), (false, Directive::LeaveInSlot));
+        let (mut sleep, cx) = (None, &mut Context::from_waker(Waker::noop()));
+        assert!(later.poll_slot(&mut sleep, cx).is_pending());
+        time::advance(later.slot_time() - time::Instant::now()).await;
+        assert_eq!(ask(&later, HTTP1), (true, Directive::LeaveInSlot));
+        assert_eq!(ask(&later, HTTP2), (false, Directive::Leave));
+        time::advance(Duration::from_millis(1)).await;
+        assert!(later.poll_slot(&mut sleep, cx).is_ready());
+    }
+
+    /// It would reconnect here, and be asked to leave again with each request.
+    #[test]
+    fn before_draining_an_http2_client_that_has_connected_during_the_stop_is_not_asked_to_leave() {
+        for (version, phase, joins, asks_all, asks) in [
+            (HTTP2, Phase::LameDuck, true, false, false),
+            (HTTP2, Phase::LameDuck, false, false, true),
+            (HTTP2, Phase::LameDuck, true, true, true),
+            (HTTP2, Phase::Draining, true, false, true),
+            (HTTP1, Phase::LameDuck, true, false, true),
+        ] {
+            let graceful = Graceful::new();
+            if asks_all {
+                graceful.shared().connections.instruct(Directive::Leave, 0);
+            }
+            let owner = connected(&graceful);
+            assert!(!owner.is_spread(phase));
+            if joins {
+                owner.0.sniffer.mark_joined_during_stop();
+            }
+            let (closes, directive) = asked(&owner, version, phase);
+            assert_eq!(closes, asks && version == HTTP1, "{version:?} {phase}");
+            let leaves = directive == Directive::Leave;
+            assert_eq!(leaves, asks && version == HTTP2, "{version:?} {phase}");
+        }
+    }
+
+    #[test]
+    fn a_client_loses_a_request_by_its_fin_unless_it_is_a_prober_or_would_be_refused() {
+        let graceful = Graceful::new();
+        let _probes: axum::Router = graceful.probes();
+        let owner = connected(&graceful);
+        for (phase, method, path, loses) in [
+            (Phase::Serving, Method::GET, "/", true),
+            (Phase::Serving, Method::GET, "/livez", true),
+            (Phase::LameDuck, Method::GET, "/", true),
+            (Phase::LameDuck, Method::GET, "/livez", false),
+            (Phase::LameDuck, Method::HEAD, "/livez", false),
+            (Phase::LameDuck, Method::POST, "/livez", true),
+            (Phase::Draining, Method::GET, "/", false),
+        ] {
+            graceful.shared().advance(phase);
+            let what = format!("{method} {path} {phase}");
+            assert_eq!(owner.loses_by_fin(&request(method, path)), loses, "{what}");
+        }
+    }
+
+    #[test]
+    fn the_first_requests_of_a_connection_are_watched_and_then_one_in_many() {
+        let graceful = Graceful::new();
+        let owner = connected(&graceful);
+        owner.0.sniffer.listen();
+        let mut watched = Vec::new();
+        for reads in 0..600 {
+            assert_eq!(owner.0.sniffer.reads(), reads);
+            if let Some(window) = owner.watch(&request(Method::GET, "/")) {
+                window.close(graceful.shared());
+                watched.push(reads);
+            }
+            owner.0.sniffer.note(b"x");
+        }
+        assert!(watched.into_iter().eq((0..FIRST_READS).chain([256, 512])));
+    }
+
+    #[test]
+    fn a_grpc_call_that_has_failed_is_not_reported() {
+        let servers = Servers {
+            run: 1,
+            drains: 0,
+            listeners: 1,
+            tracks: false,
+        };
+        for (status, is_reported) in [(None, true), (Some("0"), true), (Some("5"), false)] {
+            let graceful = Graceful::new();
+            let owner = connected(&graceful);
+            let mut response = Response::default();
+            if let Some(status) = status {
+                let headers = response.headers_mut();
+                headers.insert("grpc-status", status.parse().unwrap());
+            }
+            let window = owner.watch(&request(Method::POST, "/call")).unwrap();
+            owner.answered(window, &response);
+            let warning = graceful.shared().outside.warning(true, servers, true);
+            assert_eq!(warning.is_some(), is_reported, "{status:?}");
+        }
+    }
+
+    #[test]
+    fn an_upload_counts_until_it_is_dropped() {
+        let owner = connected(&Graceful::new());
+        let upload = OpenUpload::new(owner.clone());
+        assert!(owner.0.state.has_uploads());
+        drop(upload);
+        assert!(!owner.0.state.has_uploads());
+    }
 
     /// Behind the PROXY protocol the address is in the table of connections, and all of them share its lock.
     #[test]
