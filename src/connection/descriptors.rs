@@ -308,7 +308,7 @@ mod tests {
             for closes in [false, false, false, true, true] {
                 assert_eq!(starved.begin_round(), Some(closes));
                 assert!(starved.is_waiting());
-                advance(ROUND - MS).await;
+                advance(ROUND.saturating_sub(MS)).await;
                 assert_eq!(starved.begin_round(), None);
                 advance(MS).await;
             }

@@ -658,10 +658,10 @@ mod tests {
         ] {
             let state = ConnectionState::new(former);
             let [reader, owner] = [(); 2].map(|()| Arc::<Task>::default());
-            let [mut io, mut owned] = [(); 2].map(|()| RegisteredWaker::default());
+            let [mut io, mut registered] = [(); 2].map(|()| RegisteredWaker::default());
             reader.enters(&state, &mut io, WakerSlot::Read);
             if has_owner {
-                owner.enters(&state, &mut owned, WakerSlot::Owner);
+                owner.enters(&state, &mut registered, WakerSlot::Owner);
             }
             state.instruct(Directive::Read);
             assert_eq!(

@@ -306,9 +306,12 @@ mod tests {
 
         async fn accept(&mut self) -> (Self::Io, ()) {
             let turns = || self.turns.load(Ordering::Relaxed);
-            future::poll_fn(|_| match turns() >= self.awaited {
-                true => Poll::Ready(()),
-                false => Poll::Pending,
+            future::poll_fn(|_| {
+                if turns() >= self.awaited {
+                    Poll::Ready(())
+                } else {
+                    Poll::Pending
+                }
             })
             .await;
             (tokio::io::duplex(1).0, ())
