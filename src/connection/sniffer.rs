@@ -452,6 +452,7 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "axum")]
     #[test]
     fn each_layer_has_a_number_and_begins_anew() {
         let sniffer = sniffer(&[b"hello"]);
