@@ -19,7 +19,7 @@ use crate::{
     },
     phase::Phase,
     server::{
-        linger::{CLOSING_BYTES, Written, gave_up},
+        linger::{Written, gave_up},
         requests,
         send_queue::unacknowledged,
         socket::{has_unread, probes_idle_peer, read_now, tcp},
@@ -66,19 +66,12 @@ impl<I: 'static> GracefulIo<I> {
         // Only reads expire: a write may belong to a response.
         let expires =
             || directive == Directive::Expire && slot == WakerSlot::Read && self.expires(cx);
-        if directive == Directive::Cut || expires() {
-            // What was written before the stop may still be on its way, or the operating system does not tell. Then
-            // the drop waits for a peer that is alive.
-            let is_delivered = || {
-                self.unacknowledged()
-                    .is_some_and(|left| left <= CLOSING_BYTES)
-            };
-            if directive == Directive::Cut || is_delivered() {
-                self.peer = Peer::Gone;
-            }
+        if directive == Directive::Cut {
+            self.peer = Peer::Gone;
             return Err(cut());
         }
-        Ok(())
+        // The drop waits for a peer that still sends or receives.
+        if expires() { Err(cut()) } else { Ok(()) }
     }
 
     /// Notes whether the peer has received the responses of the stop: before anything is written because of the
