@@ -46,21 +46,13 @@ impl<O> ConnectionEntry<O> {
         std::ptr::from_ref(self).addr()
     }
 
-    /// Records a read while the service stops. `may_be_answer`: whether a live peer with open streams may have sent
-    /// what was read.
+    /// Records a read while the service stops.
     #[inline]
-    pub(crate) fn read_while_stopping(
-        &self,
-        directive: Directive,
-        may_be_answer: impl FnOnce() -> bool,
-    ) {
-        // Other servers than `serve` ask the peer to leave when they close.
-        let is_asked = directive >= Directive::Close && !self.is_served();
-        let answers = if is_asked && may_be_answer() {
-            ANSWERS
-        } else {
-            0
-        };
+    pub(crate) fn read_while_stopping(&self, directive: Directive) {
+        // `serve` asks the peer to leave at once, other servers when they close.
+        let is_asked =
+            directive >= Directive::Leave && (directive >= Directive::Close || self.is_served());
+        let answers = if is_asked { ANSWERS } else { 0 };
         // A stream may begin and end before the next read.
         self.flags.change(STREAMLESS, ACTIVE | answers);
     }
@@ -88,7 +80,7 @@ impl<O> ConnectionEntry<O> {
 
     /// Whether HTTP/2 streams may be open, or responses may be left in the server, a while after
     /// the peer was asked to leave. On `serve` this is known. Other servers send the GOAWAY with a
-    /// PING; a live peer answers it, and then the connection closes with its last stream. `pieces` is the
+    /// ping; a live peer answers it, and then the connection closes with its last stream. `pieces` is the
     /// number of pieces of responses that all servers hold.
     pub(crate) fn may_have_streams(&self, pieces: impl FnOnce() -> usize) -> bool {
         #[cfg(all(feature = "axum", feature = "signal"))]
@@ -156,17 +148,19 @@ mod tests {
         assert_ne!(one.number(), other.number());
     }
 
-    /// On another server than `serve`, the GOAWAY goes out when the connection is told to close.
+    /// The GOAWAY goes out when a connection of `serve` is told to leave, and elsewhere when it is told to
+    /// close.
     #[test]
-    fn a_peer_answers_if_an_answer_is_read_after_the_goaway() {
-        for (served, directive, sent, answers) in [
-            (true, Directive::Close, true, false),
-            (false, Directive::Stopping, true, false),
-            (false, Directive::Leave, true, false),
-            (false, Directive::Read, true, false),
-            (false, Directive::Close, false, false),
-            (false, Directive::Close, true, true),
-            (false, Directive::Expire, true, true),
+    fn a_peer_answers_if_something_is_read_after_the_goaway() {
+        for (served, directive, answers) in [
+            (true, Directive::Stopping, false),
+            (true, Directive::Leave, true),
+            (true, Directive::Close, true),
+            (false, Directive::Stopping, false),
+            (false, Directive::Leave, false),
+            (false, Directive::Read, false),
+            (false, Directive::Close, true),
+            (false, Directive::Expire, true),
         ] {
             let entry = connect();
             if served {
@@ -174,10 +168,10 @@ mod tests {
             }
             assert_eq!(entry.is_served(), served);
             // It has been active since it was inserted.
-            entry.read_while_stopping(directive, || sent);
+            entry.read_while_stopping(directive);
             assert_eq!(entry.flags.has(ANSWERS), answers, "{served} {directive:?}");
             assert!(entry.flags.take(ACTIVE));
-            entry.read_while_stopping(directive, || sent);
+            entry.read_while_stopping(directive);
             assert_eq!(entry.flags.has(ANSWERS), answers, "{served} {directive:?}");
             assert!(entry.flags.has(ACTIVE), "{served} {directive:?}");
         }

@@ -51,8 +51,7 @@ impl Flags {
 /// Something was read since the flag was last cleared. Only set while the service stops, and on
 /// insertion.
 pub(crate) const ACTIVE: u16 = 1;
-/// On a server other than `serve`: the peer was asked to leave, and has answered that, or has sent a part of a
-/// request.
+/// Something was read since the peer was asked to leave.
 pub(super) const ANSWERS: u16 = 2;
 /// The server has dropped the IO, and the connection waits for the peer to take the rest. Or what its peer has lost is
 /// counted.

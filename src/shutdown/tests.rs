@@ -459,7 +459,7 @@ async fn connections_are_closed_after_25_ms_of_silence() {
     let entry = stop.connect_and_read();
     stop.terminate();
     stop.at(490).await;
-    entry.read_while_stopping(entry.state.directive(), || false);
+    entry.read_while_stopping(entry.state.directive());
     stop.at(522).await;
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(527).await;
@@ -474,10 +474,10 @@ async fn connections_are_closed_after_25_ms_of_silence() {
     for after in (10..=140).step_by(10) {
         stop.at(after).await;
         assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
-        entry.read_while_stopping(entry.state.directive(), || false);
+        entry.read_while_stopping(entry.state.directive());
     }
     stop.at(148).await;
-    entry.read_while_stopping(entry.state.directive(), || false);
+    entry.read_while_stopping(entry.state.directive());
     assert_eq!(stop.closing_stage(), ClosingStage::Listeners);
     stop.at(152).await;
     stop.assert_closed_after_one_more_read(&entry).await;

@@ -49,12 +49,12 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     (
         "whole::a_client_of_http2_that_falls_silent_after_a_frame_holds_the_stop_for_a_second",
-        Form::TRACKING,
+        &[Form::Serve],
         http2_falls_silent,
     ),
     (
         "whole::a_client_of_http2_that_goes_on_sending_is_not_reset",
-        Form::TRACKING,
+        &[Form::Serve],
         http2_goes_on_sending,
     ),
     (

@@ -1,38 +1,20 @@
-//! Whether bytes of an HTTP/2 connection belong to a request or a response. Each frame begins with its length, type and
-//! flags ([RFC 9113 §4.1](https://www.rfc-editor.org/rfc/rfc9113#section-4.1)). Servers write whole frames, except if
-//! the connection is blocked, and usually read whole frames.
+//! Whether bytes that an HTTP/2 server has written belong to a response. Each frame begins with its length and type
+//! ([RFC 9113 §4.1](https://www.rfc-editor.org/rfc/rfc9113#section-4.1)), and servers write whole frames, except if
+//! the connection is blocked.
 
 /// The length of the head of a frame.
 const HEAD: usize = 9;
 
-const PING: u8 = 6;
-
-/// The flag of an answer to a PING.
-const ACK: u8 = 1;
-
 /// Whether a part of a response may be in these bytes: anything but whole frames that a server sends without one.
-pub(super) fn may_be_response(written: &[u8]) -> bool {
-    may_be_other(written, |_, _| false)
-}
-
-/// Whether a live peer with open streams may have sent these bytes: an answer to a PING, or anything but whole frames
-/// that do not belong to a request.
-pub(super) fn may_be_answer(read: &[u8]) -> bool {
-    may_be_other(read, |kind, flags| kind == PING && flags & ACK != 0)
-}
-
-/// Whether these bytes may contain anything but whole frames about the connection or its windows, or contain one for
-/// which `is_other` returns true. Its arguments are the type and the flags.
-fn may_be_other(mut bytes: &[u8], is_other: impl Fn(u8, u8) -> bool) -> bool {
-    while !bytes.is_empty() {
-        let Some((&[high, middle, low, kind, flags], _)) = bytes.split_first_chunk() else {
+pub(super) fn may_be_response(mut written: &[u8]) -> bool {
+    while !written.is_empty() {
+        let Some(([high, middle, low, kind], _)) = written.split_first_chunk() else {
             return true;
         };
-        let length = u32::from_be_bytes([0, high, middle, low]) as usize;
+        let length = u32::from_be_bytes([0, *high, *middle, *low]) as usize;
         let is_control = match kind {
-            PING => length == 8,
-            // PRIORITY
-            2 => length == 5,
+            // PING
+            6 => length == 8,
             // RST_STREAM and WINDOW_UPDATE
             3 | 8 => length == 4,
             // SETTINGS
@@ -41,8 +23,8 @@ fn may_be_other(mut bytes: &[u8], is_other: impl Fn(u8, u8) -> bool) -> bool {
             7 => length >= 8,
             _ => false,
         };
-        match bytes.get(HEAD + length..) {
-            Some(rest) if is_control && !is_other(kind, flags) => bytes = rest,
+        match written.get(HEAD + length..) {
+            Some(rest) if is_control => written = rest,
             _ => return true,
         }
     }
@@ -82,28 +64,6 @@ mod tests {
             (vec![0, 0, 4, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4], true),
         ] {
             assert_eq!(may_be_response(&written), expected, "{written:?}");
-        }
-    }
-
-    #[test]
-    fn a_peer_answers_a_ping_or_sends_a_part_of_a_request() {
-        let mut pong = frame(PING, 8);
-        pong[4] = ACK;
-        let window = frame(8, 4);
-        for (read, expected) in [
-            (window.clone(), false),
-            (
-                [frame(PING, 8), frame(4, 0), frame(2, 5), frame(3, 4)].concat(),
-                false,
-            ),
-            (pong.clone(), true),
-            ([window.clone(), pong.clone()].concat(), true),
-            (pong[..5].to_vec(), true),
-            (pong[3..].to_vec(), true),
-            ([window.clone(), frame(0, 3)].concat(), true),
-            (frame(1, 20), true),
-        ] {
-            assert_eq!(may_be_answer(&read), expected, "{read:?}");
         }
     }
 }

@@ -328,7 +328,7 @@ impl<I: AsyncRead + Unpin + 'static> AsyncRead for GracefulIo<I> {
         let read = &buf.filled()[before..];
         if !read.is_empty() {
             if directive > Directive::Stay {
-                entry.read_while_stopping(directive, || is_top && frames::may_be_answer(read));
+                entry.read_while_stopping(directive);
             }
             if !is_top {
                 return result;
