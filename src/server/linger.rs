@@ -248,16 +248,6 @@ impl<I> Lingering<I> {
         queue.has_vanished() && !self.guard.entry.flags.has(RESPONDED)
     }
 
-    /// How many of the undelivered bytes are a loss if the connection is closed. A close frame alone is none.
-    fn loss(&self, left: u32) -> u32 {
-        let is_upgraded = self.last.written == Written::Upgrade;
-        if is_upgraded && left <= CLOSING_BYTES {
-            0
-        } else {
-            left
-        }
-    }
-
     /// The number of bytes that are lost by an error.
     fn lost_by(&self, error: &io::Error) -> u32 {
         let entry = &self.guard.entry;
@@ -278,9 +268,10 @@ impl<I> Lingering<I> {
     }
 
     /// Stores for the report how many of these undelivered bytes are a loss. This is stored after each query, because
-    /// the task may not run between the cut and the report.
+    /// the task may not run between the cut and the report. A close frame alone is no loss.
     fn note_undelivered(&self, left: u32) {
-        let loss = self.loss(left);
+        let is_close_frame = self.last.written == Written::Upgrade && left <= CLOSING_BYTES;
+        let loss = if is_close_frame { 0 } else { left };
         self.guard.entry.undelivered.store(loss, Ordering::Relaxed);
     }
 
@@ -349,7 +340,7 @@ where
                     return self.lost_by(&error);
                 }
                 if self.guard.entry.state.directive() == Directive::Cut {
-                    return self.loss(self.undelivered().unwrap_or(0));
+                    return self.undelivered().unwrap_or(0);
                 }
             }
             let now = Instant::now();
@@ -403,7 +394,7 @@ where
                 if now - took >= patience || ends {
                     // The kernel continues to send. An upgraded connection loses the rest as soon as its peer sends
                     // something.
-                    return if upgraded { self.loss(left) } else { 0 };
+                    return if upgraded { left } else { 0 };
                 }
                 continue;
             }
@@ -655,6 +646,28 @@ mod tests {
         assert_eq!(graceful.connections(), 1);
         client.read_to_end(&mut Vec::new()).await.unwrap();
         wait_until_closed(&graceful).await;
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_expires_is_read_from() {
+        let plan = Graceful::builder().drain_delay(Duration::ZERO);
+        let graceful = plan.build().unwrap();
+        let (mut client, tcp) = connect_with_little_room().await;
+        let mut io = graceful.track(tcp);
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        client.write_all(preface).await.unwrap();
+        io.read_exact(&mut vec![0; preface.len()]).await.unwrap();
+        graceful.shutdown();
+        let mut headers = vec![0; 9 + 50];
+        (headers[2], headers[3]) = (50, 1);
+        io.write_all(&headers).await.unwrap();
+        client.read_exact(&mut headers).await.unwrap();
+        let run = tokio::spawn(graceful.run(async {}));
+        io.read(&mut [0]).await.unwrap_err();
+        drop(io);
+        assert_eq!(graceful.connections(), 1);
+        drop(client);
+        assert_eq!(run.await.unwrap().outcome(), crate::Outcome::Clean);
     }
 
     #[derive(Clone, Copy, Debug, PartialEq)]
